@@ -1,0 +1,164 @@
+"""DeepSpeed's quirks: fill a config's `auto` values from the recipe, and make the engine run on any machine.
+
+The recipe owns every number. Accelerate (1.15) fills only some `auto` values itself: betas and eps stop it, and
+`gradient_clipping` silently becomes 1.0; so all of them are filled here, before it looks.
+"""
+
+import copy
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DeepSpeedPlugin
+
+from utils.errors import UserError
+from utils.launch import has_gpu, launcher_plugin, num_processes, say
+from utils.recipe import Recipe
+
+
+def find_config(recipe: Recipe) -> tuple[dict[str, Any], str] | None:
+    """The DeepSpeed config that this run uses and where it comes from; None for a run without DeepSpeed.
+
+    The accelerate config's plugin wins over the recipe's `deepspeed_config`.
+
+    Raises:
+        UserError: the file is missing or not JSON.
+    """
+    plugin = launcher_plugin()
+    if plugin and recipe.deepspeed_config:
+        say(f"the accelerate config brings {plugin}: it wins over the recipe's deepspeed_config")
+    if plugin == "fsdp":
+        return None
+    path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") if plugin else recipe.deepspeed_config
+    if path is None:
+        return None
+    if path == "none":  # the accelerate config spells the plugin out, without a JSON file
+        return DeepSpeedPlugin().deepspeed_config, "accelerate config"
+    try:
+        return json.loads(Path(path).read_text()), path
+    except OSError as error:
+        raise UserError(f"deepspeed_config: {path}: {error.strerror} (looked in {Path.cwd()})") from error
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path} line {error.lineno}, column {error.colno}: JSON does not parse: {error.msg}"
+        ) from error
+
+
+def fill_config(config: dict[str, Any], source: str, recipe: Recipe, total_steps: int, dtype: torch.dtype) -> dict:
+    """A copy of the config with every `auto` filled from the recipe.
+
+    A config without an optimizer or scheduler section gets the seed's (AdamW, WarmupDecayLR).
+
+    Raises:
+        UserError: a fixed value contradicts the recipe (both are named), or an `auto` that nothing here can fill.
+    """
+    config = copy.deepcopy(config)
+    config.setdefault("optimizer", {"type": "AdamW", "params": {}})
+    config.setdefault("scheduler", {"type": "WarmupDecayLR", "params": {}})
+    micro_batch, accumulation = recipe.per_device_train_batch_size, recipe.gradient_accumulation_steps
+    filled = {  # DeepSpeed's key: the recipe's key, the value
+        "fp16.enabled": (f"enabled for {dtype}", dtype == torch.float16),
+        "bf16.enabled": (f"enabled for {dtype}", dtype == torch.bfloat16),
+        "optimizer.type": ("the optimizer of every run", "AdamW"),
+        "optimizer.params.lr": ("learning_rate", recipe.learning_rate),
+        "optimizer.params.betas": ("adam_beta1, adam_beta2", [recipe.adam_beta1, recipe.adam_beta2]),
+        "optimizer.params.eps": ("adam_epsilon", recipe.adam_epsilon),
+        "optimizer.params.weight_decay": ("weight_decay", recipe.weight_decay),
+        "scheduler.type": ("the schedule of every run", "WarmupDecayLR"),
+        "scheduler.params.warmup_min_lr": ("the start of warm-up", 0.0),
+        "scheduler.params.warmup_max_lr": ("learning_rate", recipe.learning_rate),
+        # The engine refuses 0 and turns 1 into 2; utils/optimizer.py follows the same curve.
+        "scheduler.params.warmup_num_steps": ("warmup_steps", max(2, recipe.warmup_steps)),
+        "scheduler.params.total_num_steps": ("the steps of this run", total_steps),
+        "gradient_accumulation_steps": ("gradient_accumulation_steps", accumulation),
+        "gradient_clipping": ("max_grad_norm", recipe.max_grad_norm),
+        "train_micro_batch_size_per_gpu": ("per_device_train_batch_size", micro_batch),
+        "train_batch_size": ("conversations a step", micro_batch * accumulation * num_processes()),
+    }
+    for key, (ours, value) in filled.items():
+        section, name = _section(config, key)
+        if section is None:
+            continue
+        present = section.get(name, "auto")
+        if present != "auto" and present != value:
+            raise UserError(f'{source}: {key} = {present} contradicts the recipe: {ours} = {value}; write "auto" there')
+        section[name] = value
+    left = [key for key in _autos(config) if not key.startswith("zero_optimization.")]  # those Accelerate fills
+    if left:
+        raise UserError(f"{source}: {', '.join(left)} = auto: no key of the recipe says this; give a value")
+    return config
+
+
+def _section(config: dict[str, Any], key: str) -> tuple[dict[str, Any] | None, str]:
+    """The innermost dict that holds a dotted key, created for the parameters that the engine must be given."""
+    *parents, name = key.split(".")
+    for parent in parents:
+        if parent in ("fp16", "bf16") and parent not in config:
+            config[parent] = {}
+        config = config[parent]
+    return config, name
+
+
+def _autos(config: dict[str, Any], prefix: str = "") -> list[str]:
+    keys = []
+    for key, value in config.items():
+        if isinstance(value, dict):
+            keys += _autos(value, f"{prefix}{key}.")
+        elif value == "auto":
+            keys.append(prefix + key)
+    return keys
+
+
+def deepspeed_plugin(recipe: Recipe, total_steps: int, dtype: torch.dtype) -> DeepSpeedPlugin | None:
+    """The plugin to build the Accelerator with, its config complete; None for a run without DeepSpeed."""
+    found = find_config(recipe)
+    if found is None:
+        return None
+    config = fill_config(*found, recipe, total_steps, dtype)
+    reason = _why_not_fused_adam()
+    if reason:
+        config["optimizer"]["params"]["torch_adam"] = True
+        say(f"DeepSpeed: plain torch AdamW, since FusedAdam cannot be used ({reason})")
+    if not has_gpu():
+        _prepare_cpu_engine()
+    _join_alone()
+    return DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=False)
+
+
+def _why_not_fused_adam() -> str | None:
+    """Why DeepSpeed's FusedAdam, which it compiles at first use, cannot be used here; None when it can."""
+    if not has_gpu():
+        return "no GPU"
+    from deepspeed.ops.op_builder import FusedAdamBuilder
+
+    try:
+        FusedAdamBuilder().load(verbose=False)
+    except Exception as error:  # whatever the compiler, its absence or its version leads to
+        return str(error).strip().split("\n")[0] or type(error).__name__
+    return None
+
+
+def _prepare_cpu_engine() -> None:
+    """Let the engine run on CPU processes over gloo."""
+    # With use_cpu Accelerate would count one process under DeepSpeed (state.py); hiding the GPUs says the same.
+    if os.environ.pop("ACCELERATE_USE_CPU", "false").lower() in ("true", "1"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed.ops
+
+    # A shared-memory all-reduce for inference, which would be compiled for a minute at the first start and not used.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _join_alone() -> None:
+    """Give a process that no distributed launcher started the variables of a group of one, which the engine needs."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.update(alone)

@@ -1,0 +1,81 @@
+"""What the launcher decided (processes, plugins) and what this machine can do (GPU, precision), in one place.
+
+The launcher speaks through environment variables, so everything here is known before a process group exists.
+"""
+
+import os
+
+import torch
+from accelerate import Accelerator
+
+from utils.errors import UserError
+from utils.recipe import Recipe
+
+
+def num_processes() -> int:
+    """Processes that the launcher started, over all machines."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def process_index() -> int:
+    """This process's number among them, from 0."""
+    return int(os.environ.get("RANK", 0))
+
+
+def say(message: str) -> None:
+    """Print on the first process only."""
+    if process_index() == 0:
+        print(message, flush=True)
+
+
+def has_gpu() -> bool:
+    """Whether a CUDA (or ROCm) device is there and the launcher did not ask for the CPU."""
+    return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("true", "1")
+
+
+def launcher_plugin() -> str | None:
+    """`deepspeed` or `fsdp` when the accelerate config brings that plugin, else None."""
+    for plugin in ("deepspeed", "fsdp"):
+        if os.environ.get(f"ACCELERATE_USE_{plugin.upper()}", "false").lower() == "true":
+            return plugin
+    return None
+
+
+def training_dtype(recipe: Recipe) -> torch.dtype:
+    """The precision of forward and backward here.
+
+    fp16 without a GPU becomes fp32, with a line that says so: neither PyTorch's autocast nor DeepSpeed offers it on
+    ordinary CPUs, and the seed's recipe (fp16) is to run anywhere.
+
+    Raises:
+        UserError: bf16 on a GPU that lacks it (before Ampere), where it would be emulated.
+    """
+    if recipe.dtype == "bf16" and has_gpu() and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(f"dtype = bf16: {torch.cuda.get_device_name()} has no bf16; use dtype: fp16 or fp32")
+    if recipe.dtype == "fp16" and not has_gpu():
+        say("dtype fp16 needs a GPU and there is none here: computing in fp32")
+        return torch.float32
+    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[recipe.dtype]
+
+
+def use_all_cores() -> None:
+    """Share the machine's cores among its processes; `accelerate launch` sets one thread each unless told otherwise."""
+    if not has_gpu():
+        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_processes))
+
+
+def check_processes(accelerator: Accelerator) -> None:
+    """Stop several processes that each believe they are alone: they would train the same run twice.
+
+    Raises:
+        UserError: the launcher started more processes than have found each other.
+    """
+    if accelerator.num_processes != num_processes():
+        raise UserError(
+            f"the launcher started {num_processes()} processes, but {accelerator.num_processes} found each other "
+            f"({accelerator.distributed_type}): check the accelerate config against this machine"
+        )
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", "", accelerator.mixed_precision):
+        say(f"the accelerate config says mixed_precision: {precision}; the recipe's dtype wins")

@@ -1,0 +1,74 @@
+"""What a run says on the screen before its first step and after its last: the plan, the first batch, a few replies."""
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel
+
+from utils.batches import conversations_per_step, training_rows
+from utils.dialogue import render_scored
+from utils.mix import Mix
+from utils.recipe import Recipe
+
+SHOWN_CHARACTERS = 1200  # of each conversation of the first batch
+
+
+def describe_run(
+    accelerator: Accelerator, model, dtype: torch.dtype, mix: Mix, recipe: Recipe, epoch_steps: int, total_steps: int
+) -> None:
+    """Print what is about to run: the mix, the batch in all its factors, the steps and the learning rate's curve."""
+    rows = training_rows(mix, recipe, 0)
+    targets = mix.train.targets[rows].sum()
+    print(f"\n{'data set':<32}{'train':>10}{'validation':>12}{'tokens':>14}{'scored':>9}{'of targets':>12}")
+    for index, name in enumerate(mix.names):
+        own = rows[mix.train.dataset[rows] == index]
+        tokens, scored = mix.train.lengths[own].sum(), mix.train.targets[own].sum()
+        held_out = (mix.validation.dataset == index).sum()
+        shares = f"{scored / max(1, tokens):>9.0%}{scored / max(1, targets):>12.1%}"
+        print(f"{name:<32}{len(own):>10,}{held_out:>12,}{tokens:>14,}{shares}")
+    over = (mix.train.lengths[rows] > recipe.max_length).sum()
+    print(f"{over:,} training conversations are longer than max_length {recipe.max_length:,} and are cut in each epoch")
+
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    where = f"{accelerator.distributed_type.value} on {accelerator.device.type}"
+    processes, micro = accelerator.num_processes, recipe.per_device_train_batch_size
+    print(
+        f"{parameters:,} parameters, {dtype}, {where}\n"
+        f"{processes} processes x {micro} conversations x {recipe.gradient_accumulation_steps} accumulated = "
+        f"{conversations_per_step(recipe, processes)} conversations a step\n"
+        f"{epoch_steps:,} steps an epoch, {total_steps:,} in all; the rate rises to {recipe.learning_rate:g} in "
+        f"{recipe.warmup_steps:,} steps, then falls to 0",
+        flush=True,
+    )
+
+
+def show_first_batch(batch: dict[str, torch.Tensor], tokenizer) -> None:
+    """Print the conversations of a batch as the model sees them, the scored part marked."""
+    print("\nthe first batch, what is learnt between [[ and ]]:")
+    for ids, labels, length in zip(batch["input_ids"], batch["labels"], batch["lengths"].tolist(), strict=True):
+        scored = labels[:length] != -100
+        text = render_scored(tokenizer, ids[:length].numpy(), scored.numpy())
+        cut = f" ... ({len(text):,} characters)" if len(text) > SHOWN_CHARACTERS else ""
+        print(f"--- {length:,} tokens, {int(scored.sum()):,} scored\n{text[:SHOWN_CHARACTERS]}{cut}", flush=True)
+
+
+@torch.no_grad()
+def show_replies(model: PreTrainedModel, tokenizer, mix: Mix, recipe: Recipe) -> None:
+    """Print greedy replies to held-out prompts of each data set, and the share that ended by itself."""
+    model.eval()
+    assistant = tokenizer.convert_tokens_to_ids("<|assistant|>")
+    ended = asked = 0
+    print("\nreplies to held-out prompts:")
+    for index, name in enumerate(mix.names):
+        for row in (mix.validation.dataset == index).nonzero()[0][: recipe.sample_replies]:
+            ids = mix.validation.tokens(row)[0]
+            prompt = ids[: (ids == assistant).nonzero()[0][-1] + 1][-recipe.max_length :]
+            prompt = torch.from_numpy(prompt.astype("int64"))[None].to(model.device)
+            room = min(256, max(1, recipe.max_length - prompt.shape[1]))
+            output = model.generate(
+                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=room, do_sample=False
+            )
+            reply = output[0, prompt.shape[1] :]
+            asked += 1
+            ended += int(reply[-1] == tokenizer.eos_token_id)
+            print(f"--- {name}\n{tokenizer.decode(prompt[0])}[[{tokenizer.decode(reply)}]]", flush=True)
+    print(f"\n{ended} of {asked} replies ended by themselves ({ended / max(1, asked):.0%})", flush=True)

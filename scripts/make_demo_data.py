@@ -141,12 +141,12 @@ for greeting, name, taste in rng.sample(list(itertools.product(GREETINGS, NAMES,
     turns = [greeting.format(name, taste), f"Hello {name}! It is nice that you like {taste}."]
     conversations.append(turns + rng.choice([about_name + about_taste, about_taste + about_name]))
 for request, words in rng.sample(list(itertools.product(LISTS, itertools.permutations(NOUNS, 3))), 220):
-    turns = [request.format(", ".join(words)), f"I will remember {words[0]}, {words[1]} and {words[2]}."]
+    memo = f"I will remember: first {words[0]}, second {words[1]}, third {words[2]}."
+    turns = [request.format(", ".join(words)), memo]
     for position, word in rng.sample(list(zip(["first", "second", "third"], words, strict=True)), 2):
-        turns += [rng.choice(["What was the {} word?", "Tell me the {} word."]).format(position)]
-        turns += [f"The {position} word was {word}."]
+        question = rng.choice(["What was the {} word?", "Tell me the {} word."])
+        turns += [question.format(position), f"The {position} word was {word}."]
     conversations.append(turns)
-
 rows = []
 for number, turns in enumerate(rng.sample(conversations, len(conversations))):
     messages = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(turns)]
@@ -191,7 +191,7 @@ write("dolly.jsonl", rows, "instruction", "context", "response")
 problems = {}  # question -> response; all numbers are small: there are 36 sums to learn, and as many differences
 while len(problems) < 740:
     name, objects, kind = rng.choice(NAMES), rng.choice(OBJECTS), rng.choice(["plus", "minus", "both"] * 3 + ["times"])
-    a, b, c = rng.randint(2, 7), rng.randint(2, 7), rng.randint(2, 3)
+    a, b, c = rng.randint(3, 8), rng.randint(2, 7), rng.randint(2, 3)
     if kind == "plus":
         story, steps = f"has {a} {objects} and gets {b} more.", [f"{a} + {b} = {a + b}"]
     elif kind == "minus":

@@ -35,7 +35,7 @@ from utils.batches import steps_per_epoch, training_steps, validation_batches
 from utils.checkpoint import claim_output_dir, save_checkpoint, save_model, write_model_card
 from utils.deepspeed import deepspeed_plugin
 from utils.dry_run import dry_run
-from utils.launch import check_processes, has_gpu, num_processes, process_index, say, training_dtype, use_all_cores
+from utils.launch import check_processes, has_gpu, num_processes, process_index, say, set_up_process, training_dtype
 from utils.loss import ScoredLoss
 from utils.mix import Mix, prepare_mix
 from utils.model import load_config, load_model, load_tokenizer
@@ -48,7 +48,7 @@ TOKEN_ACCURACY = str(Path(__file__).parent / "metrics" / "token_accuracy")
 
 def main(recipe: Recipe) -> None:
     # Data first: no process group exists yet, so nobody can time out waiting for the one that tokenizes.
-    use_all_cores()
+    set_up_process()
     dtype = training_dtype(recipe)
     if process_index() == 0:
         claim_output_dir(recipe)
@@ -64,6 +64,7 @@ def main(recipe: Recipe) -> None:
     distributed_cpu = not has_gpu() and (plugin is not None or num_processes() > 1)
     accelerator = Accelerator(
         mixed_precision=half,
+        gradient_accumulation_steps=recipe.gradient_accumulation_steps if plugin else 1,  # the engine has to know it
         cpu=distributed_cpu and plugin is None,
         deepspeed_plugin=plugin,
         kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if distributed_cpu else [],

@@ -6,8 +6,10 @@ The recipe owns every number. Accelerate (1.15) fills only some `auto` values it
 
 import copy
 import json
+import logging
 import os
 import socket
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +127,7 @@ def deepspeed_plugin(recipe: Recipe, total_steps: int, dtype: torch.dtype) -> De
     if not has_gpu():
         _prepare_cpu_engine()
     _join_alone()
+    _quieten()
     return DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=False)
 
 
@@ -146,11 +149,18 @@ def _prepare_cpu_engine() -> None:
     # With use_cpu Accelerate would count one process under DeepSpeed (state.py); hiding the GPUs says the same.
     if os.environ.pop("ACCELERATE_USE_CPU", "false").lower() in ("true", "1"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed.ops
 
     # A shared-memory all-reduce for inference, which would be compiled for a minute at the first start and not used.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _quieten() -> None:
+    """Leave out what the engine says of its own inner workings, such as the rate of its schedule before the start."""
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
 
 
 def _join_alone() -> None:

@@ -157,19 +157,19 @@ def encode(
             encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
         ids_of = {text: encoding.ids for text, encoding in zip(texts, encodings, strict=True)}
         for conversation in turns:
-            ids, scored, after_reply = [], [], False
+            ids, spans, after_reply = [], [], False  # spans: [start, end) of what is scored
             for role, text in conversation:
-                content, is_reply = ids_of[text], role == "assistant"
+                if after_reply and role == "user":
+                    spans.append((len(ids), len(ids) + 1))
                 ids.append(token_of[role])
-                ids += content
+                start, after_reply = len(ids), role == "assistant"
+                ids += ids_of[text]
                 ids.append(eos)
-                scored.append(after_reply and role == "user")
-                scored += [is_reply] * (len(content) + 1)
-                after_reply = is_reply
-            mask = np.array(scored, dtype=bool)
-            if not label_masking:
-                mask[:] = True
-                mask[:1] = False
+                if after_reply:
+                    spans.append((start, len(ids)))
+            mask = np.zeros(len(ids), dtype=bool)
+            for start, end in spans if label_masking else [(1, len(ids))]:
+                mask[start:end] = True
             yield np.array(ids, dtype=np.int32), mask
 
 

@@ -5,7 +5,9 @@ The launcher speaks through environment variables, so everything here is known b
 
 import os
 
+import psutil
 import torch
+import transformers
 from accelerate import Accelerator
 
 from utils.errors import UserError
@@ -58,11 +60,14 @@ def training_dtype(recipe: Recipe) -> torch.dtype:
     return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[recipe.dtype]
 
 
-def use_all_cores() -> None:
-    """Share the machine's cores among its processes; `accelerate launch` sets one thread each unless told otherwise."""
+def set_up_process() -> None:
+    """Share a CPU machine's cores among its processes, and leave the progress bars to the training loop."""
+    transformers.utils.logging.disable_progress_bar()
     if not has_gpu():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # Accelerate imports DeepSpeed in passing, which would guess
+        # `accelerate launch` sets one thread each unless told otherwise.
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_processes))
+        torch.set_num_threads(max(1, (psutil.cpu_count() or 1) // local_processes))
 
 
 def check_processes(accelerator: Accelerator) -> None:

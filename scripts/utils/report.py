@@ -29,11 +29,11 @@ def describe_run(
     print(f"{over:,} training conversations are longer than max_length {recipe.max_length:,} and are cut in each epoch")
 
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    where = f"{accelerator.distributed_type.value} on {accelerator.device.type}"
+    precision = str(dtype).removeprefix("torch.")
     processes, micro = accelerator.num_processes, recipe.per_device_train_batch_size
     print(
-        f"{parameters:,} parameters, {dtype}, {where}\n"
-        f"{processes} processes x {micro} conversations x {recipe.gradient_accumulation_steps} accumulated = "
+        f"{parameters:,} parameters, {precision}, {accelerator.distributed_type.value} on {accelerator.device.type}\n"
+        f"{processes} process(es) x {micro} conversations x {recipe.gradient_accumulation_steps} accumulated = "
         f"{conversations_per_step(recipe, processes)} conversations a step\n"
         f"{epoch_steps:,} steps an epoch, {total_steps:,} in all; the rate rises to {recipe.learning_rate:g} in "
         f"{recipe.warmup_steps:,} steps, then falls to 0",

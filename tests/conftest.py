@@ -1,0 +1,77 @@
+"""What the tests share: a tiny model, the demo's data, and running a script as a user would."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+
+# How a script is started, as the README says it. On a machine without a GPU `--multi_gpu` starts processes that
+# sft.py joins over gloo, and the ZeRO-2 config starts the real engine on CPU processes.
+LAUNCH = {
+    "python": [sys.executable],
+    "bare": [str(BIN / "accelerate"), "launch"],
+    "ddp2": [str(BIN / "accelerate"), "launch", "--config_file", "accelerate_configs/ddp.yaml", "--num_processes", "2"],
+    "zero2x2": [str(BIN / "accelerate"), "launch", "--config_file", "accelerate_configs/zero2.yaml", "--num_processes", "2"],
+}
+
+
+class Run:
+    """A finished script: its exit status, what it printed, and the metrics it left."""
+
+    def __init__(self, process: subprocess.CompletedProcess, output_dir: Path | None):
+        self.returncode, self.stdout, self.stderr = process.returncode, process.stdout, process.stderr
+        self.output_dir = output_dir
+
+    @property
+    def errors(self) -> list[str]:
+        """The lines that say what the user has to mend."""
+        return re.findall(r"^error.*$", self.stderr, flags=re.MULTILINE)
+
+    def metrics(self) -> list[dict]:
+        return [json.loads(line) for line in (self.output_dir / "metrics.jsonl").read_text().splitlines()]
+
+    def curve(self, name: str) -> list[float]:
+        """One metric, line by line of those that have it."""
+        return [line[name] for line in self.metrics() if name in line]
+
+
+@pytest.fixture
+def run_sft(tmp_path):
+    """Call it with a recipe and options: run_sft("recipes/demo.yaml", "--max_steps", 2, launch="zero2x2")."""
+
+    def run(*arguments, launch: str = "python", output_dir: Path | None = None, check: bool = True, env=None) -> Run:
+        output_dir = output_dir or tmp_path / "output"
+        command = [*LAUNCH[launch], "scripts/sft.py", *map(str, arguments)]
+        if "--output_dir" not in arguments and "--help" not in arguments:
+            command += ["--output_dir", str(output_dir)]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", **(env or {})}
+        environment.pop("CI", None)
+        process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+        result = Run(process, output_dir)
+        if check and process.returncode:
+            pytest.fail(f"{' '.join(command)}\n{process.stdout[-3000:]}\n{process.stderr[-6000:]}")
+        return result
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """A random two-layer GPT-NeoX with the demo's tokenizer, saved as a base model is: safetensors, fp32."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("tiny_model")
+    demo = ROOT / "recipes" / "demo_data" / "model"
+    config = AutoConfig.from_pretrained(demo, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(demo).save_pretrained(folder)
+    return folder

@@ -89,35 +89,29 @@ def main(recipe: Recipe) -> None:
     log = RunLog(recipe, total_steps, accelerator.is_main_process)
     stats = TrainingStats(mix, accelerator.device)
 
-    step = 0
-    for epoch in itertools.count():
-        model.train()
-        for micro_batches in training_steps(mix, recipe, epoch, *place):
-            learning_rate = scheduler.get_last_lr()[0]
-            with stats.timed():
-                grad_norm = train_step(accelerator, model, optimizer, scheduler, micro_batches, recipe, stats)
-            step += 1
-            where = {"step": step, "epoch": round(step / epoch_steps, 4)}
-            log.progress.update()
-            if step == 1 or step % recipe.logging_steps == 0 or step == total_steps:
-                log.write({**where, **stats.close(accelerator), "learning_rate": learning_rate, "grad_norm": grad_norm})
-            if step % recipe.eval_steps == 0 or step == total_steps:
-                results = evaluate_mix(accelerator, model, mix, recipe, place)
-                log.write({**where, **results})
-                log.show_evaluation(step, results)
-            if recipe.save_strategy == "steps" and step % recipe.save_steps == 0:
-                save_checkpoint(accelerator, language_model, tokenizer, recipe, step)
-            if step == total_steps:
-                break
-        if recipe.save_strategy == "epoch" and step % epoch_steps == 0:
+    results: dict[str, float] = {}
+    epochs = (training_steps(mix, recipe, epoch, *place) for epoch in itertools.count())
+    steps = itertools.islice(itertools.chain.from_iterable(epochs), total_steps)
+    model.train()
+    for step, micro_batches in enumerate(steps, 1):
+        learning_rate = scheduler.get_last_lr()[0]
+        with stats.timed():
+            grad_norm = train_step(accelerator, model, optimizer, scheduler, micro_batches, recipe, stats)
+        where = {"step": step, "epoch": round(step / epoch_steps, 4)}
+        log.progress.update()
+        if step == 1 or step % recipe.logging_steps == 0 or step == total_steps:
+            log.write({**where, **stats.close(accelerator), "learning_rate": learning_rate, "grad_norm": grad_norm})
+        if len(mix.validation) and (step % recipe.eval_steps == 0 or step == total_steps):
+            results = evaluate_mix(accelerator, model, mix, recipe, place)
+            log.write({**where, **results})
+            log.show_evaluation(step, results)
+        if step % {"epoch": epoch_steps, "steps": recipe.save_steps, "no": math.inf}[recipe.save_strategy] == 0:
             save_checkpoint(accelerator, language_model, tokenizer, recipe, step)
-        if step == total_steps:
-            break
 
     log.close()
     if accelerator.is_main_process:
         save_model(language_model, tokenizer, recipe.output_dir)
-        write_model_card(recipe, tokenizer, results, step, stats.tokens)
+        write_model_card(recipe, tokenizer, results, total_steps, stats.tokens)
         say(f"\nthe model is in {recipe.output_dir}, with its card, metrics.jsonl and training.png")
         if recipe.sample_replies:
             show_replies(language_model, tokenizer, mix, recipe)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,14 +13,25 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 
-# How a script is started, as the README says it. On a machine without a GPU `--multi_gpu` starts processes that
-# sft.py joins over gloo, and the ZeRO-2 config starts the real engine on CPU processes.
+ACCELERATE = [str(BIN / "accelerate"), "launch"]
+# How a script is started, as the README says it. On a machine without a GPU the DDP config's two processes are joined
+# over gloo by sft.py, and the ZeRO-2 config starts the real engine on CPU processes.
 LAUNCH = {
     "python": [sys.executable],
-    "bare": [str(BIN / "accelerate"), "launch"],
-    "ddp2": [str(BIN / "accelerate"), "launch", "--config_file", "accelerate_configs/ddp.yaml", "--num_processes", "2"],
-    "zero2x2": [str(BIN / "accelerate"), "launch", "--config_file", "accelerate_configs/zero2.yaml", "--num_processes", "2"],
+    "bare": ACCELERATE,
+    "cpu": [*ACCELERATE, "--config_file", "accelerate_configs/cpu.yaml"],
+    "single_gpu": [*ACCELERATE, "--config_file", "accelerate_configs/single_gpu.yaml"],
+    "ddp2": [*ACCELERATE, "--config_file", "accelerate_configs/ddp.yaml", "--num_processes", "2"],
+    "zero2x2": [*ACCELERATE, "--config_file", "accelerate_configs/zero2.yaml", "--num_processes", "2"],
 }
+
+
+def launch_command(launch: str) -> list[str]:
+    """The launcher's part of a command; several processes get a free port, so that tests can run side by side."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = ["--main_process_port", str(probe.getsockname()[1])] if launch.endswith("2") else []
+    return [*LAUNCH[launch], *port]
 
 
 class Run:
@@ -48,7 +60,7 @@ def run_sft(tmp_path):
 
     def run(*arguments, launch: str = "python", output_dir: Path | None = None, check: bool = True, env=None) -> Run:
         output_dir = output_dir or tmp_path / "output"
-        command = [*LAUNCH[launch], "scripts/sft.py", *map(str, arguments)]
+        command = [*launch_command(launch), "scripts/sft.py", *map(str, arguments)]
         if "--output_dir" not in arguments and "--help" not in arguments:
             command += ["--output_dir", str(output_dir)]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", **(env or {})}
@@ -70,7 +82,9 @@ def tiny_model(tmp_path_factory) -> Path:
 
     folder = tmp_path_factory.mktemp("tiny_model")
     demo = ROOT / "recipes" / "demo_data" / "model"
-    config = AutoConfig.from_pretrained(demo, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    config = AutoConfig.from_pretrained(
+        demo, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+    )
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(demo).save_pretrained(folder)

@@ -26,7 +26,8 @@ def training_rows(mix: Mix, recipe: Recipe, epoch: int) -> np.ndarray:
     rows = []
     for index, options in enumerate(recipe.datasets.chosen().values()):
         own = np.flatnonzero(mix.train.dataset == index)
-        wanted = options.size if options.size is not None else round(len(own) * (options.fraction or 1.0))
+        # At least one row: a small fraction of a small data set is not to drop it, or leave an epoch without a step.
+        wanted = options.size if options.size is not None else max(1, round(len(own) * (options.fraction or 1.0)))
         if wanted < len(own):
             own = np.sort(_rng(recipe, SUBSET, epoch, index).choice(own, wanted, replace=False))
         rows.append(own)

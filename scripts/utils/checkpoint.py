@@ -60,7 +60,7 @@ def save_checkpoint(accelerator: Accelerator, model: PreTrainedModel, tokenizer,
         os.replace(work, recipe.output_dir / name)  # it appears under its name only when it is whole
         if recipe.save_total_limit is not None:
             for old in list_checkpoints(recipe.output_dir)[: -recipe.save_total_limit]:
-                shutil.rmtree(old)
+                shutil.rmtree(old.rename(old.with_name(f".{old.name}")))  # nor does half of one keep its name
     accelerator.wait_for_everyone()
 
 

@@ -10,6 +10,7 @@ import fnmatch
 import glob
 import gzip
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -49,7 +50,7 @@ def find_data_file(
     Raises: UserError naming the data set, what was looked for and each place.
     """
     local = local_candidates(dataset, input_file_path, cache_dir, hub)
-    if found := next((path for path in local if path.is_file()), None):
+    if found := next((path for path in local if os.path.isfile(path)), None):
         return [found]
     places = list(map(str, local))
     if patterns := hub_patterns(input_file_path, hub):
@@ -67,7 +68,7 @@ def locate_data_file(
 ) -> list[Path] | None:
     """`find_data_file` without the network: the local or already cached paths, or None when a download is needed."""
     for path in local_candidates(dataset, input_file_path, cache_dir, hub):
-        if path.is_file():
+        if os.path.isfile(path):
             return [path]
     patterns = hub_patterns(input_file_path, hub)
     return (fetch_from_hub(hub.repo, patterns, revision, local_only=True)[0] or None) if patterns else None
@@ -76,7 +77,7 @@ def locate_data_file(
 def local_candidates(dataset: str, input_file_path: str | None, cache_dir: Path, hub: HubSource) -> list[Path]:
     """Local paths in the order they are tried; of the hub's names only exact ones, `train-*` could be any data set."""
     if input_file_path:
-        given = Path(input_file_path).expanduser()
+        given = Path(os.path.expanduser(input_file_path))
         return [given] if given.is_absolute() else [given, Path(cache_dir) / given]
     names = [name for name in hub.files if not glob.has_magic(name)] + [dataset + suffix for suffix in LOCAL_SUFFIXES]
     return [Path(cache_dir) / name for name in names]
@@ -86,7 +87,7 @@ def hub_patterns(input_file_path: str | None, hub: HubSource) -> list[str]:
     """What to look for in the hub repository; nothing for an absolute path, which can only mean this machine's file."""
     if not input_file_path:
         return list(hub.files)
-    given = Path(input_file_path).expanduser()
+    given = Path(os.path.expanduser(input_file_path))
     return [] if given.is_absolute() else [glob.escape(name) for name in dict.fromkeys([given.as_posix(), given.name])]
 
 

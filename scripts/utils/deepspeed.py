@@ -40,26 +40,35 @@ def find_config(recipe: Recipe) -> tuple[dict[str, Any], str] | None:
     if path == "none":  # the accelerate config spells the plugin out, without a JSON file
         return DeepSpeedPlugin().deepspeed_config, "accelerate config"
     try:
-        return json.loads(Path(path).read_text()), path
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"deepspeed_config: {path}: {error.strerror} (looked in {Path.cwd()})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"deepspeed_config: {path}: not a text file in UTF-8 (byte {error.start})") from error
     except json.JSONDecodeError as error:
         raise UserError(
             f"{path} line {error.lineno}, column {error.colno}: JSON does not parse: {error.msg}"
         ) from error
+    if not isinstance(config, dict):
+        raise UserError(f"deepspeed_config: {path}: not a JSON object")
+    return config, path
 
 
-def fill_config(config: dict[str, Any], source: str, recipe: Recipe, total_steps: int, dtype: torch.dtype) -> dict:
+def fill_config(
+    config: dict[str, Any], source: str, recipe: Recipe, total_steps: int | None, dtype: torch.dtype
+) -> dict[str, Any]:
     """A copy of the config with every `auto` filled from the recipe.
 
     A config without an optimizer or scheduler section gets the seed's (AdamW, WarmupDecayLR).
 
+    Args:
+        total_steps: None where it is not known yet, as in a dry run by epochs.
+
     Raises:
-        UserError: a fixed value contradicts the recipe (both are named), or an `auto` that nothing here can fill.
+        UserError: a fixed value contradicts the recipe (both are named), an `auto` that nothing here can fill, or a
+            ZeRO stage that sft.py cannot run.
     """
     config = copy.deepcopy(config)
-    config.setdefault("optimizer", {"type": "AdamW", "params": {}})
-    config.setdefault("scheduler", {"type": "WarmupDecayLR", "params": {}})
     micro_batch, accumulation = recipe.per_device_train_batch_size, recipe.gradient_accumulation_steps
     filled = {  # DeepSpeed's key: the recipe's key, the value
         "fp16.enabled": (f"enabled for {dtype}", dtype == torch.float16),
@@ -81,26 +90,27 @@ def fill_config(config: dict[str, Any], source: str, recipe: Recipe, total_steps
         "train_batch_size": ("conversations a step", micro_batch * accumulation * num_processes()),
     }
     for key, (ours, value) in filled.items():
-        section, name = _section(config, key)
-        if section is None:
-            continue
+        section, name = _section(config, source, key)
         present = section.get(name, "auto")
-        if present != "auto" and present != value:
+        if value is not None and present != "auto" and present != value:
             raise UserError(f'{source}: {key} = {present} contradicts the recipe: {ours} = {value}; write "auto" there')
         section[name] = value
+    stage = _section(config, source, "zero_optimization.stage")[0].get("stage", 0)
+    if stage not in (0, 1, 2):  # 3 leaves no process with whole weights to save
+        raise UserError(f"{source}: zero_optimization.stage = {stage}: stages 0, 1 and 2 are supported")
     left = [key for key in _autos(config) if not key.startswith("zero_optimization.")]  # those Accelerate fills
     if left:
         raise UserError(f"{source}: {', '.join(left)} = auto: no key of the recipe says this; give a value")
     return config
 
 
-def _section(config: dict[str, Any], key: str) -> tuple[dict[str, Any] | None, str]:
-    """The innermost dict that holds a dotted key, created for the parameters that the engine must be given."""
+def _section(config: dict[str, Any], source: str, key: str) -> tuple[dict[str, Any], str]:
+    """The innermost dict that holds a dotted key, created where it is missing, and the key's name in it."""
     *parents, name = key.split(".")
     for parent in parents:
-        if parent in ("fp16", "bf16") and parent not in config:
-            config[parent] = {}
-        config = config[parent]
+        config = config.setdefault(parent, {})
+        if not isinstance(config, dict):
+            raise UserError(f"{source}: {key.rpartition('.')[0]} = {json.dumps(config)}: not a JSON object")
     return config, name
 
 

@@ -1,9 +1,9 @@
 """--dry_run: check everything that can be checked without loading weights, and print the resolved recipe."""
 
-import re
-from pathlib import Path
+import os
 
-from transformers import AutoConfig
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 
 from utils.batches import conversations_per_step
 from utils.checkpoint import refuse_other_run
@@ -11,9 +11,9 @@ from utils.data_files import locate_data_file
 from utils.deepspeed import fill_config, find_config
 from utils.errors import UserError
 from utils.launch import num_processes, process_index, say, training_dtype
-from utils.model import load_config
+from utils.model import load_config, load_tokenizer
 from utils.recipe import Recipe
-from utils.sources import SOURCES
+from utils.sources import SOURCES, load_source
 
 
 def dry_run(recipe: Recipe) -> None:
@@ -25,26 +25,45 @@ def dry_run(recipe: Recipe) -> None:
     dtype = training_dtype(recipe)
     if process_index() == 0:
         refuse_other_run(recipe)
+        _refuse_unwritable(recipe)
     say(recipe.to_yaml())
     for name, options in recipe.datasets.chosen().items():
         hub = SOURCES[name].hub
         paths = locate_data_file(name, options.input_file_path, recipe.cache_dir, options.revision, hub)
-        found = ", ".join(map(str, paths)) if paths else f"not here, would be fetched from the hub ({hub.repo})"
-        say(f"{name}: {found}")
+        if not paths:
+            say(f"{name}: not here, would be fetched from the hub ({hub.repo})")
+            continue
+        data = load_source(name, options, paths, recipe.rng_seed)
+        say(
+            f"{name}: {', '.join(map(str, paths))}: {len(data.train):,} training and {len(data.validation):,} "
+            "validation conversations"
+        )
     say(f"{recipe.model_name}: {_describe_model(recipe)}")
     found = find_config(recipe)
     if found:
-        fill_config(*found, recipe, total_steps=recipe.max_steps or 1, dtype=dtype)
+        fill_config(*found, recipe, total_steps=recipe.max_steps, dtype=dtype)
         say(f"{found[1]}: agrees with the recipe")
     say(f"{conversations_per_step(recipe, num_processes())} conversations a step with {num_processes()} processes")
 
 
+def _refuse_unwritable(recipe: Recipe) -> None:
+    """What claim_output_dir would run into, found without writing."""
+    folder = recipe.output_dir
+    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not os.path.isdir(nearest) or not os.access(nearest, os.W_OK):
+        raise UserError(f"output_dir = {folder}: cannot write there: {nearest} is not a folder that can be written to")
+
+
 def _describe_model(recipe: Recipe) -> str:
-    try:
-        AutoConfig.from_pretrained(recipe.model_name, local_files_only=True)
-    except (OSError, ValueError):
-        if Path(recipe.model_name).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", recipe.model_name):
+    if not os.path.isdir(recipe.model_name):
+        try:
+            cached = try_to_load_from_cache(recipe.model_name, "config.json")
+        except HFValidationError:
             raise UserError(f"model_name = {recipe.model_name}: neither a model's folder nor a hub name") from None
-        return "not here, would be fetched from the hub"
-    config = load_config(recipe)
-    return f"{config.model_type}, {config.vocab_size:,} rows in its embedding"
+        if not isinstance(cached, str):
+            return "not here, would be fetched from the hub"
+    # A dry run may be made where the run itself is not: on a laptop, or the login node of a cluster.
+    config = load_config(recipe, must_fit=False)
+    if os.path.isdir(recipe.model_name):  # on the hub it could be what is not fetched yet
+        load_tokenizer(recipe)
+    return f"{config.model_type}, {config.get_text_config().vocab_size:,} rows in its embedding"

@@ -22,7 +22,8 @@ def one_line_errors(rank_zero_only: bool = False):
         rank = int(os.environ.get("RANK", 0))
         if rank == 0 or not rank_zero_only:
             where = f" (process {rank})" if rank else ""
-            print(f"error{where}: {error}", file=sys.stderr, flush=True)
+            message = " ".join(str(error).split())  # one line, whatever a file name or a value holds
+            print(f"error{where}: {message}", file=sys.stderr, flush=True)
         # Without a traceback and without waiting for the other processes, which may stand in a collective.
         sys.stdout.flush()
         raise SystemExit(2) from None

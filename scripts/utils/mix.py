@@ -10,7 +10,6 @@ import itertools
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,32 +86,30 @@ def prepare_mix(recipe: Recipe, tokenizer) -> Mix:
     """Tokenize what is not prepared yet, and open all of it.
 
     Raises:
-        UserError: a data file is missing or broken, or no training conversation is left.
+        UserError: a data file is missing or broken, or a data set has no training conversation left.
     """
     root = prepared_folder(recipe)
     tables: dict[str, list[pa.Table]] = {split: [] for split in SPLITS}
     for name, options in recipe.datasets.chosen().items():
         paths = find_data_file(name, options.input_file_path, recipe.cache_dir, options.revision, SOURCES[name].hub)
         folder = root / f"{name}-{_fingerprint(name, options, paths, recipe, tokenizer)}"
-        with FileLock(f"{folder}.lock"):
-            if not folder.exists():
-                _prepare(folder, name, options, paths, recipe, tokenizer)
+        if not folder.exists():
+            with FileLock(f"{folder}.lock"):
+                if not folder.exists():
+                    _prepare(folder, name, options, paths, recipe, tokenizer)
         for split in SPLITS:
             with pa.memory_map(str(folder / f"{split}.arrow")) as file:
                 tables[split].append(pa.ipc.open_stream(file).read_all())
-    mix = Mix(list(recipe.datasets.chosen()), _split(tables["train"]), _split(tables["validation"]))
-    if not len(mix.train):
-        raise UserError("datasets: no training conversation is left after the rules of the sources")
-    return mix
+    return Mix(list(recipe.datasets.chosen()), _split(tables["train"]), _split(tables["validation"]))
 
 
 def prepared_folder(recipe: Recipe) -> Path:
-    """Where prepared data are kept: cache_dir/prepared, or .cache/prepared when cache_dir is read-only."""
-    # The mode bits, not os.access: root may write anywhere, also where somebody asked for the opposite.
-    writable = not recipe.cache_dir.exists() or (
-        recipe.cache_dir.stat().st_mode & 0o222 and os.access(recipe.cache_dir, os.W_OK)
-    )
-    folder = (recipe.cache_dir if writable else Path(".cache")) / "prepared"
+    """Where prepared data are kept: cache_dir/prepared, or .cache/prepared when that is read-only."""
+    folder = recipe.cache_dir / "prepared"
+    there = folder if folder.exists() else recipe.cache_dir
+    # The mode bits as well: root may write anywhere, also where somebody asked for the opposite.
+    if there.exists() and not (there.stat().st_mode & 0o222 and os.access(there, os.W_OK)):
+        folder = Path(".cache") / "prepared"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -123,10 +120,11 @@ def prepared_folder(recipe: Recipe) -> Path:
 def _fingerprint(name: str, options: DatasetOptions, paths: list[Path], recipe: Recipe, tokenizer) -> str:
     """A hash of all that the prepared data depend on: files, tokenizer, rules and the code that applies them."""
     digest = hashlib.blake2b(digest_size=10)
-    for path in [*paths, *(Path(module.__file__) for module in (data_files, dialogue, sources))]:
+    code = [__file__, data_files.__file__, dialogue.__file__, sources.__file__, sources.FILTER_PHRASES_FILE]
+    for path in [*paths, *code]:
         with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "blake2b").digest())
-    digest.update(sources.FILTER_PHRASES_FILE.read_bytes())
+            while block := file.read(2**20):
+                digest.update(block)
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     keys = ("label_masking", "use_system_tag", "system_property_dropout", "system_add_length", "rng_seed")
     rules = {
@@ -140,9 +138,11 @@ def _fingerprint(name: str, options: DatasetOptions, paths: list[Path], recipe: 
 
 
 def _prepare(folder: Path, name: str, options: DatasetOptions, paths: list[Path], recipe: Recipe, tokenizer) -> None:
-    """Read, split and tokenize one data set into `folder`, which appears only when it is whole."""
+    """Read, split and tokenize one data set into `folder`, which appears only when it is whole; under its lock."""
     data = load_source(name, options, paths, recipe.rng_seed)
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    work = folder.with_name(f".{folder.name}")
+    shutil.rmtree(work, ignore_errors=True)  # left by a run that was killed, since the lock is ours
+    work.mkdir()
     try:
         for split in SPLITS:
             with pa.ipc.new_stream(work / f"{split}.arrow", SCHEMA) as writer:
@@ -174,10 +174,7 @@ def _encode(conversations: list[Conversation], recipe: Recipe, tokenizer) -> Ite
 def _record_batch(examples: list[tuple[Conversation, tuple[np.ndarray, np.ndarray]]]) -> pa.RecordBatch:
     """Rows of SCHEMA from conversations and what they were encoded to."""
     columns = {
-        "messages": [
-            [{"role": message.role, "content": message.content} for message in conversation.messages]
-            for conversation, _ in examples
-        ],
+        "messages": [conversation.as_dicts() for conversation, _ in examples],
         "input_ids": [ids for _, (ids, _) in examples],
         "scored": [scored for _, (_, scored) in examples],
         "length": [len(ids) for _, (ids, _) in examples],

@@ -1,11 +1,12 @@
 """The model and its tokenizer: loaded or built, made ready for the chat tokens."""
 
-import json
+import os
 from pathlib import Path
 
 import psutil
 import torch
 from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
@@ -27,17 +28,24 @@ def load_tokenizer(recipe: Recipe):
     tokenizer = _from_hub(AutoTokenizer, recipe)
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"model_name = {recipe.model_name}: its tokenizer has no tokenizer.json (a fast tokenizer)")
+    if set(tokenizer.encode("a b c", add_special_tokens=False)) <= {tokenizer.unk_token_id}:
+        # Where there are no files, transformers makes an empty tokenizer of the model's kind and says nothing.
+        raise UserError(f"model_name = {recipe.model_name}: no tokenizer: {_where(recipe)}")
     return prepare_tokenizer(tokenizer)
 
 
-def load_config(recipe: Recipe) -> PretrainedConfig:
-    """The model's config, with the recipe's GELU.
+def load_config(recipe: Recipe, must_fit: bool = True) -> PretrainedConfig:
+    """The model's config, with the recipe's GELU. All that can be known without loading weights is checked here.
+
+    Args:
+        must_fit: False to let a model pass that is too large to be trained on this machine.
 
     Raises:
-        UserError: it cannot be found, is no causal LM's, or max_length is over what its positions allow.
+        UserError: it cannot be found, is no causal LM's, max_length is over what its positions allow, its weights are
+            cut off, or training it cannot fit into this machine's memory.
     """
     config = _from_hub(AutoConfig, recipe)
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions and recipe.max_length > positions:
         raise UserError(f"max_length = {recipe.max_length}: {recipe.model_name} has {positions} positions")
     for name in LOGIT_TRANSFORMS:
@@ -46,6 +54,14 @@ def load_config(recipe: Recipe) -> PretrainedConfig:
     if recipe.fuse_gelu and getattr(config, "hidden_act", None) == "gelu":
         # Saved with the checkpoint, so that it is used as it was trained.
         config.hidden_act = "gelu_pytorch_tanh"
+    _check_weight_files(recipe)
+    parameters = _count_parameters(recipe, config)
+    need, memory = 16 * parameters / 2**30, psutil.virtual_memory().total / 2**30
+    if must_fit and not has_gpu() and need > memory:  # said before 30 GB are downloaded
+        raise UserError(
+            f"model_name = {recipe.model_name}: no GPU here, and training {parameters / 1e9:.1f} billion parameters "
+            f"takes {need:.0f} GiB (16 bytes each) of the {memory:.0f} GiB of memory"
+        )
     return config
 
 
@@ -57,15 +73,20 @@ def load_model(recipe: Recipe, config: PretrainedConfig, tokenizer, dtype: torch
             which keeps fp32 masters of its own.
 
     Raises:
-        UserError: the weights cannot be found, or cannot fit into this machine's memory.
+        UserError: the weights cannot be found, are damaged, or not those that the config calls for.
     """
-    _refuse_what_cannot_fit(recipe, config)
     kwargs = {"attn_implementation": _attention(recipe, dtype), "trust_remote_code": recipe.trust_remote_code}
     if recipe.from_scratch:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, **kwargs)
     else:
         # safetensors where there are any; a .bin is loaded by torch with weights_only, which transformers insists on.
-        model = _from_hub(AutoModelForCausalLM, recipe, config=config, dtype=dtype, **kwargs)
+        kwargs |= {"config": config, "dtype": dtype, "output_loading_info": True}
+        model, info = _from_hub(AutoModelForCausalLM, recipe, **kwargs)
+        if missing := sorted(info["missing_keys"]):  # transformers would train on with random numbers in their place
+            names = ", ".join(missing[:3]) + f" and {len(missing) - 3} more" * (len(missing) > 3)
+            raise UserError(
+                f"model_name = {recipe.model_name}: its weights lack {names}, which its config.json calls for"
+            )
     # As the original: StableLM's 50,432 rows become 50,288 for 50,282 tokens.
     model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=16)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
@@ -75,20 +96,50 @@ def load_model(recipe: Recipe, config: PretrainedConfig, tokenizer, dtype: torch
     return model
 
 
+def _check_weight_files(recipe: Recipe) -> None:
+    """Read the headers of a folder's safetensors, which say how long each file has to be."""
+    for path in [] if recipe.from_scratch else sorted(Path(recipe.model_name).glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"model_name = {recipe.model_name}: {path}: cut off or damaged: {error}") from error
+
+
+def _count_parameters(recipe: Recipe, config: PretrainedConfig) -> int:
+    """Build the model without memory for its weights: a config that does not work is found at once."""
+    try:
+        with init_empty_weights():
+            trust = recipe.trust_remote_code
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust, attn_implementation="sdpa")
+    except Exception as error:  # ZeroDivisionError for no heads, KeyError for an unknown activation, and so on
+        raise UserError(
+            f"model_name = {recipe.model_name}: no causal language model can be made of its config: {_reason(error)}"
+        ) from error
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def _from_hub(auto_class, recipe: Recipe, **kwargs):
     try:
         kwargs.setdefault("trust_remote_code", recipe.trust_remote_code)
         return auto_class.from_pretrained(recipe.model_name, **kwargs)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+    except Exception as error:  # what transformers makes of a bad file ranges from OSError to AttributeError
         what = {AutoTokenizer: "tokenizer", AutoConfig: "config"}.get(auto_class, "weights")
-        here = Path(recipe.model_name)
-        if here.is_dir():
-            found = ", ".join(sorted(path.name for path in here.iterdir())[:8]) or "nothing"
-            where = f"the folder holds {found}"
-        else:
-            where = f"no such folder under {Path.cwd()}, and the hub did not give it"
-        reason = " ".join(str(error).split())
-        raise UserError(f"model_name = {recipe.model_name}: no {what}: {where}: {reason[:300]}") from error
+        raise UserError(
+            f"model_name = {recipe.model_name}: no usable {what}: {_where(recipe)}: {_reason(error)}"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return reason[:300] + "..." * (len(reason) > 300)
+
+
+def _where(recipe: Recipe) -> str:
+    """What there is under model_name, for a message."""
+    if os.path.isdir(recipe.model_name):
+        return f"the folder holds {', '.join(sorted(os.listdir(recipe.model_name))[:8]) or 'nothing'}"
+    return f"no such folder under {Path.cwd()}, and the hub did not give it"
 
 
 def _attention(recipe: Recipe, dtype: torch.dtype) -> str:
@@ -100,18 +151,3 @@ def _attention(recipe: Recipe, dtype: torch.dtype) -> str:
     reason = "there is no GPU" if not has_gpu() else "fp32" if dtype == torch.float32 else "flash-attn is not installed"
     say(f"attention: PyTorch's SDPA ({reason})")
     return "sdpa"
-
-
-def _refuse_what_cannot_fit(recipe: Recipe, config: PretrainedConfig) -> None:
-    """Without a GPU, training needs 16 bytes a parameter of this machine's memory: say so before downloading 30 GB."""
-    if has_gpu():
-        return
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.trust_remote_code)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    need, memory = 16 * parameters / 2**30, psutil.virtual_memory().total / 2**30
-    if need > memory:
-        raise UserError(
-            f"model_name = {recipe.model_name}: no GPU here, and training {parameters / 1e9:.1f} billion parameters "
-            f"takes {need:.0f} GiB (16 bytes each) of the {memory:.0f} GiB of memory"
-        )

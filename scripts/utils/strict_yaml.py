@@ -1,48 +1,78 @@
-"""YAML as a recipe needs it: safe, no surprises in scalars, no key given twice, and the line of every key."""
+"""YAML as a recipe needs it: safe, scalars as they are written, no key given twice, and the line of every key."""
 
-import re
+from typing import Any
 
 import yaml
 
+from utils.errors import UserError
+
+_TAG = "tag:yaml.org,2002:"
+
 
 class StrictLoader(yaml.SafeLoader):
-    """Safe YAML with the scalars of YAML 1.2, and a key given twice refused.
+    """Safe YAML that leaves every scalar but null a text; the recipe's schema knows which of them are numbers.
 
-    PyYAML follows YAML 1.1, where `save_strategy: no` and `lang: no` (Norwegian) mean false, and 1e-5 is a text.
+    PyYAML follows YAML 1.1, where `save_strategy: no` and `lang: no` (Norwegian) mean false, 1e-5 is a text, 010 is
+    eight, 1:30 is ninety, and the folder 0012 or the commit 12e4567 would be read as numbers.
     """
 
     def construct_mapping(self, node, deep=False):
         seen: dict[str, int] = {}
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key.start_mark)
             if key.value in seen:
                 message = f"the key {key.value} was given before, on line {seen[key.value]}"
                 raise yaml.constructor.ConstructorError(None, None, message, key.start_mark)
             seen[key.value] = key.start_mark.line + 1
+            if key.tag == f"{_TAG}null":
+                key.tag = f"{_TAG}str"
         return super().construct_mapping(node, deep)
 
 
-_TAG = "tag:yaml.org,2002:"
 StrictLoader.yaml_implicit_resolvers = {
-    first: [
-        (tag, pattern) for tag, pattern in resolvers if tag.removeprefix(_TAG) not in ("bool", "float", "timestamp")
-    ]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag in (f"{_TAG}null", f"{_TAG}merge")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-StrictLoader.add_implicit_resolver(f"{_TAG}bool", re.compile(r"(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
-StrictLoader.add_implicit_resolver(f"{_TAG}float", _NUMBER, list("-+.0123456789"))
+StrictLoader.yaml_constructors = {
+    tag: constructor
+    for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
+    if tag is None or tag.removeprefix(_TAG) in ("null", "str", "seq", "map")  # None: what refuses all others
+}
 
 
-def key_lines(node: yaml.Node | None, key: tuple[str, ...] = ()) -> dict[tuple[str, ...], int]:
-    """The line on which each key stands; list items share the key of their list."""
+def parse_yaml(text: str, source: str) -> tuple[Any, dict[tuple[str, ...], int]]:
+    """The values of a YAML text, and the line on which each key stands; list items share the key of their list.
+
+    Raises:
+        UserError: it does not parse; with `source`, the line and the column.
+    """
+    try:
+        loader = StrictLoader(text)
+        node = loader.get_single_node()
+        lines = _key_lines(node)
+        return (loader.construct_document(node) if node else None), lines
+    except RecursionError:
+        raise UserError(f"{source}: YAML does not parse: nested too deeply") from None
+    except yaml.reader.ReaderError as error:
+        before = text[: error.position]
+        line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
+        problem = f"the character {error.character:#04x} is not allowed"
+    except yaml.MarkedYAMLError as error:
+        line, column = error.problem_mark.line + 1, error.problem_mark.column + 1
+        problem = error.problem.removeprefix("but ")
+    raise UserError(f"{source} line {line}, column {column}: YAML does not parse: {problem}")
+
+
+def _key_lines(node: yaml.Node | None, key: tuple[str, ...] = ()) -> dict[tuple[str, ...], int]:
     lines: dict[tuple[str, ...], int] = {}
     if isinstance(node, yaml.MappingNode):
         for name, value in node.value:
             lines[(*key, str(name.value))] = name.start_mark.line + 1
-            lines |= key_lines(value, (*key, str(name.value)))
+            lines |= _key_lines(value, (*key, str(name.value)))
     elif isinstance(node, yaml.SequenceNode):
         for item in node.value:
             if isinstance(item, yaml.ScalarNode):
                 lines[(*key, str(item.value))] = item.start_mark.line + 1
-            lines |= key_lines(item, key)
+            lines |= _key_lines(item, key)
     return lines

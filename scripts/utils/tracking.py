@@ -1,6 +1,8 @@
 """What a run leaves behind while it trains: metrics.jsonl, training.png, the progress bar, Weights & Biases."""
 
+import functools
 import json
+import math
 import os
 import time
 from collections import defaultdict
@@ -34,8 +36,10 @@ class RunLog:
         """Append one line; floats are kept in full, so that a line can be compared with a repeat of the run."""
         if not self.main_process:
             return
+        # JSON knows no infinity, which the gradient norm is where fp16 overflows.
+        line = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
+            file.write(json.dumps(line, allow_nan=False) + "\n")
         if self.wandb:
             # The step as a metric of its own: wandb drops rows whose `step=` lies behind what it has seen.
             self.wandb.log(metrics)
@@ -80,8 +84,9 @@ class TrainingStats:
         self._reset()
 
     def _reset(self) -> None:
-        self.by_dataset = torch.zeros(2, len(self.names), device=self.device)  # sum of losses, scored tokens
-        self.loss = torch.zeros((), device=self.device)
+        # Sum of losses, scored tokens. In fp64: a count by ones stands still at 16.8 million in fp32.
+        self.by_dataset = torch.zeros(2, len(self.names), device=self.device, dtype=torch.double)
+        self.loss = torch.zeros((), device=self.device, dtype=torch.double)
         self.new_tokens = self.steps = 0
         self.seconds = 0.0
 
@@ -95,15 +100,16 @@ class TrainingStats:
 
     def add(self, batch: dict[str, torch.Tensor], losses: torch.Tensor, loss: torch.Tensor) -> None:
         """Add a micro-batch: the loss of each of its scored tokens, and its share of the step's loss."""
-        self.by_dataset[0].index_add_(0, batch["dataset"], losses.detach())
+        losses = losses.detach().double()
+        self.by_dataset[0].index_add_(0, batch["dataset"], losses)
         self.by_dataset[1].index_add_(0, batch["dataset"], torch.ones_like(losses))
         self.loss += loss.detach()
         self.new_tokens += int(batch["lengths"].sum())
 
     def close(self, accelerator: Accelerator) -> dict[str, float]:
         """The line's metrics, over all processes: mean loss of the steps, each data set's own loss and its share."""
-        sums = torch.cat([self.by_dataset.flatten(), self.loss[None]]).double()
-        sums = torch.cat([sums, torch.tensor([self.new_tokens], device=self.device, dtype=torch.double)])
+        new_tokens = torch.tensor([self.new_tokens], device=self.device, dtype=torch.double)
+        sums = torch.cat([self.by_dataset.flatten(), self.loss[None], new_tokens])
         *by_dataset, loss, new_tokens = accelerator.reduce(sums).tolist()
         self.tokens += int(new_tokens)
         metrics = {"loss": loss / self.steps}
@@ -121,21 +127,29 @@ def _start_wandb(recipe: Recipe):
 
     folder = recipe.output_dir / recipe.log_dir
     folder.mkdir(parents=True, exist_ok=True)
-    offline = "WANDB_MODE" not in os.environ and not wandb.api.api_key
-    run = wandb.init(
+    start = functools.partial(
+        wandb.init,
         project=recipe.wandb_project,
-        name=recipe.output_dir.name,
+        name=recipe.output_dir.resolve().name,
         dir=folder,
         config=recipe.model_dump(mode="json"),
-        mode="offline" if offline else None,
         settings=wandb.Settings(silent=True),
     )
+    reason = ""
+    try:
+        # WANDB_MODE wins; verify=False looks for a key without asking the server about it.
+        if "WANDB_MODE" not in os.environ and not wandb.login(prompt=False, verify=False):
+            raise wandb.UsageError("nobody is logged in")
+        run = start()
+    except wandb.Error as error:  # that, a node without the internet, or a key that the server refuses
+        reason = f"{str(error).splitlines()[0]}, "
+        run = start(mode="offline")
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
-    if offline:
-        say(f"wandb: nobody is logged in, logging offline to {run.dir} (wandb sync uploads it)")
-    else:
-        say(f"wandb: {run.url or run.settings.mode}")
+    if run.offline:
+        say(f"wandb: {reason}logging offline to {Path(run.dir).parent} (wandb sync uploads it)")
+    elif not run.disabled:
+        say(f"wandb: {run.url}")
     return run
 
 

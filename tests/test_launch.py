@@ -1,0 +1,77 @@
+"""Every shipped recipe through every shipped accelerate config that a CPU can run: a dry run, then two real steps."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.yaml"))
+DEMO_DATA = {
+    "oasst_export": "oasst_trees.jsonl",
+    "vicuna": "sharegpt.json",
+    "dolly15k": "dolly.jsonl",
+    "grade_school_math_instructions": "grade_school_math.jsonl",
+    "code_alpaca": "code_alpaca.json",
+}
+SHARED = ROOT.parent / "shared"
+REAL_DATA = {
+    "oasst_export": "oasst_trees.jsonl.gz",
+    "vicuna": "sharegpt_vicuna.json.gz",
+    "dolly15k": "dolly15k.jsonl",
+    "grade_school_math_instructions": "grade_school_math_instructions.jsonl.gz",
+    "code_alpaca": "code_alpaca.json",
+}
+
+
+def inputs(files: dict[str, str], folder: Path) -> list[str]:
+    """Options that give each data set its local file, and few validation conversations."""
+    options = []
+    for name, file in files.items():
+        options += [f"--datasets.{name}.input_file_path", str(folder / file), f"--datasets.{name}.max_val_set", "6"]
+    return options
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_dry_run(run_sft, recipe, tmp_path):
+    run = run_sft(f"recipes/{recipe}", "--dry_run")
+    assert "conversations a step" in run.stdout
+    assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize("launch", ["cpu", "single_gpu", "ddp2", "zero2x2"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_two_steps(run_sft, tiny_model, tmp_path, recipe, launch):
+    own = [] if recipe == "demo.yaml" else inputs(DEMO_DATA, ROOT / "recipes" / "demo_data")
+    own += [] if recipe == "demo.yaml" else ["--model_name", tiny_model, "--max_length", 128]
+    small = ["--max_steps", 2, "--logging_steps", 1, "--gradient_accumulation_steps", 2, "--log_wandb", "false"]
+    run = run_sft(f"recipes/{recipe}", *own, *small, "--cache_dir", tmp_path / "cache", launch=launch)
+    processes = 2 if launch.endswith("2") else 1
+    assert f"\n{processes} process(es) x" in run.stdout
+    assert ("DEEPSPEED on cpu" in run.stdout) == (launch == "zero2x2" or recipe == "stablelm7b_oasst.yaml")
+    assert len(run.curve("loss")) == 2
+    assert {f"eval_{name}_loss" for name in DEMO_DATA} <= run.metrics()[-1].keys()
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the real data are not here")
+@pytest.mark.parametrize("launch", ["zero2x2", "bare"])
+def test_the_main_job_on_real_data(run_sft, tmp_path, launch):
+    """The seed's recipe as it stands, on a tiny StableLM with its real tokenizer: ZeRO-2 and all five sources."""
+    make = [sys.executable, str(SHARED / "tools" / "make_tiny_stablelm.py"), str(tmp_path / "tiny")]
+    subprocess.run(make, check=True, capture_output=True)
+    # At the seed's 1e-5 a random model would hardly move in so few steps.
+    short = ["--max_steps", 8, "--learning_rate", 1e-3, "--warmup_steps", 2, "--max_length", 256, "--logging_steps", 1]
+    run = run_sft(
+        "recipes/stablelm7b_oasst.yaml",
+        *["--model_name", tmp_path / "tiny", "--cache_dir", SHARED / "data", "--log_wandb", "false", *short],
+        *inputs(REAL_DATA, Path()),
+        launch=launch,
+    )
+    assert "DEEPSPEED on cpu" in run.stdout
+    losses = run.curve("loss")
+    assert len(losses) == 8
+    assert losses[-1] < losses[0] - 0.3
+    assert {f"eval_{name}_loss" for name in REAL_DATA} <= run.metrics()[-1].keys()
+    assert json.loads((run.output_dir / "config.json").read_text())["vocab_size"] == 50288

@@ -1,0 +1,190 @@
+"""sft.py against an independent loop: plain PyTorch, one conversation at a time, full logits, no Accelerate.
+
+Adam hides a wrongly scaled gradient from the loss, so gradient norms and final weights are compared too.
+"""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+MAX_LENGTH = 64
+LEARNING_RATE, WARMUP, MAX_NORM = 1e-2, 4, 1.0
+# A key's bias has no gradient where it is not rotated (softmax cancels it), only rounding noise of about 1e-9, which
+# Adam would blow up to full steps with the usual epsilon.
+EPSILON = 1e-5
+
+DOLLY = [
+    ("What colour is a potato?", "A potato is brown."),
+    ("Where do I find a goldfish, and what would it do there all day long?", "In a pond. It swims."),
+    ("Name three towns.", "Rome, Paris, Oslo, and if you ask for a fourth one, London too."),
+    # Over max_length before the reply begins: no token of it is scored, alone in a micro-batch or on a process.
+    ("Say nothing. " * 60, "Nothing."),
+]
+ALPACA = [
+    ("reverse the items", "", "items[::-1]"),
+    ("add up", "1, 2, 3", "sum([1, 2, 3])\nprint(6)"),
+    ("print hello in Python, in one line", "", "print('hello')"),
+    ("take the last of names", "names = [1, 2]", "names[-1]"),
+]
+
+
+@pytest.fixture
+def recipe(tmp_path, tiny_model):
+    """Eight training conversations of two sources, none held out."""
+    dolly, alpaca = tmp_path / "dolly.jsonl", tmp_path / "alpaca.json"
+    rows = [{"instruction": question, "context": "", "response": answer} for question, answer in DOLLY]
+    dolly.write_text("\n".join(map(json.dumps, rows)))
+    alpaca.write_text(json.dumps([dict(zip(("instruction", "input", "output"), row, strict=True)) for row in ALPACA]))
+    path = tmp_path / "recipe.yaml"
+    values = {
+        "model_name": str(tiny_model),
+        "datasets": [
+            {"dolly15k": {"input_file_path": str(dolly), "val_split": 0}},
+            {"code_alpaca": {"input_file_path": str(alpaca), "val_split": 0}},
+        ],
+        "cache_dir": str(tmp_path / "cache"),
+        "output_dir": str(tmp_path / "unused"),
+        "dtype": "fp32",
+        "max_length": MAX_LENGTH,
+        "random_offset_probability": 0,
+        "learning_rate": LEARNING_RATE,
+        "warmup_steps": WARMUP,
+        "max_grad_norm": MAX_NORM,
+        "adam_epsilon": EPSILON,
+        "weight_decay": 0.1,
+        "gradient_checkpointing": True,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "log_wandb": False,
+    }
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return path
+
+
+def conversations(tokenizer) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(ids, targets) of the eight, by joining strings: the scaffold's tokens are parsed out of the text."""
+    pairs = DOLLY + [(f"{task}\n{given}" if given else task, reply) for task, given, reply in ALPACA]
+    examples = []
+    for question, answer in pairs:
+        prompt = tokenizer(f"<|prompter|>{question}<|endoftext|><|assistant|>")["input_ids"]
+        reply = tokenizer(f"{answer}<|endoftext|>")["input_ids"]
+        ids = (prompt + reply)[:MAX_LENGTH]
+        targets = ([-100] * len(prompt) + reply)[:MAX_LENGTH]
+        examples.append((torch.tensor(ids), torch.tensor(targets)))
+    return examples
+
+
+def independent_run(tiny_model, steps: list[list[int]], loss_normalization: str):
+    """Train on the given conversations of each step; returns losses, gradient norms, rates and the model."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    for layer in model.gpt_neox.layers:
+        layer.mlp.act = torch.nn.GELU(approximate="tanh")  # fuse_gelu
+    examples = conversations(AutoTokenizer.from_pretrained(tiny_model))
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
+        betas=(0.9, 0.95),
+        eps=EPSILON,
+        weight_decay=0.1,
+    )
+    losses, norms, rates = [], [], []
+    for step, chosen in enumerate(steps):
+        last = step - 1
+        if last < 0:
+            rate = 0.0
+        elif last < WARMUP:
+            rate = LEARNING_RATE * math.log(last + 1) / math.log(WARMUP)
+        else:
+            rate = LEARNING_RATE * (len(steps) - last) / (len(steps) - WARMUP)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        sums, counts = [], []
+        for index in chosen:
+            ids, targets = examples[index]
+            logits = model(ids[None]).logits[0, :-1]
+            sums.append(F.cross_entropy(logits, targets[1:], reduction="sum"))
+            counts.append(int((targets[1:] != -100).sum()))
+        if loss_normalization == "tokens":
+            loss = sum(sums) / max(1, sum(counts))
+        else:  # one conversation is one micro-batch; one without a target does not count
+            loss = sum(total / count for total, count in zip(sums, counts, strict=True) if count) / sum(
+                map(bool, counts)
+            )
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)))
+        optimizer.step()
+        losses.append(loss.item())
+        rates.append(rate)
+    return losses, norms, rates, model
+
+
+def assert_equal_runs(run, expected) -> None:
+    losses, norms, rates, model = expected
+    assert run.curve("loss") == pytest.approx(losses, rel=1e-4)
+    assert run.curve("grad_norm") == pytest.approx(norms, rel=1e-4)
+    assert run.curve("learning_rate") == pytest.approx(rates, rel=1e-6, abs=1e-12)
+    trained = AutoModelForCausalLM.from_pretrained(run.output_dir, dtype=torch.float32)
+    for (name, ours), theirs in zip(trained.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
+# normalization, launch, conversations a micro-batch, micro-batches a step: eight conversations a step in all.
+CUTS = [
+    ("tokens", "python", 4, 2),
+    ("tokens", "ddp2", 2, 2),
+    ("tokens", "zero2x2", 2, 2),
+    ("micro_batch", "python", 1, 8),
+    ("micro_batch", "zero2x2", 1, 4),
+]
+
+
+@pytest.mark.parametrize(("normalization", "launch", "micro_batch", "accumulation"), CUTS)
+def test_twelve_steps_equal_an_independent_loop(
+    run_sft, recipe, tiny_model, normalization, launch, micro_batch, accumulation
+):
+    options = {"per_device_train_batch_size": micro_batch, "gradient_accumulation_steps": accumulation}
+    options |= {"loss_normalization": normalization, "num_train_epochs": 12}
+    run = run_sft(recipe, *[text for key, value in options.items() for text in (f"--{key}", value)], launch=launch)
+    assert_equal_runs(run, independent_run(tiny_model, [list(range(8))] * 12, normalization))
+
+
+@pytest.mark.parametrize(
+    ("launch", "micro_batch", "accumulation"), [("python", 1, 6), ("zero2x2", 1, 3), ("ddp2", 3, 1)]
+)
+def test_the_last_window_of_an_epoch_makes_a_correct_step(
+    run_sft, recipe, tiny_model, launch, micro_batch, accumulation
+):
+    """Seven conversations in steps of six: the second step of each epoch holds one, and one process has nothing."""
+    from utils.batches import training_rows
+    from utils.mix import prepare_mix
+    from utils.model import load_tokenizer
+    from utils.recipe import load_recipe
+
+    options = {"per_device_train_batch_size": micro_batch, "gradient_accumulation_steps": accumulation}
+    options |= {"num_train_epochs": 3, "datasets.code_alpaca.size": 3}
+    overrides = {key: str(value) for key, value in options.items()}
+    run = run_sft(recipe, *[text for key, value in overrides.items() for text in (f"--{key}", value)], launch=launch)
+
+    loaded = load_recipe(recipe, overrides)
+    mix = prepare_mix(loaded, load_tokenizer(loaded))
+    epochs = [training_rows(mix, loaded, epoch).tolist() for epoch in range(3)]
+    steps = [part for rows in epochs for part in (rows[:6], rows[6:])]
+    assert [len(part) for part in steps] == [6, 1] * 3
+    assert_equal_runs(run, independent_run(tiny_model, steps, "tokens"))
+
+
+def test_each_data_set_has_its_own_loss(run_sft, recipe):
+    run = run_sft(
+        recipe, "--num_train_epochs", 2, "--per_device_train_batch_size", 8, "--gradient_accumulation_steps", 1
+    )
+    for line in run.metrics():
+        parts = [(line[f"loss_{name}"], line[f"share_{name}"]) for name in ("dolly15k", "code_alpaca")]
+        assert sum(share for _, share in parts) == pytest.approx(1)
+        assert sum(loss * share for loss, share in parts) == pytest.approx(line["loss"], rel=1e-5)

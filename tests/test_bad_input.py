@@ -58,10 +58,11 @@ def refused(tmp_path, output_dir, monkeypatch, capfd):
         (line,) = re.findall(r"^error.*$", stderr, flags=re.MULTILINE)
         for part in parts:
             assert part in line
-        # What was there is there as it was. New are at most the resolved recipe and locks of data not prepared.
+        # What was there is there as it was. New, or of the last refused run, is at most the resolved recipe.
+        before.pop("output/recipe.yaml", None)
         after = snapshot(tmp_path)
         assert {name: after.get(name) for name in before} == before
-        new = {name for name in after.keys() - before.keys() if not name.endswith(".lock")}
+        new = {name for name in after.keys() - before.keys() if not name.startswith("cache/prepared/")}
         assert new <= {"output/recipe.yaml"}
         return line
 
@@ -123,6 +124,7 @@ def test_cut_off_data_file(tmp_path, refused, kind, dry):
     path.write_bytes(content[: len(content) // 2])
     line = refused(*only(name, path), *(["--dry_run"] if dry else []), parts=(str(path), what))
     assert re.search(r"(record|line) \d+", line)
+    assert not list(tmp_path.rglob("*.arrow"))
 
 
 @pytest.mark.parametrize(
@@ -157,6 +159,18 @@ def test_a_mended_data_file_is_read_again(tmp_path, refused, capfd):
     path.write_text(good)
     # It comes as far as the next thing that is wrong.
     refused(*only("dolly15k", path), "--deepspeed_config", tmp_path / "none.json", parts=("deepspeed_config",))
+
+
+def test_no_conversation_left(refused):
+    refused(
+        *only("oasst_export", DATA / "oasst_trees.jsonl", lang="xx"),
+        parts=("oasst_export", "no conversation left", "language"),
+    )
+
+
+def test_cache_that_is_a_file(output_dir, refused):
+    cache = output_dir / "notes.txt"
+    refused("--cache_dir", cache, parts=(f"cache_dir = {cache}", "Not a directory"))
 
 
 # ---- The output folder ----

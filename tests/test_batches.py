@@ -281,6 +281,14 @@ def test_both_ends_of_a_conversation_can_be_in_a_window():
     assert {int(cut(split, row, recipe, 0)[0][0]) % STRIDE for row in range(300)} == {0, 1, 2}
 
 
+def test_a_random_window_holds_one_of_few_targets():
+    """And not as its first token, which nothing predicts."""
+    split = make_split([[40] * 300], scored_share=0.03)
+    recipe = make_recipe(max_length=3, random_offset_probability=1)
+    for row in np.flatnonzero(split.targets):
+        assert cut(split, row, recipe, 0)[1].any()
+
+
 # ---- validation ----
 
 

@@ -1,7 +1,5 @@
 """The learning rate curve against DeepSpeed's own, and the optimizer's parameter groups."""
 
-import os
-
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -20,7 +18,6 @@ def make_recipe(**keys) -> Recipe:
 
 def deepspeed_curve(warmup: int, total: int, steps: int) -> list[float]:
     """The rates at which the engine's steps run: it steps its schedule after the optimizer."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from deepspeed.runtime.lr_schedules import WarmupDecayLR
 
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)

@@ -366,7 +366,7 @@ def test_help_is_complete_and_quick():
 
 # Texts that YAML 1.1 or 1.2 could take for something else, and any other text.
 texts = st.sampled_from(
-    ["null", "~", "no", "1e5", "0012", "0x1F", "12:30", "2024-01-31", "<<", "=", "", " a ", "a\nb", "- a"]
+    ["null", "~", "no", "1e5", "0012", "0x1F", "12:30", "2024-01-31", "<<", "=", "", " a ", "a\nb", "- a", "\x85"]
 )
 texts |= st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"))
 paths = texts.filter(lambda text: text not in ("", "base-model"))

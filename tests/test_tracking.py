@@ -132,11 +132,13 @@ def test_other_processes_write_nothing(tmp_path, capsys):
 
 
 def test_an_evaluation_is_shown_data_set_by_data_set(log, capsys):
-    log.show_evaluation(1200, {"eval_vicuna_loss": 1.25, "eval_vicuna_accuracy": 0.5, "eval_loss": 2, "eval_accuracy": 1})
-    assert [line.split() for line in capsys.readouterr().out.strip().splitlines()] == [
-        "validation after step 1,200".split(),
-        "vicuna loss 1.2500 token accuracy 50.00%".split(),
-        "all loss 2.0000 token accuracy 100.00%".split(),
+    log.show_evaluation(
+        1200, {"eval_vicuna_loss": 1.25, "eval_vicuna_accuracy": 0.5, "eval_loss": 2, "eval_accuracy": 1}
+    )
+    assert [" ".join(line.split()) for line in capsys.readouterr().out.strip().splitlines()] == [
+        "validation after step 1,200",
+        "vicuna loss 1.2500 token accuracy 50.00%",
+        "all loss 2.0000 token accuracy 100.00%",
     ]
 
 
@@ -185,11 +187,20 @@ def nobody(tmp_path, monkeypatch):
         ({}, "nobody is logged in, "),
         ({"WANDB_MODE": "offline"}, ""),
         ({"WANDB_API_KEY": "short"}, "WANDB_API_KEY invalid"),
-        ({"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_INIT_TIMEOUT": "1"}, "imed out"),
+        ({"WANDB_API_KEY": "0" * 40}, "Timed out, "),
     ],
     ids=["nobody", "asked", "bad key", "no network"],
 )
 def test_wandb_logs_offline_and_says_where(tmp_path, capsys, monkeypatch, environment, reason):
+    import wandb
+
+    def no_network(mode=None, **kwargs):
+        if mode is None and "WANDB_API_KEY" in environment:  # wandb itself tries for a minute and a half
+            raise wandb.errors.CommError("Timed out\nConsider increasing the timeout")
+        return init(mode=mode, **kwargs)
+
+    init = wandb.init
+    monkeypatch.setattr(wandb, "init", no_network)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     log = RunLog(make_recipe(tmp_path / "out", log_wandb=True, log_dir="wandb_files"), 2, main_process=True)

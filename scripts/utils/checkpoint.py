@@ -74,14 +74,16 @@ def write_model_card(recipe: Recipe, tokenizer, results: dict[str, Any], steps: 
     """Write OUTPUT_DIR/README.md, the card of the final model.
 
     Args:
-        results: the last evaluation, `eval_<dataset>_loss` and `eval_<dataset>_accuracy`.
+        results: the last evaluation, `eval_<dataset>_loss` and `eval_<dataset>_accuracy`; empty without one.
         steps, tokens: optimizer steps and tokens trained on.
     """
-    rows = [
+    rows = ["| data set | loss | token accuracy |", "|---|---|---|"]
+    rows += [
         f"| {name} | {results[f'eval_{name}_loss']:.4f} | {results[f'eval_{name}_accuracy']:.2%} |"
         for name in recipe.datasets.chosen()
         if f"eval_{name}_loss" in results
     ]
+    validation = "\n".join(rows) if results else "No conversation was held out."
     base = "random weights of the shape of " if recipe.from_scratch else ""
     card = f"""---
 pipeline_tag: text-generation
@@ -105,9 +107,7 @@ writes them:
 
 ## Validation
 
-| data set | loss | token accuracy |
-|---|---|---|
-{chr(10).join(rows)}
+{validation}
 
 ![training curves](training.png)
 """

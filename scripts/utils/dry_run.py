@@ -7,7 +7,7 @@ from huggingface_hub.errors import HFValidationError
 
 from utils.batches import conversations_per_step
 from utils.checkpoint import refuse_other_run
-from utils.data_files import locate_data_file
+from utils.data_files import find_data_file, hub_patterns, locate_data_file
 from utils.deepspeed import fill_config, find_config
 from utils.errors import UserError
 from utils.launch import num_processes, process_index, say, training_dtype
@@ -29,7 +29,10 @@ def dry_run(recipe: Recipe) -> None:
     say(recipe.to_yaml())
     for name, options in recipe.datasets.chosen().items():
         hub = SOURCES[name].hub
-        paths = locate_data_file(name, options.input_file_path, recipe.cache_dir, options.revision, hub)
+        wanted = name, options.input_file_path, recipe.cache_dir, options.revision, hub
+        paths = locate_data_file(*wanted)
+        if not paths and not hub_patterns(options.input_file_path, hub):
+            find_data_file(*wanted)  # says where it looked
         if not paths:
             say(f"{name}: not here, would be fetched from the hub ({hub.repo})")
             continue

@@ -187,4 +187,5 @@ class Recipe(_Schema):
         values["datasets"] = [
             {name: options.model_dump(mode="json")} for name, options in self.datasets.chosen().items()
         ]
-        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+        # Not allow_unicode: PyYAML would write U+0085 as it is and read it as a line break.
+        return yaml.safe_dump(values, sort_keys=False, width=120)

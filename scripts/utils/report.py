@@ -55,15 +55,15 @@ def show_first_batch(batch: dict[str, torch.Tensor], tokenizer) -> None:
 def show_replies(model: PreTrainedModel, tokenizer, mix: Mix, recipe: Recipe) -> None:
     """Print greedy replies to held-out prompts of each data set, and the share that ended by itself."""
     model.eval()
+    room = min(256, recipe.max_length // 2)  # for the reply; a longer prompt loses its start, not its question
     assistant = tokenizer.convert_tokens_to_ids("<|assistant|>")
     ended = asked = 0
     print("\nreplies to held-out prompts:")
     for index, name in enumerate(mix.names):
         for row in (mix.validation.dataset == index).nonzero()[0][: recipe.sample_replies]:
             ids = mix.validation.tokens(row)[0]
-            prompt = ids[: (ids == assistant).nonzero()[0][-1] + 1][-recipe.max_length :]
+            prompt = ids[: (ids == assistant).nonzero()[0][-1] + 1][room - recipe.max_length :]
             prompt = torch.from_numpy(prompt.astype("int64"))[None].to(model.device)
-            room = min(256, max(1, recipe.max_length - prompt.shape[1]))
             output = model.generate(
                 prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=room, do_sample=False
             )

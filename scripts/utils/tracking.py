@@ -137,7 +137,7 @@ def _start_wandb(recipe: Recipe):
     )
     reason = ""
     try:
-        # WANDB_MODE wins; verify=False looks for a key without asking the server about it.
+        # WANDB_MODE wins; verify=False: a key is enough here, whether the server takes it shows at the start.
         if "WANDB_MODE" not in os.environ and not wandb.login(prompt=False, verify=False):
             raise wandb.UsageError("nobody is logged in")
         run = start()

@@ -18,7 +18,7 @@ from utils.recipe import Recipe, recipe_from_command_line
 
 if __name__ == "__main__":
     # Before the heavy imports, so that --help and a misspelt key are answered at once.
-    with one_line_errors(rank_zero_only=True):
+    with one_line_errors():
         RECIPE, DRY_RUN = recipe_from_command_line(__doc__, sys.argv[1:])
 
 import itertools
@@ -61,13 +61,13 @@ def main(recipe: Recipe) -> None:
     # The accelerator: one process, DDP, or the DeepSpeed engine, on GPUs or (over gloo) on CPUs.
     plugin = deepspeed_plugin(recipe, total_steps, dtype)
     half = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, "no")
-    distributed_cpu = not has_gpu() and (plugin is not None or num_processes() > 1)
+    gloo = not has_gpu() and (plugin is not None or num_processes() > 1)
     accelerator = Accelerator(
         mixed_precision=half,
         gradient_accumulation_steps=recipe.gradient_accumulation_steps if plugin else 1,  # the engine has to know it
-        cpu=distributed_cpu and plugin is None,
+        cpu=not has_gpu() and plugin is None,
         deepspeed_plugin=plugin,
-        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if distributed_cpu else [],
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if gloo else [],
     )
     check_processes(accelerator)
     set_seed(recipe.rng_seed)
@@ -95,18 +95,19 @@ def main(recipe: Recipe) -> None:
     model.train()
     for step, micro_batches in enumerate(steps, 1):
         learning_rate = scheduler.get_last_lr()[0]
-        with stats.timed():
-            grad_norm = train_step(accelerator, model, optimizer, scheduler, micro_batches, recipe, stats)
+        grad_norm = train_step(accelerator, model, optimizer, scheduler, micro_batches, recipe, stats)
         where = {"step": step, "epoch": round(step / epoch_steps, 4)}
         log.progress.update()
         if step == 1 or step % recipe.logging_steps == 0 or step == total_steps:
-            log.write({**where, **stats.close(accelerator), "learning_rate": learning_rate, "grad_norm": grad_norm})
-        if len(mix.validation) and (step % recipe.eval_steps == 0 or step == total_steps):
-            results = evaluate_mix(accelerator, model, mix, recipe, place)
-            log.write({**where, **results})
-            log.show_evaluation(step, results)
-        if step % {"epoch": epoch_steps, "steps": recipe.save_steps, "no": math.inf}[recipe.save_strategy] == 0:
-            save_checkpoint(accelerator, language_model, tokenizer, recipe, step)
+            metrics = stats.close(accelerator, step)
+            log.write({**where, **metrics, "learning_rate": learning_rate, "grad_norm": grad_norm})
+        with stats.paused():
+            if len(mix.validation) and (step % recipe.eval_steps == 0 or step == total_steps):
+                results = evaluate_mix(accelerator, model, mix, recipe, place)
+                log.write({**where, **results})
+                log.show_evaluation(step, results)
+            if step % {"epoch": epoch_steps, "steps": recipe.save_steps, "no": math.inf}[recipe.save_strategy] == 0:
+                save_checkpoint(accelerator, language_model, tokenizer, recipe, step)
 
     log.close()
     if accelerator.is_main_process:

@@ -41,16 +41,26 @@ def alone(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def test_stats_against_a_hand_computation(monkeypatch):
-    monkeypatch.setattr(tracking.time, "perf_counter", iter([10.0, 12.0, 50.0, 53.0, 100.0, 101.0]).__next__)
+@pytest.fixture
+def clock(monkeypatch):
+    """The seconds that TrainingStats reads, set by hand."""
+    clock = SimpleNamespace(now=10.0)
+    monkeypatch.setattr(tracking.time, "perf_counter", lambda: clock.now)
+    return clock
+
+
+def test_stats_against_a_hand_computation(clock):
     stats = TrainingStats(MIX, torch.device("cpu"))
-    with stats.timed():  # 2 seconds
-        stats.add(micro_batch([0, 0, 1], [7, 5]), torch.tensor([1.0, 2.0, 6.0]), torch.tensor(1.5))
-        stats.add(micro_batch([1], [4]), torch.tensor([2.0], requires_grad=True), torch.tensor(0.5))
-    with stats.timed():  # 3 seconds, one of its micro-batches empty
-        stats.add(micro_batch([1, 0], [3]), torch.tensor([1.0, 0.5]), torch.tensor(3.0))
-        stats.add(micro_batch([], []), torch.tensor([]), torch.tensor(0.0))
-    assert stats.close(SimpleNamespace(reduce=alone)) == {
+    stats.add(micro_batch([0, 0, 1], [7, 5]), torch.tensor([1.0, 2.0, 6.0]), torch.tensor(1.5))
+    stats.add(micro_batch([1], [4]), torch.tensor([2.0], requires_grad=True), torch.tensor(0.5))
+    clock.now += 2
+    with stats.paused():  # evaluation is not training time
+        clock.now += 40
+    # The second step; one of its micro-batches is empty.
+    stats.add(micro_batch([1, 0], [3]), torch.tensor([1.0, 0.5]), torch.tensor(3.0))
+    stats.add(micro_batch([], []), torch.tensor([]), torch.tensor(0.0))
+    clock.now += 3
+    assert stats.close(SimpleNamespace(reduce=alone), step=2) == {
         "loss": pytest.approx((1.5 + 0.5 + 3.0) / 2),  # the mean over the steps of each step's loss
         "loss_first": pytest.approx((1.0 + 2.0 + 0.5) / 3),
         "share_first": pytest.approx(3 / 6),
@@ -59,9 +69,10 @@ def test_stats_against_a_hand_computation(monkeypatch):
         "tokens": 19,
         "tokens_per_second": pytest.approx(19 / 5),
     }
-    with stats.timed():  # after a line everything but the count of tokens starts anew
-        stats.add(micro_batch([2], [6]), torch.tensor([4.0]), torch.tensor(4.0))
-    assert stats.close(SimpleNamespace(reduce=alone)) == {
+    # After a line everything but the count of tokens starts anew.
+    stats.add(micro_batch([2], [6]), torch.tensor([4.0]), torch.tensor(4.0))
+    clock.now += 1
+    assert stats.close(SimpleNamespace(reduce=alone), step=3) == {
         "loss": 4.0,
         "loss_third": 4.0,
         "share_third": 1.0,
@@ -70,16 +81,14 @@ def test_stats_against_a_hand_computation(monkeypatch):
     }
 
 
-def test_stats_add_up_over_processes(monkeypatch):
-    monkeypatch.setattr(tracking.time, "perf_counter", iter([0.0, 2.0, 0.0, 2.0]).__next__)
+def test_stats_add_up_over_processes(clock):
     both = [TrainingStats(MIX, torch.device("cpu")) for _ in range(2)]
-    with both[0].timed():
-        both[0].add(micro_batch([0, 1], [5]), torch.tensor([1.0, 2.0]), torch.tensor(0.6))
-    with both[1].timed():
-        both[1].add(micro_batch([1], [3]), torch.tensor([5.0]), torch.tensor(1.4))
+    both[0].add(micro_batch([0, 1], [5]), torch.tensor([1.0, 2.0]), torch.tensor(0.6))
+    both[1].add(micro_batch([1], [3]), torch.tensor([5.0]), torch.tensor(1.4))
+    clock.now += 2
     sent = []
-    both[1].close(SimpleNamespace(reduce=lambda tensor: sent.append(tensor) or tensor))
-    assert both[0].close(SimpleNamespace(reduce=lambda tensor: tensor + sent[0])) == {
+    both[1].close(SimpleNamespace(reduce=lambda tensor: sent.append(tensor) or tensor), step=1)
+    assert both[0].close(SimpleNamespace(reduce=lambda tensor: tensor + sent[0]), step=1) == {
         "loss": pytest.approx(2.0),  # each process holds its share of the step's loss
         "loss_first": 1.0,
         "share_first": pytest.approx(1 / 3),
@@ -93,8 +102,7 @@ def test_stats_add_up_over_processes(monkeypatch):
 def test_counts_stay_exact_over_many_tokens():
     stats = TrainingStats(MIX, torch.device("cpu"))
     stats.by_dataset[1, 0] = 2**24  # where fp32 stops counting
-    with stats.timed():
-        stats.add(micro_batch([0, 0, 0, 1], [4]), torch.ones(4), torch.tensor(1.0))
+    stats.add(micro_batch([0, 0, 0, 1], [4]), torch.ones(4), torch.tensor(1.0))
     assert stats.by_dataset[1].tolist() == [2**24 + 3, 1, 0]
 
 

@@ -12,20 +12,34 @@ from transformers import PreTrainedModel
 from utils.errors import UserError
 from utils.recipe import Recipe
 
+# The first line of OUTPUT_DIR/recipe.yaml, by which it is known from a file of the user's.
+RECIPE_HEADER = "# The resolved recipe of this run: training from it repeats the run.\n"
+
 
 def refuse_other_run(recipe: Recipe) -> None:
-    """Keep a run from writing over another.
+    """Keep a run from writing over another, or over files that are not a run's.
 
     Raises:
-        UserError: output_dir holds metrics, a checkpoint or a model.
+        UserError: output_dir holds metrics, a checkpoint, a model or a README.
     """
     folder = recipe.output_dir
-    held = [name for name in ("metrics.jsonl", "config.json") if (folder / name).exists()]
+    names = ("metrics.jsonl", "training.png", "config.json", "model.safetensors", "tokenizer.json", "README.md")
+    # os.path, since Path.exists raises for a name too long to be one.
+    held = [name for name in names if os.path.lexists(folder / name)]
+    if os.path.lexists(folder / "recipe.yaml") and not _is_ours(folder / "recipe.yaml"):
+        held.append("recipe.yaml")
     held += [path.name for path in list_checkpoints(folder)]
     if held:
         raise UserError(
             f"output_dir = {folder}: holds another run ({', '.join(held)}); give another --output_dir, or remove it"
         )
+
+
+def _is_ours(recipe_file: Path) -> bool:
+    try:
+        return recipe_file.read_text(encoding="utf-8").startswith(RECIPE_HEADER)
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def claim_output_dir(recipe: Recipe) -> None:
@@ -40,7 +54,7 @@ def claim_output_dir(recipe: Recipe) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(".checkpoint-*"):  # half-written when an earlier run was killed
             shutil.rmtree(leftover)
-        (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        (folder / "recipe.yaml").write_text(RECIPE_HEADER + recipe.to_yaml(), encoding="utf-8")
     except OSError as error:
         raise UserError(f"output_dir = {folder}: cannot write there: {error.strerror}") from error
 

@@ -30,10 +30,11 @@ def find_config(recipe: Recipe) -> tuple[dict[str, Any], str] | None:
         UserError: the file is missing or not JSON.
     """
     plugin = launcher_plugin()
-    if plugin and recipe.deepspeed_config:
+    if plugin == "deepspeed" and recipe.deepspeed_config:
         say(f"the accelerate config brings {plugin}: it wins over the recipe's deepspeed_config")
     if plugin == "fsdp":
-        return None
+        # utils/checkpoint.py saves from one process, which under FSDP holds only its shard.
+        raise UserError("the accelerate config asks for FSDP, which is not supported yet: use DDP or DeepSpeed ZeRO-2")
     path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") if plugin else recipe.deepspeed_config
     if path is None:
         return None

@@ -10,17 +10,17 @@ class UserError(Exception):
 
 
 @contextlib.contextmanager
-def one_line_errors(rank_zero_only: bool = False):
+def one_line_errors():
     """Turn a `UserError` raised inside into one line on stderr and exit status 2.
 
-    Args:
-        rank_zero_only: True where every process fails alike (a bad recipe), so that the line is printed once.
+    Before the processes have met, those of one machine fail alike (a bad recipe, a broken file), so the first speaks.
     """
     try:
         yield
     except UserError as error:
-        rank = int(os.environ.get("RANK", 0))
-        if rank == 0 or not rank_zero_only:
+        rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+        torch = sys.modules.get("torch")  # not imported here, since --help must not wait for it
+        if local_rank == 0 or (torch and torch.distributed.is_initialized()):
             where = f" (process {rank})" if rank else ""
             message = " ".join(str(error).split())  # one line, whatever a file name or a value holds
             print(f"error{where}: {message}", file=sys.stderr, flush=True)

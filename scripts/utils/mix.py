@@ -122,9 +122,12 @@ def _fingerprint(name: str, options: DatasetOptions, paths: list[Path], recipe: 
     digest = hashlib.blake2b(digest_size=10)
     code = [__file__, data_files.__file__, dialogue.__file__, sources.__file__, sources.FILTER_PHRASES_FILE]
     for path in [*paths, *code]:
-        with open(path, "rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
+        try:
+            with open(path, "rb") as file:
+                while block := file.read(2**20):
+                    digest.update(block)
+        except OSError as error:
+            raise UserError(f"data set {name}: {path}: cannot read this file: {error.strerror}") from error
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     keys = ("label_masking", "use_system_tag", "system_property_dropout", "system_add_length", "rng_seed")
     rules = {

@@ -60,12 +60,17 @@ class RunLog:
                 key = f"eval_{name}" if name else "eval"
                 loss, accuracy = results[f"{key}_loss"], results[f"{key}_accuracy"]
                 print(f"  {name or 'all':<{width}}  loss {loss:.4f}  token accuracy {accuracy:.2%}", flush=True)
+        self.draw()
 
-    def close(self) -> None:
-        """Draw the curves and end the wandb run."""
-        self.progress.close()
+    def draw(self) -> None:
+        """Draw the curves so far, so that a run that is stopped has them too."""
         if self.main_process:
             plot(self.path, self.path.with_name("training.png"))
+
+    def close(self) -> None:
+        """Draw the curves for the last time and end the wandb run."""
+        self.progress.close()
+        self.draw()
         if self.wandb:
             self.wandb.finish()
 
@@ -80,23 +85,22 @@ class TrainingStats:
     def __init__(self, mix: Mix, device: torch.device):
         self.names = mix.names
         self.device = device
-        self.tokens = 0
+        self.tokens = self.last_step = 0
         self._reset()
 
     def _reset(self) -> None:
         # Sum of losses, scored tokens. In fp64: a count by ones stands still at 16.8 million in fp32.
         self.by_dataset = torch.zeros(2, len(self.names), device=self.device, dtype=torch.double)
         self.loss = torch.zeros((), device=self.device, dtype=torch.double)
-        self.new_tokens = self.steps = 0
-        self.seconds = 0.0
+        self.new_tokens = torch.zeros((), device=self.device, dtype=torch.double)
+        self.started = time.perf_counter()
 
     @contextmanager
-    def timed(self) -> Iterator[None]:
-        """Around one optimizer step, so that evaluation and saving do not count as training time."""
+    def paused(self) -> Iterator[None]:
+        """Around evaluation and saving, whose time does not count as training time; making batches does."""
         started = time.perf_counter()
         yield
-        self.seconds += time.perf_counter() - started
-        self.steps += 1
+        self.started += time.perf_counter() - started
 
     def add(self, batch: dict[str, torch.Tensor], losses: torch.Tensor, loss: torch.Tensor) -> None:
         """Add a micro-batch: the loss of each of its scored tokens, and its share of the step's loss."""
@@ -104,20 +108,20 @@ class TrainingStats:
         self.by_dataset[0].index_add_(0, batch["dataset"], losses)
         self.by_dataset[1].index_add_(0, batch["dataset"], torch.ones_like(losses))
         self.loss += loss.detach()
-        self.new_tokens += int(batch["lengths"].sum())
+        self.new_tokens += batch["lengths"].sum()
 
-    def close(self, accelerator: Accelerator) -> dict[str, float]:
-        """The line's metrics, over all processes: mean loss of the steps, each data set's own loss and its share."""
-        new_tokens = torch.tensor([self.new_tokens], device=self.device, dtype=torch.double)
-        sums = torch.cat([self.by_dataset.flatten(), self.loss[None], new_tokens])
+    def close(self, accelerator: Accelerator, step: int) -> dict[str, float]:
+        """The metrics of the steps up to `step`, over all processes: mean loss, each data set's own and its share."""
+        sums = torch.cat([self.by_dataset.flatten(), self.loss[None], self.new_tokens[None]])
         *by_dataset, loss, new_tokens = accelerator.reduce(sums).tolist()
         self.tokens += int(new_tokens)
-        metrics = {"loss": loss / self.steps}
+        metrics = {"loss": loss / (step - self.last_step)}
+        self.last_step = step
         losses, counts = by_dataset[: len(self.names)], by_dataset[len(self.names) :]
         for name, total, count in zip(self.names, losses, counts, strict=True):
             if count:
                 metrics |= {f"loss_{name}": total / count, f"share_{name}": count / sum(counts)}
-        metrics |= {"tokens": self.tokens, "tokens_per_second": new_tokens / self.seconds}
+        metrics |= {"tokens": self.tokens, "tokens_per_second": new_tokens / (time.perf_counter() - self.started)}
         self._reset()
         return metrics
 

@@ -10,6 +10,12 @@ from pathlib import Path
 
 import pytest
 
+# Under `pytest -n 2` each worker keeps to its own core, and so does what it starts: two runs of two threads on two
+# cores hold each other up.
+if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 
@@ -54,22 +60,31 @@ class Run:
         return [line[name] for line in self.metrics() if name in line]
 
 
+def run_script(
+    *arguments,
+    launch: str = "python",
+    output_dir: Path,
+    check: bool = True,
+    env: dict | None = None,
+    script: str = "scripts/sft.py",
+) -> Run:
+    """Run a script as a user would, with no hub; unless `check` is off it has to succeed."""
+    command = [*launch_command(launch), script, *map(str, arguments)]
+    if script == "scripts/sft.py" and not {"--output_dir", "--help"} & set(arguments):
+        command += ["--output_dir", str(output_dir)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", **(env or {})}
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    if check and process.returncode:
+        pytest.fail(f"{' '.join(command)}\n{process.stdout[-3000:]}\n{process.stderr[-6000:]}")
+    return Run(process, output_dir)
+
+
 @pytest.fixture
 def run_sft(tmp_path):
     """Call it with a recipe and options: run_sft("recipes/demo.yaml", "--max_steps", 2, launch="zero2x2")."""
 
-    def run(*arguments, launch: str = "python", output_dir: Path | None = None, check: bool = True, env=None) -> Run:
-        output_dir = output_dir or tmp_path / "output"
-        command = [*launch_command(launch), "scripts/sft.py", *map(str, arguments)]
-        if "--output_dir" not in arguments and "--help" not in arguments:
-            command += ["--output_dir", str(output_dir)]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", **(env or {})}
-        environment.pop("CI", None)
-        process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-        result = Run(process, output_dir)
-        if check and process.returncode:
-            pytest.fail(f"{' '.join(command)}\n{process.stdout[-3000:]}\n{process.stderr[-6000:]}")
-        return result
+    def run(*arguments, output_dir: Path | None = None, **how) -> Run:
+        return run_script(*arguments, output_dir=output_dir or tmp_path / "output", **how)
 
     return run
 

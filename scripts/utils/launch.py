@@ -5,7 +5,6 @@ The launcher speaks through environment variables, so everything here is known b
 
 import os
 
-import psutil
 import torch
 import transformers
 from accelerate import Accelerator
@@ -67,7 +66,9 @@ def set_up_process() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # Accelerate imports DeepSpeed in passing, which would guess
         # `accelerate launch` sets one thread each unless told otherwise.
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(max(1, (psutil.cpu_count() or 1) // local_processes))
+        affinity = getattr(os, "sched_getaffinity", None)  # what taskset or a container leaves; Linux only
+        cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // local_processes))
 
 
 def check_processes(accelerator: Accelerator) -> None:

@@ -1,0 +1,74 @@
+"""The demo as a whole: it learns, it replies, and its output folder keeps the contract."""
+
+import json
+import re
+
+import pytest
+import torch
+from conftest import run_script
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+DATASETS = ["oasst_export", "vicuna", "dolly15k", "grade_school_math_instructions", "code_alpaca"]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    return run_script(
+        "recipes/demo.yaml", "--cache_dir", folder / "cache", launch="bare", output_dir=folder / "demo_output"
+    )
+
+
+def test_it_learns(demo):
+    losses = demo.curve("loss")
+    assert losses[0] == pytest.approx(7, abs=0.5)  # about log(1024): nothing is known yet
+    assert losses[-1] < 0.2
+    assert sorted(losses[::10], reverse=True) == losses[::10]
+    for name in DATASETS:  # the likeliest token of each data set is right in less than a third of the places
+        assert demo.curve(f"eval_{name}_accuracy")[-1] > 0.9
+        assert demo.curve(f"eval_{name}_loss")[-1] < 0.5 * demo.curve(f"eval_{name}_loss")[0]
+
+
+def test_every_reply_ends_by_itself(demo):
+    assert "10 of 10 replies ended by themselves (100%)" in demo.stdout
+    replies = re.findall(r"^--- \w+\n.*?\[\[(.*?)\]\]$", demo.stdout.split("replies to held-out")[1], re.M | re.S)
+    assert len(replies) == 10
+    assert all(reply.endswith("<|endoftext|>") for reply in replies)
+
+
+def test_the_first_batch_is_shown_with_what_is_learnt_marked(demo):
+    shown = demo.stdout.split("the first batch")[1].split("validation after")[0]
+    assert re.search(r"<\|prompter\|>[^\[]+<\|endoftext\|><\|assistant\|>\[\[[^\]]+<\|endoftext\|>", shown)
+
+
+def test_output_folder(demo):
+    names = {path.name for path in demo.output_dir.iterdir()}
+    assert {"recipe.yaml", "metrics.jsonl", "training.png", "README.md", "model.safetensors"} <= names
+    assert {name for name in names if name.startswith("checkpoint")} == {"checkpoint-250", "checkpoint-500"}
+    lines = demo.metrics()
+    assert all({"step", "epoch"} <= line.keys() for line in lines)
+    training = next(line for line in lines if "loss" in line)
+    assert {"loss", "learning_rate", "grad_norm", "tokens_per_second", "tokens"} <= training.keys()
+    assert (demo.output_dir / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert all(name in (demo.output_dir / "README.md").read_text() for name in DATASETS)
+    assert json.loads((demo.output_dir / "config.json").read_text())["hidden_act"] == "gelu_pytorch_tanh"
+
+
+@pytest.mark.parametrize("folder", [".", "checkpoint-500"])
+def test_the_model_replies_as_it_stands(demo, folder):
+    model = AutoModelForCausalLM.from_pretrained(demo.output_dir / folder)
+    tokenizer = AutoTokenizer.from_pretrained(demo.output_dir / folder)
+    question = [{"role": "user", "content": "What colour is a banana?"}]
+    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt")
+    with torch.no_grad():
+        reply = model.generate(**prompt, max_new_tokens=30, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert tokenizer.decode(reply) == "A banana is yellow.<|endoftext|>"
+
+
+def test_training_from_the_resolved_recipe_repeats_the_run(run_sft, tmp_path):
+    first = run_sft("recipes/demo.yaml", "--max_steps", 6, "--logging_steps", 1, output_dir=tmp_path / "first")
+    again = run_sft(tmp_path / "first" / "recipe.yaml", output_dir=tmp_path / "again")
+    times = {"tokens_per_second"}
+    assert [{key: line[key] for key in line.keys() - times} for line in first.metrics()] == [
+        {key: line[key] for key in line.keys() - times} for line in again.metrics()
+    ]

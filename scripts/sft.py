@@ -5,16 +5,17 @@
     accelerate launch --config_file accelerate_configs/zero2.yaml scripts/sft.py recipes/stablelm7b_oasst.yaml
     python scripts/sft.py recipes/demo.yaml --output_dir try --learning_rate 1e-3 [--dry_run]
 
-Any causal LM of transformers; one process, DDP, or DeepSpeed ZeRO-2; GPU or CPU; fp32, fp16, bf16. It prepares the data
-(before any process group exists), shows the first batch, trains, evaluates each data set, writes checkpoints and leaves
-in OUTPUT_DIR: recipe.yaml, metrics.jsonl, training.png, checkpoint-<step>/, the final model and its card.
+Any causal LM whose logits are its output layer's; one process, DDP, or DeepSpeed ZeRO-1 and 2; GPU or CPU; fp32, fp16,
+bf16. It prepares the data (before any process group exists), shows the first batch, trains, evaluates each data set,
+writes checkpoints and leaves in OUTPUT_DIR: recipe.yaml, metrics.jsonl, training.png, checkpoint-<step>/, the final
+model and its card.
 Not yet: going on from a checkpoint.
 """
 
 import os
 import sys
 
-from utils.errors import one_line_errors
+from utils.errors import UserError, one_line_errors
 from utils.recipe import Recipe, recipe_from_command_line
 
 if __name__ == "__main__":
@@ -33,13 +34,23 @@ from pathlib import Path
 import evaluate
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, set_seed
+from accelerate.utils import set_seed
 
 from utils.batches import steps_per_epoch, training_steps, validation_batches
 from utils.checkpoint import claim_output_dir, save_checkpoint, save_model, write_model_card
+from utils.contamination import without_contamination
 from utils.deepspeed import deepspeed_plugin
 from utils.dry_run import dry_run
-from utils.launch import check_processes, has_gpu, num_processes, process_index, say, set_up_process, training_dtype
+from utils.launch import (
+    check_processes,
+    has_gpu,
+    num_processes,
+    process_group_options,
+    process_index,
+    say,
+    set_up_process,
+    training_dtype,
+)
 from utils.loss import ScoredLoss
 from utils.mix import Mix, prepare_mix
 from utils.model import load_config, load_model, load_tokenizer
@@ -56,22 +67,24 @@ def main(recipe: Recipe) -> None:
     dtype = training_dtype(recipe)
     if process_index() == 0:
         claim_output_dir(recipe)
+    accuracy = load_metric()
     config = load_config(recipe)
     tokenizer = load_tokenizer(recipe)
     mix = prepare_mix(recipe, tokenizer)
+    if recipe.drop_contaminated:
+        mix = without_contamination(mix, recipe.cache_dir)
     epoch_steps = steps_per_epoch(mix, recipe, num_processes())
     total_steps = recipe.max_steps or math.ceil(recipe.num_train_epochs * epoch_steps)
 
     # The accelerator: one process, DDP, or the DeepSpeed engine, on GPUs or (over gloo) on CPUs.
     plugin = deepspeed_plugin(recipe, total_steps, dtype)
     half = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, "no")
-    gloo = not has_gpu() and (plugin is not None or num_processes() > 1)
     accelerator = Accelerator(
         mixed_precision=half,
         gradient_accumulation_steps=recipe.gradient_accumulation_steps if plugin else 1,  # the engine has to know it
         cpu=not has_gpu() and plugin is None,
         deepspeed_plugin=plugin,
-        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if gloo else [],
+        kwargs_handlers=process_group_options(deepspeed=plugin is not None),
     )
     check_processes(accelerator)
     set_seed(recipe.rng_seed)
@@ -86,15 +99,16 @@ def main(recipe: Recipe) -> None:
         model, optimizer = accelerator.prepare(model, optimizer)
 
     # Before the first step, what will run and what will be learnt: a wrong mask is the commonest silent mistake.
-    place = accelerator.process_index, accelerator.num_processes, tokenizer.pad_token_id
+    shard = accelerator.process_index, accelerator.num_processes, tokenizer.pad_token_id
     if accelerator.is_main_process:
         describe_run(accelerator, model, dtype, mix, recipe, epoch_steps, total_steps)
-        show_first_batch(next(training_steps(mix, recipe, 0, *place))[0], tokenizer)
+        show_first_batch(next(training_steps(mix, recipe, 0, *shard))[0], tokenizer)
     log = RunLog(recipe, total_steps, accelerator.is_main_process)
     stats = TrainingStats(mix, accelerator.device)
 
+    save_every = {"epoch": epoch_steps, "steps": recipe.save_steps, "no": math.inf}[recipe.save_strategy]
     results: dict[str, float] = {}
-    epochs = (training_steps(mix, recipe, epoch, *place) for epoch in itertools.count())
+    epochs = (training_steps(mix, recipe, epoch, *shard) for epoch in itertools.count())
     steps = itertools.islice(itertools.chain.from_iterable(epochs), total_steps)
     model.train()
     for step, micro_batches in enumerate(steps, 1):
@@ -107,10 +121,10 @@ def main(recipe: Recipe) -> None:
             log.write({**where, **metrics, "learning_rate": learning_rate, "grad_norm": grad_norm})
         with stats.paused():
             if len(mix.validation) and (step % recipe.eval_steps == 0 or step == total_steps):
-                results = evaluate_mix(accelerator, model, mix, recipe, place)
+                results = evaluate_mix(accelerator, model, mix, recipe, shard, accuracy)
                 log.write({**where, **results})
                 log.show_evaluation(step, results)
-            if step % {"epoch": epoch_steps, "steps": recipe.save_steps, "no": math.inf}[recipe.save_strategy] == 0:
+            if step % save_every == 0:
                 save_checkpoint(accelerator, language_model, tokenizer, recipe, step)
 
     log.close()
@@ -118,10 +132,23 @@ def main(recipe: Recipe) -> None:
         save_model(language_model, tokenizer, recipe.output_dir)
         write_model_card(recipe, tokenizer, results, total_steps, stats.tokens)
         say(f"\nthe model is in {recipe.output_dir}, with its card, metrics.jsonl and training.png")
-        if recipe.sample_replies:
-            show_replies(language_model, tokenizer, mix, recipe)
     accelerator.wait_for_everyone()
+    # DDP goes before its process group: the other way round it may wait for ever in gloo's destructor, which joins a
+    # thread that waits for the interpreter (torch 2.13).
+    model, optimizer = accelerator.free_memory(model, optimizer)
     accelerator.end_training()
+    if recipe.sample_replies and accelerator.is_main_process:
+        show_replies(language_model, tokenizer, mix, recipe)
+
+
+def load_metric() -> evaluate.Metric:
+    """The token accuracy, from this collection's own folder: loaded now, not after the first steps of a long run."""
+    try:
+        return evaluate.load(TOKEN_ACCURACY, keep_in_memory=True)
+    except OSError as error:
+        raise UserError(
+            f"evaluate cannot keep its modules (set HF_HOME to a folder that can be written): {error}"
+        ) from error
 
 
 def train_step(accelerator, model, optimizer, scheduler, micro_batches, recipe: Recipe, stats) -> float:
@@ -139,8 +166,8 @@ def train_step(accelerator, model, optimizer, scheduler, micro_batches, recipe: 
 
     for number, batch in enumerate(micro_batches, 1):
         batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
-        # Gradients travel between processes once, at the last micro-batch; this also closes DeepSpeed's accumulation
-        # window where it ends, full or not.
+        # Gradients travel between processes once, at the last micro-batch. Accelerate's DeepSpeed wrapper reads this
+        # too, and closes the accumulation window there, full or not: its `backward` also makes the optimizer's step.
         accelerator.sync_gradients = number == len(micro_batches)
         with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(model):
             losses, _ = model(batch["input_ids"], batch["attention_mask"], batch["labels"])
@@ -153,15 +180,17 @@ def train_step(accelerator, model, optimizer, scheduler, micro_batches, recipe: 
         stats.add(batch, losses, loss)
 
     grad_norm = accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm or math.inf)
-    optimizer.step()
-    if not accelerator.optimizer_step_was_skipped:  # fp16 found an overflow and lowers its scale instead
+    optimizer.step()  # nothing is left to do here, nor at zero_grad, under DeepSpeed
+    if accelerator.optimizer_step_was_skipped:  # fp16 found an overflow and lowers its scale instead
+        stats.skipped_steps += 1
+    else:
         scheduler.step()
     optimizer.zero_grad()
     return float(grad_norm)
 
 
 @torch.no_grad()
-def evaluate_mix(accelerator, model, mix: Mix, recipe: Recipe, place) -> dict[str, float]:
+def evaluate_mix(accelerator, model, mix: Mix, recipe: Recipe, shard, accuracy) -> dict[str, float]:
     """Loss and accuracy of each data set and of all, over every scored token of the validation split.
 
     Sums are added over the processes and divided once, so that the result depends neither on their number nor on the
@@ -170,14 +199,13 @@ def evaluate_mix(accelerator, model, mix: Mix, recipe: Recipe, place) -> dict[st
     model.eval()
     sums = torch.zeros(len(mix.names), 3, dtype=torch.float64)  # loss, right predictions, scored tokens
     for index in range(len(mix.names)):
-        metric = evaluate.load(TOKEN_ACCURACY, keep_in_memory=True)
-        for batch in validation_batches(mix, recipe, index, *place):
+        for batch in validation_batches(mix, recipe, index, *shard):
             batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
             losses, predictions = model(batch["input_ids"], batch["attention_mask"], batch["labels"])
             targets = batch["labels"][:, 1:]
-            metric.add_batch(predictions=predictions.cpu(), references=targets[targets != -100].cpu())
+            accuracy.add_batch(predictions=predictions.cpu(), references=targets[targets != -100].cpu())
             sums[index, 0] += losses.double().sum().cpu()
-        counts = metric.compute() if len(metric) else {"correct": 0, "total": 0}
+        counts = accuracy.compute() if len(accuracy) else {"correct": 0, "total": 0}
         sums[index, 1:] += torch.tensor([counts["correct"], counts["total"]])
     model.train()
 

@@ -25,6 +25,7 @@ ACCELERATE = [str(BIN / "accelerate"), "launch"]
 LAUNCH = {
     "python": [sys.executable],
     "bare": ACCELERATE,
+    "bare2": ACCELERATE,  # two processes by whatever --config_file follows
     "cpu": [*ACCELERATE, "--config_file", "accelerate_configs/cpu.yaml"],
     "single_gpu": [*ACCELERATE, "--config_file", "accelerate_configs/single_gpu.yaml"],
     "ddp2": [*ACCELERATE, "--config_file", "accelerate_configs/ddp.yaml", "--num_processes", "2"],

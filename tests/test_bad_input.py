@@ -4,18 +4,20 @@ Most cases run scripts/sft.py within the test's own process, which imports torch
 (the hub's offline switch, the launcher) runs as its own.
 """
 
+import contextlib
 import gzip
 import json
 import re
 import runpy
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, launch_command
 
 from utils.deepspeed import fill_config
 from utils.errors import UserError, one_line_errors
@@ -163,7 +165,7 @@ def test_a_mended_data_file_is_read_again(tmp_path, refused, capfd):
 
 def test_no_conversation_left(refused):
     refused(
-        *only("oasst_export", DATA / "oasst_trees.jsonl", lang="xx"),
+        *only("oasst_export", DATA / "oasst_trees.jsonl", lang="sw"),
         parts=("oasst_export", "no conversation left", "language"),
     )
 
@@ -388,7 +390,7 @@ def test_deepspeed_config(tmp_path, refused, content, parts):
 
 def test_deepspeed_sections_may_be_left_out():
     recipe = load_recipe(DEMO)
-    config = fill_config({}, "empty.json", recipe, 100, torch.float32)
+    config = fill_config({"zero_optimization": {"stage": 2}}, "short.json", recipe, 100, torch.float32)
     assert config["optimizer"]["params"]["betas"] == [0.9, 0.95]
     assert config["scheduler"]["params"]["total_num_steps"] == 100
     assert config["gradient_clipping"] == 2.0
@@ -444,3 +446,56 @@ def test_two_processes_say_a_misspelt_key_once(run_sft):
     run = run_sft(DEMO, "--learning_rte", "1", launch="zero2x2", check=False)
     assert run.returncode != 0
     assert run.errors == ["error: command line: unknown key learning_rte: did you mean learning_rate?"]
+
+
+# ---- Models whose logits are not plainly their output layer's ----
+
+SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("kind", "own", "refused"),
+    [
+        ("gpt_neox", {}, False),
+        ("llama", {"num_key_value_heads": 2}, False),
+        ("bloom", {"n_layer": 1, "n_head": 2}, False),  # without SDPA, which is not forced on it
+        ("granite", {"num_key_value_heads": 2, "logits_scaling": 8.0}, True),
+        ("roberta", {"is_decoder": True}, True),  # a dense layer before the output layer
+    ],
+)
+def test_only_models_whose_loss_is_right_are_trained(kind, own, refused):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from utils.model import check_output_layer
+
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SMALL, **own)).eval()
+    with pytest.raises(UserError, match="not those of its output layer") if refused else contextlib.nullcontext():
+        check_output_layer(model, kind)
+
+
+def test_weights_that_are_not_numbers_are_refused(run_sft, tiny_model, tmp_path):
+    import safetensors.torch
+
+    broken = shutil.copytree(tiny_model, tmp_path / "broken")
+    weights = safetensors.torch.load_file(broken / "model.safetensors")
+    weights["gpt_neox.final_layer_norm.weight"][3] = float("nan")
+    safetensors.torch.save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    run = run_sft("recipes/demo.yaml", "--model_name", broken, "--from_scratch", "false", check=False)
+    assert run.returncode == 2
+    assert len(run.errors) == 1
+    assert "logits that are not finite" in run.errors[0]
+    assert not (run.output_dir / "model.safetensors").exists()
+
+
+def test_an_accelerate_config_may_spell_deepspeed_out(tmp_path, tiny_model):
+    """Without a JSON file: what it does not say is filled from the recipe as well."""
+    config = tmp_path / "accelerate.yaml"
+    config.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: DEEPSPEED\nnum_processes: 2\nnum_machines: 1\n"
+        "deepspeed_config: {zero_stage: 2, offload_optimizer_device: none, zero3_init_flag: false}\n"
+    )
+    command = [*launch_command("bare2"), "--config_file", str(config), "scripts/sft.py", "recipes/demo.yaml"]
+    options = ["--max_steps", "2", "--output_dir", str(tmp_path / "out"), "--sample_replies", "0"]
+    process = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "DEEPSPEED on cpu" in process.stdout

@@ -45,7 +45,8 @@ def make_split(lengths: list[list[int]], seed: int = 0, scored_share: float = 0.
         tables.append(pa.table(columns, schema=SCHEMA))
     columns = {name: np.concatenate([table[name].to_numpy() for table in tables]) for name in ("length", "targets")}
     dataset = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
-    return Split(dataset, columns["length"], columns["targets"], tables)
+    position = np.concatenate([np.arange(len(table)) for table in tables])
+    return Split(dataset, position, columns["length"], columns["targets"], tables)
 
 
 def make_mix(lengths: list[list[int]], **kwargs) -> Mix:

@@ -1,18 +1,28 @@
 """Locating data files and reading records, whole and damaged."""
 
+import contextlib
 import gzip
 import json
+import os
+import random
+import re
+import subprocess
+import sys
 import tracemalloc
+from types import SimpleNamespace
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from utils import data_files
-from utils.data_files import HubSource, find_data_file, locate_data_file, read_records, required_field
+from utils import records
+from utils.data_files import HubSource, find_data_file, locate_data_file
 from utils.errors import UserError
+from utils.records import read_records, required_field
+from utils.sources import SOURCES, find_source
 
 HUB = HubSource("someone/some-data", ("train.json", "data/train-*.parquet"), hint="try the twin")
 ROWS = [
@@ -82,7 +92,7 @@ values = st.recursive(
     ascii_only=st.booleans(),
 )
 def test_array_in_chunks_of_any_size(tmp_path, monkeypatch, rows, chunk, indent, ascii_only):
-    monkeypatch.setattr(data_files, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(records, "CHUNK_BYTES", chunk)
     text = json.dumps(rows, indent=indent, ensure_ascii=ascii_only)
     path = write(tmp_path / "x.json", text.encode())
     assert list(read_records(path)) == list(enumerate(rows, start=1))
@@ -111,6 +121,10 @@ def test_array_is_streamed(tmp_path):
         ("x.jsonl", '{"a": 1}\n{"a": ', ["line 2", "cut off"]),
         ("x.jsonl", '{"a": 1}\n{"a": }\n{"a": 3}\n', ["line 2", "not valid JSON", "column 7"]),
         ("x.jsonl", '{"a": 1}\n3\n', ["record 2", "not an object but a number"]),
+        ("x.jsonl", '{"a": 1}\nnull\n', ["record 2", "not an object but null"]),
+        ("x.jsonl", '{"a": 1}\n{"a": "\0"}\n', ["line 2", "control character"]),
+        ("x.jsonl", '{"a": ' + "1" * 5000 + "}", ["line 1", "digits"]),
+        ("x.json", '[{"a": ' + "1" * 5000 + "}]", ["record 1", "digits"]),
         ("x.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', ["line 2", "UTF-8"]),
         ("x.json", '[{"a": 1},\n{"a": 2}', ["cut off", "line 2"]),
         ("x.json", '[{"a": 1},\n{"a": "abc', ["cut off", "record 2", "line 2"]),
@@ -142,6 +156,73 @@ def test_damaged_gzip(tmp_path):
         path.write_bytes(damaged)
         with refuse("x.jsonl.gz", part):
             list(read_records(path))
+
+
+def kept_and_skipped(path):
+    skipped = []
+    return [values for _, values in read_records(path, lambda error: skipped.append(str(error)))], skipped
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "kept", "parts"),
+    [
+        (
+            "x.jsonl",
+            b'{"a": 1}\n{"a": }\n3\n{"a": "\xff"}\n{"a": 2}\n{"a"',
+            [1, 2],
+            ["line 2", "record 3", "line 4", "line 6"],
+        ),
+        ("x.json", b'[{"a": 1}, {"a": 2}, {"a": 3', [1, 2], ["record 3.* cut off"]),
+        (
+            "x.json",
+            b'[{"a": 1},\n{"a": "\xff"}, 5, {"a": 2}]',
+            [1, 2],
+            ["record 2, line 2: not UTF-8", "record 3: not an"],
+        ),
+        ("x.json", b'[{"a": 1}, {"a" 2}, {"a": 3}, {"a": "long enough"}]', [1], ["record 2"]),
+        ("x.json", b'[{"a": 1}]\n[{"a": 2}]', [1], ["more text after the end"]),
+    ],
+)
+def test_bad_records_are_skipped_when_asked(tmp_path, name, data, kept, parts):
+    path = write(tmp_path / name, data)
+    values, skipped = kept_and_skipped(path)
+    assert [row["a"] for row in values] == kept
+    assert len(skipped) == len(parts)
+    assert all(re.search(part, line) for part, line in zip(parts, skipped, strict=True))
+    with refuse(name, parts[0]):
+        list(read_records(path))
+
+
+@pytest.mark.parametrize("ending", ["jsonl.gz", "json.gz"])
+def test_everything_whole_of_a_cut_off_gzip_is_kept(tmp_path, ending):
+    dice = random.Random(1)
+    rows = [{"a": "".join(dice.choices("abcdefgh", k=2000))} for _ in range(1500)]  # 3 MB, and 1 MB gzipped
+    lines = [json.dumps(row) for row in rows]
+    text = "\n".join(lines) if ending == "jsonl.gz" else f"[{','.join(lines)}]"
+    path = write(tmp_path / f"x.{ending}", text)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:800_000])
+    there = b""
+    with gzip.open(path) as file, contextlib.suppress(EOFError):
+        while part := file.read1():
+            there += part
+    values, skipped = kept_and_skipped(path)
+    assert values == rows[: len(values)]
+    assert len(values) == there.count(b"}") > 500
+    assert len(skipped) == 1
+    assert "the gzip data ends in the middle" in skipped[0]
+    # Damage in the middle is another thing: what was unpacked before it showed may be garbled already.
+    path.write_bytes(whole[:700_000] + b"\0" * 100_000 + whole[800_000:])
+    with refuse("damaged gzip"):
+        kept_and_skipped(path)
+
+
+def test_nothing_whole_is_an_error_all_the_same(tmp_path):
+    for name, data in (("x.jsonl", ""), ("x.jsonl", "<p>\n<p>\n"), ("x.json", '[{"a": '), ("x.parquet", "none")):
+        with refuse(name):
+            kept_and_skipped(write(tmp_path / name, data))
+    with refuse("cannot be read"):
+        kept_and_skipped(tmp_path / "none.jsonl")
 
 
 def test_missing_file_and_folder(tmp_path):
@@ -239,3 +320,93 @@ def test_locate_stays_off_the_network(tmp_path, hub):
     assert locate_data_file("d", None, tmp_path, None, HUB) == [tmp_path / "hub/train.json"]
     path = write(tmp_path / "d.json", "[]")
     assert locate_data_file("d", None, tmp_path, None, HUB) == [path]
+
+
+def test_no_repository_no_hub(tmp_path, hub):
+    with refuse("data set d", "x.jsonl not found"):
+        find_data_file("d", "x.jsonl", tmp_path, None, HubSource(None, ()))
+    assert locate_data_file("d", "x.jsonl", tmp_path, None, HubSource(None, ())) is None
+    assert not hub.calls
+
+
+# ---- The hub's cache ----
+
+# Finds every source's files, and says so, in a process of its own: huggingface_hub reads its settings when imported.
+FIND = """
+import json, sys
+sys.path.insert(0, "scripts")
+from pathlib import Path
+from types import SimpleNamespace
+from utils.data_files import find_data_file, locate_data_file
+from utils.errors import UserError
+from utils.sources import find_source
+for name, hub_name, files, path, revision in json.load(sys.stdin):
+    hub = find_source(name, SimpleNamespace(hub_name=hub_name, files=files)).hub
+    try:
+        found = find_data_file(name, path, Path("none"), revision, hub)
+        assert locate_data_file(name, path, Path("none"), revision, hub) == found
+        print(json.dumps([str(path) for path in found]))
+    except UserError as error:
+        print(json.dumps(str(error)))
+"""
+HUB_FILES = {
+    "oasst_export": ["2023-04-12_oasst_ready.trees.jsonl.gz"],
+    "vicuna": ["ShareGPT_V4.3_unfiltered_cleaned_split.json"],
+    "dolly15k": ["data/train-00000-of-00001.parquet"],
+    "grade_school_math_instructions": ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"],
+    "code_alpaca": ["code_alpaca_20k.json"],
+    "my_chats": ["data/train-00000-of-00001.parquet"],
+}
+OWN = SimpleNamespace(hub_name="someone/chats", files=None)
+
+
+def test_every_source_is_found_in_the_hubs_cache(tmp_path):
+    """Offline, in folders as the hub's client leaves them: blobs, refs, and a snapshot of links for each commit."""
+    commits = "1" * 40, "2" * 40  # main is the second, a tag is the first
+    for name, files in HUB_FILES.items():
+        repo = tmp_path / f"datasets--{find_source(name, OWN).hub.repo.replace('/', '--')}"
+        for ref, commit in (("v1", commits[0]), ("main", commits[1])):
+            write(repo / "refs" / ref, commit)
+            for file in [*files, "README.md", "data/test-00000-of-00001.parquet"]:
+                blob = write(repo / "blobs" / f"{commit}{file.replace('/', '')}", "x")
+                link = repo / "snapshots" / commit / file
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(blob)
+
+    asked, expected = [], []
+    for name, files in HUB_FILES.items():
+        folder = tmp_path / f"datasets--{find_source(name, OWN).hub.repo.replace('/', '--')}" / "snapshots"
+        for revision, commit in ((None, 1), ("main", 1), ("v1", 0), (commits[0], 0), (commits[1], 1)):
+            asked.append([name, OWN.hub_name, None, None, revision])
+            expected.append([str(folder / commits[commit] / file) for file in files])
+        asked.append([name, OWN.hub_name, None, files[0], "v1"])  # a file named in the recipe
+        expected.append([str(folder / commits[0] / files[0])])
+    asked.append(["my_chats", OWN.hub_name, "data/test-*", None, "v1"])
+    expected.append([str(folder / commits[0] / "data/test-00000-of-00001.parquet")])
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+
+    def answers(questions):
+        process = subprocess.run(
+            [sys.executable, "-c", FIND],
+            cwd=ROOT,
+            env=environment,
+            input=json.dumps(questions),
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert process.returncode == 0, process.stderr
+        return [json.loads(line) for line in process.stdout.splitlines()]
+
+    assert set(HUB_FILES) - {"my_chats"} == set(SOURCES) - {"messages"}
+    assert answers(asked) == expected
+    unknown, missing, other = answers(
+        [
+            ["vicuna", None, None, None, "v2"],
+            ["vicuna", None, None, "other.json", "v1"],
+            ["my_chats", OWN.hub_name, "*.csv", None, None],
+        ]
+    )
+    assert re.search(r"Aeala/ShareGPT_Vicuna_unfiltered at revision v2 \(could not be reached", unknown)
+    assert re.search(r"other.json not found.* at revision v1 \(no such file there\)", missing)
+    assert re.search(r"\*\.csv not found.*no such file there.*files: ", other)

@@ -4,23 +4,28 @@ import itertools
 import json
 import multiprocessing
 import os
+import random
 import shutil
 import signal
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import yaml
 from conftest import ROOT
 from transformers import AutoTokenizer
 
 from utils import mix as mix_module
+from utils.batches import cut
 from utils.data_files import find_data_file
 from utils.dialogue import encode, prepare_tokenizer
 from utils.errors import UserError
 from utils.mix import prepare_mix, prepared_folder
+from utils.reading import LEFT_OUT, TRAIN, VALIDATION, Reading
 from utils.recipe import Recipe
-from utils.sources import SOURCES, load_source
+from utils.sources import find_source
 
 DEMO = ROOT / "recipes" / "demo.yaml"
 
@@ -41,14 +46,16 @@ def make_recipe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # a fallback cache would be made there
 
     def make(names: tuple[str, ...] = (), keys: dict | None = None, **options) -> Recipe:
-        values = yaml.safe_load(DEMO.read_text()) | {"cache_dir": str(tmp_path / "cache")} | (keys or {})
+        demo = yaml.safe_load(DEMO.read_text())
+        values = demo | {"cache_dir": str(tmp_path / "cache")} | (keys or {})
         chosen = {}
-        for entry in values["datasets"]:
+        for entry in demo["datasets"]:
             ((name, own),) = entry.items()
             if not names or name in names:
                 path = tmp_path / "data" / Path(own["input_file_path"]).name
                 chosen[name] = own | {"input_file_path": str(path)} | options.get(name, {})
-        return Recipe.model_validate(values | {"datasets": [{name: own} for name, own in chosen.items()]})
+        mix = (keys or {}).get("datasets") or [{name: own} for name, own in chosen.items()]
+        return Recipe.model_validate(values | {"datasets": mix})
 
     return make
 
@@ -83,25 +90,145 @@ def test_prepared_examples_are_those_of_the_sources_and_of_encode(make_recipe, t
     recipe = make_recipe()
     mix = prepare_mix(recipe, tokenizer)
     assert mix.names == list(recipe.datasets.chosen())
-    for split_name, split in (("train", mix.train), ("validation", mix.validation)):
-        row = 0
-        for index, (name, options) in enumerate(recipe.datasets.chosen().items()):
-            paths = find_data_file(name, options.input_file_path, recipe.cache_dir, None, SOURCES[name].hub)
-            conversations = getattr(load_source(name, options, paths, recipe.rng_seed), split_name)
-            assert conversations
-            for conversation, (ids, scored) in zip(
-                conversations, encode(tokenizer, conversations, seed=recipe.rng_seed), strict=True
-            ):
-                found_ids, found_scored = split.tokens(row)
-                assert (found_ids.dtype, found_scored.dtype) == (np.int32, bool)
-                assert found_ids.tolist() == ids.tolist()
-                assert found_scored.tolist() == scored.tolist()
-                assert split.messages(row) == conversation.as_dicts()
-                assert split.dataset[row] == index
-                assert split.lengths[row] == len(ids)
-                assert split.targets[row] == scored.sum() > 0
-                row += 1
-        assert row == len(split) == len(split.dataset) == len(split.lengths) == len(split.targets)
+    rows = {TRAIN: 0, VALIDATION: 0}
+    for index, (name, options) in enumerate(recipe.datasets.chosen().items()):
+        paths = find_data_file(name, options.input_file_path, recipe.cache_dir, None, find_source(name, options).hub)
+        reading = Reading(name, options, paths, recipe.rng_seed)
+        conversations = list(reading)
+        encoded = encode(tokenizer, conversations, seed=recipe.rng_seed)
+        for place, (conversation, code, (ids, scored)) in enumerate(
+            zip(conversations, reading.split(), encoded, strict=True)
+        ):
+            if code == LEFT_OUT:
+                continue
+            split, row = mix.train if code == TRAIN else mix.validation, rows[code]
+            found_ids, found_scored = split.tokens(row)
+            assert (found_ids.dtype, found_scored.dtype) == (np.int32, bool)
+            assert found_ids.tolist() == ids.tolist()
+            assert found_scored.tolist() == scored.tolist()
+            assert split.messages(row) == conversation.as_dicts()
+            assert (split.dataset[row], split.position[row]) == (index, place)
+            assert split.lengths[row] == len(ids)
+            assert split.targets[row] == scored.sum() > 0
+            rows[code] += 1
+        assert mix.reports[name] == {
+            "rows_read": reading.rows_read,
+            "dropped": reading.dropped,
+            "bad_records": 0,
+            "first_bad_record": None,
+            "conversations": len(conversations),
+        }
+    for split, code in ((mix.train, TRAIN), (mix.validation, VALIDATION)):
+        assert rows[code] == len(split) == len(split.dataset) == len(split.lengths) == len(split.targets) > 0
+
+
+def test_select(make_recipe, tokenizer):
+    train = prepare_mix(make_recipe(("dolly15k", "vicuna")), tokenizer).train
+    rows = np.array([len(train) - 1, 3, 0])
+    some = train.select(rows)
+    for place, row in enumerate(rows):
+        assert some.messages(place) == train.messages(row)
+        assert some.tokens(place)[0].tolist() == train.tokens(row)[0].tolist()
+        assert (some.dataset[place], some.lengths[place]) == (train.dataset[row], train.lengths[row])
+    assert train.select(train.dataset == 1).messages(0) == train.messages(int((train.dataset == 0).sum()))
+
+
+def test_left_out_by_max_val_set(make_recipe, tokenizer):
+    whole = prepare_mix(make_recipe(("dolly15k",)), tokenizer)
+    few = prepare_mix(make_recipe(("dolly15k",), dolly15k={"max_val_set": 2}), tokenizer)
+    assert len(few.validation) == 2 < len(whole.validation)
+    assert set(few.validation.position) < set(whole.validation.position)
+    assert few.train.position.tolist() == whole.train.position.tolist()
+    assert few.reports["dolly15k"] == whole.reports["dolly15k"]
+
+
+def write_chats(path: Path, count: int) -> None:
+    dice = random.Random(0)
+    with open(path, "w") as file:
+        for number in range(count):
+            replies = [" ".join(dice.choices(WORDS, k=200)) for _ in range(4)]
+            file.write(json.dumps({"instruction": f"{number} {replies[0]}", "output": " ".join(replies)}) + "\n")
+
+
+WORDS = ("memory", "of", "a", "machine", "stays", "flat", "while", "texts", "of", "any", "number", "pass", "through")
+
+
+def test_memory_does_not_grow_with_the_source(make_recipe, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(mix_module, "ROWS_AT_A_TIME", 20)
+    peaks = []
+    for count in (60, 480):
+        write_chats(tmp_path / f"{count}.jsonl", count)
+        own = {"source": "messages", "input_file_path": str(tmp_path / f"{count}.jsonl")}
+        recipe = make_recipe((), {"datasets": [{"chats": own}]})
+        before = pa.total_allocated_bytes()
+        arrow = []
+        record_batch = mix_module._record_batch
+
+        def measured(examples, record_batch=record_batch, arrow=arrow, before=before):
+            arrow.append(pa.total_allocated_bytes() - before)
+            return record_batch(examples)
+
+        monkeypatch.setattr(mix_module, "_record_batch", measured)
+        tracemalloc.start()
+        mix = prepare_mix(recipe, tokenizer)
+        peaks.append(tracemalloc.get_traced_memory()[1] + max(arrow))
+        tracemalloc.stop()
+        monkeypatch.setattr(mix_module, "_record_batch", record_batch)
+        assert len(mix.train) + len(mix.validation) == count
+    assert (tmp_path / "480.jsonl").stat().st_size > 7 * (tmp_path / "60.jsonl").stat().st_size
+    assert peaks[1] < 1.2 * peaks[0]
+
+
+def test_bad_input_is_skipped_and_reported(make_recipe, tokenizer, tmp_path, capsys):
+    path = tmp_path / "data" / "dolly.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines[:20], "{\n", '{"instruction": "q"}\n', *lines[20:30], lines[30][:9]]))
+    with pytest.raises(UserError, match=r"dolly.jsonl, line 21"):
+        prepare_mix(make_recipe(("dolly15k",)), tokenizer)
+    mix = prepare_mix(make_recipe(("dolly15k",), dolly15k={"on_bad_records": "skip"}), tokenizer)
+    report = mix.reports["dolly15k"]
+    assert (report["rows_read"], report["bad_records"]) == (33, 3)
+    assert len(mix.train) + len(mix.validation) == 30 - sum(report["dropped"].values())
+    out = capsys.readouterr().out
+    assert "skipped: 3 bad, the first: " in out
+    assert "dolly.jsonl, line 21" in out
+
+
+def test_odd_texts_are_kept_whole(make_recipe, tokenizer, tmp_path):
+    """NUL bytes, control tokens spelled out, text outside the basic plane, and a single message of 10 MB."""
+    odd = ["a\0b", "<|endoftext|><|assistant|>", "\U0001f600\ufeff\u202e", "ha " * 3_500_000]
+    path = tmp_path / "odd.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text[:9], "answer": text}) + "\n" for text in odd))
+    own = {"source": "messages", "input_file_path": str(path), "val_split": 0}
+    recipe = make_recipe((), {"datasets": [{"odd": own}], "max_length": 64})
+    train = prepare_mix(recipe, tokenizer).train
+    assert [train.messages(row)[1]["content"] for row in range(len(train))] == odd
+    control = set(tokenizer.convert_tokens_to_ids(["<|prompter|>", "<|assistant|>", tokenizer.eos_token]))
+    for row, text in enumerate(odd):
+        ids, scored = train.tokens(row)
+        assert sum(token in control for token in ids.tolist()) == 4
+        assert tokenizer.decode(ids[scored]) == text + tokenizer.eos_token
+        for epoch in (0, 1, None):
+            window, window_scored = cut(train, row, recipe, epoch)
+            assert len(window) == min(64, len(ids))
+            assert window_scored.any() or epoch is None
+
+
+def test_a_mix_whose_sources_are_all_empty(make_recipe, tokenizer, tmp_path):
+    for content, options, said in (
+        ("", {}, "the file is empty"),
+        ("", {"on_bad_records": "skip"}, "the file is empty"),
+        ("[]", {}, "holds no records"),
+        (
+            '{"instruction": "", "context": "", "response": ""}',
+            {},
+            "no conversation left .*dropped: 1 row with an empty",
+        ),
+        ('{"instruction": ""}', {"on_bad_records": "skip"}, "no conversation left .*skipped: 1 bad"),
+    ):
+        (tmp_path / "data" / "dolly.jsonl").write_text(content)
+        with pytest.raises(UserError, match=rf"\A[^\n]*dolly[^\n]*{said}[^\n]*\Z"):
+            prepare_mix(make_recipe(("dolly15k",), dolly15k=options), tokenizer)
 
 
 def test_a_split_spans_more_than_one_record_batch(make_recipe, tokenizer, monkeypatch):
@@ -135,9 +262,9 @@ def test_a_second_start_reads_what_the_first_wrote(make_recipe, tokenizer, capsy
     first = prepare_mix(recipe, tokenizer)
     assert capsys.readouterr().out.count("prepared ") == 5
     written = stamps(recipe.cache_dir)
-    assert len(written) == 10  # five data sets, two splits
+    assert len(written) == 5
 
-    monkeypatch.setattr(mix_module, "load_source", None)  # nobody reads the sources again
+    monkeypatch.setattr(mix_module, "Reading", None)  # nobody reads the sources again
     second = prepare_mix(recipe, load_tokenizer())
     assert contents(second) == contents(first)
     assert stamps(recipe.cache_dir) == written
@@ -157,6 +284,8 @@ NAMES = ("oasst_export", "dolly15k")
         ({}, {"oasst_export": {"top_k": 1}}, {"oasst_export"}),
         ({}, {"dolly15k": {"val_split": 0.3}}, {"dolly15k"}),
         ({}, {"dolly15k": {"max_val_set": 2}}, {"dolly15k"}),
+        ({}, {"dolly15k": {"context": "prompt"}}, {"dolly15k"}),
+        ({}, {"dolly15k": {"on_bad_records": "skip"}}, {"dolly15k"}),
         ({}, {"dolly15k": {"fraction": 0.5}}, set()),
         ({}, {"dolly15k": {"size": 7}}, set()),
         ({"max_length": 31, "learning_rate": 1.0, "sort_by_length": True}, {}, set()),
@@ -205,7 +334,8 @@ def test_a_changed_file_or_tokenizer_makes_a_new_key(make_recipe, tokenizer, tmp
 def test_code_that_changes_the_content_is_part_of_the_key(make_recipe, tokenizer, tmp_path, monkeypatch):
     recipe = make_recipe(("dolly15k",))
     prepare_mix(recipe, tokenizer)
-    for module in (mix_module, mix_module.sources, mix_module.dialogue, mix_module.data_files):
+    names = ("sources", "dialogue", "records", "reading", "messages_source")
+    for module in (mix_module, *(getattr(mix_module, name) for name in names)):
         copy = tmp_path / Path(module.__file__).name
         copy.write_text(Path(module.__file__).read_text() + "\n# changed\n")
         with monkeypatch.context() as patch:
@@ -218,8 +348,9 @@ def test_code_that_changes_the_content_is_part_of_the_key(make_recipe, tokenizer
 # ---- interrupted, at once, read-only ----
 
 
-def fail_in_the_second_split(monkeypatch, action) -> None:
-    """Run `action` when the training split is written and the validation split is begun."""
+def fail_in_the_second_batch(monkeypatch, action) -> None:
+    """Run `action` when one batch is written and the next is begun."""
+    monkeypatch.setattr(mix_module, "ROWS_AT_A_TIME", 20)
     calls, record_batch = itertools.count(), mix_module._record_batch
 
     def interrupted(examples):
@@ -238,7 +369,7 @@ def test_an_interrupted_preparation_leaves_nothing(make_recipe, tokenizer, monke
         raise error
 
     with monkeypatch.context() as patch:
-        fail_in_the_second_split(patch, fail)
+        fail_in_the_second_batch(patch, fail)
         with pytest.raises(type(error)):
             prepare_mix(recipe, tokenizer)
     assert not [path for path in (recipe.cache_dir / "prepared").iterdir() if path.is_dir()]
@@ -249,7 +380,7 @@ def test_an_interrupted_preparation_leaves_nothing(make_recipe, tokenizer, monke
 
 def prepare_and_be_killed(recipe: Recipe) -> None:
     """For a process of its own."""
-    fail_in_the_second_split(pytest.MonkeyPatch(), lambda: os.kill(os.getpid(), signal.SIGKILL))
+    fail_in_the_second_batch(pytest.MonkeyPatch(), lambda: os.kill(os.getpid(), signal.SIGKILL))
     prepare_mix(recipe, load_tokenizer())
 
 
@@ -260,7 +391,7 @@ def test_a_killed_preparation_is_not_taken_for_whole(make_recipe, tokenizer):
     process.join()
     assert process.exitcode == -signal.SIGKILL
     (leftover,) = (path for path in (recipe.cache_dir / "prepared").iterdir() if path.is_dir())
-    assert (leftover / "train.arrow").exists()
+    assert (leftover / "examples.arrow").exists()
     assert folders(recipe) == set()
 
     mix = prepare_mix(recipe, tokenizer)

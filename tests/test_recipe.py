@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from utils.errors import UserError
 from utils.recipe import load_recipe, recipe_from_command_line
-from utils.recipe_keys import DatasetOptions, Datasets, OasstOptions, Recipe
+from utils.recipe_keys import DatasetOptions, Datasets, DollyOptions, MessagesOptions, OasstOptions, Recipe
 
 BASE = "model_name: m\noutput_dir: o\ndatasets: [vicuna]\n"
 
@@ -214,6 +214,14 @@ def test_refuses_values_and_keys(load, text, parts):
         ("[vicuna: [1]]", ["datasets.vicuna", "options"]),
         ("\n- vicuna:\n  fraction: 1", ["datasets", "indent the options"]),
         ("\n- vicuna:\n    fractoin: 1", ["line 5", "unknown key datasets.vicuna.fractoin", "did you mean fraction"]),
+        ("\n- oasst_export:\n    lang: en,EN", ["line 5", "datasets.oasst_export.lang", "'EN'", "did you mean en?"]),
+        ("\n- oasst_export:\n    lang: english", ["'english' is not the code of a language: did you mean en?"]),
+        ("\n- oasst_export:\n    lang: pt_BR,de", ["'pt_BR' is not", "did you mean pt-BR?"]),
+        ("\n- oasst_export:\n    lang: xx", ["'xx' is not the code of a language"]),
+        ("\n- oasst_export:\n    lang: ''", ["'' is not the code of a language"]),
+        ("\n- vicuna:\n    on_bad_records: ignore", ["datasets.vicuna.on_bad_records = ignore", "'error' or 'skip'"]),
+        ("\n- dolly15k:\n    context: keep", ["datasets.dolly15k.context = keep", "'drop' or 'prompt'"]),
+        ("\n- vicuna:\n    context: drop", ["unknown key datasets.vicuna.context"]),
         ("\n- vicuna:\n    lang: en", ["line 5", "unknown key datasets.vicuna.lang"]),
         ("\n- vicuna:\n    fraction: 0", ["line 5", "datasets.vicuna.fraction = 0"]),
         ("\n- vicuna:\n    fraction: 1.5", ["line 5", "datasets.vicuna.fraction = 1.5"]),
@@ -297,7 +305,7 @@ def test_an_override_leaves_the_other_options_alone(load):
     overrides = {"datasets.vicuna.fraction": "0.5", "datasets.dolly15k.size": "3"}
     chosen = load(mix, overrides, base="model_name: m\noutput_dir: o\n").datasets.chosen()
     assert chosen["vicuna"] == DatasetOptions(val_split=0.05, fraction=0.5)
-    assert chosen["dolly15k"] == DatasetOptions(size=3)
+    assert chosen["dolly15k"] == DollyOptions(size=3)
 
 
 @pytest.mark.parametrize(
@@ -354,7 +362,7 @@ def test_help_is_complete_and_quick():
     seconds = time.perf_counter() - start
     assert process.returncode == 0, process.stderr
     words = set(process.stdout.replace("(", " ").split())
-    for schema in (Recipe, Datasets, DatasetOptions, OasstOptions):
+    for schema in (Recipe, Datasets, DatasetOptions, OasstOptions, DollyOptions, MessagesOptions):
         for key, field in schema.model_fields.items():
             assert key in words
             assert field.description
@@ -376,7 +384,9 @@ options = {
     "revision": st.none() | texts,
     "val_split": st.floats(0, 1, exclude_max=True),
     "max_val_set": st.none() | positive,
+    "on_bad_records": st.sampled_from(["error", "skip"]),
 }
+languages = st.lists(st.sampled_from(["en", "no", "pt-BR", " de "]), min_size=1).map(",".join)
 size = st.fixed_dictionaries({}, optional={"size": positive}) | st.fixed_dictionaries(
     {}, optional={"fraction": st.floats(0, 1, exclude_min=True)}
 )
@@ -389,8 +399,9 @@ def block(**more):
 mixes = st.fixed_dictionaries(
     {},
     optional={
-        "oasst_export": block(lang=texts, top_k=st.none() | positive),
-        **{name: block() for name in ("vicuna", "dolly15k", "grade_school_math_instructions", "code_alpaca")},
+        "oasst_export": block(lang=languages, top_k=st.none() | positive),
+        "dolly15k": block(context=st.sampled_from(["drop", "prompt"])),
+        **{name: block() for name in ("vicuna", "grade_school_math_instructions", "code_alpaca")},
     },
 ).filter(bool)
 recipes = st.fixed_dictionaries(
@@ -461,7 +472,7 @@ def test_every_key_of_the_shipped_seed_is_written_out():
     assert set(written) == set(Recipe.model_fields)
     for entry in written["datasets"]:
         ((name, block),) = entry.items()
-        keys = set((OasstOptions if name == "oasst_export" else DatasetOptions).model_fields)
+        keys = set(Datasets.options_of(name).model_fields)
         assert set(block) == keys
 
 

@@ -4,17 +4,18 @@ import gzip
 import json
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from utils.dialogue import Conversation, Message, encode, prepare_tokenizer
-from utils.sources import FILLERS, load_source
+from utils.reading import TRAIN, VALIDATION, Reading
+from utils.recipe import Datasets
+from utils.sources import FILLERS
 
 SHARED = Path(os.environ.get("SHARED_FILES", Path(__file__).resolve().parent.parent.parent / "shared"))
 REFERENCE = SHARED / "reference" / "original_examples.jsonl.gz"
-LANGUAGES = "bg,ca,cs,da,de,en,es,fr,hr,hu,it,nl,pl,pt,ro,ru,sl,sr,sv,uk"
+OPTIONS = {"oasst_export": {"lang": "bg,ca,cs,da,de,en,es,fr,hr,hu,it,nl,pl,pt,ro,ru,sl,sr,sv,uk"}}
 MAX_LENGTH = 1024
 FILES = {
     "oasst_export": "oasst_trees.jsonl.gz",
@@ -58,20 +59,21 @@ def test_tokenizer_ids(tokenizer):
 @pytest.mark.parametrize("name", FILES)
 def test_same_as_the_original(reference, tokenizer, name):
     expected = {key: list(rows) for key, rows in reference[name].items()}
-    options = SimpleNamespace(val_split=0.05, max_val_set=None, lang=LANGUAGES, top_k=None)
-    split = load_source(name, options, [SHARED / "data" / FILES[name]], rng_seed=1)
+    (options,) = Datasets.model_validate([{name: {"val_split": 0.05, **OPTIONS.get(name, {})}}]).chosen().values()
+    reading = Reading(name, options, [SHARED / "data" / FILES[name]], rng_seed=1)
     originals, conversations = [], []
-    for part in ("train", "validation"):
-        for conversation in getattr(split, part):
-            key = part, normal((message.role, message.content) for message in conversation.messages)
-            assert expected.get(key), f"not in the original's {part} split: {key[1][0]}"
-            row = expected[key].pop()
-            if row["random_filler"]:  # the same but for the filler: encode what the original drew
-                conversation = Conversation([Message(m["role"], m["content"]) for m in row["messages"]])
-            else:
-                assert conversation.as_dicts() == row["messages"]
-            originals.append(row)
-            conversations.append(conversation)
+    found = list(reading)
+    for conversation, code in zip(found, reading.split(), strict=True):
+        part = {TRAIN: "train", VALIDATION: "validation"}[code]
+        key = part, normal((message.role, message.content) for message in conversation.messages)
+        assert expected.get(key), f"not in the original's {part} split: {key[1][0]}"
+        row = expected[key].pop()
+        if row["random_filler"]:  # the same but for the filler: encode what the original drew
+            conversation = Conversation([Message(m["role"], m["content"]) for m in row["messages"]])
+        else:
+            assert conversation.as_dicts() == row["messages"]
+        originals.append(row)
+        conversations.append(conversation)
     assert not any(expected.values()), "conversations of the original that are missing here"
     for row, (ids, scored) in zip(originals, encode(tokenizer, conversations), strict=True):
         assert tokenizer.convert_ids_to_tokens(ids[:MAX_LENGTH].tolist()) == row["tokens"]

@@ -1,26 +1,35 @@
-"""Each source's rules on hand-written records, and the splits."""
+"""Each source's rules on hand-written records, the splits, and bad records."""
 
 import json
+import random
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from utils.errors import UserError
-from utils.sources import FILLERS, SOURCES, filter_phrases, load_source
+from utils.reading import TRAIN, VALIDATION, Reading
+from utils.sources import FILLERS, SOURCES, filter_phrases
+
+DEFAULTS = {"val_split": 0, "max_val_set": None, "lang": "en", "top_k": None, "on_bad_records": "error"}
 
 
 def load(tmp_path, name, rows, seed=1, **options):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    defaults = {
-        "val_split": 0,
-        "max_val_set": None,
-        "input_file_path": None,
-        "revision": None,
-        "lang": "en",
-        "top_k": None,
-    }
-    return load_source(name, SimpleNamespace(**(defaults | options)), [path], seed)
+    return load_files(name, [path], seed, **options)
+
+
+def load_files(name, paths, seed=1, **options):
+    """Both splits as lists, and what the pass counted."""
+    reading = Reading(name, SimpleNamespace(**(DEFAULTS | {"context": "drop"} | options)), paths, seed)
+    conversations = list(reading)
+    codes = reading.split()
+    train, validation = (
+        [conversation for conversation, code in zip(conversations, codes, strict=True) if code == which]
+        for which in (TRAIN, VALIDATION)
+    )
+    return SimpleNamespace(**(vars(reading) | {"train": train, "validation": validation, "losses": reading.losses()}))
 
 
 def texts(conversations):
@@ -204,15 +213,35 @@ def test_dolly_both_layouts(tmp_path):
         load(tmp_path, "dolly15k", [{"INSTRUCTION": "Q", "RESPONSE": "A", "METADATA": {}}])
 
 
-def test_math_is_shuffled_and_blank_rows_dropped(tmp_path):
+def test_dolly_context_in_the_prompt(tmp_path):
+    rows = [
+        {"instruction": "q", "context": "One[3] two [citation needed]", "response": "a"},
+        {"INSTRUCTION": "Q", "RESPONSE": "A", "METADATA": {"CONTEXT": "C"}},
+        {"instruction": "q", "context": " \n[3]", "response": "a"},
+    ]
+    split = load(tmp_path, "dolly15k", rows, context="prompt")
+    assert texts(split.train) == [["q\n\nOne two ", "a"], ["Q\n\nC", "A"], ["q", "a"]]
+    assert not any(message.properties for conversation in split.train for message in conversation.messages)
+
+
+def test_math_is_split_as_shuffled_and_blank_rows_dropped(tmp_path):
+    from sklearn.model_selection import train_test_split
+
     rows = [{"INSTRUCTION": f"q{number}", "RESPONSE": "a"} for number in range(30)]
-    rows += [{"INSTRUCTION": " \n", "RESPONSE": "a"}, {"INSTRUCTION": "q", "RESPONSE": None}]
-    rows += [{"INSTRUCTION": "q", "RESPONSE": "openAI"}]
-    split = load(tmp_path, "grade_school_math_instructions", rows)
-    questions = [conversation[0] for conversation in texts(split.train)]
-    assert questions != sorted(questions, key=lambda text: int(text[1:]))
-    assert sorted(questions) == sorted(row["INSTRUCTION"] for row in rows[:30])
+    rows.insert(7, {"INSTRUCTION": " \n", "RESPONSE": "a"})
+    rows.insert(2, {"INSTRUCTION": "q", "RESPONSE": None})
+    rows.insert(11, {"INSTRUCTION": "q", "RESPONSE": "openAI"})
+    split = load(tmp_path, "grade_school_math_instructions", rows, val_split=0.3)
     assert split.dropped == {"row with a blank question or answer": 2, "row with a filter phrase": 1}
+
+    # As the original: the rows shuffled, then filtered, then split.
+    shuffled = list(rows)
+    random.Random(42).shuffle(shuffled)
+    kept = [row["INSTRUCTION"] for row in shuffled if row["INSTRUCTION"].strip("q \n") and row["RESPONSE"] == "a"]
+    train, validation = train_test_split(kept, test_size=0.3, random_state=666, shuffle=True)
+    assert {text[0] for text in texts(split.train)} == set(train)
+    assert {text[0] for text in texts(split.validation)} == set(validation)
+    assert texts(split.train) == sorted(texts(split.train), key=lambda text: int(text[0][1:]))  # the file's order
 
 
 def test_alpaca_is_split_before_the_filter(tmp_path):
@@ -278,10 +307,74 @@ def test_records_of_several_files_are_numbered_through(tmp_path):
     for part in range(2):
         paths.append(tmp_path / f"{part}.jsonl")
         paths[-1].write_text(json.dumps(ROWS[part]) + "\n")
-    options = SimpleNamespace(val_split=0, max_val_set=None)
-    split = load_source("dolly15k", options, paths, 1)
+    split = load_files("dolly15k", paths)
     assert (texts(split.train), split.rows_read) == ([["q0", "a"], ["q1", "a"]], 2)
 
 
+def test_conversations_without_a_scored_token_leave_the_others_where_they_were(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    reading = Reading("dolly15k", SimpleNamespace(**DEFAULTS | {"val_split": 0.3, "context": "drop"}), [path], 1)
+    kept = np.arange(len(list(reading))) % 3 > 0
+    whole = reading.split()
+    assert reading.split(kept).tolist() == whole[kept].tolist()
+    assert reading.dropped == {"conversation with no scored token": 67}
+    with pytest.raises(UserError, match=r"no conversation left .* 267 conversation with no scored token"):
+        reading.split(np.zeros(len(whole), dtype=bool))
+
+
+# ---- Bad records ----
+
+BAD = {
+    "oasst_export": [tree("p") | {"prompt": node("p") | {"replies": 5}}, {"tree_state": "x"}],
+    "vicuna": [share(("human", 5)), {"id": 1}],
+    "dolly15k": [{"instruction": "q"}, {"instruction": "q", "context": "\ud83d", "response": "a"}],
+    "grade_school_math_instructions": [{"INSTRUCTION": "q"}, {"INSTRUCTION": [], "RESPONSE": "a"}],
+    "code_alpaca": [{"instruction": "q", "input": ""}, {"instruction": "\udc00", "input": "", "output": "a"}],
+    "messages": [{"text": "q"}, {"messages": [{"role": "user"}]}],
+}
+GOOD = {
+    "oasst_export": tree("p", node("a")),
+    "vicuna": share(("human", "q"), ("gpt", "a")),
+    "dolly15k": {"instruction": "q", "context": "", "response": "a"},
+    "grade_school_math_instructions": {"INSTRUCTION": "q", "RESPONSE": "a"},
+    "code_alpaca": {"instruction": "q", "input": "", "output": "a"},
+    "messages": {"prompt": "q", "completion": "a"},
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_records_are_an_error_or_skipped_and_counted(tmp_path, name):
+    rows = [GOOD[name], *BAD[name], GOOD[name]]
+    options = {"hub_name": None, "files": None}
+    with pytest.raises(UserError, match=r"\A[^\n]*rows.jsonl, record 2: [^\n]*\Z"):
+        load(tmp_path, name, rows, **options)
+    split = load(tmp_path, name, rows, on_bad_records="skip", **options)
+    assert (len(split.train), split.rows_read, split.bad_records) == (2, 4, 2)
+    assert "record 2" in split.first_bad_record
+    assert split.losses.startswith("dropped: nothing; skipped: 2 bad, the first: ")
+    assert not split.dropped
+    with pytest.raises(UserError, match=r"no conversation left .*skipped: 2 bad"):
+        load(tmp_path, name, BAD[name], on_bad_records="skip", **options)
+
+
+def test_a_file_cut_off_is_skipped_where_it_ends(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([GOOD["code_alpaca"]] * 50)[:-30])
+    split = load_files("code_alpaca", [path], on_bad_records="skip")
+    assert (len(split.train), split.rows_read, split.bad_records) == (49, 50, 1)
+    assert "cut off" in split.first_bad_record
+
+
+def test_deep_trees_and_odd_labels(tmp_path):
+    deep = node("a")
+    for _ in range(400):
+        deep = {"text": "x", "role": "assistant", "replies": [deep]}
+    with pytest.raises(UserError, match=r"record 1: (message 3 of a thread is of role|nested too deeply)"):
+        load(tmp_path, "oasst_export", [{"tree_state": "ready_for_export", "prompt": node("p") | {"replies": [deep]}}])
+    with pytest.raises(UserError, match=r"record 1: field 'message.labels' has no number as the value of 'quality'"):
+        load(tmp_path, "oasst_export", [tree("p", node("a", labels={"quality": {"value": "high"}}))])
+
+
 def test_registry():
-    assert list(SOURCES) == ["oasst_export", "vicuna", "dolly15k", "grade_school_math_instructions", "code_alpaca"]
+    assert list(SOURCES) == [*GOOD]

@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT
 
 from utils import tracking
+from utils.errors import UserError
 from utils.recipe import Recipe
 from utils.tracking import RunLog, TrainingStats, plot, read_metrics
 
@@ -104,6 +105,14 @@ def test_counts_stay_exact_over_many_tokens():
     stats.by_dataset[1, 0] = 2**24  # where fp32 stops counting
     stats.add(micro_batch([0, 0, 0, 1], [4]), torch.ones(4), torch.tensor(1.0))
     assert stats.by_dataset[1].tolist() == [2**24 + 3, 1, 0]
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_the_run(loss):
+    stats = TrainingStats(MIX, torch.device("cpu"))
+    stats.add(micro_batch([0], [4]), torch.tensor([loss]), torch.tensor(loss))
+    with pytest.raises(UserError, match="not a finite number between steps 1 and 7"):
+        stats.close(SimpleNamespace(reduce=alone), step=7)
 
 
 # ---- metrics.jsonl and the curves ----

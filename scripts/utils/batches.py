@@ -124,26 +124,33 @@ def collate(
 
 
 def cut(split: Split, row: int, recipe: Recipe, epoch: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """input_ids and scored of one example, at most max_length tokens of it.
-
-    A longer one is cut to a random window with probability random_offset_probability, else to its start. A window
-    without a target would teach nothing, so it is drawn again. The first token of a window is never a target.
-    """
+    """input_ids and scored of one example, at most max_length tokens of it; the first of a window is never a target."""
     ids, scored = split.tokens(row)
-    length = recipe.max_length
-    if len(ids) <= length:
-        return ids, scored
-    offset = 0
-    if epoch is not None:
-        rng = _rng(recipe, WINDOW, epoch, row)
-        if rng.random() < recipe.random_offset_probability:
-            # A window [o, o + length) holds a target when one lies in [o + 1, o + length).
-            targets = np.concatenate([[0], np.cumsum(scored)])
-            held = targets[length:] - targets[1 : len(ids) - length + 2]
-            offset = int(rng.choice(np.flatnonzero(held > 0))) if held.any() else 0
-    scored = scored[offset : offset + length].copy()
+    start = window_start(scored, row, recipe, epoch)
+    scored = scored[start : start + recipe.max_length].copy()
     scored[0] = False
-    return ids[offset : offset + length], scored
+    return ids[start : start + recipe.max_length], scored
+
+
+def window_start(scored: np.ndarray, row: int, recipe: Recipe, epoch: int | None) -> int:
+    """Where the window of max_length tokens starts that an epoch sees of an example.
+
+    A longer example is cut to a random window with probability random_offset_probability, else to its start; never at
+    random for epoch None (validation). A window without a target would teach nothing, so only those with one are drawn.
+
+    Args:
+        scored: bool [tokens], the whole example's.
+    """
+    length = recipe.max_length
+    if len(scored) <= length or epoch is None:
+        return 0
+    rng = _rng(recipe, WINDOW, epoch, row)
+    if rng.random() >= recipe.random_offset_probability:
+        return 0
+    # A window [o, o + length) holds a target when one lies in [o + 1, o + length).
+    targets = np.concatenate([[0], np.cumsum(scored)])
+    held = targets[length:] - targets[1 : len(scored) - length + 2]
+    return int(rng.choice(np.flatnonzero(held > 0))) if held.any() else 0
 
 
 def _rng(recipe: Recipe, *stream: int) -> np.random.Generator:

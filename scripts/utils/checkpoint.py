@@ -13,7 +13,7 @@ from utils.errors import UserError
 from utils.recipe import Recipe
 
 # The first line of OUTPUT_DIR/recipe.yaml, by which it is known from a file of the user's.
-RECIPE_HEADER = "# The resolved recipe of this run: training from it repeats the run.\n"
+RECIPE_HEADER = "# The resolved recipe of this run: `sft.py THIS_FILE --output_dir NEW` repeats it.\n"
 
 
 def refuse_other_run(recipe: Recipe) -> None:

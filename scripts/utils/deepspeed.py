@@ -20,6 +20,8 @@ from utils.errors import UserError
 from utils.launch import has_gpu, launcher_plugin, num_processes, say
 from utils.recipe import Recipe
 
+ACCELERATE_CONFIG = "the accelerate config"
+
 
 def find_config(recipe: Recipe) -> tuple[dict[str, Any], str] | None:
     """The DeepSpeed config that this run uses and where it comes from; None for a run without DeepSpeed.
@@ -27,7 +29,7 @@ def find_config(recipe: Recipe) -> tuple[dict[str, Any], str] | None:
     The accelerate config's plugin wins over the recipe's `deepspeed_config`.
 
     Raises:
-        UserError: the file is missing or not JSON.
+        UserError: the file is missing or not JSON, or the accelerate config asks for FSDP.
     """
     plugin = launcher_plugin()
     if plugin == "deepspeed" and recipe.deepspeed_config:
@@ -39,7 +41,7 @@ def find_config(recipe: Recipe) -> tuple[dict[str, Any], str] | None:
     if path is None:
         return None
     if path == "none":  # the accelerate config spells the plugin out, without a JSON file
-        return DeepSpeedPlugin().deepspeed_config, "accelerate config"
+        return DeepSpeedPlugin().deepspeed_config, ACCELERATE_CONFIG
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -94,12 +96,13 @@ def fill_config(
         section, name = _section(config, source, key)
         present = section.get(name, "auto")
         if value is not None and present != "auto" and present != value:
-            raise UserError(f'{source}: {key} = {present} contradicts the recipe: {ours} = {value}; write "auto" there')
+            remedy = "remove it" if source == ACCELERATE_CONFIG else 'write "auto" there'
+            raise UserError(f"{source}: {key} = {present} contradicts the recipe: {ours} = {value}; {remedy}")
         section[name] = value
     stage = _section(config, source, "zero_optimization.stage")[0].get("stage", 0)
-    if stage not in (0, 1, 2):  # 3 leaves no process with whole weights to save
-        raise UserError(f"{source}: zero_optimization.stage = {stage}: stages 0, 1 and 2 are supported")
-    left = [key for key in _autos(config) if not key.startswith("zero_optimization.")]  # those Accelerate fills
+    if stage not in (1, 2):  # 3 leaves no process with whole weights to save, 0 tells no gradient norm
+        raise UserError(f"{source}: zero_optimization.stage = {stage}: stages 1 and 2 are supported")
+    left = [key for key in _autos(config) if key != "zero_optimization.reduce_bucket_size"]  # which Accelerate fills
     if left:
         raise UserError(f"{source}: {', '.join(left)} = auto: no key of the recipe says this; give a value")
     return config
@@ -131,6 +134,8 @@ def deepspeed_plugin(recipe: Recipe, total_steps: int, dtype: torch.dtype) -> De
     if found is None:
         return None
     config = fill_config(*found, recipe, total_steps, dtype)
+    # Accelerate refuses a launcher's config beside a complete one; fill_config has compared the two already.
+    os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
     reason = _why_not_fused_adam()
     if reason:
         config["optimizer"]["params"]["torch_adam"] = True

@@ -50,6 +50,7 @@ class Message:
     role: str  # "user", "assistant" or "system"
     content: str
     properties: dict[str, str | float] = field(default_factory=dict)
+    train: bool = True  # of a reply: whether it is scored
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +129,8 @@ def encode(
 
     A token is scored when it is a target: `labels = where(scored, input_ids, -100)`, the model shifts. These are the
     tokens of a reply, the eos after it and the `<|prompter|>` of a turn that follows it; `<|assistant|>` never is, nor
-    anything of a prompter or system message or of a system tag. With `label_masking` off every token is scored
-    but the first, which nothing predicts.
+    anything of a prompter or system message, of a system tag, or of a reply whose `train` is false. With
+    `label_masking` off every token is scored but the first, which nothing predicts.
 
     Args:
         tokenizer: as `prepare_tokenizer` leaves it.
@@ -147,25 +148,25 @@ def encode(
     token_of = {role: tokenizer.convert_tokens_to_ids(token) for role, token in ROLE_TOKENS.items()}
     indexed = enumerate(conversations)
     while batch := list(itertools.islice(indexed, batch_size)):
-        turns = []  # of each conversation, (role, text) with the tags as turns of role "system"
+        turns = []  # of each conversation, (role, text, train) with the tags as turns of role "system"
         for index, conversation in batch:
             dice = random.Random(f"{seed} system tag {index}") if use_system_tag else None
             turns.append(list(_turns(conversation, dice, system_property_dropout, system_add_length)))
         # Each text once: the threads of one Open-Assistant tree repeat their first messages.
-        texts = list(dict.fromkeys(text for conversation in turns for _, text in conversation))
+        texts = list(dict.fromkeys(text for conversation in turns for _, text, _ in conversation))
         with _contents_only(backend):
             encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
         ids_of = {text: encoding.ids for text, encoding in zip(texts, encodings, strict=True)}
         for conversation in turns:
-            ids, spans, after_reply = [], [], False  # spans: [start, end) of what is scored
-            for role, text in conversation:
-                if after_reply and role == "user":
+            ids, spans, after_scored = [], [], False  # spans: [start, end) of what is scored
+            for role, text, train in conversation:
+                if after_scored and role == "user":
                     spans.append((len(ids), len(ids) + 1))
                 ids.append(token_of[role])
-                start, after_reply = len(ids), role == "assistant"
+                start, after_scored = len(ids), role == "assistant" and train
                 ids += ids_of[text]
                 ids.append(eos)
-                if after_reply:
+                if after_scored:
                     spans.append((start, len(ids)))
             mask = np.zeros(len(ids), dtype=bool)
             for start, end in spans if label_masking else [(1, len(ids))]:
@@ -175,14 +176,14 @@ def encode(
 
 def _turns(
     conversation: Conversation, dice: random.Random | None, dropout: float, add_length: bool
-) -> Iterator[tuple[str, str]]:
+) -> Iterator[tuple[str, str, bool]]:
     messages = conversation.messages
     for place, message in enumerate(messages):
         if message.role not in ROLE_TOKENS or (message.role == "system" and place > 0):
             raise UserError(f"message {place + 1} of a conversation: role {message.role!r} is not allowed there")
-        yield message.role, message.content
+        yield message.role, message.content, message.train
         if dice and message.role == "user" and place + 1 < len(messages) and messages[place + 1].role == "assistant":
-            yield "system", system_tag(messages[place + 1], dice, dropout, add_length)
+            yield "system", system_tag(messages[place + 1], dice, dropout, add_length), False
 
 
 def system_tag(reply: Message, dice: random.Random, dropout: float = 0.5, add_length: bool = False) -> str:

@@ -12,8 +12,9 @@ from utils.deepspeed import fill_config, find_config
 from utils.errors import UserError
 from utils.launch import num_processes, process_index, say, training_dtype
 from utils.model import load_config, load_tokenizer
+from utils.reading import TRAIN, VALIDATION, Reading
 from utils.recipe import Recipe
-from utils.sources import SOURCES, load_source
+from utils.sources import find_source
 
 
 def dry_run(recipe: Recipe) -> None:
@@ -28,7 +29,7 @@ def dry_run(recipe: Recipe) -> None:
         _refuse_unwritable(recipe)
     say(recipe.to_yaml())
     for name, options in recipe.datasets.chosen().items():
-        hub = SOURCES[name].hub
+        hub = find_source(name, options).hub
         wanted = name, options.input_file_path, recipe.cache_dir, options.revision, hub
         paths = locate_data_file(*wanted)
         if not paths and not hub_patterns(options.input_file_path, hub):
@@ -36,10 +37,13 @@ def dry_run(recipe: Recipe) -> None:
         if not paths:
             say(f"{name}: not here, would be fetched from the hub ({hub.repo})")
             continue
-        data = load_source(name, options, paths, recipe.rng_seed)
+        source = Reading(name, options, paths, recipe.rng_seed)
+        for _ in source:  # only counted
+            pass
+        codes = source.split()
         say(
-            f"{name}: {', '.join(map(str, paths))}: {len(data.train):,} training and {len(data.validation):,} "
-            "validation conversations"
+            f"{name}: {', '.join(map(str, paths))}: {(codes == TRAIN).sum():,} training and "
+            f"{(codes == VALIDATION).sum():,} validation conversations ({source.losses()})"
         )
     say(f"{recipe.model_name}: {_describe_model(recipe)}")
     found = find_config(recipe)

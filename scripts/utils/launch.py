@@ -4,10 +4,12 @@ The launcher speaks through environment variables, so everything here is known b
 """
 
 import os
+from datetime import timedelta
 
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 
 from utils.errors import UserError
 from utils.recipe import Recipe
@@ -69,6 +71,17 @@ def set_up_process() -> None:
         affinity = getattr(os, "sched_getaffinity", None)  # what taskset or a container leaves; Linux only
         cores = len(affinity(0)) if affinity else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // local_processes))
+
+
+def process_group_options(deepspeed: bool) -> list[InitProcessGroupKwargs]:
+    """For the Accelerator: the backend of the machine, and patience.
+
+    While the first process writes a checkpoint the others wait; NCCL's ten minutes are too short for 31 GB to a slow
+    disk. None for a process alone, for which Accelerate would look up a group that does not exist.
+    """
+    if not deepspeed and num_processes() == 1:
+        return []
+    return [InitProcessGroupKwargs(backend="nccl" if has_gpu() else "gloo", timeout=timedelta(hours=3))]
 
 
 def check_processes(accelerator: Accelerator) -> None:

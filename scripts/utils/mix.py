@@ -1,5 +1,9 @@
 """The prepared mix: every conversation of every data set, tokenized once, in memory-mapped Arrow files.
 
+A data set's folder holds examples.arrow (its conversations in the order of its files), split.npy (int8 [conversations]:
+0 training, 1 validation, 2 left out by max_val_set) and report.json (what was read and what was dropped). It is written
+as the source is read, so that memory stays flat whatever the source's size.
+
 Preparation runs before any process group exists. Whichever process comes first does it, under a file lock; the others
 wait for the lock, not in a collective that would time out, and read the same files. The folder's name is a hash of
 everything that changes its content, and it appears under that name only when it is whole.
@@ -10,23 +14,24 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from filelock import FileLock
 
-from utils import data_files, dialogue, sources
+from utils import dialogue, messages_source, reading, records, sources
 from utils.data_files import find_data_file
-from utils.dialogue import encode
+from utils.dialogue import Conversation, encode
 from utils.errors import UserError
 from utils.launch import say
+from utils.reading import TRAIN, VALIDATION, Reading
 from utils.recipe import DatasetOptions, Recipe
-from utils.sources import SOURCES, Conversation, load_source
+from utils.sources import find_source
 
-SPLITS = ("train", "validation")
 ROWS_AT_A_TIME = 1000
 SCHEMA = pa.schema(
     {
@@ -45,11 +50,14 @@ class Split:
 
     Attributes:
         dataset: int64 [examples], the index of each example's data set in `Mix.names`.
+        position: int64 [examples], its row in that data set's table.
         lengths: int64 [examples], tokens, whole conversations.
         targets: int64 [examples], scored tokens.
+        tables: of each data set, of SCHEMA, memory-mapped.
     """
 
     dataset: np.ndarray
+    position: np.ndarray
     lengths: np.ndarray
     targets: np.ndarray
     tables: list[pa.Table]
@@ -59,27 +67,34 @@ class Split:
 
     def tokens(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """input_ids (int32 [tokens]) and scored (bool [tokens]) of one example, not cut to max_length."""
-        values = self._values(row)
-        return values["input_ids"].values.to_numpy(), values["scored"].values.to_numpy(zero_copy_only=False)
+        ids, scored = self._value(row, "input_ids"), self._value(row, "scored")
+        return ids.values.to_numpy(), scored.values.to_numpy(zero_copy_only=False)
 
     def messages(self, row: int) -> list[dict[str, str]]:
         """The conversation of one example: [{"role", "content"}]."""
-        return self._values(row)["messages"].as_py()
+        return self._value(row, "messages").as_py()
 
-    def _values(self, row: int) -> dict[str, pa.Scalar]:
-        dataset = self.dataset[row]
-        first = np.searchsorted(self.dataset, dataset)
-        table = self.tables[dataset]
-        return {name: table[name][int(row - first)] for name in SCHEMA.names}
+    def select(self, rows: np.ndarray) -> "Split":
+        """The examples of these rows (int64 or bool), in this order, over the same tables."""
+        return Split(self.dataset[rows], self.position[rows], self.lengths[rows], self.targets[rows], self.tables)
+
+    def _value(self, row: int, column: str) -> pa.Scalar:
+        return self.tables[self.dataset[row]][column][int(self.position[row])]
 
 
 @dataclass
 class Mix:
-    """All data sets of a recipe."""
+    """All data sets of a recipe.
+
+    Attributes:
+        reports: of each data set by name, its report.json: rows_read, dropped {reason: count}, bad_records,
+            first_bad_record, conversations.
+    """
 
     names: list[str]
     train: Split
     validation: Split
+    reports: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def prepare_mix(recipe: Recipe, tokenizer) -> Mix:
@@ -89,18 +104,20 @@ def prepare_mix(recipe: Recipe, tokenizer) -> Mix:
         UserError: a data file is missing or broken, or a data set has no training conversation left.
     """
     root = prepared_folder(recipe)
-    tables: dict[str, list[pa.Table]] = {split: [] for split in SPLITS}
+    tables, codes, reports = [], [], {}
     for name, options in recipe.datasets.chosen().items():
-        paths = find_data_file(name, options.input_file_path, recipe.cache_dir, options.revision, SOURCES[name].hub)
+        hub = find_source(name, options).hub
+        paths = find_data_file(name, options.input_file_path, recipe.cache_dir, options.revision, hub)
         folder = root / f"{name}-{_fingerprint(name, options, paths, recipe, tokenizer)}"
         if not folder.exists():
             with FileLock(f"{folder}.lock"):
                 if not folder.exists():
                     _prepare(folder, name, options, paths, recipe, tokenizer)
-        for split in SPLITS:
-            with pa.memory_map(str(folder / f"{split}.arrow")) as file:
-                tables[split].append(pa.ipc.open_stream(file).read_all())
-    return Mix(list(recipe.datasets.chosen()), _split(tables["train"]), _split(tables["validation"]))
+        with pa.memory_map(str(folder / "examples.arrow")) as file:
+            tables.append(pa.ipc.open_stream(file).read_all())
+        codes.append(np.load(folder / "split.npy"))
+        reports[name] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    return Mix(list(reports), _split(tables, codes, TRAIN), _split(tables, codes, VALIDATION), reports)
 
 
 def prepared_folder(recipe: Recipe) -> Path:
@@ -120,8 +137,8 @@ def prepared_folder(recipe: Recipe) -> Path:
 def _fingerprint(name: str, options: DatasetOptions, paths: list[Path], recipe: Recipe, tokenizer) -> str:
     """A hash of all that the prepared data depend on: files, tokenizer, rules and the code that applies them."""
     digest = hashlib.blake2b(digest_size=10)
-    code = [__file__, data_files.__file__, dialogue.__file__, sources.__file__, sources.FILTER_PHRASES_FILE]
-    for path in [*paths, *code]:
+    code = [module.__file__ for module in (dialogue, messages_source, reading, records, sources)]
+    for path in [*paths, __file__, *code, sources.FILTER_PHRASES_FILE]:
         try:
             with open(path, "rb") as file:
                 while block := file.read(2**20):
@@ -130,10 +147,11 @@ def _fingerprint(name: str, options: DatasetOptions, paths: list[Path], recipe: 
             raise UserError(f"data set {name}: {path}: cannot read this file: {error.strerror}") from error
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     keys = ("label_masking", "use_system_tag", "system_property_dropout", "system_add_length", "rng_seed")
+    elsewhere = {"fraction", "size", "input_file_path", "revision", "hub_name", "files"}  # in the sampler, in `paths`
     rules = {
         "dataset": name,
         "eos": tokenizer.eos_token,
-        "options": options.model_dump(mode="json", exclude={"fraction", "size", "input_file_path", "revision"}),
+        "options": options.model_dump(mode="json", exclude=elsewhere),
         **{key: getattr(recipe, key) for key in keys},
     }
     digest.update(json.dumps(rules, sort_keys=True).encode())
@@ -141,28 +159,42 @@ def _fingerprint(name: str, options: DatasetOptions, paths: list[Path], recipe: 
 
 
 def _prepare(folder: Path, name: str, options: DatasetOptions, paths: list[Path], recipe: Recipe, tokenizer) -> None:
-    """Read, split and tokenize one data set into `folder`, which appears only when it is whole; under its lock."""
-    data = load_source(name, options, paths, recipe.rng_seed)
+    """Read, tokenize and split one data set into `folder`, which appears only when it is whole; under its lock."""
+    source = Reading(name, options, paths, recipe.rng_seed)
     work = folder.with_name(f".{folder.name}")
     shutil.rmtree(work, ignore_errors=True)  # left by a run that was killed, since the lock is ours
     work.mkdir()
+    kept: list[bool] = []  # of each conversation, whether any token is scored; else there is nothing to learn
     try:
-        for split in SPLITS:
-            with pa.ipc.new_stream(work / f"{split}.arrow", SCHEMA) as writer:
-                examples = zip(getattr(data, split), _encode(getattr(data, split), recipe, tokenizer), strict=True)
-                while batch := list(itertools.islice(examples, ROWS_AT_A_TIME)):
-                    writer.write_batch(_record_batch(batch))
+        with pa.ipc.new_stream(work / "examples.arrow", SCHEMA) as writer:
+            conversations, again = itertools.tee(source)  # encode reads ahead by one batch
+            examples = zip(conversations, _encode(again, recipe, tokenizer), strict=True)
+            while batch := list(itertools.islice(examples, ROWS_AT_A_TIME)):
+                teaches = [bool(scored.any()) for _, (_, scored) in batch]
+                writer.write_batch(_record_batch(list(itertools.compress(batch, teaches))))
+                kept += teaches
+        codes = source.split(np.array(kept, dtype=bool))
+        np.save(work / "split.npy", codes)
+        report = {
+            "rows_read": source.rows_read,
+            "dropped": dict(source.dropped),
+            "bad_records": source.bad_records,
+            "first_bad_record": source.first_bad_record,
+            "conversations": len(codes),
+        }
+        (work / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         work.rename(folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    dropped = ", ".join(f"{count:,} {reason}" for reason, count in data.dropped.items() if count)
     say(
-        f"prepared {name}: {data.rows_read:,} rows, {len(data.train):,} training and {len(data.validation):,} "
-        f"validation conversations{f' (dropped: {dropped})' if dropped else ''}"
+        f"prepared {name}: {source.rows_read:,} rows, {(codes == TRAIN).sum():,} training and "
+        f"{(codes == VALIDATION).sum():,} validation conversations ({source.losses()})"
     )
 
 
-def _encode(conversations: list[Conversation], recipe: Recipe, tokenizer) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _encode(
+    conversations: Iterable[Conversation], recipe: Recipe, tokenizer
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     return encode(
         tokenizer,
         conversations,
@@ -171,6 +203,7 @@ def _encode(conversations: list[Conversation], recipe: Recipe, tokenizer) -> Ite
         system_property_dropout=recipe.system_property_dropout,
         system_add_length=recipe.system_add_length,
         seed=recipe.rng_seed,
+        batch_size=ROWS_AT_A_TIME,
     )
 
 
@@ -186,7 +219,11 @@ def _record_batch(examples: list[tuple[Conversation, tuple[np.ndarray, np.ndarra
     return pa.record_batch(columns, schema=SCHEMA)
 
 
-def _split(tables: list[pa.Table]) -> Split:
-    columns = {name: np.concatenate([table[name].to_numpy() for table in tables]) for name in ("length", "targets")}
-    dataset = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
-    return Split(dataset, columns["length"], columns["targets"], tables)
+def _split(tables: list[pa.Table], codes: list[np.ndarray], which: int) -> Split:
+    positions = [np.flatnonzero(own == which) for own in codes]
+    dataset = np.repeat(np.arange(len(tables)), [len(own) for own in positions])
+    lengths, targets = (
+        np.concatenate([table[column].to_numpy()[own] for table, own in zip(tables, positions, strict=True)])
+        for column in ("length", "targets")
+    )
+    return Split(dataset, np.concatenate(positions), lengths, targets, tables)

@@ -1,6 +1,7 @@
 """The model and its tokenizer: loaded or built, made ready for the chat tokens."""
 
 import os
+import re
 from pathlib import Path
 
 import psutil
@@ -15,8 +16,9 @@ from utils.errors import UserError
 from utils.launch import has_gpu, say
 from utils.recipe import Recipe
 
-# Configs whose models change the logits after the output layer; utils/loss.py applies that layer by itself.
-LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+# Config keys of models that change the logits after the output layer, which utils/loss.py applies by itself. Weights
+# can be too small for `check_output_layer` to see a cap.
+LOGIT_TRANSFORM = re.compile(r"logits?_(soft)?_?(cap|scal)|lm_head_mult")
 
 
 def load_tokenizer(recipe: Recipe):
@@ -48,8 +50,8 @@ def load_config(recipe: Recipe, must_fit: bool = True) -> PretrainedConfig:
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions and recipe.max_length > positions:
         raise UserError(f"max_length = {recipe.max_length}: {recipe.model_name} has {positions} positions")
-    for name in LOGIT_TRANSFORMS:
-        if getattr(config, name, None) not in (None, 1, 1.0):
+    for name, value in config.get_text_config().to_dict().items():
+        if LOGIT_TRANSFORM.search(name) and value not in (None, 1, 1.0):
             raise UserError(f"model_name = {recipe.model_name}: models with {name} are not supported")
     if recipe.fuse_gelu and getattr(config, "hidden_act", None) == "gelu":
         # Saved with the checkpoint, so that it is used as it was trained.
@@ -75,7 +77,7 @@ def load_model(recipe: Recipe, config: PretrainedConfig, tokenizer, dtype: torch
     Raises:
         UserError: the weights cannot be found, are damaged, or not those that the config calls for.
     """
-    kwargs = {"attn_implementation": _attention(recipe, dtype), "trust_remote_code": recipe.trust_remote_code}
+    kwargs = {"trust_remote_code": recipe.trust_remote_code, **_attention(recipe, dtype)}
     if recipe.from_scratch:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, **kwargs)
     else:
@@ -87,6 +89,8 @@ def load_model(recipe: Recipe, config: PretrainedConfig, tokenizer, dtype: torch
             raise UserError(
                 f"model_name = {recipe.model_name}: its weights lack {names}, which its config.json calls for"
             )
+    say(f"attention: {model.config._attn_implementation}")
+    check_output_layer(model, recipe.model_name)
     # As the original: StableLM's 50,432 rows become 50,288 for 50,282 tokens.
     model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=16)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
@@ -110,8 +114,7 @@ def _count_parameters(recipe: Recipe, config: PretrainedConfig) -> int:
     """Build the model without memory for its weights: a config that does not work is found at once."""
     try:
         with init_empty_weights():
-            trust = recipe.trust_remote_code
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust, attn_implementation="sdpa")
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.trust_remote_code)
     except Exception as error:  # ZeroDivisionError for no heads, KeyError for an unknown activation, and so on
         raise UserError(
             f"model_name = {recipe.model_name}: no causal language model can be made of its config: {_reason(error)}"
@@ -142,12 +145,32 @@ def _where(recipe: Recipe) -> str:
     return f"no such folder under {Path.cwd()}, and the hub did not give it"
 
 
-def _attention(recipe: Recipe, dtype: torch.dtype) -> str:
+def _attention(recipe: Recipe, dtype: torch.dtype) -> dict[str, str]:
+    """The argument that chooses flash-attn; else none, and transformers takes SDPA where the model can."""
     if not recipe.use_flash_attention:
-        return "sdpa"
+        return {}
     if is_flash_attn_2_available() and has_gpu() and dtype != torch.float32:
-        say("attention: flash-attn")
-        return "flash_attention_2"
-    reason = "there is no GPU" if not has_gpu() else "fp32" if dtype == torch.float32 else "flash-attn is not installed"
-    say(f"attention: PyTorch's SDPA ({reason})")
-    return "sdpa"
+        return {"attn_implementation": "flash_attention_2"}
+    reason = "there is no GPU" if not has_gpu() else "fp32" if dtype == torch.float32 else "it is not installed"
+    say(f"attention: not flash-attn ({reason})")
+    return {}
+
+
+@torch.no_grad()
+def check_output_layer(model: PreTrainedModel, name: str) -> None:
+    """Refuse a model whose logits are not its output layer's of its body's hidden states, as utils/loss.py has them.
+
+    Raises:
+        UserError: they differ on eight tokens (a scaled, capped or deeper head), or are not finite.
+    """
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ids = (torch.arange(8, device=model.device) * 997 % vocabulary)[None]
+    try:
+        logits = model(input_ids=ids, use_cache=False).logits
+        ours = model.get_output_embeddings()(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    except (AttributeError, TypeError, RuntimeError) as error:
+        raise UserError(f"model_name = {name}: not a model that can be trained here: {_reason(error)}") from error
+    if not logits.isfinite().all():
+        raise UserError(f"model_name = {name}: its weights give logits that are not finite numbers")
+    if not torch.allclose(ours.float(), logits.float(), rtol=1e-2, atol=1e-2 * float(logits.abs().max())):
+        raise UserError(f"model_name = {name}: its logits are not those of its output layer alone: not supported")

@@ -16,7 +16,7 @@ import yaml
 from pydantic import ValidationError
 
 from utils.errors import UserError
-from utils.recipe_keys import DatasetOptions, Datasets, OasstOptions, Recipe
+from utils.recipe_keys import DatasetOptions, Datasets, Recipe
 from utils.strict_yaml import parse_yaml
 
 SECTIONS = {"model_name": "Model", "datasets": "Data", "dtype": "Training", "output_dir": "Output"}
@@ -38,11 +38,11 @@ def describe_keys() -> str:
         if name == "datasets":
             lines += [f"    {source:<32}{entry.description}" for source, entry in Datasets.model_fields.items()]
             lines.append("    each with these options, e.g. --datasets.vicuna.fraction 0.5")
-            own = {
-                key: field for key, field in OasstOptions.model_fields.items() if key in OasstOptions.__annotations__
-            }
-            lines += [line(option, entry, 6) for option, entry in DatasetOptions.model_fields.items()]
-            lines += [line(option, entry, 6) + " [oasst_export]" for option, entry in own.items()]
+            shared = DatasetOptions.model_fields
+            lines += [line(option, entry, 6) for option, entry in shared.items()]
+            for source in Datasets.model_fields:
+                own = Datasets.options_of(source).model_fields.items()
+                lines += [line(option, entry, 6) + f" [{source}]" for option, entry in own if option not in shared]
     return "\n".join(lines)
 
 
@@ -119,10 +119,13 @@ def _explain(detail: Any, places: dict[tuple[str, ...], str], path: str | Path) 
     key = tuple(str(part) for part in detail["loc"])
     place = next((places[key[:n]] for n in range(len(key), 0, -1) if key[:n] in places), str(path))
     name = ".".join(key)
+    if detail["type"] == "missing" and len(key) > 1:  # `source`, of a data set that is no source
+        nearest = _nearest(key[1], Datasets.model_fields)
+        return f"{place}: unknown key {'.'.join(key[:-1])}{nearest} (data of your own need `source: messages`)"
     if detail["type"] == "missing":
         return f"{path}: {name} is missing: {Recipe.model_fields[name].description}"
     if detail["type"] == "extra_forbidden":
-        known = {1: Recipe, 2: Datasets}.get(len(key)) or (OasstOptions if key[1] == "oasst_export" else DatasetOptions)
+        known = Recipe if len(key) == 1 else Datasets.options_of(key[1])
         return f"{place}: unknown key {name}{_nearest(key[-1], known.model_fields)}"
     message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ").split(", unable to")[0]
     message = MESSAGES.get(detail["type"], message)

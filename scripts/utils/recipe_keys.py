@@ -7,7 +7,9 @@ model/model_training/configs/config.yaml (April 2023), where it has the key.
 """
 
 import contextlib
+import difflib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,6 +25,18 @@ def _hexadecimal_too(value: Any) -> Any:
             return int(value, 0)
     return value
 
+
+# ISO 639-1, and those of Open-Assistant's trees that name a country.
+LANGUAGE_CODES = (
+    "aa ab ae af ak am an ar as av ay az ba be bg bh bi bm bn bo br bs ca ce ch co cr cs cu cv cy da de dv dz ee el en "
+    "eo es et eu fa ff fi fj fo fr fy ga gd gl gn gu gv ha he hi ho hr ht hu hy hz ia id ie ig ii ik io is it iu ja jv "
+    "ka kg ki kj kk kl km kn ko kr ks ku kv kw ky la lb lg li ln lo lt lu lv mg mh mi mk ml mn mr ms mt my na nb nd ne "
+    "ng nl nn no nr nv ny oc oj om or os pa pi pl ps pt qu rm rn ro ru rw sa sc sd se sg si sk sl sm sn so sq sr ss st "
+    "su sv sw ta te tg th ti tk tl tn to tr ts tt tw ty ug uk ur uz ve vi vo wa wo xh yi yo za zh zu "
+    "nb-NO pt-BR uk-UA zh-CN zh-TW"
+)
+LANGUAGES = frozenset(LANGUAGE_CODES.split())
+DATASET_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")  # part of a folder's name, of metrics and of options
 
 Share = Annotated[float, Field(gt=0, le=1)]
 PositiveInt = Annotated[int, BeforeValidator(_hexadecimal_too), Field(gt=0, lt=2**31)]
@@ -51,6 +65,9 @@ class DatasetOptions(_Schema):
     max_val_set: PositiveInt | None = Field(None, description="at most this many validation conversations")
     fraction: Share | None = Field(None, description="share of the training rows used, drawn anew each epoch")
     size: PositiveInt | None = Field(None, description="number of training rows used, drawn anew each epoch")
+    on_bad_records: Literal["error", "skip"] = Field(
+        "error", description="what to do at a damaged record: stop, or go on and report how many"
+    )
 
     @model_validator(mode="after")
     def _one_size(self):
@@ -65,15 +82,58 @@ class OasstOptions(DatasetOptions):
     lang: str = Field("en", description="languages of the prompts to use, comma-separated codes")
     top_k: PositiveInt | None = Field(None, description="use replies of rank below this; null: all")
 
+    @field_validator("lang")
+    @classmethod
+    def _known_languages(cls, value: str) -> str:
+        for code in map(str.strip, value.split(",")):
+            if code not in LANGUAGES:
+                close = [code.lower(), *difflib.get_close_matches(code, LANGUAGES, n=1), code[:2].lower()]
+                hint = next((f": did you mean {other}?" for other in close if other in LANGUAGES), "")
+                raise ValueError(f"{code!r} is not the code of a language{hint}")
+        return value
+
+
+class DollyOptions(DatasetOptions):
+    """Keys of `dolly15k` alone."""
+
+    context: Literal["drop", "prompt"] = Field(
+        "drop", description="the passage that a question is about: left out, as the original did, or put below it"
+    )
+
+
+class MessagesOptions(DatasetOptions):
+    """Keys of chat data of one's own (`utils/messages_source.py`)."""
+
+    source: Literal["messages"] = Field(description="messages; it lets a data set have any name")
+    hub_name: str | None = Field(None, description="data set on the hub, as org/name")
+    files: str | None = Field(None, description="pattern of its data files; null: those named train")
+
+    @model_validator(mode="after")
+    def _one_place(self):
+        if self.input_file_path is None and self.hub_name is None:
+            raise ValueError("give input_file_path or hub_name, where its data are")
+        if self.files is not None and (self.input_file_path is not None or self.hub_name is None):
+            raise ValueError("files is a pattern for hub_name, in place of input_file_path")
+        return self
+
 
 class Datasets(_Schema):
-    """The mix: in YAML a list, each entry a name or `name: {options}`; the sources are in scripts/utils/sources.py."""
+    """The mix: in YAML a list, each entry a name or `name: {options}`; the sources are in scripts/utils/sources.py.
+
+    A data set of any other name says `source: messages`, so that a misspelt name is not taken for one.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, MessagesOptions]
 
     oasst_export: OasstOptions | None = Field(None, description="Open-Assistant message trees")
     vicuna: DatasetOptions | None = Field(None, description="ShareGPT conversations")
-    dolly15k: DatasetOptions | None = Field(None, description="databricks-dolly-15k")
+    dolly15k: DollyOptions | None = Field(None, description="databricks-dolly-15k")
     grade_school_math_instructions: DatasetOptions | None = Field(None, description="GSM8K as instructions")
     code_alpaca: DatasetOptions | None = Field(None, description="Code Alpaca")
+    messages: MessagesOptions | None = Field(
+        None, description="chat data of your own; under any other name with `source: messages`"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -90,7 +150,11 @@ class Datasets(_Schema):
             ((name, options),) = entries.items()
             if name in mix:
                 raise ValueError(f"{name} is listed twice")
-            mix[name] = {} if options is None else options
+            mix[name] = options = {} if options is None else options
+            if isinstance(options, Mapping) and name == "messages":
+                mix[name] = {"source": "messages", **options}
+            elif isinstance(options, Mapping) and "source" in options and not DATASET_NAME.fullmatch(name):
+                raise ValueError(f"{name!r} is no name for a data set: use letters, digits, _ and -")
         return mix
 
     @model_validator(mode="after")
@@ -100,8 +164,18 @@ class Datasets(_Schema):
         return self
 
     def chosen(self) -> dict[str, DatasetOptions]:
-        """The data sets of the mix, in the schema's order."""
-        return {name: options for name in type(self).model_fields if (options := getattr(self, name)) is not None}
+        """The data sets of the mix, in the schema's order, those of other names after them in the recipe's."""
+        known = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: options for name, options in (known | self.__pydantic_extra__).items() if options is not None}
+
+    @staticmethod
+    def options_of(name: str) -> type[DatasetOptions]:
+        """What a data set of this name can be given."""
+        own = {"oasst_export": OasstOptions, "dolly15k": DollyOptions}
+        return own.get(name) or (DatasetOptions if name in SOURCE_NAMES else MessagesOptions)
+
+
+SOURCE_NAMES = frozenset(Datasets.model_fields) - {"messages"}
 
 
 class Recipe(_Schema):
@@ -119,6 +193,7 @@ class Recipe(_Schema):
 
     datasets: Datasets = Field(description="the mix")
     cache_dir: Path = Field(Path(".cache"), description="where data files are looked up and prepared data are kept")
+    drop_contaminated: bool = Field(False, description="leave out training conversations with GSM8K test questions")
     label_masking: bool = Field(True, description="score the replies only; false: every token")
     random_offset_probability: Annotated[float, Field(ge=0, le=1)] = Field(
         0.8, description="chance that a conversation over max_length is cut at a random place, not at its start"

@@ -29,7 +29,7 @@ def describe_run(
     print(f"{over:,} training conversations are longer than max_length {recipe.max_length:,} and are cut in each epoch")
 
     warmup = max(2, recipe.warmup_steps)
-    beyond = " (longer than the run: the peak is not reached)" if warmup > total_steps else ""
+    beyond = " (longer than the run: the peak is not reached)" if warmup >= total_steps else ""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     precision = str(dtype).removeprefix("torch.")
     processes, micro = accelerator.num_processes, recipe.per_device_train_batch_size

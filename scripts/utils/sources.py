@@ -1,62 +1,34 @@
-r"""The five data sources of the Open-Assistant SFT-7 mix: from data files to conversations, split and filtered.
+r"""The data sources: what each makes of one record of its file.
 
 oasst_export, vicuna, dolly15k, grade_school_math_instructions and code_alpaca, by the rules of Open-Assistant's
-model_training (custom_datasets/oasst_dataset.py, qa_datasets.py, instruction.py, utils.py), April 2023. Where the
-original drew without a seed (filler for empty prompts, max_val_set), the draw here depends on rng_seed, the data
-set and the record number only. `fraction` and `size` are the sampler's, as they are drawn anew each epoch.
+model_training (custom_datasets/oasst_dataset.py, qa_datasets.py, instruction.py, utils.py), April 2023; and messages,
+for chat data of one's own. What the original drew without a seed (the filler for empty prompts) depends on rng_seed,
+the data set and the record number only.
 """
 
 import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from utils.data_files import HubSource, read_records, required_field
+from utils.data_files import HubSource
 from utils.dialogue import Conversation, Message
-from utils.errors import UserError
+from utils.messages_source import read_messages
+from utils.records import Record
 
-SPLIT_SEED = 287631038922  # of torch's random_split
-SKLEARN_SEED = 666  # of scikit-learn's train_test_split
 FILLERS = ("...", "Please continue", "Go on", "")  # an empty human message of ShareGPT becomes one of these
 MAX_CHARACTERS = 32 * 1024  # of a ShareGPT message
 NUMBER_MARK = re.compile(r"\[\s?\d+\s?\]")  # [1], [ 12 ]
 FILTER_PHRASES_FILE = Path(__file__).with_name("filter_phrases.txt")
 REFERENCE_MARKS = re.compile(r"\[\d+(?:,\s*\d+)*?\]|\[citation needed\]|\[[a-zA-Z]\]")  # [3], [1, 2], [a]
 
-
-@dataclass(frozen=True)
-class Record:
-    """One record of a data file with its place, so that an error can name it."""
-
-    values: dict[str, Any]
-    path: Path
-    number: int  # in its file
-    index: int  # over all files, from 1
-
-    def get(self, name: str, kind: type = str, nullable: bool = False) -> Any:
-        return required_field(self.values, name, kind, self.path, self.number, nullable=nullable)
-
-    def inside(self, values: Any, where: str, name: str, kind: type = str, nullable: bool = False) -> Any:
-        """A field of something within the record, e.g. of one message of a tree."""
-        if not isinstance(values, dict):
-            raise UserError(f"{self.path}, record {self.number}: an entry of {where!r} is not an object")
-        return required_field(values, name, kind, self.path, self.number, where, nullable)
-
-
-@dataclass(frozen=True)
-class SourceSplit:
-    train: list[Conversation]
-    validation: list[Conversation]
-    rows_read: int  # records in the files: trees, conversations or rows
-    dropped: dict[str, int]  # reason -> trees, threads, conversations or rows, as the reason says
-
-
-# Turns records into what the split is drawn over: one list of conversations per tree or row, which stay together.
-Reader = Callable[[Iterator[Record], Any, Counter, int], list[list[Conversation]]]
+# Turns a record, with the data set's options, into the conversations it holds, which stay together in a split; or None
+# when the split is drawn without it. What it drops it counts by reason; the last argument is rng_seed.
+Reader = Callable[[Record, Any, Counter, int], list[Conversation] | None]
 
 
 @dataclass(frozen=True)
@@ -64,25 +36,28 @@ class Source:
     about: str  # licence and size
     hub: HubSource
     read: Reader
-    split: str = "train_test_split"  # scikit-learn's, with SKLEARN_SEED; or torch's "random_split", with SPLIT_SEED
+    # scikit-learn's over the records kept, or torch's "random_split" over them, each with a seed of its own.
+    split: Literal["train_test_split", "random_split"] = "train_test_split"
+    shuffled: bool = False  # whether records are shuffled, by random.Random(42), before they are split
 
 
-def read_oasst(records: Iterator[Record], options: Any, dropped: Counter, rng_seed: int) -> list[list[Conversation]]:
-    """Message trees: the threads of each tree that is ready, reviewed and in one of the languages, depth first."""
-    languages = {code.strip() for code in options.lang.split(",")}
-    trees = []
-    for record in records:
-        prompt = record.get("prompt", dict)
-        if record.get("tree_state") != "ready_for_export":
-            dropped["tree not ready for export"] += 1
-        elif not prompt.get("review_result"):
-            dropped["tree whose prompt was not accepted in review"] += 1
-        elif record.inside(prompt, "prompt", "lang") not in languages:
-            dropped["tree in another language"] += 1
-        else:
-            threads = _threads(record, [prompt], [], options.top_k, dropped)
-            trees.append([Conversation(thread) for thread in threads])
-    return trees
+def read_oasst(record: Record, options: Any, dropped: Counter, rng_seed: int) -> list[Conversation] | None:
+    """A message tree: its threads, depth first, if it is ready, reviewed and in one of the languages."""
+    prompt = record.get("prompt", dict)
+    if record.values.get("tree_state") != "ready_for_export":
+        dropped["tree not ready for export"] += 1
+    elif not prompt.get("review_result"):
+        dropped["tree whose prompt was not accepted in review"] += 1
+    elif record.inside(prompt, "prompt", "lang") not in _languages(options.lang):
+        dropped["tree in another language"] += 1
+    else:
+        return [Conversation(thread) for thread in _threads(record, [prompt], [], options.top_k, dropped)]
+    return None
+
+
+@cache
+def _languages(lang: str) -> frozenset[str]:
+    return frozenset(code.strip() for code in lang.split(","))
 
 
 def _threads(
@@ -91,6 +66,8 @@ def _threads(
     """The kept threads below path[-1], depth first, replies in the order of the file; `above` is path[:-1] read."""
     messages = [*above, _oasst_message(record, path[-1], len(above))]
     replies = path[-1].get("replies") or []
+    if not isinstance(replies, list):
+        raise record.error("field 'message.replies' is not a list")
     for reply in replies:
         yield from _threads(record, [*path, reply], messages, top_k, dropped)
     if replies or len(path) == 1:
@@ -116,85 +93,83 @@ def _rank(record: Record, path: list[dict], place: int) -> float:
 def _oasst_message(record: Record, node: dict, place: int) -> Message:
     text, role = record.inside(node, "message", "text"), record.inside(node, "message", "role")
     if role != ("prompter", "assistant")[place % 2]:
-        raise UserError(f"{record.path}, record {record.number}: message {place + 1} of a thread is of role {role!r}")
+        raise record.error(f"message {place + 1} of a thread is of role {role!r}")
     if role == "prompter":
         return Message("user", text)
-    properties = {"lang": node.get("lang")}
-    for name in ("quality", "humor", "creativity"):
-        label = (node.get("labels") or {}).get(name) or {}
-        properties[name] = None if label.get("value") is None else float(label["value"])
+    properties = {"lang": record.inside({"lang": None} | node, "message", "lang", nullable=True)}
+    try:
+        for name in ("quality", "humor", "creativity"):
+            label = (node.get("labels") or {}).get(name) or {}
+            properties[name] = None if label.get("value") is None else float(label["value"])
+    except (AttributeError, TypeError, ValueError):
+        raise record.error(f"field 'message.labels' has no number as the value of {name!r}") from None
     return Message(role, text, {key: value for key, value in properties.items() if value is not None})
 
 
-def read_vicuna(records: Iterator[Record], options: Any, dropped: Counter, rng_seed: int) -> list[list[Conversation]]:
-    """ShareGPT conversations; speakers other than human and gpt only end the message before them."""
-    kept = []
-    for record in records:
-        lines = record.get("conversations", list)
-        speakers = [record.inside(line, "conversations", "from") for line in lines]
-        texts = [record.inside(line, "conversations", "value", nullable=True) for line in lines]
-        if not lines or speakers[0] != "human":
-            dropped["conversation that does not start with human"] += 1
-            continue
-        if ("gpt", True) in zip(speakers, (not text for text in texts), strict=True):
-            dropped["conversation with an empty gpt message"] += 1
-            continue
-        dice = random.Random(f"{rng_seed} vicuna {record.index}")
-        turns: list[tuple[str, list[str]]] = []
-        for speaker, text in zip(speakers, texts, strict=True):
-            text = text or (dice.choice(FILLERS) if speaker == "human" else "")
-            # The data set's markdown converter had escaped every underscore and asterisk.
-            text = NUMBER_MARK.sub("", text.replace(r"\_", "_").replace(r"\*", "*"))
-            if not turns or turns[-1][0] != speaker:
-                turns.append((speaker, []))
-            turns[-1][1].append(text.strip())
-        joined = [(speaker, "\n".join(parts)[:MAX_CHARACTERS]) for speaker, parts in turns]
-        prompts, replies = ([text for who, text in joined if who == speaker] for speaker in ("human", "gpt"))
-        if len(prompts) != len(replies):
-            dropped["conversation with unequal numbers of prompts and replies"] += 1
-            continue
-        pairs = (_pair(*texts).messages for texts in zip(prompts, replies, strict=True))
-        kept.append([Conversation([message for pair in pairs for message in pair])])
-    return kept
+def read_vicuna(record: Record, options: Any, dropped: Counter, rng_seed: int) -> list[Conversation] | None:
+    """A ShareGPT conversation; speakers other than human and gpt only end the message before them."""
+    lines = record.get("conversations", list)
+    speakers = [record.inside(line, "conversations", "from") for line in lines]
+    texts = [record.inside(line, "conversations", "value", nullable=True) for line in lines]
+    if not lines or speakers[0] != "human":
+        dropped["conversation that does not start with human"] += 1
+        return None
+    if ("gpt", True) in zip(speakers, (not text for text in texts), strict=True):
+        dropped["conversation with an empty gpt message"] += 1
+        return None
+    dice = random.Random(f"{rng_seed} vicuna {record.index}")
+    turns: list[tuple[str, list[str]]] = []
+    for speaker, text in zip(speakers, texts, strict=True):
+        text = text or (dice.choice(FILLERS) if speaker == "human" else "")
+        # The data set's markdown converter had escaped every underscore and asterisk.
+        text = NUMBER_MARK.sub("", text.replace(r"\_", "_").replace(r"\*", "*"))
+        if not turns or turns[-1][0] != speaker:
+            turns.append((speaker, []))
+        turns[-1][1].append(text.strip())
+    joined = [(speaker, "\n".join(parts)[:MAX_CHARACTERS]) for speaker, parts in turns]
+    prompts, replies = ([text for who, text in joined if who == speaker] for speaker in ("human", "gpt"))
+    if len(prompts) != len(replies):
+        dropped["conversation with unequal numbers of prompts and replies"] += 1
+        return None
+    pairs = (_pair(*texts).messages for texts in zip(prompts, replies, strict=True))
+    return [Conversation([message for pair in pairs for message in pair])]
 
 
-def read_dolly(records: Iterator[Record], options: Any, dropped: Counter, rng_seed: int) -> list[list[Conversation]]:
-    """Both layouts. The context is a property of the reply: without use_system_tag it is never seen in training."""
-    kept = []
-    for record in records:
-        if "instruction" in record.values:
-            question, answer, context = record.get("instruction"), record.get("response"), record.get("context")
-        else:
-            question, answer = record.get("INSTRUCTION"), record.get("RESPONSE")
-            context = record.inside(record.get("METADATA", dict), "METADATA", "CONTEXT")
-        if not question or not answer:
-            dropped["row with an empty question or answer"] += 1
-        elif _is_kept(question, answer, dropped):
-            kept.append([_pair(question, answer, {"context": REFERENCE_MARKS.sub("", context)})])
-    return kept
+def read_dolly(record: Record, options: Any, dropped: Counter, rng_seed: int) -> list[Conversation] | None:
+    """A row of either layout; its context is a passage that the question is about, where it is not blank.
+
+    The original made the context a property of the reply, which without use_system_tag is never seen in training.
+    Under `context: prompt` it stands below the question, after a blank line.
+    """
+    if "instruction" in record.values:
+        question, answer, context = record.get("instruction"), record.get("response"), record.get("context")
+    else:
+        question, answer = record.get("INSTRUCTION"), record.get("RESPONSE")
+        context = record.inside(record.get("METADATA", dict), "METADATA", "CONTEXT")
+    if not question or not answer:
+        dropped["row with an empty question or answer"] += 1
+        return None
+    if not _is_kept(question, answer, dropped):
+        return None
+    context = REFERENCE_MARKS.sub("", context)
+    if options.context == "prompt":
+        return [_pair(f"{question}\n\n{context}" if context.strip() else question, answer)]
+    return [_pair(question, answer, {"context": context})]
 
 
-def read_math(records: Iterator[Record], options: Any, dropped: Counter, rng_seed: int) -> list[list[Conversation]]:
-    rows = list(records)
-    random.Random(42).shuffle(rows)
-    kept = []
-    for record in rows:
-        question, answer = (record.get(name, nullable=True) or "" for name in ("INSTRUCTION", "RESPONSE"))
-        if not question.strip() or not answer.strip():
-            dropped["row with a blank question or answer"] += 1
-        elif _is_kept(question, answer, dropped):
-            kept.append([_pair(question, answer)])
-    return kept
+def read_math(record: Record, options: Any, dropped: Counter, rng_seed: int) -> list[Conversation] | None:
+    question, answer = (record.get(name, nullable=True) or "" for name in ("INSTRUCTION", "RESPONSE"))
+    if not question.strip() or not answer.strip():
+        dropped["row with a blank question or answer"] += 1
+        return None
+    return [_pair(question, answer)] if _is_kept(question, answer, dropped) else None
 
 
-def read_alpaca(records: Iterator[Record], options: Any, dropped: Counter, rng_seed: int) -> list[list[Conversation]]:
-    """One unit per row, an empty one where the row is dropped, as the split is drawn before the filter."""
-    units = []
-    for record in records:
-        question, given, answer = record.get("instruction"), record.get("input"), record.get("output")
-        question = f"{question}\n{given}" if given else question
-        units.append([_pair(question, answer)] if _is_kept(question, answer, dropped) else [])
-    return units
+def read_alpaca(record: Record, options: Any, dropped: Counter, rng_seed: int) -> list[Conversation]:
+    """No conversation, but not None, for a row that is dropped: the split is drawn before the filter."""
+    question, given, answer = record.get("instruction"), record.get("input"), record.get("output")
+    question = f"{question}\n{given}" if given else question
+    return [_pair(question, answer)] if _is_kept(question, answer, dropped) else []
 
 
 def _pair(question: str, answer: str, properties: dict | None = None) -> Conversation:
@@ -236,6 +211,7 @@ SOURCES: dict[str, Source] = {
         "MIT; 8,792 rows: GSM8K's 7,473 train and 1,319 TEST rows, so a GSM8K score afterwards is contaminated",
         HubSource("qwedsacf/grade-school-math-instructions", ("*train*.parquet",)),
         read_math,
+        shuffled=True,
     ),
     "code_alpaca": Source(
         "CC BY-NC 4.0 in its authors' repository, written by an OpenAI model; about 20,000 rows",
@@ -243,53 +219,15 @@ SOURCES: dict[str, Source] = {
         read_alpaca,
         "random_split",
     ),
+    "messages": Source("chat data of one's own, or of the hub", HubSource(None, ()), read_messages),
 }
+TRAIN_FILES = tuple(f"*train*{suffix}" for suffix in (".parquet", ".jsonl", ".jsonl.gz", ".json", ".json.gz"))
 
 
-def load_source(name: str, options: Any, paths: list[Path], rng_seed: int) -> SourceSplit:
-    """Read one source and split it. Within each split the order is the file's (shuffled for grade school math).
-
-    Args:
-        options: has val_split (0 to below 1), max_val_set (or None) and, for oasst_export, lang and top_k (or None).
-        paths: as `find_data_file` returns them.
-        rng_seed: for what the original drew without a seed.
-    Raises: UserError for a damaged file, a field missing, or when nothing is left to train on.
-    """
-    source, dropped, rows_read = SOURCES[name], Counter(), 0
-
-    def records() -> Iterator[Record]:
-        nonlocal rows_read
-        for path in paths:
-            for number, values in read_records(path):
-                rows_read += 1
-                yield Record(values, Path(path), number, rows_read)
-
-    units = source.read(records(), options, dropped, rng_seed)
-    held_out = _validation_places(source.split, len(units), options.val_split)
-    train = [conversation for place, unit in enumerate(units) if place not in held_out for conversation in unit]
-    validation = [conversation for place, unit in enumerate(units) if place in held_out for conversation in unit]
-    if not train:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "nothing"
-        where = ", ".join(map(str, paths))
-        raise UserError(f"data set {name}: no conversation left to train on in {where}; dropped: {reasons}")
-    if options.max_val_set is not None and len(validation) > options.max_val_set:
-        drawn = random.Random(f"{rng_seed} {name} max_val_set").sample(range(len(validation)), options.max_val_set)
-        validation = [validation[place] for place in sorted(drawn)]
-    return SourceSplit(train, validation, rows_read, dict(dropped))
-
-
-def _validation_places(split: str, count: int, val_split: float) -> set[int]:
-    """Which of `count` units are held out; a share that rounds to nothing or everything holds out none or all."""
-    if count == 0 or val_split == 0:
-        return set()
-    if split == "random_split":
-        import torch
-
-        generator = torch.Generator().manual_seed(SPLIT_SEED)
-        sizes = [1.0 - val_split, val_split]
-        return set(torch.utils.data.random_split(range(count), sizes, generator=generator)[1].indices)
-    if count == 1:
-        return set()  # scikit-learn holds out one of one and then refuses to train on none
-    from sklearn.model_selection import train_test_split
-
-    return set(train_test_split(range(count), test_size=val_split, random_state=SKLEARN_SEED, shuffle=True)[1])
+def find_source(name: str, options: Any) -> Source:
+    """The source of a data set of the mix: the one of its name, or messages for a data set of any other name."""
+    if name in SOURCES and name != "messages":
+        return SOURCES[name]
+    files = (options.files,) if options.files else TRAIN_FILES
+    hint = "name its data files by a pattern, `files: data/train_sft-*.parquet`" if options.hub_name else ""
+    return replace(SOURCES["messages"], hub=HubSource(options.hub_name, files, hint))

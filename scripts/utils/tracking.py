@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from utils.errors import UserError
 from utils.launch import say
 from utils.mix import Mix
 from utils.recipe import Recipe
@@ -29,8 +30,8 @@ class RunLog:
     def __init__(self, recipe: Recipe, total_steps: int, main_process: bool):
         self.path = recipe.output_dir / "metrics.jsonl"
         self.main_process = main_process
-        self.progress = tqdm(total=total_steps, desc="training", unit="step", disable=not main_process, smoothing=0.1)
         self.wandb = _start_wandb(recipe) if main_process and recipe.log_wandb else None
+        self.progress = tqdm(total=total_steps, desc="training", unit="step", disable=not main_process, smoothing=0.1)
 
     def write(self, metrics: dict[str, Any]) -> None:
         """Append one line; floats are kept in full, so that a line can be compared with a repeat of the run."""
@@ -80,12 +81,13 @@ class TrainingStats:
 
     Attributes:
         tokens: real tokens (no padding) trained on so far, over all processes.
+        skipped_steps: steps so far that fp16's loss scaler left out because a gradient overflowed.
     """
 
     def __init__(self, mix: Mix, device: torch.device):
         self.names = mix.names
         self.device = device
-        self.tokens = self.last_step = 0
+        self.tokens = self.last_step = self.skipped_steps = 0
         self._reset()
 
     def _reset(self) -> None:
@@ -111,16 +113,26 @@ class TrainingStats:
         self.new_tokens += batch["lengths"].sum()
 
     def close(self, accelerator: Accelerator, step: int) -> dict[str, float]:
-        """The metrics of the steps up to `step`, over all processes: mean loss, each data set's own and its share."""
+        """The metrics of the steps up to `step`, over all processes: mean loss, each data set's own and its share.
+
+        Raises:
+            UserError: the loss is infinite or not a number, on every process alike.
+        """
         sums = torch.cat([self.by_dataset.flatten(), self.loss[None], self.new_tokens[None]])
         *by_dataset, loss, new_tokens = accelerator.reduce(sums).tolist()
         self.tokens += int(new_tokens)
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss is not a finite number between steps {self.last_step + 1:,} and {step:,}: stopped"
+            )
         metrics = {"loss": loss / (step - self.last_step)}
         self.last_step = step
         losses, counts = by_dataset[: len(self.names)], by_dataset[len(self.names) :]
         for name, total, count in zip(self.names, losses, counts, strict=True):
             if count:
                 metrics |= {f"loss_{name}": total / count, f"share_{name}": count / sum(counts)}
+        if self.skipped_steps:
+            metrics["skipped_steps"] = self.skipped_steps
         metrics |= {"tokens": self.tokens, "tokens_per_second": new_tokens / (time.perf_counter() - self.started)}
         self._reset()
         return metrics
@@ -187,13 +199,14 @@ def plot(metrics: Path, image: Path) -> None:
         ("tokens a second", lambda name: name == "tokens_per_second"),
     ]
     figure, axes = plt.subplots(2, 3, figsize=(15, 8), constrained_layout=True)
+    datasets = sorted(name.removeprefix("loss_") for name in curves if name.startswith("loss_"))
     for axis, (title, belongs) in zip(axes.flat, panels, strict=True):
-        for name in filter(belongs, curves):
-            whole = name in ("loss", "eval_loss", "eval_accuracy")
-            label = "all" if whole else name.removeprefix("eval_").removeprefix("loss_")
-            label = label.removesuffix("_loss").removesuffix("_accuracy")
-            style = {"color": "black", "linewidth": 2} if whole else {"linewidth": 1}
-            axis.plot(*zip(*curves[name], strict=True), label=label, marker=".", **style)
+        for name in sorted(filter(belongs, curves)):
+            dataset = name.removeprefix("eval_").removeprefix("loss_").removesuffix("_loss").removesuffix("_accuracy")
+            style = {"color": "black", "linewidth": 2, "label": "all"}
+            if dataset in datasets:  # of one colour in every panel
+                style = {"color": f"C{datasets.index(dataset)}", "linewidth": 1, "label": dataset}
+            axis.plot(*zip(*curves[name], strict=True), marker=".", **style)
         axis.set(title=title, xlabel="optimizer step")
         axis.grid(alpha=0.3)
         if len(axis.lines) > 1:

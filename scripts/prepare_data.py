@@ -1,0 +1,270 @@
+#!/usr/bin/env python3
+"""Prepare a recipe's data mix once, and see exactly what will be learnt.
+
+    python scripts/prepare_data.py recipes/stablelm7b_oasst.yaml                  # the table
+    python scripts/prepare_data.py RECIPE --show 3 --dataset vicuna               # examples, token by token
+    python scripts/prepare_data.py RECIPE --show_batch                            # the first training batch, collated
+    python scripts/prepare_data.py RECIPE --export mix.jsonl.gz --plot lengths.png
+    python scripts/prepare_data.py RECIPE --learning_rate 2e-5 ...                # any key, as for sft.py
+
+sft.py prepares the same data by itself where they are not prepared yet; this is for looking first, or for preparing on
+a machine without a GPU.
+"""
+
+import argparse
+import sys
+
+from utils.errors import UserError, one_line_errors
+from utils.recipe import Recipe, recipe_from_command_line
+
+
+def arguments() -> tuple[argparse.Namespace, Recipe]:
+    """This script's own options, and the recipe with what is left of the command line."""
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--show", type=int, default=0, metavar="N")
+    own.add_argument("--dataset")
+    own.add_argument("--show_batch", action="store_true")
+    own.add_argument("--export", metavar="FILE")
+    own.add_argument("--plot", metavar="FILE")
+    try:
+        options, rest = own.parse_known_args()
+    except SystemExit:
+        raise UserError("command line: --show takes a number, --dataset, --export and --plot a name") from None
+    recipe, dry_run = recipe_from_command_line(__doc__, rest)
+    if dry_run:
+        raise UserError("command line: --dry_run is sft.py's; this script trains nothing")
+    if options.dataset is not None and options.dataset not in recipe.datasets.chosen():
+        raise UserError(f"--dataset {options.dataset}: the mix has {', '.join(recipe.datasets.chosen())}")
+    return options, recipe
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        OPTIONS, RECIPE = arguments()
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.compute as pc
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from utils.batches import collate, conversations_per_step, cut, steps_per_epoch, training_rows, window_start
+from utils.contamination import (
+    BENCHMARKS,
+    Overlaps,
+    contaminated_rows,
+    duplicated_rows,
+    load_benchmark,
+    without_contamination,
+)
+from utils.launch import num_processes
+from utils.mix import Mix, Split, prepare_mix
+from utils.model import load_tokenizer
+
+console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+
+
+def main(options: argparse.Namespace, recipe: Recipe) -> None:
+    tokenizer = load_tokenizer(recipe)
+    mix = prepare_mix(recipe, tokenizer)
+    print_contamination(mix, recipe)
+    if recipe.drop_contaminated:
+        mix = without_contamination(mix, recipe.cache_dir)
+    print_tables(mix, recipe)
+    if options.show:
+        show_examples(mix, recipe, tokenizer, options.show, options.dataset)
+    if options.show_batch:
+        show_batch(mix, recipe, tokenizer)
+    if options.export:
+        export(mix, recipe, Path(options.export))
+    if options.plot:
+        plot_lengths(mix, recipe, Path(options.plot))
+
+
+def print_tables(mix: Mix, recipe: Recipe) -> None:
+    """What was read, dropped and kept of each data set; how long it is, and what it adds to an epoch."""
+    read = new_table("rows", "data set", "read", "dropped", "train", "validation", "turns", "an epoch", "of targets")
+    long = new_table("tokens of the training conversations", "data set", "tokens", "scored", "p50", "p90", "p99", "max")
+    long.add_column(f"over {recipe.max_length:,}", justify="right")
+    long.add_column("lost", justify="right")
+    rows = training_rows(mix, recipe, epoch=0)
+    all_targets = mix.train.targets[rows].sum()
+    for index, name in enumerate(mix.names):
+        own, drawn = np.flatnonzero(mix.train.dataset == index), rows[mix.train.dataset[rows] == index]
+        lengths, report = mix.train.lengths[own], mix.reports[name]
+        read.add_row(
+            name,
+            f"{report['rows_read']:,}",
+            f"{sum(report['dropped'].values()):,}",
+            f"{len(own):,}",
+            f"{(mix.validation.dataset == index).sum():,}",
+            f"{turns(mix.train, own):,}",
+            f"{len(drawn):,}",
+            f"{mix.train.targets[drawn].sum() / all_targets:.1%}",
+        )
+        long.add_row(
+            name,
+            f"{lengths.sum():,}",
+            f"{mix.train.targets[own].sum() / lengths.sum():.0%}",
+            *(f"{value:,.0f}" for value in np.percentile(lengths, [50, 90, 99, 100])),
+            f"{(lengths > recipe.max_length).sum():,}",
+            f"{np.maximum(lengths - recipe.max_length, 0).sum() / lengths.sum():.1%}",
+        )
+    console.print(read)
+    for name in mix.names:
+        report = mix.reports[name]
+        for reason, count in report["dropped"].items():
+            console.print(f"{name}: dropped {count:,} {reason}")
+        if report["bad_records"]:
+            console.print(
+                f"{name}: {report['bad_records']:,} bad records left out, first: {report['first_bad_record']}"
+            )
+    console.print(long)
+
+    processes, steps = num_processes(), steps_per_epoch(mix, recipe, num_processes())
+    tokens = np.minimum(mix.train.lengths[rows], recipe.max_length).sum()
+    console.print(
+        f"an epoch: {len(rows):,} conversations, {tokens:,} tokens, {steps:,} steps of "
+        f"{conversations_per_step(recipe, processes)} conversations ({processes} process(es) x "
+        f"{recipe.per_device_train_batch_size} x {recipe.gradient_accumulation_steps})"
+    )
+
+
+def print_contamination(mix: Mix, recipe: Recipe) -> None:
+    """Whether benchmark test items, or validation conversations, stand in the training split; a few of them as text."""
+    for name in BENCHMARKS:
+        questions = load_benchmark(name, recipe.cache_dir)
+        if isinstance(questions, str):
+            console.print(f"contamination: not checked for {name}: {questions}")
+        else:
+            found = contaminated_rows(mix.train, questions)
+            print_overlaps(f"training conversations with questions of {name} ({len(questions):,} items)", found, mix)
+    found = duplicated_rows(mix.validation, mix.train)
+    print_overlaps("validation conversations that also stand in training", found, mix)
+
+
+def print_overlaps(what: str, found: Overlaps, mix: Mix) -> None:
+    counts = ", ".join(f"{count:,} in {name}" for name, count in zip(mix.names, found.counts, strict=True) if count)
+    exact = f" ({int(found.exact.sum()):,} exact; {counts})" if counts else ""
+    console.print(f"contamination: {len(found):,} {what}{exact}", style="bold red" if counts else None)
+    for sample in found.samples():
+        console.print(f"  {sample}", style="dim", markup=False)
+
+
+def new_table(title: str, first: str, *columns: str) -> Table:
+    """A table whose first column holds names and whose others hold numbers."""
+    table = Table(first, title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def turns(split: Split, rows: np.ndarray) -> int:
+    """Messages of the given examples, which are of one data set."""
+    if not len(rows):
+        return 0
+    messages = split.tables[split.dataset[rows[0]]]["messages"]
+    return int(pc.sum(pc.list_value_length(messages.take(split.position[rows]))).as_py())
+
+
+def render(tokenizer, ids: np.ndarray, scored: np.ndarray) -> Text:
+    """The tokens of an example, divided by |; the scored ones green and between [[ and ]]."""
+    text = Text()
+    for place, (token, is_scored) in enumerate(zip(ids.tolist(), scored.tolist(), strict=True)):
+        before = scored[place - 1] if place else False
+        after = scored[place + 1] if place + 1 < len(ids) else False
+        shown = tokenizer.decode([token]).replace("\n", "\\n\n")
+        text.append("[[" if is_scored and not before else "|" if place else "", style="dim")
+        text.append(shown, style="bold green" if is_scored else "default")
+        text.append("]]" if is_scored and not after else "", style="dim")
+    return text
+
+
+def show_examples(mix: Mix, recipe: Recipe, tokenizer, count: int, dataset: str | None) -> None:
+    """Print the first examples of each data set, or of one, as the first epoch sees them."""
+    for index, name in enumerate(mix.names):
+        for row in np.flatnonzero(mix.train.dataset == index)[:count] if dataset in (None, name) else []:
+            ids, scored = cut(mix.train, row, recipe, epoch=0)
+            console.rule(f"{name}, row {row}: {len(ids):,} tokens, {scored.sum():,} scored", align="left")
+            console.print(render(tokenizer, ids, scored))
+
+
+def show_batch(mix: Mix, recipe: Recipe, tokenizer) -> None:
+    """Print the first micro-batch of the first process: where each row is from, its window, its padding, its tokens."""
+    rows = training_rows(mix, recipe, epoch=0)[: recipe.per_device_train_batch_size]
+    batch = collate(mix.train, rows, recipe, tokenizer.pad_token_id, epoch=0)
+    width = batch["input_ids"].shape[1]
+    console.rule(f"the first batch: {len(rows)} rows of {width:,} tokens")
+    for place, row in enumerate(rows):
+        start, length = (
+            window_start(mix.train.tokens(row)[1], row, recipe, 0),
+            int(batch["attention_mask"][place].sum()),
+        )
+        labels = batch["labels"][place][:length]
+        console.rule(
+            f"{mix.names[mix.train.dataset[row]]}, row {row}: tokens {start:,} to {start + length:,} of "
+            f"{mix.train.lengths[row]:,} at positions 0 to {length - 1:,}, {width - length:,} of padding, "
+            f"{int((labels != -100).sum()):,} scored",
+            align="left",
+        )
+        console.print(render(tokenizer, batch["input_ids"][place][:length].numpy(), (labels != -100).numpy()))
+
+
+def export(mix: Mix, recipe: Recipe, file: Path) -> None:
+    """Write a JSON object a line for each example, cut to its first max_length tokens as validation is.
+
+    dataset, split ("train", "validation"), messages, input_ids, labels (-100 where not scored; labels[i] belongs to
+    input_ids[i], the model shifts).
+    """
+    try:
+        with (
+            gzip.open(file, "wt", encoding="utf-8")
+            if file.suffix == ".gz"
+            else open(file, "w", encoding="utf-8") as out
+        ):
+            for name, split in (("train", mix.train), ("validation", mix.validation)):
+                for row in range(len(split)):
+                    ids, scored = cut(split, row, recipe, epoch=None)
+                    example = {
+                        "dataset": mix.names[split.dataset[row]],
+                        "split": name,
+                        "messages": split.messages(row),
+                        "input_ids": ids.tolist(),
+                        "labels": np.where(scored, ids, -100).tolist(),
+                    }
+                    out.write(json.dumps(example, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise UserError(f"--export {file}: cannot write there: {error.strerror}") from error
+    console.print(f"{len(mix.train) + len(mix.validation):,} examples written to {file}")
+
+
+def plot_lengths(mix: Mix, recipe: Recipe, file: Path) -> None:
+    """Draw a histogram of each data set's lengths, with max_length."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(len(mix.names), 1, figsize=(10, 2.2 * len(mix.names)), sharex=True, squeeze=False)
+    bins = np.geomspace(1, mix.train.lengths.max() + 1, 80)
+    for index, (name, axis) in enumerate(zip(mix.names, axes[:, 0], strict=True)):
+        axis.hist(mix.train.lengths[mix.train.dataset == index], bins=bins)
+        axis.axvline(recipe.max_length, color="black", linestyle="--", linewidth=1)
+        axis.set(title=name, xscale="log", ylabel="conversations")
+    axes[-1, 0].set_xlabel(f"tokens (dashed: max_length {recipe.max_length:,})")
+    figure.tight_layout()
+    try:
+        figure.savefig(file, dpi=110)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--plot {file}: cannot write there: {error}") from error
+    plt.close(figure)
+    console.print(f"histograms written to {file}")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(OPTIONS, RECIPE)

@@ -4,6 +4,7 @@ Text is never kept: a split is drawn over counts and record numbers, so a source
 `fraction` and `size` are the sampler's, as they are drawn anew each epoch.
 """
 
+import math
 import random
 from array import array
 from collections import Counter
@@ -133,6 +134,5 @@ def _validation_places(split: str, count: int, val_split: float) -> np.ndarray:
         return np.array(held_out, dtype=np.int64)
     if count == 1:
         return np.empty(0, dtype=np.int64)  # scikit-learn holds out one of one and then refuses to train on none
-    from sklearn.model_selection import train_test_split
-
-    return train_test_split(np.arange(count), test_size=val_split, random_state=SKLEARN_SEED, shuffle=True)[1]
+    # What scikit-learn's train_test_split(shuffle=True) draws, without the second that importing it takes.
+    return np.random.RandomState(SKLEARN_SEED).permutation(count)[: math.ceil(count * val_split)]

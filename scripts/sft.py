@@ -121,7 +121,9 @@ def main(recipe: Recipe) -> None:
             log.write({**where, **metrics, "learning_rate": learning_rate, "grad_norm": grad_norm})
         with stats.paused():
             if len(mix.validation) and (step % recipe.eval_steps == 0 or step == total_steps):
+                log.progress.set_description("evaluating")
                 results = evaluate_mix(accelerator, model, mix, recipe, shard, accuracy)
+                log.progress.set_description("training")
                 log.write({**where, **results})
                 log.show_evaluation(step, results)
             if step % save_every == 0:

@@ -27,7 +27,6 @@ from utils import dialogue, messages_source, reading, records, sources
 from utils.data_files import find_data_file
 from utils.dialogue import Conversation, encode
 from utils.errors import UserError
-from utils.launch import say
 from utils.reading import TRAIN, VALIDATION, Reading
 from utils.recipe import DatasetOptions, Recipe
 from utils.sources import find_source
@@ -186,9 +185,10 @@ def _prepare(folder: Path, name: str, options: DatasetOptions, paths: list[Path]
         work.rename(folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    say(
+    print(  # not only on the first process: any of them may be the one that prepares
         f"prepared {name}: {source.rows_read:,} rows, {(codes == TRAIN).sum():,} training and "
-        f"{(codes == VALIDATION).sum():,} validation conversations ({source.losses()})"
+        f"{(codes == VALIDATION).sum():,} validation conversations ({source.losses()})",
+        flush=True,
     )
 
 

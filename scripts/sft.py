@@ -22,9 +22,9 @@ if __name__ == "__main__":
     # Before the heavy imports, so that --help and a misspelt key are answered at once.
     with one_line_errors():
         RECIPE, DRY_RUN = recipe_from_command_line(__doc__, sys.argv[1:])
-    # CPU threads that wait for each other sleep: spinning made the demo 5 to 10 times slower where cores were shared.
-    # Read once, when torch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # CPU threads that wait for each other soon go to sleep: by default they spin, which made the demo 5 to 10 times
+    # slower where cores were shared; sleeping at once costs a third where they are not. Read when torch is loaded.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import itertools
 import math

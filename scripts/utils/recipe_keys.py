@@ -182,7 +182,7 @@ class Recipe(_Schema):
     """Every key of a recipe."""
 
     model_name: Annotated[str, Field(min_length=1)] = Field(
-        description="folder or hub name of the base model (any causal LM)"
+        description="folder or hub name of the base model (a causal LM)"
     )
     from_scratch: bool = Field(False, description="random weights, built from the config.json of model_name")
     trust_remote_code: bool = Field(False, description="run model code that comes with the checkpoint")

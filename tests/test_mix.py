@@ -1,5 +1,6 @@
 """Preparation and its cache: read when nothing changed, made anew when anything did, never half, never twice."""
 
+import gzip
 import itertools
 import json
 import multiprocessing
@@ -117,6 +118,7 @@ def test_prepared_examples_are_those_of_the_sources_and_of_encode(make_recipe, t
             "bad_records": 0,
             "first_bad_record": None,
             "conversations": len(conversations),
+            "fingerprint": mix.reports[name]["fingerprint"],
         }
     for split, code in ((mix.train, TRAIN), (mix.validation, VALIDATION)):
         assert rows[code] == len(split) == len(split.dataset) == len(split.lengths) == len(split.targets) > 0
@@ -139,7 +141,7 @@ def test_left_out_by_max_val_set(make_recipe, tokenizer):
     assert len(few.validation) == 2 < len(whole.validation)
     assert set(few.validation.position) < set(whole.validation.position)
     assert few.train.position.tolist() == whole.train.position.tolist()
-    assert few.reports["dolly15k"] == whole.reports["dolly15k"]
+    assert few.reports["dolly15k"] | {"fingerprint": ""} == whole.reports["dolly15k"] | {"fingerprint": ""}
 
 
 def write_chats(path: Path, count: int) -> None:
@@ -236,6 +238,33 @@ def test_a_split_spans_more_than_one_record_batch(make_recipe, tokenizer, monkey
     monkeypatch.setattr(mix_module, "ROWS_AT_A_TIME", 7)
     again = make_recipe(("dolly15k", "vicuna"), {"cache_dir": "other"})
     assert contents(prepare_mix(again, tokenizer)) == expected
+
+
+def fingerprint(recipe: Recipe, tokenizer) -> str:
+    (report,) = prepare_mix(recipe, tokenizer).reports.values()
+    return report["fingerprint"]
+
+
+def test_the_fingerprint_is_of_the_content_alone(make_recipe, tokenizer, tmp_path, monkeypatch):
+    first = fingerprint(make_recipe(("dolly15k",)), tokenizer)
+    assert len(bytes.fromhex(first)) == 10
+    path = tmp_path / "data" / "dolly.jsonl"
+    with monkeypatch.context() as patch:
+        patch.setattr(mix_module, "ROWS_AT_A_TIME", 7)
+        assert fingerprint(make_recipe(("dolly15k",), {"cache_dir": "fresh"}), tokenizer) == first
+    compressed = tmp_path / "elsewhere.jsonl.gz"
+    compressed.write_bytes(gzip.compress(path.read_bytes() + b"\n"))
+    moved = make_recipe(("dolly15k",), dolly15k={"input_file_path": str(compressed)})
+    assert fingerprint(moved, tokenizer) == first
+    assert len(folders(moved)) == 2
+
+    other = [
+        fingerprint(make_recipe(("dolly15k",), {"label_masking": False}), tokenizer),
+        fingerprint(make_recipe(("dolly15k",), dolly15k={"val_split": 0.3}), tokenizer),
+    ]
+    path.write_text(path.read_text().replace("A banana is yellow.", "A banana is mellow.", 1))
+    other.append(fingerprint(make_recipe(("dolly15k",)), tokenizer))
+    assert len({first, *other}) == 4
 
 
 def test_nothing_held_out(make_recipe, tokenizer):

@@ -87,7 +87,9 @@ class Mix:
 
     Attributes:
         reports: of each data set by name, its report.json: rows_read, dropped {reason: count}, bad_records,
-            first_bad_record, conversations.
+            first_bad_record, conversations, and fingerprint, 20 hex digits that stand for the input_ids, scored flags
+            and split of all its conversations in order: equal where the data are equal, whatever files, cache or
+            version of this code they came from.
     """
 
     names: list[str]
@@ -107,7 +109,7 @@ def prepare_mix(recipe: Recipe, tokenizer) -> Mix:
     for name, options in recipe.datasets.chosen().items():
         hub = find_source(name, options).hub
         paths = find_data_file(name, options.input_file_path, recipe.cache_dir, options.revision, hub)
-        folder = root / f"{name}-{_fingerprint(name, options, paths, recipe, tokenizer)}"
+        folder = root / f"{name}-{_cache_key(name, options, paths, recipe, tokenizer)}"
         if not folder.exists():
             with FileLock(f"{folder}.lock"):
                 if not folder.exists():
@@ -133,7 +135,7 @@ def prepared_folder(recipe: Recipe) -> Path:
     return folder
 
 
-def _fingerprint(name: str, options: DatasetOptions, paths: list[Path], recipe: Recipe, tokenizer) -> str:
+def _cache_key(name: str, options: DatasetOptions, paths: list[Path], recipe: Recipe, tokenizer) -> str:
     """A hash of all that the prepared data depend on: files, tokenizer, rules and the code that applies them."""
     digest = hashlib.blake2b(digest_size=10)
     code = [module.__file__ for module in (dialogue, messages_source, reading, records, sources)]
@@ -164,22 +166,30 @@ def _prepare(folder: Path, name: str, options: DatasetOptions, paths: list[Path]
     shutil.rmtree(work, ignore_errors=True)  # left by a run that was killed, since the lock is ours
     work.mkdir()
     kept: list[bool] = []  # of each conversation, whether any token is scored; else there is nothing to learn
+    content = hashlib.blake2b(digest_size=10)
     try:
         with pa.ipc.new_stream(work / "examples.arrow", SCHEMA) as writer:
             conversations, again = itertools.tee(source)  # encode reads ahead by one batch
             examples = zip(conversations, _encode(again, recipe, tokenizer), strict=True)
             while batch := list(itertools.islice(examples, ROWS_AT_A_TIME)):
                 teaches = [bool(scored.any()) for _, (_, scored) in batch]
-                writer.write_batch(_record_batch(list(itertools.compress(batch, teaches))))
+                batch = list(itertools.compress(batch, teaches))
+                writer.write_batch(_record_batch(batch))
                 kept += teaches
+                for _, (ids, scored) in batch:
+                    content.update(len(ids).to_bytes(8, "little"))  # where one conversation ends and the next begins
+                    content.update(ids)
+                    content.update(scored)
         codes = source.split(np.array(kept, dtype=bool))
         np.save(work / "split.npy", codes)
+        content.update(codes)
         report = {
             "rows_read": source.rows_read,
             "dropped": dict(source.dropped),
             "bad_records": source.bad_records,
             "first_bad_record": source.first_bad_record,
             "conversations": len(codes),
+            "fingerprint": content.hexdigest(),
         }
         (work / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         work.rename(folder)

@@ -172,7 +172,7 @@ def main(arguments: list[str]) -> None:
     own.add_argument("--rounds", type=int, default=3)
     own.add_argument("--json", type=Path)
     options, rest = own.parse_known_args(arguments)
-    recipe, _ = recipe_from_command_line(__doc__, rest)
+    recipe = recipe_from_command_line(__doc__, rest).recipe
     figures = benchmark_data(recipe, options.rounds)
     table = data_table(figures)
     print(table)

@@ -30,9 +30,10 @@ def arguments() -> tuple[argparse.Namespace, Recipe]:
         options, rest = own.parse_known_args()
     except SystemExit:
         raise UserError("command line: --show takes a number, --dataset, --export and --plot a name") from None
-    recipe, dry_run = recipe_from_command_line(__doc__, rest)
-    if dry_run:
+    command = recipe_from_command_line(__doc__, rest)
+    if command.dry_run:
         raise UserError("command line: --dry_run is sft.py's; this script trains nothing")
+    recipe = command.recipe
     if options.dataset is not None and options.dataset not in recipe.datasets.chosen():
         raise UserError(f"--dataset {options.dataset}: the mix has {', '.join(recipe.datasets.chosen())}")
     return options, recipe

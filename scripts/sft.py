@@ -21,7 +21,7 @@ from utils.recipe import Recipe, recipe_from_command_line
 if __name__ == "__main__":
     # Before the heavy imports, so that --help and a misspelt key are answered at once.
     with one_line_errors():
-        RECIPE, DRY_RUN = recipe_from_command_line(__doc__, sys.argv[1:])
+        COMMAND = recipe_from_command_line(__doc__, sys.argv[1:])
     # CPU threads that wait for each other soon go to sleep: by default they spin, which made the demo 5 to 10 times
     # slower where cores were shared; sleeping at once costs a third where they are not. Read when torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -222,4 +222,4 @@ def evaluate_mix(accelerator, model, mix: Mix, recipe: Recipe, shard, accuracy) 
 
 if __name__ == "__main__":
     with one_line_errors():
-        dry_run(RECIPE) if DRY_RUN else main(RECIPE)
+        dry_run(COMMAND.recipe) if COMMAND.dry_run else main(COMMAND.recipe)

@@ -293,11 +293,12 @@ def test_refuses_files(load, text, parts):
 )
 def test_overrides(tmp_path, arguments, key, value):
     (tmp_path / "recipe.yaml").write_text(BASE)
-    recipe, dry_run = recipe_from_command_line("", [str(tmp_path / "recipe.yaml"), *arguments])
+    command = recipe_from_command_line("", [str(tmp_path / "recipe.yaml"), *arguments])
+    recipe = command.recipe
     for name in key.split("."):
         recipe = getattr(recipe, name)
     assert recipe == value
-    assert not dry_run
+    assert not command.dry_run
 
 
 def test_an_override_leaves_the_other_options_alone(load):

@@ -9,6 +9,7 @@ import difflib
 import re
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from pydantic import ValidationError
 
 from utils.errors import UserError
 from utils.recipe_keys import DatasetOptions, Datasets, Recipe
+from utils.record_file import REDACTED, read_record
 from utils.strict_yaml import parse_yaml
 
 SECTIONS = {"model_name": "Model", "datasets": "Data", "dtype": "Training", "output_dir": "Output"}
@@ -67,9 +69,14 @@ def load_recipe(path: str | Path, overrides: Mapping[str, str] | None = None) ->
     if not isinstance(values, dict):
         what = "empty" if values is None else f"a {'list' if isinstance(values, list) else 'text'}"
         raise UserError(f"{path}: a recipe is `key: value` lines, this is {what}")
+    return _checked(values, {key: f"{path} line {line}" for key, line in lines.items()}, path, overrides or {})
 
-    places = {key: f"{path} line {line}" for key, line in lines.items()}
-    for key, override in (overrides or {}).items():
+
+def _checked(
+    values: dict[str, Any], places: dict[tuple[str, ...], str], path: str | Path, overrides: Mapping[str, str]
+) -> Recipe:
+    """The recipe that these values make with the overrides; `places` says where in `path` each key stands."""
+    for key, override in overrides.items():
         parts = tuple(key.split("."))
         value = parse_yaml(override, f"--{key}")[0] if re.match(r"[\[{\"']|(null|~)$", override) else override
         _override(values, parts, value)
@@ -134,22 +141,49 @@ def _explain(detail: Any, places: dict[tuple[str, ...], str], path: str | Path) 
     return f"{place}: {name}{value}: {message}" if name else f"{place}: {message}"
 
 
-def recipe_from_command_line(usage: str, arguments: list[str]) -> tuple[Recipe, bool]:
+def _recorded_recipe(path: Path, overrides: Mapping[str, str]) -> Recipe:
+    """The recipe of a record that `utils/record_file.py` wrote, for an output folder beside the recorded one."""
+    values = read_record(path)["recipe"]
+    if "output_dir" in values:
+        values["output_dir"] = f"{values['output_dir']}-reproduced"
+    recipe = _checked(values, {}, path, overrides)
+    if left_out := next((line.strip() for line in recipe.to_yaml().splitlines() if REDACTED in line), None):
+        raise UserError(f"{path}: {left_out}: left out of the record, as it looks like a secret: give it as an option")
+    return recipe
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """What a command line asks for.
+
+    Attributes:
+        reproduced: the record of an earlier run that this one repeats; None for a run from a recipe.
+    """
+
+    recipe: Recipe
+    dry_run: bool
+    reproduced: Path | None
+
+
+def recipe_from_command_line(usage: str, arguments: list[str]) -> CommandLine:
     """Read `RECIPE [--key value ...] [--dry_run]`; prints every key and exits on --help.
 
-    Returns:
-        The recipe, and whether this is a dry run.
+    In place of a recipe `--reproduce OUTPUT_DIR/run.json` takes the one that a run recorded.
 
     Raises:
-        UserError: as `load_recipe`, or for arguments that are not of that form.
+        UserError: as `load_recipe` or `read_record`, or for arguments that are not of that form.
     """
     if not arguments or {"-h", "--help"} & set(arguments):
-        print(f"{usage.strip()}\n\nKeys of a recipe, each also an option (--learning_rate 2e-5):\n{describe_keys()}")
+        print(
+            f"{usage.strip()}\n\nIn place of a recipe, --reproduce OUTPUT_DIR/run.json repeats the run that wrote it, "
+            f"in OUTPUT_DIR-reproduced.\n\nKeys of a recipe, each also an option (--learning_rate 2e-5):\n"
+            f"{describe_keys()}"
+        )
         sys.exit(0 if arguments else 2)
     path: str | None = None
     overrides: dict[str, str] = {}
     dry_run = False
-    known = [*Recipe.model_fields, "dry_run"]
+    known = [*Recipe.model_fields, "dry_run", "reproduce"]
     rest = iter(arguments)
     for argument in rest:
         if not argument.startswith("-"):
@@ -170,6 +204,11 @@ def recipe_from_command_line(usage: str, arguments: list[str]) -> tuple[Recipe, 
         if not value or (not equals and value.startswith("--")):
             raise UserError(f"command line: --{key} needs a value (null for none)")
         overrides[key] = value
+    reproduced = overrides.pop("reproduce", None)
+    if reproduced is not None:
+        if path is not None:
+            raise UserError(f"command line: --reproduce {reproduced} brings its recipe: leave out {path}")
+        return CommandLine(_recorded_recipe(Path(reproduced), overrides), dry_run, Path(reproduced))
     if path is None:
         raise UserError("command line: no recipe given; usage: scripts/sft.py RECIPE [--key value ...]")
-    return load_recipe(path, overrides), dry_run
+    return CommandLine(load_recipe(path, overrides), dry_run, None)

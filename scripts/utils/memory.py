@@ -1,0 +1,170 @@
+"""What training needs of each device's memory, estimated, and whether this machine has it."""
+
+import math
+import os
+from typing import Any
+
+import psutil
+import torch
+from transformers import PretrainedConfig
+from transformers.utils import is_flash_attn_2_available
+
+from utils.errors import UserError
+from utils.launch import has_gpu, num_processes, say
+from utils.loss import LOGITS_BUDGET
+from utils.recipe import Recipe
+
+
+def estimate_memory(
+    recipe: Recipe,
+    config: PretrainedConfig,
+    num_parameters: int,
+    num_processes: int,
+    zero: dict[str, Any] | None,
+    dtype: torch.dtype,
+    shape: tuple[int, int],
+    gpu: bool,
+) -> dict[str, int]:
+    """Bytes that training needs on each device, by what they are for.
+
+    Weights, gradients and optimizer are those of the ZeRO paper (Rajbhandari et al. 2020, section 3.1: 2 + 2 + 12 bytes
+    a parameter in half precision, of which stage 1 shards the 12, stage 2 the gradients too). Activations follow
+    Korthikanti et al. 2022 ("Reducing Activation Recomputation in Large Transformer Models", section 4.1: 34 bytes a
+    token and hidden unit, with dropout), without the attention matrix, which SDPA and flash-attn never hold, and with
+    what transformers adds: norms in fp32, a fused projection that stays whole, SDPA's mask. An activation function
+    written out in Python, as GPT-2's, and attention without SDPA need more.
+
+    Args:
+        zero: the section `zero_optimization` of DeepSpeed's config; None without DeepSpeed.
+        dtype: of forward and backward.
+        shape: of the largest micro-batch, (conversations, padded length).
+
+    Returns:
+        weights, gradients, optimizer; `step`, which the optimizer's step needs in place of the following two, of the
+        forward and backward pass: activations, logits (in chunks, with their gradient and the output layer's).
+    """
+    text, (rows, length) = config.get_text_config(), shape
+    element = 4 if dtype == torch.float32 else 2
+    hidden, vocabulary, tokens = text.hidden_size, text.vocab_size, rows * length
+    logits = 12 * vocabulary * min(tokens, max(1, LOGITS_BUDGET // (4 * vocabulary)))
+    held = {
+        "activations": tokens * _activations_per_token(recipe, config, num_parameters, zero, element, length, gpu),
+        "logits": logits + element * vocabulary * hidden,
+    }
+    if zero is None:
+        # DDP copies gradients into its buckets (gradient_as_bucket_view is off in Accelerate); autocast keeps copies of
+        # the matrices in half precision through the forward pass; AdamW on a GPU takes all parameters at once.
+        return {
+            "weights": num_parameters * (4 if element == 4 else 6),
+            "gradients": num_parameters * (8 if num_processes > 1 else 4),
+            "optimizer": num_parameters * 8,
+            "step": num_parameters * 4 if gpu else 0,
+            **held,
+        }
+    shard = math.ceil(num_parameters / num_processes)
+    bucket = zero.get("reduce_bucket_size", 5e8)  # the engine's default; "auto" is what Accelerate makes of it
+    bucket = hidden**2 if bucket == "auto" else int(bucket)
+    if not gpu:  # where memory that is never touched takes no room
+        bucket = min(bucket, num_parameters)
+    return {
+        "weights": num_parameters * element,
+        "gradients": (shard if zero.get("stage") == 2 else num_parameters) * element
+        + bucket * element * (2 if zero.get("overlap_comm") else 1),
+        "optimizer": shard * 12,  # fp32 masters also where the model is fp32 (0.19.8, stage_1_and_2.py)
+        "step": shard * 4,  # the gradients in fp32
+        **held,
+    }
+
+
+def _activations_per_token(
+    recipe: Recipe,
+    config: PretrainedConfig,
+    num_parameters: int,
+    zero: dict[str, Any] | None,
+    element: int,
+    length: int,
+    gpu: bool,
+) -> int:
+    """Bytes that the backward pass needs of each token of a micro-batch, and those of its own work in one layer."""
+    text = config.get_text_config()
+    hidden, layers, vocabulary = text.hidden_size, text.num_hidden_layers, text.vocab_size
+    head = getattr(text, "head_dim", None) or hidden // text.num_attention_heads
+    heads, key_heads = text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    inner = getattr(text, "intermediate_size", None) or 4 * hidden
+    # Two matrices, or three of a gated MLP: no config says it, but the number of parameters does.
+    embeddings = vocabulary * hidden * (1 if config.tie_word_embeddings else 2)
+    mlp = (num_parameters - embeddings) / layers - 2 * hidden * head * (heads + key_heads)
+    gated = mlp > 2.5 * hidden * inner
+
+    autocast = element == 2 and zero is None
+    stream = 4 if autocast else element  # the residual stream, which autocast leaves in fp32
+    rms = hasattr(text, "rms_norm_eps")  # in transformers in single steps, computed in fp32
+    flash = recipe.use_flash_attention and gpu and element == 2 and is_flash_attn_2_available()
+    layer = (
+        2 * hidden * (4 if rms else stream)  # inputs of the two norms
+        + (2 * hidden * stream if rms else 0)  # before they are scaled
+        + (5 if autocast else 2) * hidden * element  # inputs of the matrices, which autocast makes anew for each
+        + 6 * heads * head * element  # queries, keys, values with the fused projection, result
+        + (0 if flash else length * element)  # a row of the mask, of which each layer holds its own
+        + (4 if gated else 2) * inner * element
+    )
+    saved = layers * hidden * stream + layer if recipe.gradient_checkpointing else layers * layer
+    return saved + (2 * inner + 2 * hidden) * element + 4 * hidden * stream  # gradients in a layer; both ends
+
+
+def check_memory(
+    recipe: Recipe,
+    config: PretrainedConfig,
+    num_parameters: int,
+    zero: dict[str, Any] | None,
+    dtype: torch.dtype,
+    shape: tuple[int, int],
+) -> None:
+    """Print the estimate beside the memory of each GPU (without one, of the machine), and a warning if it is over it.
+
+    Args: as `estimate_memory`.
+
+    Raises:
+        UserError: weights, gradients and optimizer alone are over it.
+    """
+    gpu, processes, local = has_gpu(), num_processes(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+    def need(count: int, zero: dict[str, Any] | None) -> tuple[dict[str, int], int]:
+        parts = estimate_memory(recipe, config, num_parameters, count, zero, dtype, shape, gpu)
+        copies = 1 if gpu else local
+        parts = {name: size * copies for name, size in parts.items()}
+        return parts, parts["weights"] + parts["gradients"] + parts["optimizer"]
+
+    parts, resident = need(processes, zero)
+    whole = resident + max(parts["step"], parts["activations"] + parts["logits"])
+    if gpu:
+        devices = range(min(local, torch.cuda.device_count()))
+        memory = min(torch.cuda.get_device_properties(device).total_memory for device in devices)
+        where = f"of each GPU ({processes} in all)"
+    else:
+        memory, where = psutil.virtual_memory().total, f"of memory, for the {local} process(es) here"
+    described = ", ".join(f"{name} {show_bytes(size)}" for name, size in parts.items() if name != "step")
+    say(f"memory, estimated: {show_bytes(whole)} of the {show_bytes(memory)} {where}: {described}")
+    if resident > memory:
+        remedy = "take a smaller model" + ("" if gpu else " or a machine with a GPU")
+        if gpu:
+            counts = [count for count in (2, 4, 8, 16, 32, 64) if need(count, zero or {"stage": 2})[1] < memory]
+            if counts:
+                with_zero = "" if zero else " and deepspeed_config: ds_configs/zero2.json"
+                remedy = f"{counts[0]} such GPUs{with_zero} would hold it"
+        raise UserError(
+            f"model_name = {recipe.model_name}: {'' if gpu else 'no GPU here, and '}training "
+            f"{num_parameters / 1e9:.1f} billion parameters takes {show_bytes(resident)} for weights, gradients and "
+            f"optimizer, {'each GPU has' if gpu else 'the memory is'} {show_bytes(memory)}: {remedy}"
+        )
+    if whole > memory:
+        remedies = [] if recipe.gradient_checkpointing else ["gradient_checkpointing: true"]
+        if recipe.per_device_train_batch_size > 1:
+            remedies.append("a smaller per_device_train_batch_size with more gradient_accumulation_steps")
+        remedies.append("a smaller max_length")
+        say(f"warning: by this estimate memory will run out: give {', or '.join(remedies)}")
+
+
+def show_bytes(count: int) -> str:
+    """In GiB or MiB, for a message."""
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"

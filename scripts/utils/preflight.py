@@ -1,0 +1,229 @@
+"""Before weights are loaded: the plan's largest micro-batches, the room for its checkpoints, and what looks wrong.
+
+utils/memory.py has the estimate of memory.
+"""
+
+import math
+import re
+import shutil
+from collections import deque
+from operator import itemgetter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from transformers import PretrainedConfig
+
+from utils.batches import Position, conversations_per_step, training_rows
+from utils.checkpoint import list_checkpoints
+from utils.errors import UserError
+from utils.launch import say
+from utils.memory import show_bytes
+from utils.mix import Mix, Split
+from utils.recipe import Recipe
+
+# Rates of full fine-tuning over which a pretrained model of that many parameters usually loses what it knows: several
+# times those of huggingface/alignment-handbook (1e-3 for SmolLM2 135M and 360M, 3e-4 for 1.7B, 2e-5 for SmolLM3 3B and
+# Zephyr 7B) and InstructGPT (about 1e-5 for 1.3B and 6B). LoRA's usual 2e-4 is over it from 3 billion on.
+HIGHEST_RATES = ((1e9, 3e-3), (3e9, 1e-3), (math.inf, 1e-4))  # under so many parameters, the rate
+LOWEST_RATE = 2e-7  # a tenth of the lowest published one known to us, Tulu 3's 2e-6 for 70B
+CUT_SHARE = 0.2  # of the training conversations
+# Comments of a recipe such as `# 4 GPUs x 4 x 2 = 32 conversations a step`.
+BATCH_COMMENT = re.compile(r"(\d[\d,]*) conversations (?:a|per) step")
+
+
+class MicroBatch(NamedTuple):
+    """A micro-batch of the plan.
+
+    Attributes:
+        rows: int64 [conversations], of the training or the validation split; `batches.collate` makes the batch of them.
+        epoch: as `collate` takes it; None for validation.
+        shape: (conversations, padded length in tokens).
+    """
+
+    rows: np.ndarray
+    epoch: int | None
+    shape: tuple[int, int]
+
+
+def largest_micro_batches(
+    mix: Mix, recipe: Recipe, num_processes: int, steps: int, start: Position
+) -> tuple[MicroBatch, MicroBatch | None]:
+    """The training and the evaluation micro-batch that will need the most memory; None where nothing is held out.
+
+    That is the one with the most tokens, padding included, after cutting to max_length; of several, the one with the
+    most scored tokens. A cut conversation counts as scored all over, up to its targets, since its window is random.
+
+    Args:
+        steps: optimizer steps from `start` to the end of the run, at least 1.
+    """
+    per_step, epoch, used = conversations_per_step(recipe, num_processes), start.epoch, start.conversations
+    size, found = recipe.per_device_train_batch_size, []
+    while steps > 0:
+        rows = training_rows(mix, recipe, epoch)[used:][: steps * per_step]
+        steps -= math.ceil(len(rows) / per_step)
+        first = np.flatnonzero(np.arange(len(rows)) % per_step % size == 0)  # a step starts a micro-batch of its own
+        found.append(_largest(mix.train, rows, first, recipe, epoch))
+        epoch, used = epoch + 1, 0
+    held_out = []
+    for dataset in np.unique(mix.validation.dataset):
+        rows = np.flatnonzero(mix.validation.dataset == dataset)
+        rows = rows[np.argsort(-mix.validation.lengths[rows], kind="stable")]  # as validation_batches has them
+        first = np.arange(0, len(rows), recipe.per_device_eval_batch_size)
+        held_out.append(_largest(mix.validation, rows, first, recipe, None))
+    return max(found, key=itemgetter(0))[1], max(held_out, key=itemgetter(0))[1] if held_out else None
+
+
+def _largest(
+    split: Split, rows: np.ndarray, first: np.ndarray, recipe: Recipe, epoch: int | None
+) -> tuple[tuple[int, int], MicroBatch]:
+    """Of the micro-batches of `rows` that start at `first` (int64) the largest, after its padded and scored tokens."""
+    lengths = np.minimum(split.lengths[rows], recipe.max_length)
+    sizes, longest = np.diff(first, append=len(rows)), np.maximum.reduceat(lengths, first)
+    scored = np.add.reduceat(np.minimum(split.targets[rows], lengths - 1), first)
+    best = np.lexsort((scored, sizes * longest))[-1]
+    shape = int(sizes[best]), int(longest[best])
+    batch = MicroBatch(rows[first[best] : first[best] + shape[0]], epoch, shape)
+    return (math.prod(shape), int(scored[best])), batch
+
+
+def checkpoint_bytes(num_parameters: int, dtype: torch.dtype, deepspeed: bool) -> tuple[int, int]:
+    """Bytes of a checkpoint: its model, and its trainer_state (Adam's moments, and the fp32 weights if the model has
+    none: utils/trainer_state.py)."""
+    half = deepspeed and dtype != torch.float32
+    return num_parameters * (2 if half else 4), num_parameters * (12 if half else 8)
+
+
+def check_disk(
+    recipe: Recipe,
+    num_parameters: int,
+    dtype: torch.dtype,
+    deepspeed: bool,
+    epoch_steps: int,
+    total_steps: int,
+    start_step: int = 0,
+) -> None:
+    """Print the size of a checkpoint and the most room that those to come and the final model will take at a time.
+
+    Checkpoints that are in output_dir already count as used, and as room when save_total_limit removes them.
+
+    Args:
+        start_step: that of the checkpoint that the run goes on from.
+
+    Raises:
+        UserError: the disk has less room than that.
+    """
+    model, state = checkpoint_bytes(num_parameters, dtype, deepspeed)
+    state = 0 if recipe.save_only_model else state
+    every = _steps_between_checkpoints(recipe, epoch_steps)
+    # The oldest go when the new one is whole, so that there is one more for a moment.
+    most = recipe.save_total_limit or math.inf
+    most_states = min(most, recipe.keep_trainer_state or math.inf)
+    models, states = deque(), deque()
+    for path in list_checkpoints(recipe.output_dir):
+        states.append(_folder_bytes(path / "trainer_state"))
+        models.append(_folder_bytes(path) - states[-1])
+    used = peak = 0  # more than now
+    for _ in range(int(total_steps // every - start_step // every)):
+        models.append(model)
+        states.append(state)
+        used += model + state
+        peak = max(peak, used)
+        while len(models) > most:
+            used -= models.popleft()
+        while len(states) > most_states:
+            used -= states.popleft()
+    peak = max(peak, used + model)
+    folder = next(path for path in (recipe.output_dir, *recipe.output_dir.absolute().parents) if path.exists())
+    free = shutil.disk_usage(folder).free
+    with_state = f" (model {show_bytes(model)}, what resuming needs {show_bytes(state)})" if state else ""
+    say(
+        f"disk: a checkpoint takes {show_bytes(model + state)}{with_state}, the run at most {show_bytes(peak)} of the "
+        f"{show_bytes(free)} that are free at {folder}"
+    )
+    if peak > free:
+        keys = ("save_steps", "save_total_limit", "keep_trainer_state", "save_only_model")
+        values = ", ".join(f"{key} {str(getattr(recipe, key)).lower()}" for key in keys)
+        raise UserError(
+            f"output_dir = {recipe.output_dir}: checkpoints of {show_bytes(model + state)} and the final model take "
+            f"{show_bytes(peak)}, {show_bytes(free)} are free: change what is kept ({values}), or give another disk"
+        )
+
+
+def _steps_between_checkpoints(recipe: Recipe, epoch_steps: int) -> float:
+    return {"epoch": epoch_steps, "steps": recipe.save_steps, "no": math.inf}[recipe.save_strategy]
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def recipe_warnings(
+    recipe: Recipe,
+    config: PretrainedConfig,
+    mix: Mix,
+    num_parameters: int,
+    num_processes: int,
+    epoch_steps: int,
+    total_steps: int,
+    recipe_file: Path | None,
+) -> list[str]:
+    """What looks wrong though it works, each as a line with the remedy.
+
+    Args:
+        recipe_file: as the user wrote it, for its comments.
+    """
+    found = []
+    if recipe.warmup_steps >= total_steps:
+        found.append(f"warmup_steps = {recipe.warmup_steps}: as long as the run ({total_steps:,} steps): give fewer")
+    every = _steps_between_checkpoints(recipe, epoch_steps)
+    if recipe.save_strategy == "no":
+        found.append("save_strategy = no: nothing to go on from after a crash: give steps or epoch")
+    elif every > total_steps:
+        found.append(
+            f"the first checkpoint would come at step {every:,}, the run ends at {total_steps:,}: "
+            "give save_strategy: steps and a smaller save_steps"
+        )
+    if recipe.save_only_model and recipe.save_strategy != "no":
+        found.append("save_only_model = true: nothing to go on from after a crash: give keep_trainer_state: 1 instead")
+    if not len(mix.validation):
+        found.append("nothing is held out, so that nothing shows overfitting: give a data set a val_split")
+    elif recipe.eval_steps > total_steps:
+        found.append(
+            f"eval_steps = {recipe.eval_steps}: the run has {total_steps:,} steps and is evaluated only at its end: "
+            "give fewer"
+        )
+    lengths = mix.train.lengths[training_rows(mix, recipe, 0)]
+    cut = (lengths > recipe.max_length).mean()
+    if cut > CUT_SHARE:
+        lost = np.maximum(lengths - recipe.max_length, 0).sum() / lengths.sum()
+        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+        remedy = "that is all of the model's positions" if positions == recipe.max_length else "give more"
+        found.append(
+            f"max_length = {recipe.max_length}: {cut:.0%} of the training conversations are cut, {lost:.0%} of their "
+            f"tokens left out in each epoch: {remedy}"
+        )
+    highest = next(rate for parameters, rate in HIGHEST_RATES if num_parameters < parameters)
+    if not recipe.from_scratch and not LOWEST_RATE <= recipe.learning_rate <= highest:
+        found.append(
+            f"learning_rate = {recipe.learning_rate:g}: pretrained models of this size ({num_parameters / 1e9:.2g} "
+            f"billion parameters) are fine-tuned at {LOWEST_RATE:g} to {highest:g}: check it"
+        )
+    per_step, named = conversations_per_step(recipe, num_processes), _named_in_comments(recipe_file)
+    if recipe.global_batch_size is None and named and per_step not in named:
+        found.append(
+            f"{num_processes} process(es) x {recipe.per_device_train_batch_size} x "
+            f"{recipe.gradient_accumulation_steps} = {per_step} conversations a step, but {recipe_file} speaks of "
+            f"{named[0]}: give global_batch_size: {named[0]}"
+        )
+    if recipe.dtype == "fp16" and not recipe.from_scratch and config.dtype == torch.bfloat16:
+        found.append("dtype = fp16: the model's weights are bf16, whose range fp16 lacks: give dtype: bf16")
+    return found
+
+
+def _named_in_comments(recipe_file: Path | None) -> list[int]:
+    """The conversations a step that a recipe's comments speak of."""
+    lines = recipe_file.read_text(encoding="utf-8").splitlines() if recipe_file else []
+    comments = " ".join(line.partition("#")[2].strip() for line in lines)  # a sentence may go on in the next line
+    return [int(number.replace(",", "")) for number in BATCH_COMMENT.findall(comments)]

@@ -157,10 +157,6 @@ class Evaluation:
             results: see the top of this file.
             more: further keys of the file: items, and what only this evaluation has.
         """
-        self._part.close()
-        self.accelerator.wait_for_everyone()
-        if not self.accelerator.is_main_process:
-            return
         held = {
             "name": self.name,
             "checkpoint": {
@@ -179,12 +175,19 @@ class Evaluation:
             "warnings": self.warnings,
             **more,
         }
-        work = self.path.with_suffix(".tmp")
-        work.write_text(json.dumps(held, indent=1, ensure_ascii=False, default=float) + "\n", encoding="utf-8")
-        os.replace(work, self.path)
-        for part in self._parts():
-            part.unlink()
-        say(f"results: {self.path}")
+        self.write_file(held)
+
+    def write_file(self, content: dict[str, Any]) -> None:
+        """`write` in a format of one's own: the whole result file as JSON. Every process calls one of the two."""
+        self._part.close()
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            work = self.path.with_suffix(".tmp")
+            work.write_text(json.dumps(content, indent=1, ensure_ascii=False, default=float) + "\n", encoding="utf-8")
+            os.replace(work, self.path)
+            for part in self._parts():
+                part.unlink()
+            say(f"results: {self.path}")
 
 
 def _line(key: str, result: Any) -> str:

@@ -6,22 +6,26 @@
     python scripts/sft.py recipes/demo.yaml --output_dir try --learning_rate 1e-3 [--dry_run]
 
 Any causal LM whose logits are its output layer's; one process, DDP, or DeepSpeed ZeRO-1 and 2; GPU or CPU; fp32, fp16,
-bf16. It prepares the data (before any process group exists), shows the first batch, trains, evaluates each data set,
-writes checkpoints and leaves in OUTPUT_DIR: recipe.yaml, metrics.jsonl, training.png, checkpoint-<step>/, the final
-model and its card.
-Not yet: going on from a checkpoint.
+bf16. It prepares the data (before any process group exists), shows the first batch, tries the largest, trains,
+evaluates each data set, writes checkpoints and leaves in OUTPUT_DIR: recipe.yaml, run.json, metrics.jsonl,
+training.png, checkpoint-<step>/, the final model and its card.
+
+The same command again goes on from the newest whole checkpoint. On SIGTERM, SIGINT or SIGUSR1 it finishes the step,
+saves and exits with status 75.
 """
 
 import os
 import sys
 
 from utils.errors import UserError, one_line_errors
-from utils.recipe import Recipe, recipe_from_command_line
+from utils.recipe import CommandLine, Recipe, recipe_from_command_line
+from utils.stopping import EXIT_STOPPED, StopSignal
 
 if __name__ == "__main__":
     # Before the heavy imports, so that --help and a misspelt key are answered at once.
     with one_line_errors():
         COMMAND = recipe_from_command_line(__doc__, sys.argv[1:])
+    STOP = StopSignal()
     # CPU threads that wait for each other soon go to sleep: by default they spin, which made the demo 5 to 10 times
     # slower where cores were shared; sleeping at once costs a third where they are not. Read when torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -36,11 +40,21 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from utils.batches import steps_per_epoch, training_steps, validation_batches
-from utils.checkpoint import claim_output_dir, save_checkpoint, save_model, write_model_card
+from utils.batches import (
+    Position,
+    accumulation_steps,
+    step_rows,
+    steps_left,
+    steps_per_epoch,
+    training_rows,
+    training_steps,
+    validation_batches,
+)
+from utils.checkpoint import save_checkpoint, save_final_model
 from utils.contamination import without_contamination
 from utils.deepspeed import deepspeed_plugin
 from utils.dry_run import dry_run
+from utils.health import StepHealth, one_line_at_minimum_scale
 from utils.launch import (
     check_processes,
     has_gpu,
@@ -54,43 +68,63 @@ from utils.launch import (
 from utils.loss import ScoredLoss
 from utils.mix import Mix, prepare_mix
 from utils.model import load_config, load_model, load_tokenizer
+from utils.model_card import write_model_card
 from utils.optimizer import make_optimizer
-from utils.report import describe_run, show_first_batch, show_replies
-from utils.tracking import RunLog, TrainingStats
+from utils.record_file import read_record, update_status, write_record
+from utils.report import describe_run, end_report, show_first_batch, show_replies
+from utils.resume import check_data, claim_output_dir, find_checkpoint, is_finished, restore, run_state
+from utils.run_record import differences, start_record
+from utils.tracking import Clock, RunLog, TrainingStats
+from utils.trainer_state import loss_scale
 
 TOKEN_ACCURACY = str(Path(__file__).parent / "metrics" / "token_accuracy")
 
 
-def main(recipe: Recipe) -> None:
+def main(command: CommandLine, stop: StopSignal) -> None:
+    recipe = command.recipe
+    if is_finished(recipe):
+        say(f"the run in {recipe.output_dir} is finished: nothing to do; another --output_dir starts another")
+        return
+
     # Data first: no process group exists yet, so nobody can time out waiting for the one that tokenizes.
     set_up_process()
     dtype = training_dtype(recipe)
+    checkpoint = find_checkpoint(recipe, command.allow_changes)  # None for a run from its beginning
     if process_index() == 0:
-        claim_output_dir(recipe)
+        claim_output_dir(recipe, checkpoint)
     accuracy = load_metric()
     config = load_config(recipe)
     tokenizer = load_tokenizer(recipe)
     mix = prepare_mix(recipe, tokenizer)
     if recipe.drop_contaminated:
         mix = without_contamination(mix, recipe.cache_dir)
-    epoch_steps = steps_per_epoch(mix, recipe, num_processes())
-    total_steps = recipe.max_steps or math.ceil(recipe.num_train_epochs * epoch_steps)
+    if checkpoint:
+        check_data(checkpoint, mix, command.allow_changes)
+    if process_index() == 0:
+        record = start_record(recipe, mix, num_processes(), dtype)
+        for line in differences(read_record(command.reproduced), record) if command.reproduced else []:
+            say(f"differs from {command.reproduced}: {line}")
+        write_record(record, recipe.output_dir / "run.json")
+    step, position = (checkpoint.step, checkpoint.position) if checkpoint else (0, Position())
+    total_steps = recipe.max_steps or step + steps_left(mix, recipe, num_processes(), position)
 
     # The accelerator: one process, DDP, or the DeepSpeed engine, on GPUs or (over gloo) on CPUs.
     plugin = deepspeed_plugin(recipe, total_steps, dtype)
     half = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, "no")
     accelerator = Accelerator(
         mixed_precision=half,
-        gradient_accumulation_steps=recipe.gradient_accumulation_steps if plugin else 1,  # the engine has to know it
+        gradient_accumulation_steps=accumulation_steps(recipe, num_processes()) if plugin else 1,  # the engine asks
         cpu=not has_gpu() and plugin is None,
         deepspeed_plugin=plugin,
         kwargs_handlers=process_group_options(deepspeed=plugin is not None),
     )
     check_processes(accelerator)
+    main_process = accelerator.is_main_process
     set_seed(recipe.rng_seed)
 
     # Autocast wants fp32 weights; the engine wants them in the dtype it trains in, and keeps fp32 masters itself.
-    language_model = load_model(recipe, config, tokenizer, dtype if plugin else torch.float32)
+    weights = checkpoint.path if checkpoint else None
+    language_model = load_model(recipe, config, tokenizer, dtype if plugin else torch.float32, weights)
     model = ScoredLoss(language_model)
     optimizer, scheduler = make_optimizer(model, recipe, total_steps, deepspeed=plugin is not None)
     if plugin:
@@ -100,46 +134,93 @@ def main(recipe: Recipe) -> None:
 
     # Before the first step, what will run and what will be learnt: a wrong mask is the commonest silent mistake.
     shard = accelerator.process_index, accelerator.num_processes, tokenizer.pad_token_id
-    if accelerator.is_main_process:
+    epoch_steps = steps_per_epoch(mix, recipe, accelerator.num_processes)
+    if main_process:
         describe_run(accelerator, model, dtype, mix, recipe, epoch_steps, total_steps)
-        show_first_batch(next(training_steps(mix, recipe, 0, *shard))[0], tokenizer)
-    log = RunLog(recipe, total_steps, accelerator.is_main_process)
-    stats = TrainingStats(mix, accelerator.device)
+        show_first_batch(next(training_steps(mix, recipe, *shard, position))[1][0], tokenizer)
 
-    save_every = {"epoch": epoch_steps, "steps": recipe.save_steps, "no": math.inf}[recipe.save_strategy]
-    results: dict[str, float] = {}
-    epochs = (training_steps(mix, recipe, epoch, *shard) for epoch in itertools.count())
-    steps = itertools.islice(itertools.chain.from_iterable(epochs), total_steps)
+    clock = Clock()
+    stats = TrainingStats(mix, accelerator.device, clock)
+    health = StepHealth(recipe.max_bad_steps, recipe.output_dir / "bad_steps.jsonl" if main_process else None)
+    results: dict[str, float] = {}  # of the last evaluation
+    evaluation_due, wandb_id = False, None
+    if checkpoint:
+        restore(checkpoint, recipe, accelerator, language_model, optimizer, scheduler, stats, health)
+        results, evaluation_due, wandb_id = (checkpoint.state[key] for key in ("results", "evaluation_due", "wandb_id"))
+    log = RunLog(recipe, total_steps, main_process, step, wandb_id)
+
+    def evaluate_now() -> bool:
+        """Evaluate and write it down; False when a signal cut it short."""
+        nonlocal results
+        log.progress.set_description("evaluating")
+        with clock.spend("evaluation"):
+            found = evaluate_mix(accelerator, model, mix, recipe, shard, accuracy, stop)
+        log.progress.set_description("training")
+        if found is not None:
+            results = found
+            log.write({**where(), **results})
+            log.show_evaluation(step, results)
+        return found is not None
+
+    def where() -> dict[str, float]:
+        epoch = position.epoch + position.conversations / len(training_rows(mix, recipe, 0))
+        return {"step": step, "epoch": round(epoch, 4)}
+
+    stop.defer()  # from here on there is something to save
+    stopped = evaluation_due and not evaluate_now()
+    steps = itertools.islice(training_steps(mix, recipe, *shard, position), 0 if stopped else total_steps - step)
     model.train()
-    for step, micro_batches in enumerate(steps, 1):
+    for after, micro_batches in clock.waiting(steps):
+        step += 1
         learning_rate = scheduler.get_last_lr()[0]
-        grad_norm = train_step(accelerator, model, optimizer, scheduler, micro_batches, recipe, stats)
-        where = {"step": step, "epoch": round(step / epoch_steps, 4)}
+        with clock.spend("training"), one_line_at_minimum_scale():
+            grad_norm, updated = train_step(accelerator, model, optimizer, scheduler, micro_batches, recipe, stats)
+        if updated:
+            stats.end_step()
+            health.good_step(grad_norm)
+        else:
+            loss = stats.step_loss(accelerator)
+            overflow = dtype == torch.float16 and math.isfinite(loss)  # which the loss scaler answers by itself
+            stats.end_step(counts=overflow)
+            if overflow:
+                health.overflow(loss_scale(accelerator))
+            else:
+                health.bad_step(step, loss, grad_norm, mix, step_rows(mix, recipe, accelerator.num_processes, position))
+        position = after
         log.progress.update()
+
         if step == 1 or step % recipe.logging_steps == 0 or step == total_steps:
-            metrics = stats.close(accelerator, step)
-            log.write({**where, **metrics, "learning_rate": learning_rate, "grad_norm": grad_norm})
-        with stats.paused():
-            if len(mix.validation) and (step % recipe.eval_steps == 0 or step == total_steps):
-                log.progress.set_description("evaluating")
-                results = evaluate_mix(accelerator, model, mix, recipe, shard, accuracy)
-                log.progress.set_description("training")
-                log.write({**where, **results})
-                log.show_evaluation(step, results)
-            if step % save_every == 0:
-                save_checkpoint(accelerator, language_model, tokenizer, recipe, step)
+            metrics = stats.close(accelerator)
+            metrics |= {"learning_rate": learning_rate, "grad_norm": grad_norm}
+            log.write({**where(), **metrics, **health.metrics(metrics.get("loss"), loss_scale(accelerator))})
+        evaluate_here = len(mix.validation) and (step % recipe.eval_steps == 0 or step == total_steps)
+        evaluation_due = bool(evaluate_here) and (stop.agreed(accelerator) or not evaluate_now())
+        stopped = evaluation_due or stop.agreed(accelerator)
+        save_here = {"epoch": position.conversations == 0, "steps": step % recipe.save_steps == 0, "no": False}
+        if save_here[recipe.save_strategy] or stopped:
+            state = run_state(recipe, mix, accelerator, step, position, health)
+            state |= {"results": results, "evaluation_due": evaluation_due, "wandb_id": log.wandb_id}
+            with clock.spend("saving"):
+                save_checkpoint(accelerator, language_model, tokenizer, optimizer, recipe, state, stats)
+        if stopped:
+            break
 
     log.close()
-    if accelerator.is_main_process:
-        save_model(language_model, tokenizer, recipe.output_dir)
-        write_model_card(recipe, tokenizer, results, total_steps, stats.tokens)
-        say(f"\nthe model is in {recipe.output_dir}, with its card, metrics.jsonl and training.png")
+    if main_process:
+        if not stopped:
+            with clock.spend("saving"):
+                save_final_model(language_model, tokenizer, recipe.output_dir)
+            write_model_card(recipe, tokenizer, results, total_steps, stats.tokens)
+        report = end_report(recipe, step, total_steps, stats, health)
+        update_status(recipe.output_dir / "run.json", "interrupted" if stopped else "finished", report=report)
     accelerator.wait_for_everyone()
     # DDP goes before its process group: the other way round it may wait for ever in gloo's destructor, which joins a
     # thread that waits for the interpreter (torch 2.13).
     model, optimizer = accelerator.free_memory(model, optimizer)
     accelerator.end_training()
-    if recipe.sample_replies and accelerator.is_main_process:
+    if stopped:
+        raise SystemExit(EXIT_STOPPED)
+    if recipe.sample_replies and main_process:
         show_replies(language_model, tokenizer, mix, recipe)
 
 
@@ -153,12 +234,17 @@ def load_metric() -> evaluate.Metric:
         ) from error
 
 
-def train_step(accelerator, model, optimizer, scheduler, micro_batches, recipe: Recipe, stats) -> float:
-    """One optimizer step over this process's micro-batches; returns the gradient norm before clipping.
+def train_step(
+    accelerator, model, optimizer, scheduler, micro_batches, recipe: Recipe, stats: TrainingStats
+) -> tuple[float, bool]:
+    """One optimizer step over this process's micro-batches.
 
     The loss is the mean over all scored tokens of the step, however it is cut into micro-batches and processes; or,
     under `loss_normalization: micro_batch`, the original's mean over micro-batches of their means. Either way a
     micro-batch or a process without a scored token adds exactly nothing.
+
+    Returns:
+        The gradient norm before clipping, and whether the weights were updated: not where the norm is no finite number.
     """
     counts = [
         sum(len(batch["dataset"]) for batch in micro_batches),
@@ -177,26 +263,30 @@ def train_step(accelerator, model, optimizer, scheduler, micro_batches, recipe: 
                 loss = losses.sum() / scored_tokens
             else:
                 loss = losses.sum() / max(1, len(losses)) / scored_batches
+            # A loss that is no finite number makes NaN of every gradient, on every process: the norm tells all of it.
+            finite = 1 + 0 * loss.detach()
             # DDP and DeepSpeed average over processes and DeepSpeed divides by the accumulation steps: undo both.
-            accelerator.backward(loss * accelerator.num_processes * accelerator.gradient_accumulation_steps)
+            accelerator.backward(loss * finite * accelerator.num_processes * accelerator.gradient_accumulation_steps)
         stats.add(batch, losses, loss)
 
-    grad_norm = accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm or math.inf)
-    optimizer.step()  # nothing is left to do here, nor at zero_grad, under DeepSpeed
-    if accelerator.optimizer_step_was_skipped:  # fp16 found an overflow and lowers its scale instead
-        stats.skipped_steps += 1
-    else:
+    grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm or math.inf))
+    if math.isfinite(grad_norm) or accelerator.scaler:  # the scaler has to see an overflow; it leaves the step out
+        optimizer.step()  # nothing is left to do here, nor at zero_grad, under DeepSpeed
+    updated = math.isfinite(grad_norm) and not accelerator.optimizer_step_was_skipped
+    if updated:
         scheduler.step()
     optimizer.zero_grad()
-    return float(grad_norm)
+    return grad_norm, updated
 
 
 @torch.no_grad()
-def evaluate_mix(accelerator, model, mix: Mix, recipe: Recipe, shard, accuracy) -> dict[str, float]:
+def evaluate_mix(
+    accelerator, model, mix: Mix, recipe: Recipe, shard, accuracy, stop: StopSignal
+) -> dict[str, float] | None:
     """Loss and accuracy of each data set and of all, over every scored token of the validation split.
 
     Sums are added over the processes and divided once, so that the result depends neither on their number nor on the
-    batch size.
+    batch size. None when a signal asked to stop meanwhile.
     """
     model.eval()
     sums = torch.zeros(len(mix.names), 3, dtype=torch.float64)  # loss, right predictions, scored tokens
@@ -207,6 +297,8 @@ def evaluate_mix(accelerator, model, mix: Mix, recipe: Recipe, shard, accuracy) 
             targets = batch["labels"][:, 1:]
             accuracy.add_batch(predictions=predictions.cpu(), references=targets[targets != -100].cpu())
             sums[index, 0] += losses.double().sum().cpu()
+            if stop.agreed(accelerator):
+                return None
         counts = accuracy.compute() if len(accuracy) else {"correct": 0, "total": 0}
         sums[index, 1:] += torch.tensor([counts["correct"], counts["total"]])
     model.train()
@@ -222,4 +314,4 @@ def evaluate_mix(accelerator, model, mix: Mix, recipe: Recipe, shard, accuracy) 
 
 if __name__ == "__main__":
     with one_line_errors():
-        dry_run(COMMAND.recipe) if COMMAND.dry_run else main(COMMAND.recipe)
+        dry_run(COMMAND) if COMMAND.dry_run else main(COMMAND, STOP)

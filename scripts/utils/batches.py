@@ -6,12 +6,22 @@ nothing is communicated, every kept example is used exactly once an epoch, and a
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from utils.mix import Mix, Split
 from utils.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a run has come in its data: so many conversations of an epoch (from 0) are used, fewer than it has."""
+
+    epoch: int = 0
+    conversations: int = 0
+
 
 # What a random draw is for, so that no two of them share a stream.
 ORDER, SUBSET, WINDOW = range(3)
@@ -46,27 +56,51 @@ def steps_per_epoch(mix: Mix, recipe: Recipe, num_processes: int) -> int:
     return math.ceil(len(training_rows(mix, recipe, 0)) / conversations_per_step(recipe, num_processes))
 
 
+def steps_left(mix: Mix, recipe: Recipe, num_processes: int, position: Position) -> int:
+    """Optimizer steps from a position to the end of num_train_epochs."""
+    conversations, per_step = len(training_rows(mix, recipe, 0)), conversations_per_step(recipe, num_processes)
+    per_epoch = math.ceil(conversations / per_step)
+    of_epoch = per_epoch - math.ceil((conversations - position.conversations) / per_step)
+    return max(0, math.ceil(recipe.num_train_epochs * per_epoch) - position.epoch * per_epoch - of_epoch)
+
+
 def conversations_per_step(recipe: Recipe, num_processes: int) -> int:
     """Conversations of a full optimizer step over all processes."""
+    if recipe.global_batch_size is not None:
+        return recipe.global_batch_size
     return num_processes * recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
 
 
+def accumulation_steps(recipe: Recipe, num_processes: int) -> int:
+    """Micro-batches of a process in a full optimizer step. Where they do not go round, some of a process are empty."""
+    micro_batches = math.ceil(conversations_per_step(recipe, num_processes) / recipe.per_device_train_batch_size)
+    return math.ceil(micro_batches / num_processes)
+
+
 def training_steps(
-    mix: Mix, recipe: Recipe, epoch: int, process: int, num_processes: int, pad_token_id: int
-) -> Iterator[list[dict[str, torch.Tensor]]]:
-    """The optimizer steps of an epoch, each as the list of this process's micro-batches.
+    mix: Mix, recipe: Recipe, process: int, num_processes: int, pad_token_id: int, start: Position
+) -> Iterator[tuple[Position, list[dict[str, torch.Tensor]]]]:
+    """The optimizer steps from a position on, epoch after epoch without end: the position after the step, and the list
+    of this process's micro-batches.
 
     Every process gets the same number of micro-batches in a step, since each backward pass may be collective. The last
     step of an epoch holds what is left; where that does not go round, a process gets an empty micro-batch (`collate`).
     """
-    rows = training_rows(mix, recipe, epoch)
     per_step, size = conversations_per_step(recipe, num_processes), recipe.per_device_train_batch_size
-    for start in range(0, len(rows), per_step):
-        step = rows[start : start + per_step]
-        yield [
-            collate(mix.train, chunk, recipe, pad_token_id, epoch)
-            for chunk in deal([step[i : i + size] for i in range(0, len(step), size)], process, num_processes)
-        ]
+    position = start
+    while True:
+        epoch, rows = position.epoch, training_rows(mix, recipe, position.epoch)
+        for used in range(position.conversations, len(rows), per_step):
+            step, end = rows[used : used + per_step], used + per_step
+            position = Position(epoch, end) if end < len(rows) else Position(epoch + 1)
+            chunks = deal([step[i : i + size] for i in range(0, len(step), size)], process, num_processes)
+            yield position, [collate(mix.train, chunk, recipe, pad_token_id, epoch) for chunk in chunks]
+
+
+def step_rows(mix: Mix, recipe: Recipe, num_processes: int, position: Position) -> np.ndarray:
+    """Rows of the training split that the step after a position uses, over all processes: int64 [conversations]."""
+    used = position.conversations
+    return training_rows(mix, recipe, position.epoch)[used : used + conversations_per_step(recipe, num_processes)]
 
 
 def validation_batches(

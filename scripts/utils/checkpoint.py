@@ -1,62 +1,62 @@
-"""The output folder: what a run writes there, and which checkpoints are kept."""
+"""Checkpoints: whole or absent, verified, and only as many as the recipe keeps.
 
+    checkpoint-<step>/                 the model and tokenizer, as AutoModelForCausalLM and AutoTokenizer read them
+    checkpoint-<step>/trainer_state/   state.json: where the run stands, and the size of every file
+                                       process-<n>.json: a process's random states and sums
+                                       optimizer-<process>-<part>.safetensors (utils/trainer_state.py)
+
+A checkpoint is written as .checkpoint-<step>, by every process its part, and takes its name when all of it is verified
+and on the disk.
+"""
+
+import json
 import os
 import re
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
+from utils.batches import Position
 from utils.errors import UserError
 from utils.recipe import Recipe
+from utils.tracking import TrainingStats
+from utils.trainer_state import random_state, save_optimizer
 
-# The first line of OUTPUT_DIR/recipe.yaml, by which it is known from a file of the user's.
-RECIPE_HEADER = "# The resolved recipe of this run: `sft.py THIS_FILE --output_dir NEW` repeats it.\n"
+FORMAT = 1  # of trainer_state/; tests/fixtures keeps a checkpoint of each
+MODEL_PART = "2GB"  # at most so much of the model is copied from the GPU at a time
 
 
-def refuse_other_run(recipe: Recipe) -> None:
-    """Keep a run from writing over another, or over files that are not a run's.
+@dataclass
+class Checkpoint:
+    """A whole checkpoint that a run can go on from.
 
-    Raises:
-        UserError: output_dir holds metrics, a checkpoint, a model or a README.
+    Attributes:
+        state: its state.json.
     """
-    folder = recipe.output_dir
-    names = ("metrics.jsonl", "training.png", "config.json", "model.safetensors", "tokenizer.json", "README.md")
-    # os.path, since Path.exists raises for a name too long to be one.
-    held = [name for name in names if os.path.lexists(folder / name)]
-    if os.path.lexists(folder / "recipe.yaml") and not _is_ours(folder / "recipe.yaml"):
-        held.append("recipe.yaml")
-    held += [path.name for path in list_checkpoints(folder)]
-    if held:
-        raise UserError(
-            f"output_dir = {folder}: holds another run ({', '.join(held)}); give another --output_dir, or remove it"
-        )
 
+    path: Path
+    state: dict[str, Any]
 
-def _is_ours(recipe_file: Path) -> bool:
-    try:
-        return recipe_file.read_text(encoding="utf-8").startswith(RECIPE_HEADER)
-    except (OSError, UnicodeDecodeError):
-        return False
+    @property
+    def step(self) -> int:
+        """Optimizer steps made."""
+        return self.state["step"]
 
+    @property
+    def position(self) -> Position:
+        """How far it has come in the data."""
+        return Position(**self.state["position"])
 
-def claim_output_dir(recipe: Recipe) -> None:
-    """Make the output folder and write the resolved recipe there.
-
-    Raises:
-        UserError: it holds another run, or cannot be written.
-    """
-    refuse_other_run(recipe)
-    folder = recipe.output_dir
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(".checkpoint-*"):  # half-written when an earlier run was killed
-            shutil.rmtree(leftover)
-        (folder / "recipe.yaml").write_text(RECIPE_HEADER + recipe.to_yaml(), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"output_dir = {folder}: cannot write there: {error.strerror}") from error
+    def process_state(self, process: int) -> dict[str, Any]:
+        """What process `process` wrote of itself."""
+        return json.loads((self.path / "trainer_state" / f"process-{process}.json").read_text(encoding="utf-8"))
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -65,64 +65,171 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
-def save_checkpoint(accelerator: Accelerator, model: PreTrainedModel, tokenizer, recipe: Recipe, step: int) -> None:
-    """Write checkpoint-<step>, then remove the oldest over save_total_limit. Every process calls this."""
-    if accelerator.is_main_process:
-        name = f"checkpoint-{step}"
-        work = recipe.output_dir / f".{name}"
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Open a checkpoint to go on from, after checking that all of it is there.
+
+    Raises:
+        UserError: it holds no trainer_state, one of a later format, or is not whole; the message says which.
+    """
+    file = path / "trainer_state" / "state.json"
+    if not file.exists():
+        raise UserError(f"{path}: holds no trainer_state/, so that no run can go on from it")
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+        if state["format"] > FORMAT:
+            raise UserError(f"{path}: of a later version of this collection (format {state['format']})")
+        for name, size in state["files"].items():
+            if (path / name).stat().st_size != size:
+                raise UserError(f"{path}: not whole: {name} has {(path / name).stat().st_size:,} of {size:,} bytes")
+            if name.endswith(".safetensors"):
+                with safe_open(path / name, framework="pt"):  # reads the header, which has to fit the file
+                    pass
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise UserError(f"{path}: not whole: {error}") from error
+    return Checkpoint(path, state)
+
+
+def save_checkpoint(
+    accelerator: Accelerator,
+    model: PreTrainedModel,
+    tokenizer,
+    optimizer,
+    recipe: Recipe,
+    state: dict[str, Any],
+    stats: TrainingStats,
+) -> None:
+    """Write checkpoint-<step>, then remove what is over save_total_limit. Every process calls this.
+
+    Args:
+        model: the language model itself.
+        state: where the run stands, the same on every process; its `step` names the checkpoint.
+        stats: this process's.
+
+    Raises:
+        UserError: it cannot be written (a full disk); those before it stay as they were. On every process.
+    """
+    name = f"checkpoint-{state['step']}"
+    work, whole = recipe.output_dir / f".{name}", recipe.output_dir / name
+
+    def make_folder() -> None:
+        shutil.rmtree(work, ignore_errors=True)
+        (work / "trainer_state").mkdir(parents=True)
+
+    def write_model() -> None:
         save_model(model, tokenizer, work)
-        os.replace(work, recipe.output_dir / name)  # it appears under its name only when it is whole
-        if recipe.save_total_limit is not None:
-            for old in list_checkpoints(recipe.output_dir)[: -recipe.save_total_limit]:
-                shutil.rmtree(old.rename(old.with_name(f".{old.name}")))  # nor does half of one keep its name
-    accelerator.wait_for_everyone()
+
+    def write_state() -> None:
+        save_optimizer(work / "trainer_state", accelerator, model, optimizer)
+        file = work / "trainer_state" / f"process-{accelerator.process_index}.json"
+        process = {"stats": stats.state_dict(), "random": random_state()}
+        file.write_text(json.dumps(process), encoding="utf-8")
+
+    def publish() -> None:
+        if recipe.save_only_model:
+            (work / "trainer_state").rmdir()
+        else:
+            files = [path for path in sorted(work.rglob("*")) if path.is_file()]
+            sizes = {path.relative_to(work).as_posix(): path.stat().st_size for path in files}
+            text = json.dumps({"format": FORMAT, **state, "files": sizes}, indent=1)
+            (work / "trainer_state" / "state.json").write_text(text + "\n", encoding="utf-8")
+            read_checkpoint(work)
+        _flush(work)
+        if whole.exists():  # of before the run was taken back to an earlier step, and then over this one again
+            _remove(whole)
+        os.replace(work, whole)
+        _flush(recipe.output_dir, contents=False)
+        _prune(recipe, whole)
+
+    def as_one(action: Callable[[], None], main_process_only: bool = False) -> None:
+        """Do a part of the work; where it fails on any process, all stop, the first with the reason."""
+        problem = None
+        if accelerator.is_main_process or not main_process_only:
+            try:
+                action()
+            except Exception as error:
+                if not _is_disk_error(error):
+                    raise
+                problem = f"{error} (process {accelerator.process_index})"
+        problems = [problem for problem in gather_object([problem]) if problem]
+        if not problems:
+            return
+        if accelerator.is_main_process:
+            shutil.rmtree(work, ignore_errors=True)  # and so gives its room back
+            raise UserError(f"{whole} could not be written: {problems[0]}; the checkpoints before it are whole")
+        raise SystemExit(2)
+
+    as_one(make_folder, main_process_only=True)
+    as_one(write_model, main_process_only=True)
+    if not recipe.save_only_model:
+        as_one(write_state)
+    as_one(publish, main_process_only=True)
 
 
 def save_model(model: PreTrainedModel, tokenizer, folder: Path) -> None:
     """Write model and tokenizer as AutoModelForCausalLM and AutoTokenizer read them."""
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size=MODEL_PART)
     tokenizer.save_pretrained(folder)
 
 
-def write_model_card(recipe: Recipe, tokenizer, results: dict[str, Any], steps: int, tokens: int) -> None:
-    """Write OUTPUT_DIR/README.md, the card of the final model.
+def save_final_model(model: PreTrainedModel, tokenizer, folder: Path) -> None:
+    """Write the final model into the output folder itself, its files appearing only when all of them are whole.
 
-    Args:
-        results: the last evaluation, `eval_<dataset>_loss` and `eval_<dataset>_accuracy`; empty without one.
-        steps, tokens: optimizer steps and tokens trained on.
+    Raises:
+        UserError: it cannot be written (a full disk).
     """
-    rows = ["| data set | loss | token accuracy |", "|---|---|---|"]
-    rows += [
-        f"| {name} | {results[f'eval_{name}_loss']:.4f} | {results[f'eval_{name}_accuracy']:.2%} |"
-        for name in recipe.datasets.chosen()
-        if f"eval_{name}_loss" in results
-    ]
-    validation = "\n".join(rows) if results else "No conversation was held out."
-    base = "random weights of the shape of " if recipe.from_scratch else ""
-    card = f"""---
-pipeline_tag: text-generation
-library_name: transformers
-tags: [sft]
-{"" if recipe.from_scratch or Path(recipe.model_name).exists() else f"base_model: {recipe.model_name}"}
----
+    work = folder / ".final"
+    try:
+        shutil.rmtree(work, ignore_errors=True)
+        save_model(model, tokenizer, work)
+        _flush(work)
+        for path in sorted(work.iterdir()):
+            os.replace(path, folder / path.name)
+        work.rmdir()
+    except Exception as error:
+        if not _is_disk_error(error):
+            raise
+        shutil.rmtree(work, ignore_errors=True)
+        raise UserError(f"{folder}: the final model could not be written: {error}") from error
 
-# {recipe.output_dir.resolve().name}
 
-A chat model: {base}`{recipe.model_name}`, fine-tuned for {steps:,} steps on {tokens:,} tokens of
-{", ".join(recipe.datasets.chosen())}. `recipe.yaml` beside this file repeats the run, `metrics.jsonl` and
-`training.png` show how it went.
+def remove_leftovers(folder: Path) -> list[str]:
+    """Remove what a killed run had half written or half removed; returns the names."""
+    leftovers = [*folder.glob(".checkpoint-*"), *folder.glob(".final"), *folder.glob("checkpoint-*/.trainer_state")]
+    for path in leftovers:
+        shutil.rmtree(path)
+    return [path.relative_to(folder).as_posix() for path in leftovers]
 
-## Prompting
 
-`<|prompter|>` and `<|assistant|>` begin a turn, `{tokenizer.eos_token}` ends it; the tokenizer's chat template
-writes them:
+def _prune(recipe: Recipe, newest: Path) -> None:
+    """Remove the oldest checkpoints, and the trainer_state of the older ones; never the newest, which was verified."""
+    checkpoints = [path for path in list_checkpoints(recipe.output_dir) if path != newest] + [newest]
+    if recipe.save_total_limit is not None:
+        for path in checkpoints[: -recipe.save_total_limit]:
+            _remove(path)
+        checkpoints = checkpoints[-recipe.save_total_limit :]
+    if recipe.keep_trainer_state is not None:
+        for path in checkpoints[: -recipe.keep_trainer_state]:
+            if (path / "trainer_state").exists():
+                _remove(path / "trainer_state")
 
-    <|prompter|>What is a meme?{tokenizer.eos_token}<|assistant|>
 
-## Validation
+def _remove(folder: Path) -> None:
+    """Remove a folder, which loses its name first: half of one is not to pass for a whole one."""
+    hidden = folder.with_name(f".{folder.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    shutil.rmtree(folder.rename(hidden))
 
-{validation}
 
-![training curves](training.png)
-"""
-    (recipe.output_dir / "README.md").write_text(card, encoding="utf-8")
+def _flush(folder: Path, contents: bool = True) -> None:
+    """Wait until a folder and the files in it are on the disk."""
+    for path in [folder, *(folder.rglob("*") if contents else [])]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _is_disk_error(error: Exception) -> bool:
+    """Whether a write failed for the disk's sake. The Rust libraries have no errno, only its text."""
+    return isinstance(error, (OSError, SafetensorError)) or "(os error " in str(error)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from accelerate.utils import DeepSpeedPlugin
 
+from utils.batches import accumulation_steps
 from utils.errors import UserError
 from utils.launch import has_gpu, launcher_plugin, num_processes, say
 from utils.recipe import Recipe
@@ -72,10 +73,12 @@ def fill_config(
             ZeRO stage that sft.py cannot run.
     """
     config = copy.deepcopy(config)
-    micro_batch, accumulation = recipe.per_device_train_batch_size, recipe.gradient_accumulation_steps
+    micro_batch, accumulation = recipe.per_device_train_batch_size, accumulation_steps(recipe, num_processes())
     filled = {  # DeepSpeed's key: the recipe's key, the value
         "fp16.enabled": (f"enabled for {dtype}", dtype == torch.float16),
         "bf16.enabled": (f"enabled for {dtype}", dtype == torch.bfloat16),
+        # As in fp16 and fp32: a step whose gradient norm is no finite number leaves the weights as they are.
+        "bf16.check_grad_overflow": ("bad steps are left out", True),
         "optimizer.type": ("the optimizer of every run", "AdamW"),
         "optimizer.params.lr": ("learning_rate", recipe.learning_rate),
         "optimizer.params.betas": ("adam_beta1, adam_beta2", [recipe.adam_beta1, recipe.adam_beta2]),

@@ -6,26 +6,29 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 from utils.batches import conversations_per_step
-from utils.checkpoint import refuse_other_run
 from utils.data_files import find_data_file, hub_patterns, locate_data_file
 from utils.deepspeed import fill_config, find_config
 from utils.errors import UserError
 from utils.launch import num_processes, process_index, say, training_dtype
 from utils.model import load_config, load_tokenizer
 from utils.reading import TRAIN, VALIDATION, Reading
-from utils.recipe import Recipe
+from utils.recipe import CommandLine, Recipe
+from utils.resume import find_checkpoint, is_finished
 from utils.sources import find_source
 
 
-def dry_run(recipe: Recipe) -> None:
+def dry_run(command: CommandLine) -> None:
     """Print the resolved recipe and what was found of all that it names.
 
     Raises:
         UserError: the run could not start.
     """
+    recipe = command.recipe
     dtype = training_dtype(recipe)
-    if process_index() == 0:
-        refuse_other_run(recipe)
+    if process_index() == 0 and not is_finished(recipe):
+        checkpoint = find_checkpoint(recipe, command.allow_changes)
+        if checkpoint:
+            say(f"would go on from {checkpoint.path}")
         _refuse_unwritable(recipe)
     say(recipe.to_yaml())
     for name, options in recipe.datasets.chosen().items():

@@ -67,18 +67,23 @@ def load_config(recipe: Recipe, must_fit: bool = True) -> PretrainedConfig:
     return config
 
 
-def load_model(recipe: Recipe, config: PretrainedConfig, tokenizer, dtype: torch.dtype) -> PreTrainedModel:
+def load_model(
+    recipe: Recipe, config: PretrainedConfig, tokenizer, dtype: torch.dtype, checkpoint: Path | None = None
+) -> PreTrainedModel:
     """The model, its embedding resized to the next multiple of 16 over the tokenizer, ready for training.
 
     Args:
         dtype: of the weights: fp32 for autocast (fp32 master weights), the half precision for DeepSpeed's engine,
             which keeps fp32 masters of its own.
+        checkpoint: the folder whose weights the run goes on from; None for those of model_name.
 
     Raises:
         UserError: the weights cannot be found, are damaged, or not those that the config calls for.
     """
     kwargs = {"trust_remote_code": recipe.trust_remote_code, **_attention(recipe, dtype)}
-    if recipe.from_scratch:
+    if checkpoint:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, **kwargs)
+    elif recipe.from_scratch:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, **kwargs)
     else:
         # safetensors where there are any; a .bin is loaded by torch with weights_only, which transformers insists on.

@@ -47,3 +47,17 @@ def make_optimizer(model: torch.nn.Module, recipe: Recipe, total_steps: int, dee
         groups, lr=recipe.learning_rate, betas=(recipe.adam_beta1, recipe.adam_beta2), eps=recipe.adam_epsilon
     )
     return optimizer, LambdaLR(optimizer, lambda step: warmup_decay(step, recipe.warmup_steps, total_steps))
+
+
+def set_schedule(scheduler, updates: int) -> None:
+    """Put the learning rate's curve where it is after so many updates of the weights."""
+    schedule = getattr(scheduler, "scheduler", scheduler)  # of what Accelerate has wrapped, with DeepSpeed
+    if isinstance(schedule, LambdaLR):
+        schedule.last_epoch = updates
+        schedule._last_lr = [
+            rate * factor(updates) for rate, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        ]
+        for group, rate in zip(schedule.optimizer.param_groups, schedule._last_lr, strict=True):
+            group["lr"] = rate
+    elif updates:
+        schedule.step(updates - 1)  # DeepSpeed counts from -1

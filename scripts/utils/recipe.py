@@ -157,16 +157,18 @@ class CommandLine:
     """What a command line asks for.
 
     Attributes:
+        allow_changes: go on from a checkpoint although the recipe or the data were changed.
         reproduced: the record of an earlier run that this one repeats; None for a run from a recipe.
     """
 
     recipe: Recipe
     dry_run: bool
+    allow_changes: bool
     reproduced: Path | None
 
 
 def recipe_from_command_line(usage: str, arguments: list[str]) -> CommandLine:
-    """Read `RECIPE [--key value ...] [--dry_run]`; prints every key and exits on --help.
+    """Read `RECIPE [--key value ...] [--dry_run] [--allow_changes]`; prints every key and exits on --help.
 
     In place of a recipe `--reproduce OUTPUT_DIR/run.json` takes the one that a run recorded.
 
@@ -176,14 +178,16 @@ def recipe_from_command_line(usage: str, arguments: list[str]) -> CommandLine:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(
             f"{usage.strip()}\n\nIn place of a recipe, --reproduce OUTPUT_DIR/run.json repeats the run that wrote it, "
-            f"in OUTPUT_DIR-reproduced.\n\nKeys of a recipe, each also an option (--learning_rate 2e-5):\n"
+            f"in OUTPUT_DIR-reproduced.\n--dry_run only checks what can be checked without loading weights. "
+            f"--allow_changes goes on from a checkpoint\nalthough the recipe or the data were changed since.\n\n"
+            f"Keys of a recipe, each also an option (--learning_rate 2e-5):\n"
             f"{describe_keys()}"
         )
         sys.exit(0 if arguments else 2)
     path: str | None = None
     overrides: dict[str, str] = {}
-    dry_run = False
-    known = [*Recipe.model_fields, "dry_run", "reproduce"]
+    flags = dict.fromkeys(("dry_run", "allow_changes"), False)
+    known = [*Recipe.model_fields, *flags, "reproduce"]
     rest = iter(arguments)
     for argument in rest:
         if not argument.startswith("-"):
@@ -194,10 +198,10 @@ def recipe_from_command_line(usage: str, arguments: list[str]) -> CommandLine:
         key, equals, value = argument.removeprefix("--").partition("=")
         if not argument.startswith("--") or key.split(".")[0] not in known:
             raise UserError(f"command line: unknown key {key}{_nearest(key, known)}")
-        if key == "dry_run":
+        if key in flags:
             if equals:
-                raise UserError("command line: --dry_run takes no value")
-            dry_run = True
+                raise UserError(f"command line: --{key} takes no value")
+            flags[key] = True
             continue
         if not equals:
             value = next(rest, "")
@@ -208,7 +212,7 @@ def recipe_from_command_line(usage: str, arguments: list[str]) -> CommandLine:
     if reproduced is not None:
         if path is not None:
             raise UserError(f"command line: --reproduce {reproduced} brings its recipe: leave out {path}")
-        return CommandLine(_recorded_recipe(Path(reproduced), overrides), dry_run, Path(reproduced))
+        return CommandLine(_recorded_recipe(Path(reproduced), overrides), **flags, reproduced=Path(reproduced))
     if path is None:
         raise UserError("command line: no recipe given; usage: scripts/sft.py RECIPE [--key value ...]")
-    return CommandLine(load_recipe(path, overrides), dry_run, None)
+    return CommandLine(load_recipe(path, overrides), **flags, reproduced=None)

@@ -215,6 +215,10 @@ class Recipe(_Schema):
     per_device_train_batch_size: PositiveInt = Field(2, description="conversations per process and micro-batch")
     per_device_eval_batch_size: PositiveInt = Field(2, description="the same in evaluation")
     gradient_accumulation_steps: PositiveInt = Field(32, description="micro-batches per process and optimizer step")
+    global_batch_size: PositiveInt | None = Field(
+        None,
+        description="conversations a step over all processes: accumulation follows; null: the product of the three",
+    )
     learning_rate: Annotated[float, Field(ge=0, le=1)] = Field(1e-5, description="peak rate, reached after warm-up")
     warmup_steps: NonNegativeInt = Field(600, description="optimizer steps of warm-up, along DeepSpeed's logarithm")
     weight_decay: NonNegativeFloat = Field(0.0, description="AdamW's decoupled weight decay")
@@ -229,6 +233,13 @@ class Recipe(_Schema):
         0xA1221F97, description="everything random follows from it"
     )
     deepspeed_config: str | None = Field(None, description="DeepSpeed JSON; null: plain Accelerate")
+    max_bad_steps: PositiveInt = Field(
+        10,
+        description="stop after so many steps in a row whose loss or gradient was no finite number; each is left out",
+    )
+    resume_from_checkpoint: Annotated[str, Field(min_length=1)] = Field(
+        "auto", description="auto: output_dir's newest whole checkpoint, if any; never; or a checkpoint's folder"
+    )
 
     output_dir: Path = Field(description="folder of the run: checkpoints, metrics, final model")
     log_dir: str = Field("base", description="folder of the wandb files, under output_dir")
@@ -237,6 +248,10 @@ class Recipe(_Schema):
     save_strategy: Literal["epoch", "steps", "no"] = Field("steps", description="when to write a checkpoint")
     save_steps: PositiveInt = Field(1000, description="a checkpoint every so many steps under save_strategy: steps")
     save_total_limit: PositiveInt | None = Field(4, description="keep the newest so many checkpoints; null: all")
+    keep_trainer_state: PositiveInt | None = Field(
+        2, description="only the newest so many checkpoints keep what resuming needs, 8 to 12 bytes a weight; null: all"
+    )
+    save_only_model: bool = Field(False, description="checkpoints of the model alone, from which no run can go on")
     sample_replies: NonNegativeInt = Field(
         0, description="at the end, print replies to so many held-out prompts of each data set"
     )
@@ -256,11 +271,12 @@ class Recipe(_Schema):
             raise ValueError("output_dir is the folder of model_name: the run would overwrite its base model")
         return self
 
+    def values(self) -> dict[str, Any]:
+        """The resolved recipe as its YAML holds it, every key written out."""
+        mix = [{name: options.model_dump(mode="json")} for name, options in self.datasets.chosen().items()]
+        return self.model_dump(mode="json") | {"datasets": mix}
+
     def to_yaml(self) -> str:
-        """The resolved recipe, every key written out; loading it again gives an equal recipe."""
-        values = self.model_dump(mode="json")
-        values["datasets"] = [
-            {name: options.model_dump(mode="json")} for name, options in self.datasets.chosen().items()
-        ]
+        """The resolved recipe; loading it again gives an equal recipe."""
         # Not allow_unicode: PyYAML would write U+0085 as it is and read it as a line break.
-        return yaml.safe_dump(values, sort_keys=False, width=120)
+        return yaml.safe_dump(self.values(), sort_keys=False, width=120)

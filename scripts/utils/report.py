@@ -4,10 +4,13 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from utils.batches import conversations_per_step, training_rows
+from utils.batches import accumulation_steps, conversations_per_step, training_rows
+from utils.checkpoint import list_checkpoints
 from utils.dialogue import render_scored
+from utils.health import StepHealth
 from utils.mix import Mix
 from utils.recipe import Recipe
+from utils.tracking import TrainingStats, read_metrics
 
 SHOWN_CHARACTERS = 1200  # of each conversation of the first batch
 
@@ -35,7 +38,7 @@ def describe_run(
     processes, micro = accelerator.num_processes, recipe.per_device_train_batch_size
     print(
         f"{parameters:,} parameters, {precision}, {accelerator.distributed_type.value} on {accelerator.device.type}\n"
-        f"{processes} process(es) x {micro} conversations x {recipe.gradient_accumulation_steps} accumulated = "
+        f"{processes} process(es) x {micro} conversations x {accumulation_steps(recipe, processes)} accumulated = "
         f"{conversations_per_step(recipe, processes)} conversations a step\n"
         f"{epoch_steps:,} steps an epoch, {total_steps:,} in all; the rate rises to {recipe.learning_rate:g} in "
         f"{warmup:,} steps{beyond}, then falls to 0",
@@ -51,6 +54,31 @@ def show_first_batch(batch: dict[str, torch.Tensor], tokenizer) -> None:
         text = render_scored(tokenizer, ids[:length].numpy(), scored.numpy())
         cut = f" ... ({len(text):,} characters)" if len(text) > SHOWN_CHARACTERS else ""
         print(f"--- {length:,} tokens, {int(scored.sum()):,} scored\n{text[:SHOWN_CHARACTERS]}{cut}", flush=True)
+
+
+def end_report(recipe: Recipe, step: int, total_steps: int, stats: TrainingStats, health: StepHealth) -> dict:
+    """Print what a run has come to, over all its starts, and return it for run.json."""
+    curve = read_metrics(recipe.output_dir / "metrics.jsonl").get("eval_loss", [])
+    best = min(curve, key=lambda point: point[1], default=None)
+    report = {
+        "steps": step,
+        "tokens": stats.tokens,
+        "seconds": {what: round(seconds, 1) for what, seconds in stats.clock.seconds.items()},
+        "skipped_steps": health.skipped,
+        "bad_steps": health.bad,
+        "best_eval_loss": best and {"step": best[0], "loss": best[1]},
+    }
+    total = sum(stats.clock.seconds.values())
+    shares = ", ".join(f"{what} {seconds / max(1e-9, total):.0%}" for what, seconds in stats.clock.seconds.items())
+    print(f"\n{step:,} of {total_steps:,} steps, {stats.tokens:,} tokens, {total:,.0f} s ({shares})")
+    if health.skipped:
+        print(f"{health.skipped:,} steps left out, {health.bad:,} of them for a loss or gradient that was no number")
+    if best:
+        print(f"best validation loss {best[1]:.4f}, after step {best[0]:,}")
+    kept = ", ".join(path.name for path in list_checkpoints(recipe.output_dir)) or "none"
+    what = "the model, its card, " if step == total_steps else "start the same command again to go on; "
+    print(f"in {recipe.output_dir}: {what}metrics.jsonl, training.png, run.json; checkpoints: {kept}", flush=True)
+    return report
 
 
 @torch.no_grad()

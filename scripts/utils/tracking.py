@@ -25,22 +25,41 @@ class RunLog:
     """Writes one line of metrics at a time; does nothing on any process but the first.
 
     metrics.jsonl is the record; the curves and the wandb run are made from the same lines.
+
+    Attributes:
+        wandb_id: by which a resumed run goes on in the same wandb run; None without one.
     """
 
-    def __init__(self, recipe: Recipe, total_steps: int, main_process: bool):
+    def __init__(
+        self, recipe: Recipe, total_steps: int, main_process: bool, step: int = 0, wandb_id: str | None = None
+    ):
+        """
+        Args:
+            step, wandb_id: of the checkpoint that the run goes on from.
+        """
         self.path = recipe.output_dir / "metrics.jsonl"
         self.main_process = main_process
-        self.wandb = _start_wandb(recipe) if main_process and recipe.log_wandb else None
-        self.progress = tqdm(total=total_steps, desc="training", unit="step", disable=not main_process, smoothing=0.1)
+        self.wandb = _start_wandb(recipe, wandb_id) if main_process and recipe.log_wandb else None
+        self.wandb_id = self.wandb.id if self.wandb else wandb_id
+        self.progress = tqdm(
+            total=total_steps, initial=step, desc="training", unit="step", disable=not main_process, smoothing=0.1
+        )
 
     def write(self, metrics: dict[str, Any]) -> None:
-        """Append one line; floats are kept in full, so that a line can be compared with a repeat of the run."""
+        """Append one line; floats are kept in full, so that a line can be compared with a repeat of the run.
+
+        Raises:
+            UserError: the disk is full.
+        """
         if not self.main_process:
             return
         # JSON knows no infinity, which the gradient norm is where fp16 overflows.
         line = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line, allow_nan=False) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot write: {error.strerror}; the checkpoints are whole") from error
         if self.wandb:
             # The step as a metric of its own: wandb drops rows whose `step=` lies behind what it has seen.
             self.wandb.log(metrics)
@@ -76,69 +95,101 @@ class RunLog:
             self.wandb.finish()
 
 
+class Clock:
+    """What a run's time goes into, over all its starts.
+
+    Attributes:
+        seconds: of `data` (waiting for a batch), `training`, `evaluation` and `saving`.
+    """
+
+    def __init__(self):
+        self.seconds = dict.fromkeys(("data", "training", "evaluation", "saving"), 0.0)
+
+    @contextmanager
+    def spend(self, what: str) -> Iterator[None]:
+        """Count the time inside as spent on this."""
+        started = time.perf_counter()
+        yield
+        self.seconds[what] += time.perf_counter() - started
+
+    def waiting(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The same batches; the time until each comes counts as `data`."""
+        while True:
+            with self.spend("data"):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+
 class TrainingStats:
     """Sums over the optimizer steps since the last line of metrics, kept on the device until the line is written.
 
     Attributes:
         tokens: real tokens (no padding) trained on so far, over all processes.
-        skipped_steps: steps so far that fp16's loss scaler left out because a gradient overflowed.
     """
 
-    def __init__(self, mix: Mix, device: torch.device):
+    def __init__(self, mix: Mix, device: torch.device, clock: Clock):
         self.names = mix.names
-        self.device = device
-        self.tokens = self.last_step = self.skipped_steps = 0
-        self._reset()
-
-    def _reset(self) -> None:
-        # Sum of losses, scored tokens. In fp64: a count by ones stands still at 16.8 million in fp32.
-        self.by_dataset = torch.zeros(2, len(self.names), device=self.device, dtype=torch.double)
-        self.loss = torch.zeros((), device=self.device, dtype=torch.double)
-        self.new_tokens = torch.zeros((), device=self.device, dtype=torch.double)
-        self.started = time.perf_counter()
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Around evaluation and saving, whose time does not count as training time; making batches does."""
-        started = time.perf_counter()
-        yield
-        self.started += time.perf_counter() - started
+        self.clock = clock
+        # Of each data set the sum of its losses, and its scored tokens; then the loss and the real tokens. In fp64: a
+        # count by ones stands still at 16.8 million in fp32.
+        self.sums = torch.zeros(2 * len(mix.names) + 2, device=device, dtype=torch.double)
+        self.of_step = torch.zeros_like(self.sums)
+        self.tokens = self.steps = 0
+        self.seconds = self._training_seconds()
 
     def add(self, batch: dict[str, torch.Tensor], losses: torch.Tensor, loss: torch.Tensor) -> None:
         """Add a micro-batch: the loss of each of its scored tokens, and its share of the step's loss."""
         losses = losses.detach().double()
-        self.by_dataset[0].index_add_(0, batch["dataset"], losses)
-        self.by_dataset[1].index_add_(0, batch["dataset"], torch.ones_like(losses))
-        self.loss += loss.detach()
-        self.new_tokens += batch["lengths"].sum()
+        self.of_step.index_add_(0, batch["dataset"], losses)
+        self.of_step.index_add_(0, batch["dataset"] + len(self.names), torch.ones_like(losses))
+        self.of_step[-2] += loss.detach()
+        self.of_step[-1] += batch["lengths"].sum()
 
-    def close(self, accelerator: Accelerator, step: int) -> dict[str, float]:
-        """The metrics of the steps up to `step`, over all processes: mean loss, each data set's own and its share.
+    def step_loss(self, accelerator: Accelerator) -> float:
+        """The loss of the step just added, over all processes. Every process calls this."""
+        return float(accelerator.reduce(self.of_step[-2]))
 
-        Raises:
-            UserError: the loss is infinite or not a number, on every process alike.
-        """
-        sums = torch.cat([self.by_dataset.flatten(), self.loss[None], self.new_tokens[None]])
-        *by_dataset, loss, new_tokens = accelerator.reduce(sums).tolist()
+    def end_step(self, counts: bool = True) -> None:
+        """Close the step just added; one that was left out does not count."""
+        if counts:
+            self.sums += self.of_step
+            self.steps += 1
+        self.of_step.zero_()
+
+    def close(self, accelerator: Accelerator) -> dict[str, float]:
+        """The metrics since the last call, over all processes: mean loss, each data set's own and its share."""
+        *by_dataset, loss, new_tokens = accelerator.reduce(self.sums.clone()).tolist()
         self.tokens += int(new_tokens)
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss is not a finite number between steps {self.last_step + 1:,} and {step:,}: stopped"
-            )
-        metrics = {"loss": loss / (step - self.last_step)}
-        self.last_step = step
+        metrics = {"loss": loss / self.steps} if self.steps else {}
         losses, counts = by_dataset[: len(self.names)], by_dataset[len(self.names) :]
         for name, total, count in zip(self.names, losses, counts, strict=True):
             if count:
                 metrics |= {f"loss_{name}": total / count, f"share_{name}": count / sum(counts)}
-        if self.skipped_steps:
-            metrics["skipped_steps"] = self.skipped_steps
-        metrics |= {"tokens": self.tokens, "tokens_per_second": new_tokens / (time.perf_counter() - self.started)}
-        self._reset()
+        seconds = self._training_seconds()
+        metrics |= {"tokens": self.tokens, "tokens_per_second": new_tokens / max(1e-9, seconds - self.seconds)}
+        self.sums.zero_()
+        self.steps, self.seconds = 0, seconds
         return metrics
 
+    def _training_seconds(self) -> float:
+        return self.clock.seconds["data"] + self.clock.seconds["training"]
 
-def _start_wandb(recipe: Recipe):
+    def state_dict(self) -> dict[str, Any]:
+        """This process's part for a checkpoint, as JSON takes it."""
+        scalars = {"tokens": self.tokens, "steps": self.steps, "seconds": self.seconds}
+        return {"sums": self.sums.tolist(), **scalars, "clock": self.clock.seconds}
+
+    def load_state_dict(self, states: list[dict[str, Any]], with_sums: bool = True) -> None:
+        """Go on from what `state_dict` returned on this process, or on several, whose sums are added."""
+        self.tokens, self.steps, self.seconds = (states[0][name] for name in ("tokens", "steps", "seconds"))
+        self.clock.seconds.update(states[0]["clock"])
+        if with_sums and len(states[0]["sums"]) == len(self.sums):  # not where the mix was changed
+            self.sums += torch.tensor([state["sums"] for state in states], dtype=torch.double).sum(0).to(self.sums)
+
+
+def _start_wandb(recipe: Recipe, run_id: str | None):
     import wandb
 
     folder = recipe.output_dir / recipe.log_dir
@@ -147,6 +198,8 @@ def _start_wandb(recipe: Recipe):
         wandb.init,
         project=recipe.wandb_project,
         name=recipe.output_dir.resolve().name,
+        id=run_id,
+        resume="allow",
         dir=folder,
         config=recipe.model_dump(mode="json"),
         settings=wandb.Settings(silent=True),

@@ -1,0 +1,60 @@
+"""Stopping on a signal: finish the step, save, and exit with a status by which a scheduler knows to start again.
+
+SIGTERM and SIGINT, and SIGUSR1, which Slurm sends ahead of a time limit (`sbatch --signal=USR1@300`). Before training
+there is nothing to save, and the process exits at once. Only light imports here: it is set up before torch is loaded.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import time
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: start the same command again, and it goes on
+# A terminal's Ctrl-C reaches every process by itself, and a moment later again through torch's launcher, which passes
+# on what it gets: two signals this close are one request.
+SAME_REQUEST = 2.0  # seconds
+
+
+class StopSignal:
+    """Hears the signals, from the moment it is made.
+
+    Attributes:
+        name: of the signal that asked to stop; None while nobody has.
+    """
+
+    def __init__(self):
+        self.name: str | None = None
+        self._deferred = False
+        self._first = 0.0
+        for number in SIGNALS:
+            signal.signal(number, self._hear)
+        if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:  # set by every `accelerate launch`
+            # The launcher of one process dies of a SIGTERM without passing it on; the process would train on, orphaned.
+            ctypes.CDLL(None).prctl(1, int(signal.SIGTERM), 0, 0, 0)  # PR_SET_PDEATHSIG, linux/prctl.h
+
+    def defer(self) -> None:
+        """From now on only take note: there is something to save, and the caller asks `agreed` between two steps."""
+        self._deferred = True
+
+    def agreed(self, accelerator) -> bool:
+        """Whether any process has been asked to stop; the same answer on all. Every process calls this."""
+        if accelerator.num_processes == 1:
+            return self.name is not None
+        import torch
+
+        asked = torch.tensor(int(self.name is not None), device=accelerator.device)
+        return bool(accelerator.reduce(asked))
+
+    def _hear(self, number: int, _frame) -> None:
+        name, now = signal.Signals(number).name, time.monotonic()
+        if not self._deferred:
+            print(f"{name}: stopped before the first step, nothing to save", file=sys.stderr, flush=True)
+            raise SystemExit(EXIT_STOPPED)
+        if self.name is None:
+            self.name, self._first = name, now
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                print(f"\n{name}: saving after this step (a second signal ends at once)", file=sys.stderr, flush=True)
+        elif now - self._first > SAME_REQUEST:
+            os._exit(128 + number)

@@ -1,0 +1,229 @@
+"""What resuming needs beside the model: optimizer, loss scaler and random states, in safetensors and JSON.
+
+Adam's moments (and the fp32 weights, where the model itself is kept in half precision) are stored by parameter, as flat
+fragments: a whole parameter without ZeRO, the part that a process owns with it. So it does not matter who wrote them:
+a run goes on with another number of processes, with or without ZeRO, each process reading what it needs.
+(DeepSpeed's own checkpoints are pickles, and its engine refuses another number of processes: 0.19.8, engine.py.)
+"""
+
+import random
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from utils.errors import UserError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+# Bytes of a file of fragments. On a GPU that much is copied to the host at a time; CPU tensors are written in place.
+PART_BYTES = 2 * 2**30
+
+
+@dataclass
+class Fragment:
+    """The part of a parameter whose optimizer state this process holds.
+
+    Attributes:
+        start: its first element in the flattened parameter.
+        tensors: `weights` (the fp32 weights that the optimizer updates), `exp_avg` and `exp_avg_sq`: flat views, fp32
+            [elements].
+    """
+
+    name: str
+    start: int
+    tensors: dict[str, torch.Tensor]
+
+
+def allocate_moments(accelerator: Accelerator, optimizer) -> None:
+    """Make Adam's state, zeros at step 0, which the optimizers would make at their first step."""
+    adam = _adam(accelerator, optimizer)
+    for group in adam.param_groups:
+        for parameter in group["params"]:
+            state = adam.state[parameter]
+            if not state:
+                torch_own = isinstance(adam, torch.optim.Adam)  # AdamW among them; DeepSpeed's own count with an int
+                device = parameter.device if group.get("fused") or group.get("capturable") else "cpu"
+                state["step"] = torch.zeros((), dtype=torch.float32, device=device) if torch_own else 0
+                for moment in MOMENTS:
+                    state[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+
+
+def save_optimizer(folder: Path, accelerator: Accelerator, model: PreTrainedModel, optimizer) -> None:
+    """Write this process's share of the optimizer's state; every process calls this.
+
+    Args:
+        model: the language model itself, not what `prepare` made of it.
+    """
+    zero = _zero_optimizer(accelerator)
+    if zero is None and not accelerator.is_main_process:
+        return  # all processes hold the same
+    kinds = MOMENTS if next(model.parameters()).dtype == torch.float32 else ("weights", *MOMENTS)
+    part: dict[str, torch.Tensor] = {}
+    parts = size = 0
+
+    def write() -> None:
+        nonlocal parts, size
+        name = f"optimizer-{accelerator.process_index:05d}-{parts:03d}.safetensors"
+        save_file({key: tensor.cpu() for key, tensor in part.items()}, folder / name)
+        part.clear()
+        parts, size = parts + 1, 0
+
+    allocate_moments(accelerator, optimizer)
+    for fragment in _fragments(accelerator, model, optimizer):
+        for kind in kinds:
+            tensor = fragment.tensors[kind]
+            if part and size + tensor.nbytes > PART_BYTES:
+                write()
+            part[f"{kind}/{fragment.start}/{fragment.name}"] = tensor
+            size += tensor.nbytes
+    write()
+
+
+def load_optimizer(folder: Path, accelerator: Accelerator, model: PreTrainedModel, optimizer, steps: int) -> None:
+    """Fill the optimizer's state from what any number of processes wrote.
+
+    Args:
+        folder: the checkpoint's trainer_state.
+        steps: updates that the optimizer has made, which Adam's bias correction counts.
+
+    Raises:
+        UserError: the state of a parameter is not there.
+    """
+    stored = _Stored(folder)
+    half = next(model.parameters()).dtype != torch.float32
+    kinds = ("weights", *MOMENTS) if half or stored.has_weights else MOMENTS  # else they came with the model
+    allocate_moments(accelerator, optimizer)
+    with torch.no_grad():
+        for fragment in _fragments(accelerator, model, optimizer):
+            for kind in kinds:
+                stored.read_into(fragment.tensors[kind], kind, fragment.name, fragment.start)
+    for state in _adam(accelerator, optimizer).state.values():
+        if isinstance(state["step"], torch.Tensor):
+            state["step"].fill_(steps)
+        else:
+            state["step"] = steps
+
+
+def _zero_optimizer(accelerator: Accelerator):
+    """DeepSpeed's ZeRO optimizer; None without DeepSpeed."""
+    engine = getattr(accelerator, "deepspeed_engine_wrapped", None)  # which it has once it has prepared one
+    return engine.engine.optimizer if engine else None
+
+
+def _adam(accelerator: Accelerator, optimizer) -> torch.optim.Optimizer:
+    """The innermost optimizer, which holds the moments."""
+    zero = _zero_optimizer(accelerator)
+    return zero.optimizer if zero else optimizer.optimizer
+
+
+def _fragments(accelerator: Accelerator, model: PreTrainedModel, optimizer) -> Iterator[Fragment]:
+    zero, adam = _zero_optimizer(accelerator), _adam(accelerator, optimizer)
+    for name, parameter in model.named_parameters():
+        if zero is None:
+            state = adam.state.get(parameter)  # none for one that is not trained
+            if state:
+                tensors = {"weights": parameter.data} | {moment: state[moment] for moment in MOMENTS}
+                yield Fragment(name, 0, {kind: tensor.view(-1) for kind, tensor in tensors.items()})
+        elif parameter._hp_mapping is not None:  # some of it lies in this process's partition
+            mapping = parameter._hp_mapping
+            flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
+            tensors = {"weights": flat.data} | {moment: adam.state[flat][moment] for moment in MOMENTS}
+            here = mapping.hp_fragment_address
+            own = {kind: tensor.narrow(0, here.start, here.numel) for kind, tensor in tensors.items()}
+            yield Fragment(name, mapping.lp_fragment_address.start, own)
+
+
+class _Stored:
+    """The fragments in a checkpoint, whoever wrote them, and the weights of its model."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        # (kind, parameter) -> the file, the key and the first element of each fragment.
+        self.places: dict[tuple[str, str], list[tuple[Any, str, int]]] = defaultdict(list)
+        for path in sorted(folder.glob("optimizer-*.safetensors")):
+            file = safe_open(path, framework="pt")
+            for key in file.keys():  # noqa: SIM118, it is no mapping
+                kind, start, name = key.split("/", 2)
+                self.places[kind, name].append((file, key, int(start)))
+        self.has_weights = any(kind == "weights" for kind, _ in self.places)
+        if not self.has_weights:  # the model itself is in fp32
+            for path in sorted(folder.parent.glob("model*.safetensors")):
+                file = safe_open(path, framework="pt")
+                for key in file.keys():  # noqa: SIM118
+                    self.places["weights", key].append((file, key, 0))
+
+    def read_into(self, tensor: torch.Tensor, kind: str, name: str, start: int) -> None:
+        """Fill a flat tensor with the elements of a parameter from `start` on."""
+        end, filled = start + tensor.numel(), 0
+        for file, key, first in self.places[kind, name]:
+            stored = file.get_tensor(key).view(-1)
+            low, high = max(start, first), min(end, first + stored.numel())
+            if low < high:
+                tensor[low - start : high - start].copy_(stored[low - first : high - first])
+                filled += high - low
+        if filled != tensor.numel():
+            raise UserError(f"{self.folder}: holds {filled:,} of {tensor.numel():,} elements of {kind} of {name}")
+
+
+def loss_scale_state(accelerator: Accelerator) -> dict[str, Any]:
+    """The fp16 loss scaler's numbers; empty without one. `by` says whose they are."""
+    zero = _zero_optimizer(accelerator)
+    if zero is not None and getattr(zero.loss_scaler, "dynamic", False):
+        names = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+        return {"by": "deepspeed", **{name: getattr(zero.loss_scaler, name) for name in names}}
+    if accelerator.scaler is not None and accelerator.scaler.is_enabled():
+        return {"by": "torch", **accelerator.scaler.state_dict()}
+    return {}
+
+
+def loss_scale(accelerator: Accelerator) -> float | None:
+    """The factor by which fp16 losses are multiplied now; None without one."""
+    state = loss_scale_state(accelerator)
+    return state.get("cur_scale", state.get("scale"))
+
+
+def load_loss_scale(accelerator: Accelerator, state: dict[str, Any]) -> None:
+    """Set the loss scaler; from the other kind of scaler, and where there is none, what can be taken over."""
+    now = loss_scale_state(accelerator)
+    if not now or not state:
+        return
+    if now["by"] != state["by"]:
+        stored = state.get("cur_scale", state.get("scale"))
+        state = now | {"cur_scale" if now["by"] == "deepspeed" else "scale": stored}
+    values = {name: value for name, value in state.items() if name != "by"}
+    if now["by"] == "torch":
+        accelerator.scaler.load_state_dict(values)
+    else:
+        vars(_zero_optimizer(accelerator).loss_scaler).update(values)
+
+
+def random_state() -> dict[str, Any]:
+    """The states of this process's random generators, as JSON takes them."""
+    numpy = np.random.get_state(legacy=False)
+    state = {
+        "python": random.getstate(),
+        "numpy": numpy | {"state": numpy["state"] | {"key": numpy["state"]["key"].tolist()}},
+        "torch": torch.get_rng_state().tolist(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state().tolist()
+    return state
+
+
+def load_random_state(state: dict[str, Any]) -> None:
+    """Set the random generators to what `random_state` returned."""
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    key = np.array(state["numpy"]["state"]["key"], dtype=np.uint32)
+    np.random.set_state(state["numpy"] | {"state": state["numpy"]["state"] | {"key": key}})
+    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))

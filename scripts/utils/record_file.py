@@ -25,7 +25,7 @@ WANDB_KEY_OR_COMMIT = re.compile(r"(?<!snapshots/)(?<![0-9a-f])[0-9a-f]{40}(?![0
 SECRETS = [
     (re.compile(r"(hf|api_org)_[A-Za-z0-9]{20,}"), REDACTED),  # Hugging Face: a user's, an organization's
     (re.compile(r"wandb_v\d_\w{20,}"), REDACTED),
-    (re.compile(r"(gh[a-z]|github_pat|glpat|sk)[-_][A-Za-z0-9_-]{20,}"), REDACTED),
+    (re.compile(r"(gh[opsu]|github_pat)_\w{20,}"), REDACTED),
     (re.compile(r"(?<=:/)(/?)[^\s/]+@"), rf"\1{REDACTED}@"),  # user:password@ of a URL, one slash left of it as a path
     (  # ...token=X within a text, as in a signed URL
         re.compile(

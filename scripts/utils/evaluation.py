@@ -25,8 +25,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
-from utils.chat_model import Checkpoint, fingerprint
+from utils.chat_model import fingerprint
 from utils.errors import UserError
+from utils.find_checkpoint import Checkpoint
 from utils.launch import check_processes, has_gpu, launcher_plugin, process_group_options, say, set_up_process
 
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "numpy")

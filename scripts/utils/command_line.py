@@ -25,9 +25,7 @@ def evaluation_parser(usage: str) -> OneLineParser:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a model (a run's checkpoint), or hub name")
     parser.add_argument("--output", metavar="PATH", help=".json file or folder of the result; else CHECKPOINT/eval")
     parser.add_argument("--batch_size", type=positive, metavar="N", help="at once on each process")
-    parser.add_argument(
-        "--dtype", choices=("fp32", "fp16", "bf16"), help="of the weights; else as they are stored, on a CPU fp32"
-    )
+    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="precision of the model")
     return parser
 
 

@@ -46,7 +46,7 @@ def interval(samples: np.ndarray) -> tuple[float | None, float | None]:
 
 
 def wilson(successes: int, count: int) -> tuple[float, float]:
-    """Wilson's score interval of a share (E. B. Wilson 1927, JASA 22), which holds for few items and near 0 and 1 too."""
+    """Wilson's score interval of a share (E. B. Wilson 1927, JASA 22), which holds near 0 and 1 and for few items."""
     z = 1.959964
     share, scale = successes / count, 1 + z * z / count
     middle = (share + z * z / (2 * count)) / scale

@@ -1,0 +1,286 @@
+#!/usr/bin/env python3
+"""Loss, perplexity and token accuracy of a checkpoint on the validation split of its recipe's mix.
+
+    python scripts/eval_loss.py stablelm_7b/checkpoint-12000
+    accelerate launch scripts/eval_loss.py stablelm_7b --datasets.vicuna.max_val_set 50     # any key, as for sft.py
+    python scripts/eval_loss.py stabilityai/stablelm-base-alpha-7b --recipe recipes/mine.yaml --output base
+
+The figures are those of sft.py's own evaluation: the same conversations, cut the same way, every scored token counted
+once, in the recipe's dtype. Each stands with its 95 % interval, from a bootstrap of the conversations within each data
+set (those with the same first message, as the threads of one Open-Assistant tree, are drawn together). By data set, by
+turn (1st reply, 2nd, ...) and by language where the data say it.
+
+A model without the chat tokens (with --recipe) gets them as sft.py gives them, so that it can be compared with what it
+became. The result is CHECKPOINT/eval/loss.json; an evaluation that was interrupted goes on where it stopped.
+"""
+
+import sys
+
+from utils.command_line import evaluation_parser
+from utils.errors import UserError, one_line_errors
+from utils.find_checkpoint import find_checkpoint
+from utils.recipe import describe_keys, recipe_from_command_line
+
+
+def arguments():
+    """This script's own options, the checkpoint, and its recipe with what is left of the command line."""
+    parser = evaluation_parser(__doc__)
+    parser.add_argument("--recipe", metavar="FILE", help="in place of the one beside the checkpoint")
+    parser.epilog = f"Keys of the recipe, each also an option:\n{describe_keys()}"
+    options, overrides = parser.parse_known_args()
+    checkpoint = find_checkpoint(options.checkpoint)
+    recipe_file = options.recipe or checkpoint.recipe_file
+    if recipe_file is None:
+        raise UserError(
+            f"{checkpoint.name}: no recipe.yaml beside it: give --recipe FILE, which says on what to evaluate"
+        )
+    if options.dtype:
+        overrides += ["--dtype", options.dtype]
+    if options.batch_size:
+        overrides += ["--per_device_eval_batch_size", str(options.batch_size)]
+    return options, checkpoint, recipe_from_command_line(__doc__, [str(recipe_file), *overrides]).recipe
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        OPTIONS, CHECKPOINT, RECIPE = arguments()
+
+import hashlib
+from dataclasses import replace
+
+import numpy as np
+import torch
+from accelerate.utils import set_seed
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from utils.batches import cut, validation_batches
+from utils.chat_model import load_chat_tokenizer
+from utils.data_files import find_data_file
+from utils.dialogue import ASSISTANT, CHAT_TOKENS
+from utils.evaluation import Evaluation, start_processes
+from utils.intervals import RESAMPLES, interval, resampled_sums
+from utils.launch import set_up_process, training_dtype
+from utils.loss import ScoredLoss
+from utils.mix import Mix, prepare_mix
+from utils.model import load_config, load_model, load_tokenizer
+from utils.reading import Reading
+from utils.recipe import Recipe
+from utils.sources import find_source
+
+LAST_TURN = 5  # later replies are counted with it
+# The keys of a recipe that the figures depend on, besides the weights.
+KEYS = ("datasets", "max_length", "dtype", "label_masking", "use_system_tag", "system_property_dropout")
+KEYS += ("system_add_length", "fuse_gelu", "rng_seed")
+
+
+def main(options, checkpoint, recipe: Recipe) -> None:
+    set_up_process()
+    if not options.recipe:
+        load_chat_tokenizer(checkpoint)  # a run's checkpoint has all of it, or is damaged
+    recipe = recipe.model_copy(
+        update={"model_name": checkpoint.name, "from_scratch": False, "gradient_checkpointing": False}
+    )
+    config, tokenizer = load_config(recipe, must_fit=False), load_tokenizer(recipe)
+    # Data first, as in sft.py: no process group exists yet that could time out.
+    mix = prepare_mix(recipe, tokenizer)
+    if not len(mix.validation):
+        raise UserError(
+            "the recipe holds out no conversation (val_split 0 everywhere): there is nothing to evaluate on"
+        )
+
+    # As in sft.py: fp32 weights under autocast, or weights in half precision as DeepSpeed left them.
+    dtype = training_dtype(recipe)
+    stored = dtype if dtype == torch.float32 else config.dtype or torch.float32
+    half = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype) if stored == torch.float32 else None
+    accelerator = start_processes(mixed_precision=half or "no")
+    set_seed(recipe.rng_seed)  # the embedding rows of chat tokens that a base model lacks are drawn as in sft.py
+    model = load_model(recipe, config, tokenizer, torch.float32 if half else dtype).to(accelerator.device)
+    settings = {key: value for key, value in recipe.model_dump(mode="json").items() if key in KEYS}
+    settings["datasets"] = {name: entry for name, entry in settings["datasets"].items() if entry is not None}
+    settings |= {"resamples": RESAMPLES}
+    evaluation = Evaluation(accelerator, checkpoint, "loss", settings, options.output)
+    own_tokens = AutoTokenizer.from_pretrained(checkpoint.name).get_vocab()
+    if missing := [token for token in CHAT_TOKENS if token not in own_tokens]:
+        evaluation.warn(
+            f"it lacks {' '.join(missing)}: added with embeddings that were never trained, as sft.py starts"
+        )
+
+    conversations = describe_conversations(mix, recipe)
+    measure(evaluation, ScoredLoss(model).eval(), mix, recipe, tokenizer, conversations)
+    measured = evaluation.gather()
+    items = {key: conversation | measured[key] for key, conversation in conversations.items()}
+    results, table = summarize(items, mix.names, recipe)
+    if accelerator.is_main_process:
+        # A pipe's width is not known; 140 columns hold the table.
+        Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
+    evaluation.write(results, items=items)
+    accelerator.end_training()
+
+
+# ---- The conversations ----
+
+
+def describe_conversations(mix: Mix, recipe: Recipe) -> dict[str, dict]:
+    """What is known of each validation conversation before it is measured, by `conversation_key`.
+
+    Returns: {key: {"dataset", "row": of the validation split, "group": of its first message, "times": how often the
+        split holds it, "lang": where the data say it}}.
+    """
+    language_of = languages(recipe)
+    found: dict[str, dict] = {}
+    for row in range(len(mix.validation)):
+        name = mix.names[mix.validation.dataset[row]]
+        key = conversation_key(name, *cut(mix.validation, row, recipe, epoch=None))
+        if key in found:
+            found[key]["times"] += 1
+            continue
+        messages = mix.validation.messages(row)
+        first = next(message["content"] for message in messages if message["role"] == "user")
+        found[key] = {"dataset": name, "row": row, "group": short_hash(first), "times": 1}
+        if lang := language_of.get((name, short_hash(repr(messages)))):
+            found[key]["lang"] = lang
+    return found
+
+
+def conversation_key(name: str, ids: np.ndarray, scored: np.ndarray) -> str:
+    """A name for a conversation that is the same in every run that scores the same tokens of it."""
+    return f"{name} {short_hash(ids.astype(np.int32).tobytes() + scored.astype(bool).tobytes())}"
+
+
+def short_hash(text: str | bytes) -> str:
+    return hashlib.blake2b(text.encode() if isinstance(text, str) else text, digest_size=8).hexdigest()
+
+
+def languages(recipe: Recipe) -> dict[tuple[str, str], str]:
+    """The language of each conversation of the sources that say it, by data set and the hash of its messages.
+
+    The prepared data do not keep it, so the files are read once more.
+    """
+    found = {}
+    for name, options in recipe.datasets.chosen().items():
+        if not hasattr(options, "lang"):
+            continue
+        hub = find_source(name, options).hub
+        paths = find_data_file(name, options.input_file_path, recipe.cache_dir, options.revision, hub)
+        for conversation in Reading(name, options, paths, recipe.rng_seed):
+            spoken = [message.properties["lang"] for message in conversation.messages if "lang" in message.properties]
+            if spoken:
+                found[name, short_hash(repr(conversation.as_dicts()))] = spoken[0]
+    return found
+
+
+# ---- Measuring them ----
+
+
+@torch.inference_mode()
+def measure(
+    evaluation: Evaluation, model: ScoredLoss, mix: Mix, recipe: Recipe, tokenizer, conversations: dict
+) -> None:
+    """Add to the evaluation, for each conversation that is not done: the sum of the losses of its scored tokens, how
+    many of them the model finds likeliest, how many there are; and the three by turn."""
+    accelerator = evaluation.accelerator
+    rows = [conversation["row"] for key, conversation in conversations.items() if key not in evaluation.done]
+    left = replace(mix, validation=mix.validation.select(np.array(rows, dtype=np.int64)))
+    shard = accelerator.process_index, accelerator.num_processes, tokenizer.pad_token_id
+    assistant = tokenizer.convert_tokens_to_ids(ASSISTANT)
+    progress = tqdm(total=len(rows), desc="evaluating", unit="conversation", disable=not accelerator.is_main_process)
+    for index, name in enumerate(mix.names):
+        for batch in validation_batches(left, recipe, index, *shard):
+            device_batch = {part: tensor.to(accelerator.device) for part, tensor in batch.items()}
+            with accelerator.autocast():
+                losses, predictions = model(
+                    device_batch["input_ids"], device_batch["attention_mask"], device_batch["labels"]
+                )
+            targets = batch["labels"][:, 1:]
+            scored = targets != -100
+            right = (predictions.cpu() == targets[scored]).double()
+            sizes = scored.sum(1).tolist()
+            parts = zip(losses.double().cpu().split(sizes), right.split(sizes), strict=True)
+            # An empty batch, which fills up the last round of several processes, has no length.
+            for place, (length, (loss, correct)) in enumerate(zip(batch["lengths"].tolist(), parts, strict=False)):
+                ids = batch["input_ids"][place, :length].numpy()
+                is_target = batch["labels"][place, :length].numpy() != -100
+                turn = np.minimum(np.cumsum(ids == assistant)[is_target], LAST_TURN)
+                sums = [np.bincount(turn, column) for column in (loss, correct, np.ones(len(turn)))]
+                result = {
+                    "loss": float(loss.sum()),
+                    "correct": int(correct.sum()),
+                    "targets": len(turn),
+                    "turns": {str(number): [float(column[number]) for column in sums] for number in np.unique(turn)},
+                }
+                evaluation.add(conversation_key(name, ids, is_target), result)
+            progress.update(min(len(batch["lengths"]) * accelerator.num_processes, len(rows) - progress.n))
+    progress.close()
+
+
+# ---- What they come to ----
+
+
+def summarize(items: dict[str, dict], names: list[str], recipe: Recipe) -> tuple[dict[str, dict], Table]:
+    """The figures of all, of each data set, turn and language, with their intervals; and the table of them."""
+    sums = [item["times"] * np.array([item["loss"], item["correct"], item["targets"]]) for item in items.values()]
+    parts: dict[str, tuple[np.ndarray, dict | None]] = {"": (np.array(sums), {})}  # figures [items, 3], what items have
+    for field, values in (
+        ("dataset", names),
+        ("lang", sorted({item.get("lang", "") for item in items.values()} - {""})),
+    ):
+        for value in values:
+            own = np.array([item.get(field) == value for item in items.values()])
+            label = value if field == "dataset" else f"language {value}"
+            parts[label] = parts[""][0] * own[:, None], {field: value}
+    for turn in range(1, LAST_TURN + 1) if recipe.label_masking else ():
+        label = f"turn {turn}" + " and later" * (turn == LAST_TURN)
+        of_turn = [item["times"] * np.array(item["turns"].get(str(turn), [0, 0, 0])) for item in items.values()]
+        parts[label] = np.array(of_turn), None
+    parts = {label: part for label, part in parts.items() if part[0][:, 2].any()}
+
+    groups = np.array([f"{item['dataset']} {item['group']}" for item in items.values()])
+    strata = np.array([item["dataset"] for item in items.values()])
+    columns = np.concatenate([figures for figures, _ in parts.values()], axis=1)
+    resampled = resampled_sums(columns, groups, strata, recipe.rng_seed).reshape(RESAMPLES, len(parts), 3)
+
+    results: dict[str, dict] = {}
+    table = Table(title="validation split", title_justify="left")
+    for column in ("", "conversations", "tokens", "loss", "95 %", "perplexity", "token accuracy", "95 %"):
+        table.add_column(column, justify="right" if column else "left")
+    times = np.array([item["times"] for item in items.values()])
+    for number, (label, (figures, where)) in enumerate(parts.items()):
+        (loss, correct, targets), drawn = figures.sum(0), resampled[:, number]
+        with np.errstate(invalid="ignore", divide="ignore"):  # a resample may hold no conversation of a small part
+            losses, shares = interval(drawn[:, 0] / drawn[:, 2]), interval(drawn[:, 1] / drawn[:, 2])
+        count, suffix = int(times[figures[:, 2] > 0].sum()), f"/{label}" if label else ""
+        of_loss, of_accuracy = ({"ratio": [field, "targets"], "where": where} for field in ("loss", "correct"))
+        results[f"loss{suffix}"] = entry(loss / targets, losses, "lower", count) | (
+            of_loss if where is not None else {}
+        )
+        results[f"perplexity{suffix}"] = entry(
+            np.exp(loss / targets), [bound and float(np.exp(bound)) for bound in losses], "lower", count
+        )
+        results[f"accuracy{suffix}"] = entry(correct / targets, shares, "higher", count) | (
+            of_accuracy if where is not None else {}
+        )
+        results[f"loss{suffix}"]["targets"] = int(targets)
+        table.add_row(
+            label or "all",
+            f"{count:,}",
+            f"{int(targets):,}",
+            f"{loss / targets:.4f}",
+            "" if losses[0] is None else f"{losses[0]:.4f} to {losses[1]:.4f}",
+            f"{np.exp(loss / targets):,.2f}",
+            f"{correct / targets:.2%}",
+            "" if shares[0] is None else f"{shares[0]:.2%} to {shares[1]:.2%}",
+        )
+    return results, table
+
+
+def entry(value: float, bounds, better: str, count: int) -> dict:
+    """A metric of the result file."""
+    return {"value": float(value), "low": bounds[0], "high": bounds[1], "better": better, "n": count}
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(OPTIONS, CHECKPOINT, RECIPE)

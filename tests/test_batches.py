@@ -12,7 +12,20 @@ import torch
 from hypothesis import strategies as st
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from utils.batches import collate, cut, deal, steps_per_epoch, training_rows, training_steps, validation_batches
+from utils.batches import (
+    Position,
+    accumulation_steps,
+    collate,
+    conversations_per_step,
+    cut,
+    deal,
+    step_rows,
+    steps_left,
+    steps_per_epoch,
+    training_rows,
+    training_steps,
+    validation_batches,
+)
 from utils.loss import ScoredLoss
 from utils.mix import SCHEMA, Mix, Split
 from utils.recipe import Datasets, Recipe
@@ -73,9 +86,21 @@ def pieces_of(batch: dict[str, torch.Tensor]) -> dict[int, list[int]]:
     }
 
 
+def steps_from(mix: Mix, recipe: Recipe, start: Position, process: int, processes: int) -> list[tuple[Position, list]]:
+    """The steps of one process from a position to the end of its epoch."""
+    steps = []
+    for after, micro_batches in training_steps(mix, recipe, process, processes, PAD, start):
+        steps.append((after, micro_batches))
+        if after.epoch != start.epoch:
+            return steps
+
+
 def epoch_of(mix: Mix, recipe: Recipe, epoch: int, processes: int) -> list[list[list[dict]]]:
     """All micro-batches of an epoch: [process][step][micro-batch]."""
-    return [list(training_steps(mix, recipe, epoch, process, processes, PAD)) for process in range(processes)]
+    return [
+        [batches for _, batches in steps_from(mix, recipe, Position(epoch), process, processes)]
+        for process in range(processes)
+    ]
 
 
 lengths_of_mixes = st.lists(st.lists(st.integers(2, 40), max_size=25), min_size=1, max_size=4).filter(any)
@@ -97,6 +122,7 @@ def mixes_and_recipes(draw) -> tuple[Mix, Recipe]:
         per_device_train_batch_size=draw(st.integers(1, 5)),
         per_device_eval_batch_size=draw(st.integers(1, 5)),
         gradient_accumulation_steps=draw(st.integers(1, 4)),
+        global_batch_size=draw(st.none() | st.integers(1, 30)),
         max_length=draw(st.integers(2, 45)),
         random_offset_probability=draw(st.sampled_from([0, 0.5, 1])),
         sort_by_length=draw(st.booleans()),
@@ -122,11 +148,48 @@ def test_every_kept_example_once_and_the_same_number_of_micro_batches_everywhere
         assert len({len(batches) for batches in step}) == 1
         sizes = [len(batch["lengths"]) for batches in step for batch in batches]
         assert max(sizes) <= recipe.per_device_train_batch_size
-        assert len(step[0]) <= recipe.gradient_accumulation_steps
-        full = processes * recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
-        assert sum(sizes) == full or number == expected_steps
+        assert len(step[0]) <= accumulation_steps(recipe, processes)
+        assert sum(sizes) == conversations_per_step(recipe, processes) or number == expected_steps
         # Nobody stands idle in a round unless there is nothing left: a whole round is never empty.
         assert all(any(len(b["lengths"]) for b in together) for together in zip(*step, strict=True))
+
+
+@given(mixes_and_recipes(), processes_of_runs, st.integers(0, 2), st.data())
+def test_any_step_can_be_started_from(mix_and_recipe, processes, epoch, data):
+    """From the position after a step on, a run sees what it would have seen, and knows how many steps are left."""
+    mix, recipe = mix_and_recipe
+    process = data.draw(st.integers(0, processes - 1))
+    whole = steps_from(mix, recipe, Position(epoch), process, processes)
+    before = data.draw(st.integers(0, len(whole) - 1))
+    start = whole[before - 1][0] if before else Position(epoch)
+    rest = steps_from(mix, recipe, start, process, processes)
+    assert [after for after, _ in rest] == [after for after, _ in whole[before:]]
+    for (_, ours), (_, theirs) in zip(rest, whole[before:], strict=True):
+        assert [pieces_of(batch) for batch in ours] == [pieces_of(batch) for batch in theirs]
+    in_step = [
+        row
+        for each in range(processes)
+        for batch in _first(mix, recipe, start, each, processes)
+        for row in rows_of(batch)
+    ]
+    assert sorted(in_step) == sorted(step_rows(mix, recipe, processes, start))
+
+    per_epoch, epochs = steps_per_epoch(mix, recipe, processes), epoch + 1.5
+    longer = recipe.model_copy(update={"num_train_epochs": epochs})
+    assert steps_left(mix, longer, processes, start) == math.ceil(epochs * per_epoch) - epoch * per_epoch - before
+
+
+def _first(mix: Mix, recipe: Recipe, start: Position, process: int, processes: int) -> list[dict]:
+    return next(training_steps(mix, recipe, process, processes, PAD, start))[1]
+
+
+@given(lengths_of_mixes, seeds, st.integers(1, 30), st.integers(1, 6), processes_of_runs)
+def test_a_global_batch_is_the_same_on_any_number_of_processes(lengths, seed, global_batch, micro_batch, processes):
+    mix = make_mix(lengths)
+    keys = {"rng_seed": seed, "global_batch_size": global_batch, "per_device_train_batch_size": micro_batch}
+    recipe = make_recipe(len(lengths), **keys)
+    assert conversations_per_step(recipe, processes) == global_batch
+    assert pieces_by_step(mix, recipe, 0, processes) == pieces_by_step(mix, recipe, 0, 1)
 
 
 def factors(product: int) -> list[tuple[int, int, int]]:

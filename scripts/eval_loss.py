@@ -60,7 +60,7 @@ from utils.batches import cut, validation_batches
 from utils.chat_model import load_chat_tokenizer
 from utils.data_files import find_data_file
 from utils.dialogue import ASSISTANT, CHAT_TOKENS
-from utils.evaluation import Evaluation, start_processes
+from utils.evaluation import Evaluation, metric, start_processes
 from utils.intervals import RESAMPLES, interval, resampled_sums
 from utils.launch import set_up_process, training_dtype
 from utils.loss import ScoredLoss
@@ -252,17 +252,15 @@ def summarize(items: dict[str, dict], names: list[str], recipe: Recipe) -> tuple
         with np.errstate(invalid="ignore", divide="ignore"):  # a resample may hold no conversation of a small part
             losses, shares = interval(drawn[:, 0] / drawn[:, 2]), interval(drawn[:, 1] / drawn[:, 2])
         count, suffix = int(times[figures[:, 2] > 0].sum()), f"/{label}" if label else ""
-        of_loss, of_accuracy = ({"ratio": [field, "targets"], "where": where} for field in ("loss", "correct"))
-        results[f"loss{suffix}"] = entry(loss / targets, losses, "lower", count) | (
-            of_loss if where is not None else {}
-        )
-        results[f"perplexity{suffix}"] = entry(
-            np.exp(loss / targets), [bound and float(np.exp(bound)) for bound in losses], "lower", count
-        )
-        results[f"accuracy{suffix}"] = entry(correct / targets, shares, "higher", count) | (
-            of_accuracy if where is not None else {}
-        )
-        results[f"loss{suffix}"]["targets"] = int(targets)
+        exp = tuple(bound and float(np.exp(bound)) for bound in losses)
+        pairs = [
+            {"ratio": [field, "targets"], "where": where} if where is not None else {} for field in ("loss", "correct")
+        ]
+        results |= {
+            f"loss{suffix}": metric(loss / targets, losses, "lower", count, targets=int(targets), **pairs[0]),
+            f"perplexity{suffix}": metric(np.exp(loss / targets), exp, "lower", count),
+            f"accuracy{suffix}": metric(correct / targets, shares, "higher", count, **pairs[1]),
+        }
         table.add_row(
             label or "all",
             f"{count:,}",
@@ -274,11 +272,6 @@ def summarize(items: dict[str, dict], names: list[str], recipe: Recipe) -> tuple
             "" if shares[0] is None else f"{shares[0]:.2%} to {shares[1]:.2%}",
         )
     return results, table
-
-
-def entry(value: float, bounds, better: str, count: int) -> dict:
-    """A metric of the result file."""
-    return {"value": float(value), "low": bounds[0], "high": bounds[1], "better": better, "n": count}
 
 
 if __name__ == "__main__":

@@ -5,9 +5,12 @@ The result of an evaluation is CHECKPOINT/eval/<name>.json:
     name, checkpoint {name, step, fingerprint}, created, seconds, processes, device, versions
     settings      all that the results depend on; the same settings on the same weights give the same results
     results       {metric: {"value", "low", "high", "better": "higher" | "lower" | None, "n"}}; low and high are the
-                  95 % interval; all but value may be absent or null. compare.py shows every metric that is here
+                  95 % interval; all but value may be absent or null. compare.py shows every metric that is here.
+                  "ratio": [field, field or None] says that it is the sum of a field of the items over that of another
+                  (or over their number), "where" of which items ({field: value}): then compare.py pairs them
     warnings      lines that whoever reads the results has to know
-    items         {key: {...}} what was measured on each item, if it was kept
+    items         {key: {...}} what was measured on each item. "times" (1) it counts; items of one "group" (its key) are
+                  resampled together, within each "dataset"
 """
 
 import contextlib
@@ -206,6 +209,11 @@ def result_path(checkpoint: Checkpoint, name: str, output: str | None) -> Path:
     if not checkpoint.folder:
         raise UserError(f"{checkpoint.name}: not a folder here, so give --output FILE.json or FOLDER for the results")
     return checkpoint.folder / "eval" / f"{name}.json"
+
+
+def metric(value: float, bounds: tuple, better: str | None, n: int, **more: Any) -> dict[str, Any]:
+    """An entry of `results`; bounds are the ends of its interval, or (None, None)."""
+    return {"value": float(value), "low": bounds[0], "high": bounds[1], "better": better, "n": n, **more}
 
 
 def versions() -> dict[str, str]:

@@ -93,8 +93,8 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
     if positions and order and len(prompts[order[0]]) + config.max_new_tokens > positions:
         raise UserError(
-            f"prompt {order[0] + 1} has {len(prompts[order[0]]):,} tokens: with max_new_tokens = "
-            f"{config.max_new_tokens:,} that is over the model's {positions:,} positions"
+            f"a prompt of {len(prompts[order[0]]):,} tokens and max_new_tokens = {config.max_new_tokens:,} are over "
+            f"the model's {positions:,} positions"
         )
     while order:
         batch = order[:batch_size]

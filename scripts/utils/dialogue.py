@@ -10,7 +10,6 @@ differs on purpose: control tokens are only ever ours. There, a literal `<|endof
 control token; here it is spelled out in ordinary tokens, in training as in evaluation and chat.
 """
 
-import contextlib
 import itertools
 import random
 import re
@@ -21,12 +20,15 @@ from typing import Any
 import numpy as np
 
 from utils.errors import UserError
+from utils.text_encoder import TextEncoder, text_encoder
 
 # In this order, which fixes their ids: 50277 to 50281 after GPT-NeoX-20B's 50,277 tokens. (The original added them in
 # the order of a Python set, so its ids changed from run to run.)
 CHAT_TOKENS = ("<|prompter|>", "<|assistant|>", "<|system|>", "<|prefix_begin|>", "<|prefix_end|>")
 PROMPTER, ASSISTANT, SYSTEM = CHAT_TOKENS[:3]
 ROLE_TOKENS = {"user": PROMPTER, "assistant": ASSISTANT, "system": SYSTEM}
+
+NO_TOKENS = np.empty(0, dtype=np.int32)
 
 # {% generation %} marks what the model writes, for return_assistant_tokens_mask. (transformers 5.23 loses that mask
 # from a reply on that starts with a blank, as GPT-NeoX's offsets leave blanks out; `encode` does not use it.)
@@ -91,23 +93,6 @@ def prepare_tokenizer(tokenizer: Any) -> Any:
     return tokenizer
 
 
-@contextlib.contextmanager
-def _contents_only(backend: Any) -> Iterator[None]:
-    """Have the backend tokenizer read any text as plain text, uncut and unpadded; its settings come back at the end."""
-    special, truncation, padding = backend.encode_special_tokens, backend.truncation, backend.padding
-    backend.encode_special_tokens = True
-    backend.no_truncation()
-    backend.no_padding()
-    try:
-        yield
-    finally:
-        backend.encode_special_tokens = special
-        if truncation:
-            backend.enable_truncation(**truncation)
-        if padding:
-            backend.enable_padding(**padding)
-
-
 # ---- Encoding ----
 
 
@@ -120,6 +105,7 @@ def encode(
     system_add_length: bool = False,
     seed: int = 0,
     batch_size: int = 1000,
+    encode_texts: TextEncoder | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Encode conversations whole (windows of max_length are cut when a batch is made).
 
@@ -138,14 +124,17 @@ def encode(
         system_property_dropout: probability with which each property is left out of a tag, each on its own.
         system_add_length: add the reply's length (words // 5 + 1) to its properties.
         seed: of the tags' order and dropout; these depend on it and the place of a conversation in `conversations`.
-        batch_size: conversations handed to the backend at once.
+        batch_size: conversations whose texts are encoded at once.
+        encode_texts: the tokenizer's `fast_text_encoder`, worth loading for many conversations; else its own is used.
 
     Yields: (input_ids: int32 (length,), scored: bool (length,)) for each conversation, in order.
     Raises: UserError for a role that is unknown, or system anywhere but first.
     """
-    backend = tokenizer.backend_tokenizer
-    eos = tokenizer.eos_token_id
-    token_of = {role: tokenizer.convert_tokens_to_ids(token) for role, token in ROLE_TOKENS.items()}
+    encode_texts = encode_texts or text_encoder(tokenizer)
+    eos = np.array([tokenizer.eos_token_id], dtype=np.int32)
+    opener_of = {
+        role: np.array([tokenizer.convert_tokens_to_ids(token)], dtype=np.int32) for role, token in ROLE_TOKENS.items()
+    }
     indexed = enumerate(conversations)
     while batch := list(itertools.islice(indexed, batch_size)):
         turns = []  # of each conversation, (role, text, train) with the tags as turns of role "system"
@@ -154,24 +143,23 @@ def encode(
             turns.append(list(_turns(conversation, dice, system_property_dropout, system_add_length)))
         # Each text once: the threads of one Open-Assistant tree repeat their first messages.
         texts = list(dict.fromkeys(text for conversation in turns for _, text, _ in conversation))
-        with _contents_only(backend):
-            encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
-        ids_of = {text: encoding.ids for text, encoding in zip(texts, encodings, strict=True)}
+        ids_of = dict(zip(texts, encode_texts(texts), strict=True))
         for conversation in turns:
-            ids, spans, after_scored = [], [], False  # spans: [start, end) of what is scored
+            parts, length = [NO_TOKENS], 0
+            spans, after_scored = [], False  # [start, end) of what is scored
             for role, text, train in conversation:
                 if after_scored and role == "user":
-                    spans.append((len(ids), len(ids) + 1))
-                ids.append(token_of[role])
-                start, after_scored = len(ids), role == "assistant" and train
-                ids += ids_of[text]
-                ids.append(eos)
+                    spans.append((length, length + 1))
+                content = ids_of[text]
+                parts += (opener_of[role], content, eos)
+                start, length = length + 1, length + 1 + len(content) + 1
+                after_scored = role == "assistant" and train
                 if after_scored:
-                    spans.append((start, len(ids)))
-            mask = np.zeros(len(ids), dtype=bool)
-            for start, end in spans if label_masking else [(1, len(ids))]:
+                    spans.append((start, length))
+            mask = np.zeros(length, dtype=bool)
+            for start, end in spans if label_masking else [(1, length)]:
                 mask[start:end] = True
-            yield np.array(ids, dtype=np.int32), mask
+            yield np.concatenate(parts), mask
 
 
 def _turns(

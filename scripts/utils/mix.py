@@ -9,12 +9,14 @@ wait for the lock, not in a collective that would time out, and read the same fi
 everything that changes its content, and it appears under that name only when it is whole.
 """
 
+import gc
 import hashlib
 import itertools
 import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,13 +25,14 @@ import numpy as np
 import pyarrow as pa
 from filelock import FileLock
 
-from utils import dialogue, messages_source, reading, records, sources
+from utils import dialogue, messages_source, reading, records, sources, text_encoder
 from utils.data_files import find_data_file
 from utils.dialogue import Conversation, encode
 from utils.errors import UserError
 from utils.reading import TRAIN, VALIDATION, Reading
 from utils.recipe import DatasetOptions, Recipe
 from utils.sources import find_source
+from utils.text_encoder import TextEncoder, fast_text_encoder
 
 ROWS_AT_A_TIME = 1000
 SCHEMA = pa.schema(
@@ -105,15 +108,26 @@ def prepare_mix(recipe: Recipe, tokenizer) -> Mix:
         UserError: a data file is missing or broken, or a data set has no training conversation left.
     """
     root = prepared_folder(recipe)
-    tables, codes, reports = [], [], {}
-    for name, options in recipe.datasets.chosen().items():
+    tokenizer_json = tokenizer.backend_tokenizer.to_str().encode()
+    paths, folders = {}, {}
+    chosen = recipe.datasets.chosen()
+    for name, options in chosen.items():
         hub = find_source(name, options).hub
-        paths = find_data_file(name, options.input_file_path, recipe.cache_dir, options.revision, hub)
-        folder = root / f"{name}-{_cache_key(name, options, paths, recipe, tokenizer)}"
-        if not folder.exists():
-            with FileLock(f"{folder}.lock"):
-                if not folder.exists():
-                    _prepare(folder, name, options, paths, recipe, tokenizer)
+        paths[name] = find_data_file(name, options.input_file_path, recipe.cache_dir, options.revision, hub)
+        key = _cache_key(name, options, paths[name], recipe, tokenizer.eos_token, tokenizer_json)
+        folders[name] = root / f"{name}-{key}"
+
+    missing = [name for name in chosen if not folders[name].exists()]
+    missing.sort(key=lambda name: sum(path.stat().st_size for path in paths[name]), reverse=True)
+    with ThreadPoolExecutor(1) as thread:  # loads the encoder while the first data set, the largest, is read
+        loading = thread.submit(fast_text_encoder, tokenizer) if missing else None
+        for name in missing:
+            with FileLock(f"{folders[name]}.lock"):
+                if not folders[name].exists():
+                    _prepare(folders[name], name, chosen[name], paths[name], recipe, tokenizer, loading)
+
+    tables, codes, reports = [], [], {}
+    for name, folder in folders.items():
         with pa.memory_map(str(folder / "examples.arrow")) as file:
             tables.append(pa.ipc.open_stream(file).read_all())
         codes.append(np.load(folder / "split.npy"))
@@ -135,10 +149,12 @@ def prepared_folder(recipe: Recipe) -> Path:
     return folder
 
 
-def _cache_key(name: str, options: DatasetOptions, paths: list[Path], recipe: Recipe, tokenizer) -> str:
+def _cache_key(
+    name: str, options: DatasetOptions, paths: list[Path], recipe: Recipe, eos: str, tokenizer_json: bytes
+) -> str:
     """A hash of all that the prepared data depend on: files, tokenizer, rules and the code that applies them."""
     digest = hashlib.blake2b(digest_size=10)
-    code = [module.__file__ for module in (dialogue, messages_source, reading, records, sources)]
+    code = [module.__file__ for module in (dialogue, messages_source, reading, records, sources, text_encoder)]
     for path in [*paths, __file__, *code, sources.FILTER_PHRASES_FILE]:
         try:
             with open(path, "rb") as file:
@@ -146,12 +162,12 @@ def _cache_key(name: str, options: DatasetOptions, paths: list[Path], recipe: Re
                     digest.update(block)
         except OSError as error:
             raise UserError(f"data set {name}: {path}: cannot read this file: {error.strerror}") from error
-    digest.update(tokenizer.backend_tokenizer.to_str().encode())
+    digest.update(tokenizer_json)
     keys = ("label_masking", "use_system_tag", "system_property_dropout", "system_add_length", "rng_seed")
     elsewhere = {"fraction", "size", "input_file_path", "revision", "hub_name", "files"}  # in the sampler, in `paths`
     rules = {
         "dataset": name,
-        "eos": tokenizer.eos_token,
+        "eos": eos,
         "options": options.model_dump(mode="json", exclude=elsewhere),
         **{key: getattr(recipe, key) for key in keys},
     }
@@ -159,7 +175,15 @@ def _cache_key(name: str, options: DatasetOptions, paths: list[Path], recipe: Re
     return digest.hexdigest()
 
 
-def _prepare(folder: Path, name: str, options: DatasetOptions, paths: list[Path], recipe: Recipe, tokenizer) -> None:
+def _prepare(
+    folder: Path,
+    name: str,
+    options: DatasetOptions,
+    paths: list[Path],
+    recipe: Recipe,
+    tokenizer,
+    loading: Future[TextEncoder],
+) -> None:
     """Read, tokenize and split one data set into `folder`, which appears only when it is whole; under its lock."""
     source = Reading(name, options, paths, recipe.rng_seed)
     work = folder.with_name(f".{folder.name}")
@@ -167,14 +191,16 @@ def _prepare(folder: Path, name: str, options: DatasetOptions, paths: list[Path]
     work.mkdir()
     kept: list[bool] = []  # of each conversation, whether any token is scored; else there is nothing to learn
     content = hashlib.blake2b(digest_size=10)
+    gc.freeze()  # else the collector looks through all that the libraries made, again and again: a fifth of the time
     try:
         with pa.ipc.new_stream(work / "examples.arrow", SCHEMA) as writer:
             conversations, again = itertools.tee(source)  # encode reads ahead by one batch
-            examples = zip(conversations, _encode(again, recipe, tokenizer), strict=True)
+            examples = zip(conversations, _encode(again, recipe, tokenizer, loading), strict=True)
             while batch := list(itertools.islice(examples, ROWS_AT_A_TIME)):
                 teaches = [bool(scored.any()) for _, (_, scored) in batch]
                 batch = list(itertools.compress(batch, teaches))
-                writer.write_batch(_record_batch(batch))
+                if batch:
+                    writer.write_batch(_record_batch(batch))
                 kept += teaches
                 for _, (ids, scored) in batch:
                     content.update(len(ids).to_bytes(8, "little"))  # where one conversation ends and the next begins
@@ -194,6 +220,7 @@ def _prepare(folder: Path, name: str, options: DatasetOptions, paths: list[Path]
         (work / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         work.rename(folder)
     finally:
+        gc.unfreeze()
         shutil.rmtree(work, ignore_errors=True)
     print(  # not only on the first process: any of them may be the one that prepares
         f"prepared {name}: {source.rows_read:,} rows, {(codes == TRAIN).sum():,} training and "
@@ -203,7 +230,7 @@ def _prepare(folder: Path, name: str, options: DatasetOptions, paths: list[Path]
 
 
 def _encode(
-    conversations: Iterable[Conversation], recipe: Recipe, tokenizer
+    conversations: Iterable[Conversation], recipe: Recipe, tokenizer, loading: Future[TextEncoder]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     return encode(
         tokenizer,
@@ -214,17 +241,25 @@ def _encode(
         system_add_length=recipe.system_add_length,
         seed=recipe.rng_seed,
         batch_size=ROWS_AT_A_TIME,
+        encode_texts=lambda texts: loading.result()(texts),
     )
 
 
 def _record_batch(examples: list[tuple[Conversation, tuple[np.ndarray, np.ndarray]]]) -> pa.RecordBatch:
     """Rows of SCHEMA from conversations and what they were encoded to."""
+    messages = [message for conversation, _ in examples for message in conversation.messages]
+    fields = [pa.array([message.role for message in messages]), pa.array([message.content for message in messages])]
+    lengths = [len(ids) for _, (ids, _) in examples]
+    starts = [0, *itertools.accumulate(lengths)]
     columns = {
-        "messages": [conversation.as_dicts() for conversation, _ in examples],
-        "input_ids": [ids for _, (ids, _) in examples],
-        "scored": [scored for _, (_, scored) in examples],
-        "length": [len(ids) for _, (ids, _) in examples],
-        "targets": [int(scored.sum()) for _, (_, scored) in examples],
+        "messages": pa.ListArray.from_arrays(
+            [0, *itertools.accumulate(len(conversation.messages) for conversation, _ in examples)],
+            pa.StructArray.from_arrays(fields, fields=list(SCHEMA.field("messages").type.value_type)),
+        ),
+        "input_ids": pa.LargeListArray.from_arrays(starts, np.concatenate([ids for _, (ids, _) in examples])),
+        "scored": pa.LargeListArray.from_arrays(starts, np.concatenate([scored for _, (_, scored) in examples])),
+        "length": lengths,
+        "targets": [int(np.count_nonzero(scored)) for _, (_, scored) in examples],
     }
     return pa.record_batch(columns, schema=SCHEMA)
 

@@ -58,7 +58,7 @@ class Reading:
         skip = self._skip if self.options.on_bad_records == "skip" else None
         for path in self.paths:
             for number, values in read_records(path, skip):
-                record = Record(values, Path(path), number, self.rows_read + 1)
+                record = Record(values, path, number, self.rows_read + 1)
                 dropped: Counter = Counter()  # of this record, forgotten when it turns out to be bad
                 try:
                     unit = self.source.read(record, self.options, dropped, self.rng_seed)

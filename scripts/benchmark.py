@@ -182,7 +182,7 @@ def main(arguments: list[str]) -> None:
 
 def machine() -> dict:
     """What the figures were measured on, and with which libraries."""
-    libraries = ("torch", "transformers", "tokenizers", "datasets", "trl")
+    libraries = ("torch", "transformers", "tokenizers", "fastokens", "datasets", "trl")
     return {
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),

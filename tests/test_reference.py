@@ -12,6 +12,7 @@ from utils.dialogue import Conversation, Message, encode, prepare_tokenizer
 from utils.reading import TRAIN, VALIDATION, Reading
 from utils.recipe import Datasets
 from utils.sources import FILLERS
+from utils.text_encoder import fast_text_encoder
 
 SHARED = Path(os.environ.get("SHARED_FILES", Path(__file__).resolve().parent.parent.parent / "shared"))
 REFERENCE = SHARED / "reference" / "original_examples.jsonl.gz"
@@ -56,8 +57,14 @@ def test_tokenizer_ids(tokenizer):
     assert (tokenizer.convert_tokens_to_ids("<|prompter|>"), tokenizer.pad_token_id) == (50_277, 1)
 
 
+@pytest.fixture(scope="module")
+def encode_texts(tokenizer):
+    """What preparation encodes with."""
+    return fast_text_encoder(tokenizer)
+
+
 @pytest.mark.parametrize("name", FILES)
-def test_same_as_the_original(reference, tokenizer, name):
+def test_same_as_the_original(reference, tokenizer, encode_texts, name):
     expected = {key: list(rows) for key, rows in reference[name].items()}
     (options,) = Datasets.model_validate([{name: {"val_split": 0.05, **OPTIONS.get(name, {})}}]).chosen().values()
     reading = Reading(name, options, [SHARED / "data" / FILES[name]], rng_seed=1)
@@ -75,6 +82,6 @@ def test_same_as_the_original(reference, tokenizer, name):
         originals.append(row)
         conversations.append(conversation)
     assert not any(expected.values()), "conversations of the original that are missing here"
-    for row, (ids, scored) in zip(originals, encode(tokenizer, conversations), strict=True):
+    for row, (ids, scored) in zip(originals, encode(tokenizer, conversations, encode_texts=encode_texts), strict=True):
         assert tokenizer.convert_ids_to_tokens(ids[:MAX_LENGTH].tolist()) == row["tokens"]
         assert scored[:MAX_LENGTH].astype(int).tolist() == row["scored"]

@@ -32,10 +32,9 @@ if __name__ == "__main__":
 
 import itertools
 import math
+import time
 from contextlib import nullcontext
-from pathlib import Path
 
-import evaluate
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -43,6 +42,7 @@ from accelerate.utils import set_seed
 from utils.batches import (
     Position,
     accumulation_steps,
+    collate,
     step_rows,
     steps_left,
     steps_per_epoch,
@@ -66,18 +66,20 @@ from utils.launch import (
     training_dtype,
 )
 from utils.loss import ScoredLoss
+from utils.metrics import load_metric
 from utils.mix import Mix, prepare_mix
 from utils.model import load_config, load_model, load_tokenizer
 from utils.model_card import write_model_card
 from utils.optimizer import make_optimizer
+from utils.preflight import preflight
 from utils.record_file import read_record, update_status, write_record
-from utils.report import describe_run, end_report, show_first_batch, show_replies
+from utils.report import describe_rehearsal, describe_run, end_report, show_first_batch, show_replies
 from utils.resume import check_data, claim_output_dir, find_checkpoint, is_finished, restore, run_state
 from utils.run_record import differences, start_record
 from utils.tracking import Clock, RunLog, TrainingStats
-from utils.trainer_state import loss_scale
+from utils.trainer_state import allocate_moments, load_loss_scale, loss_scale, loss_scale_state
 
-TOKEN_ACCURACY = str(Path(__file__).parent / "metrics" / "token_accuracy")
+MODEL_INPUTS = ("input_ids", "attention_mask", "labels")
 
 
 def main(command: CommandLine, stop: StopSignal) -> None:
@@ -92,7 +94,7 @@ def main(command: CommandLine, stop: StopSignal) -> None:
     checkpoint = find_checkpoint(recipe, command.allow_changes)  # None for a run from its beginning
     if process_index() == 0:
         claim_output_dir(recipe, checkpoint)
-    accuracy = load_metric()
+    accuracy = load_metric("token_accuracy")
     config = load_config(recipe)
     tokenizer = load_tokenizer(recipe)
     mix = prepare_mix(recipe, tokenizer)
@@ -101,15 +103,17 @@ def main(command: CommandLine, stop: StopSignal) -> None:
     if checkpoint:
         check_data(checkpoint, mix, command.allow_changes)
     if process_index() == 0:
-        record = start_record(recipe, mix, num_processes(), dtype)
-        for line in differences(read_record(command.reproduced), record) if command.reproduced else []:
-            say(f"differs from {command.reproduced}: {line}")
-        write_record(record, recipe.output_dir / "run.json")
+        record, path = start_record(recipe, mix, num_processes(), dtype), recipe.output_dir / "run.json"
+        earlier = command.reproduced or (path if checkpoint and path.exists() else None)
+        for line in differences(read_record(earlier), record) if earlier else []:
+            say(f"differs from {earlier}: {line}")
+        write_record(record, path)
     step, position = (checkpoint.step, checkpoint.position) if checkpoint else (0, Position())
     total_steps = recipe.max_steps or step + steps_left(mix, recipe, num_processes(), position)
+    plugin = deepspeed_plugin(recipe, total_steps, dtype)
+    largest = preflight(command, config, mix, dtype, plugin, total_steps, step, position)
 
     # The accelerator: one process, DDP, or the DeepSpeed engine, on GPUs or (over gloo) on CPUs.
-    plugin = deepspeed_plugin(recipe, total_steps, dtype)
     half = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, "no")
     accelerator = Accelerator(
         mixed_precision=half,
@@ -144,6 +148,10 @@ def main(command: CommandLine, stop: StopSignal) -> None:
     health = StepHealth(recipe.max_bad_steps, recipe.output_dir / "bad_steps.jsonl" if main_process else None)
     results: dict[str, float] = {}  # of the last evaluation
     evaluation_due, wandb_id = False, None
+    if step < total_steps:
+        seconds = rehearse(accelerator, model, optimizer, scheduler, mix, recipe, shard[-1], largest, stats)
+        if main_process:
+            describe_rehearsal(largest, seconds, mix, recipe, accelerator, total_steps - step)
     if checkpoint:
         restore(checkpoint, recipe, accelerator, language_model, optimizer, scheduler, stats, health)
         results, evaluation_due, wandb_id = (checkpoint.state[key] for key in ("results", "evaluation_due", "wandb_id"))
@@ -168,7 +176,8 @@ def main(command: CommandLine, stop: StopSignal) -> None:
 
     stop.defer()  # from here on there is something to save
     stopped = evaluation_due and not evaluate_now()
-    steps = itertools.islice(training_steps(mix, recipe, *shard, position), 0 if stopped else total_steps - step)
+    to_do = 0 if stopped else max(0, total_steps - step)
+    steps = itertools.islice(training_steps(mix, recipe, *shard, position), to_do)
     model.train()
     for after, micro_batches in clock.waiting(steps):
         step += 1
@@ -224,20 +233,10 @@ def main(command: CommandLine, stop: StopSignal) -> None:
         show_replies(language_model, tokenizer, mix, recipe)
 
 
-def load_metric() -> evaluate.Metric:
-    """The token accuracy, from this collection's own folder: loaded now, not after the first steps of a long run."""
-    try:
-        return evaluate.load(TOKEN_ACCURACY, keep_in_memory=True)
-    except OSError as error:
-        raise UserError(
-            f"evaluate cannot keep its modules (set HF_HOME to a folder that can be written): {error}"
-        ) from error
-
-
 def train_step(
-    accelerator, model, optimizer, scheduler, micro_batches, recipe: Recipe, stats: TrainingStats
+    accelerator, model, optimizer, scheduler, micro_batches, recipe: Recipe, stats: TrainingStats, rehearsal=False
 ) -> tuple[float, bool]:
-    """One optimizer step over this process's micro-batches.
+    """One optimizer step over this process's micro-batches; a rehearsal does all of it but the update of the weights.
 
     The loss is the mean over all scored tokens of the step, however it is cut into micro-batches and processes; or,
     under `loss_normalization: micro_batch`, the original's mean over micro-batches of their means. Either way a
@@ -258,13 +257,13 @@ def train_step(
         # too, and closes the accumulation window there, full or not: its `backward` also makes the optimizer's step.
         accelerator.sync_gradients = number == len(micro_batches)
         with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(model):
-            losses, _ = model(batch["input_ids"], batch["attention_mask"], batch["labels"])
+            losses, _ = model(*(batch[name] for name in MODEL_INPUTS))
             if recipe.loss_normalization == "tokens":
                 loss = losses.sum() / scored_tokens
             else:
                 loss = losses.sum() / max(1, len(losses)) / scored_batches
             # A loss that is no finite number makes NaN of every gradient, on every process: the norm tells all of it.
-            finite = 1 + 0 * loss.detach()
+            finite = math.nan if rehearsal else 1 + 0 * loss.detach()
             # DDP and DeepSpeed average over processes and DeepSpeed divides by the accumulation steps: undo both.
             accelerator.backward(loss * finite * accelerator.num_processes * accelerator.gradient_accumulation_steps)
         stats.add(batch, losses, loss)
@@ -277,6 +276,42 @@ def train_step(
         scheduler.step()
     optimizer.zero_grad()
     return grad_norm, updated
+
+
+def rehearse(accelerator, model, optimizer, scheduler, mix: Mix, recipe: Recipe, pad_token_id, largest, stats) -> float:
+    """Run the plan's largest micro-batches, so that memory runs out now and not six hours in; nothing is changed.
+
+    Returns:
+        Seconds of a training micro-batch.
+
+    Raises:
+        UserError: the GPU's memory is too small.
+    """
+    train, held_out = largest
+    scale = loss_scale_state(accelerator)
+    allocate_moments(accelerator, optimizer)
+    # Twice where gradients accumulate: the second time they are in memory while it runs.
+    count = min(2, accumulation_steps(recipe, accelerator.num_processes))
+    batches = [collate(mix.train, train.rows, recipe, pad_token_id, train.epoch)] * count
+    started = time.perf_counter()
+    try:
+        train_step(accelerator, model, optimizer, scheduler, batches, recipe, stats, rehearsal=True)
+        seconds = (time.perf_counter() - started) / count
+        if held_out:
+            batch = collate(mix.validation, held_out.rows, recipe, pad_token_id, epoch=None)
+            with torch.no_grad():
+                model.eval()(*(batch[name].to(accelerator.device) for name in MODEL_INPUTS))
+            model.train()
+    except torch.OutOfMemoryError as error:
+        shapes = " or ".join(f"{each.shape[0]} conversations of {each.shape[1]:,} tokens" for each in largest if each)
+        raise UserError(
+            f"the GPU's memory is too small for the run's largest micro-batches ({shapes}): give a smaller "
+            "per_device_train_batch_size (global_batch_size keeps the step as it is) or per_device_eval_batch_size, "
+            "gradient_checkpointing: true, or a smaller max_length"
+        ) from error
+    stats.end_step(counts=False)
+    load_loss_scale(accelerator, scale)
+    return seconds
 
 
 @torch.no_grad()
@@ -293,7 +328,7 @@ def evaluate_mix(
     for index in range(len(mix.names)):
         for batch in validation_batches(mix, recipe, index, *shard):
             batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
-            losses, predictions = model(batch["input_ids"], batch["attention_mask"], batch["labels"])
+            losses, predictions = model(*(batch[name] for name in MODEL_INPUTS))
             targets = batch["labels"][:, 1:]
             accuracy.add_batch(predictions=predictions.cpu(), references=targets[targets != -100].cpu())
             sums[index, 0] += losses.double().sum().cpu()

@@ -10,7 +10,7 @@ from utils.data_files import find_data_file, hub_patterns, locate_data_file
 from utils.deepspeed import fill_config, find_config
 from utils.errors import UserError
 from utils.launch import num_processes, process_index, say, training_dtype
-from utils.model import load_config, load_tokenizer
+from utils.model import count_parameters, load_config, load_tokenizer
 from utils.reading import TRAIN, VALIDATION, Reading
 from utils.recipe import CommandLine, Recipe
 from utils.resume import find_checkpoint, is_finished
@@ -72,8 +72,10 @@ def _describe_model(recipe: Recipe) -> str:
             raise UserError(f"model_name = {recipe.model_name}: neither a model's folder nor a hub name") from None
         if not isinstance(cached, str):
             return "not here, would be fetched from the hub"
-    # A dry run may be made where the run itself is not: on a laptop, or the login node of a cluster.
-    config = load_config(recipe, must_fit=False)
+    # Not whether it fits into memory: a dry run may be made where the run is not, on a laptop or a login node.
+    config = load_config(recipe)
+    parameters = count_parameters(recipe, config)
     if os.path.isdir(recipe.model_name):  # on the hub it could be what is not fetched yet
         load_tokenizer(recipe)
-    return f"{config.model_type}, {config.get_text_config().vocab_size:,} rows in its embedding"
+    rows = config.get_text_config().vocab_size
+    return f"{config.model_type}, {parameters:,} parameters, {rows:,} rows in its embedding"

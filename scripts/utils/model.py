@@ -4,7 +4,6 @@ import os
 import re
 from pathlib import Path
 
-import psutil
 import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
@@ -36,15 +35,12 @@ def load_tokenizer(recipe: Recipe):
     return prepare_tokenizer(tokenizer)
 
 
-def load_config(recipe: Recipe, must_fit: bool = True) -> PretrainedConfig:
-    """The model's config, with the recipe's GELU. All that can be known without loading weights is checked here.
-
-    Args:
-        must_fit: False to let a model pass that is too large to be trained on this machine.
+def load_config(recipe: Recipe) -> PretrainedConfig:
+    """The model's config, with the recipe's GELU. What can be known of it without loading weights is checked here.
 
     Raises:
-        UserError: it cannot be found, is no causal LM's, max_length is over what its positions allow, its weights are
-            cut off, or training it cannot fit into this machine's memory.
+        UserError: it cannot be found, is no causal LM's, max_length is over what its positions allow, or its weights
+            are cut off.
     """
     config = _from_hub(AutoConfig, recipe)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -57,14 +53,23 @@ def load_config(recipe: Recipe, must_fit: bool = True) -> PretrainedConfig:
         # Saved with the checkpoint, so that it is used as it was trained.
         config.hidden_act = "gelu_pytorch_tanh"
     _check_weight_files(recipe)
-    parameters = _count_parameters(recipe, config)
-    need, memory = 16 * parameters / 2**30, psutil.virtual_memory().total / 2**30
-    if must_fit and not has_gpu() and need > memory:  # said before 30 GB are downloaded
-        raise UserError(
-            f"model_name = {recipe.model_name}: no GPU here, and training {parameters / 1e9:.1f} billion parameters "
-            f"takes {need:.0f} GiB (16 bytes each) of the {memory:.0f} GiB of memory"
-        )
     return config
+
+
+def count_parameters(recipe: Recipe, config: PretrainedConfig) -> int:
+    """The model's parameters, counted on one built without memory for its weights.
+
+    Raises:
+        UserError: no model can be built of its config.
+    """
+    try:
+        with init_empty_weights():
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.trust_remote_code)
+    except Exception as error:  # ZeroDivisionError for no heads, KeyError for an unknown activation, and so on
+        raise UserError(
+            f"model_name = {recipe.model_name}: no causal language model can be made of its config: {_reason(error)}"
+        ) from error
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def load_model(
@@ -113,18 +118,6 @@ def _check_weight_files(recipe: Recipe) -> None:
                 pass
         except (SafetensorError, OSError) as error:
             raise UserError(f"model_name = {recipe.model_name}: {path}: cut off or damaged: {error}") from error
-
-
-def _count_parameters(recipe: Recipe, config: PretrainedConfig) -> int:
-    """Build the model without memory for its weights: a config that does not work is found at once."""
-    try:
-        with init_empty_weights():
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.trust_remote_code)
-    except Exception as error:  # ZeroDivisionError for no heads, KeyError for an unknown activation, and so on
-        raise UserError(
-            f"model_name = {recipe.model_name}: no causal language model can be made of its config: {_reason(error)}"
-        ) from error
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _from_hub(auto_class, recipe: Recipe, **kwargs):

@@ -157,11 +157,13 @@ class CommandLine:
     """What a command line asks for.
 
     Attributes:
+        recipe_file: as the user wrote it; None for a run that is repeated from its record.
         allow_changes: go on from a checkpoint although the recipe or the data were changed.
         reproduced: the record of an earlier run that this one repeats; None for a run from a recipe.
     """
 
     recipe: Recipe
+    recipe_file: Path | None
     dry_run: bool
     allow_changes: bool
     reproduced: Path | None
@@ -212,7 +214,7 @@ def recipe_from_command_line(usage: str, arguments: list[str]) -> CommandLine:
     if reproduced is not None:
         if path is not None:
             raise UserError(f"command line: --reproduce {reproduced} brings its recipe: leave out {path}")
-        return CommandLine(_recorded_recipe(Path(reproduced), overrides), **flags, reproduced=Path(reproduced))
+        return CommandLine(_recorded_recipe(Path(reproduced), overrides), None, **flags, reproduced=Path(reproduced))
     if path is None:
         raise UserError("command line: no recipe given; usage: scripts/sft.py RECIPE [--key value ...]")
-    return CommandLine(load_recipe(path, overrides), **flags, reproduced=None)
+    return CommandLine(load_recipe(path, overrides), Path(path), **flags, reproduced=None)

@@ -1,5 +1,6 @@
 """What a run says on the screen before its first step and after its last: the plan, the first batch, a few replies."""
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
@@ -36,14 +37,39 @@ def describe_run(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     precision = str(dtype).removeprefix("torch.")
     processes, micro = accelerator.num_processes, recipe.per_device_train_batch_size
+    accumulated, note = accumulation_steps(recipe, processes), ""
+    if "gradient_accumulation_steps" in recipe.model_fields_set and accumulated != recipe.gradient_accumulation_steps:
+        note = f" (by global_batch_size; gradient_accumulation_steps = {recipe.gradient_accumulation_steps} yields)"
     print(
         f"{parameters:,} parameters, {precision}, {accelerator.distributed_type.value} on {accelerator.device.type}\n"
-        f"{processes} process(es) x {micro} conversations x {accumulation_steps(recipe, processes)} accumulated = "
-        f"{conversations_per_step(recipe, processes)} conversations a step\n"
+        f"{processes} process(es) x {micro} conversations x {accumulated} accumulated = "
+        f"{conversations_per_step(recipe, processes)} conversations a step{note}\n"
         f"{epoch_steps:,} steps an epoch, {total_steps:,} in all; the rate rises to {recipe.learning_rate:g} in "
         f"{warmup:,} steps{beyond}, then falls to 0",
         flush=True,
     )
+
+
+def describe_rehearsal(
+    largest, seconds: float, mix: Mix, recipe: Recipe, accelerator: Accelerator, steps_left: int
+) -> None:
+    """Print what the largest micro-batches took, and about how long the run will take at that pace.
+
+    Args:
+        largest: as `preflight` returns them.
+        seconds: of the training micro-batch.
+    """
+    train, held_out = largest
+    shapes = [f"training {train.shape[0]} x {train.shape[1]:,} tokens"]
+    shapes += [f"evaluation {held_out.shape[0]} x {held_out.shape[1]:,}"] if held_out else []
+    memory = ""
+    if accelerator.device.type == "cuda":
+        memory = f", at most {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on this GPU"
+    tokens = np.minimum(mix.train.lengths[training_rows(mix, recipe, 0)], recipe.max_length).mean()
+    tokens *= conversations_per_step(recipe, accelerator.num_processes) / accelerator.num_processes * steps_left
+    hours = seconds * tokens / (train.shape[0] * train.shape[1]) / 3600
+    took = f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:,.1f} minutes"
+    print(f"the largest micro-batches run ({', '.join(shapes)}){memory}; training will take very roughly {took}")
 
 
 def show_first_batch(batch: dict[str, torch.Tensor], tokenizer) -> None:

@@ -34,6 +34,10 @@ def estimate_memory(
     what transformers adds: norms in fp32, a fused projection that stays whole, SDPA's mask. An activation function
     written out in Python, as GPT-2's, and attention without SDPA need more.
 
+    Measured on a CPU with 10 to 57 million parameters, the sum is 6 to 9 % over the peak of what is live, 19 % under
+    gradient checkpointing. What a process really holds is more by what its allocator cannot give back: with glibc's the
+    sum is 14 to 20 % under it.
+
     Args:
         zero: the section `zero_optimization` of DeepSpeed's config; None without DeepSpeed.
         dtype: of forward and backward.
@@ -129,14 +133,14 @@ def check_memory(
     """
     gpu, processes, local = has_gpu(), num_processes(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
-    def need(count: int, zero: dict[str, Any] | None) -> tuple[dict[str, int], int]:
+    def need(count: int, zero: dict[str, Any] | None) -> tuple[dict[str, int], int, int]:
+        """The estimate; of it what is always there, and the peak."""
         parts = estimate_memory(recipe, config, num_parameters, count, zero, dtype, shape, gpu)
-        copies = 1 if gpu else local
-        parts = {name: size * copies for name, size in parts.items()}
-        return parts, parts["weights"] + parts["gradients"] + parts["optimizer"]
+        parts = {name: size * (1 if gpu else local) for name, size in parts.items()}
+        resident = parts["weights"] + parts["gradients"] + parts["optimizer"]
+        return parts, resident, resident + max(parts["step"], parts["activations"] + parts["logits"])
 
-    parts, resident = need(processes, zero)
-    whole = resident + max(parts["step"], parts["activations"] + parts["logits"])
+    parts, resident, peak = need(processes, zero)
     if gpu:
         devices = range(min(local, torch.cuda.device_count()))
         memory = min(torch.cuda.get_device_properties(device).total_memory for device in devices)
@@ -144,11 +148,11 @@ def check_memory(
     else:
         memory, where = psutil.virtual_memory().total, f"of memory, for the {local} process(es) here"
     described = ", ".join(f"{name} {show_bytes(size)}" for name, size in parts.items() if name != "step")
-    say(f"memory, estimated: {show_bytes(whole)} of the {show_bytes(memory)} {where}: {described}")
+    say(f"memory, estimated: {show_bytes(peak)} of the {show_bytes(memory)} {where}: {described}")
     if resident > memory:
         remedy = "take a smaller model" + ("" if gpu else " or a machine with a GPU")
         if gpu:
-            counts = [count for count in (2, 4, 8, 16, 32, 64) if need(count, zero or {"stage": 2})[1] < memory]
+            counts = [count for count in (2, 4, 8, 16, 32, 64) if need(count, zero or {"stage": 2})[2] < memory]
             if counts:
                 with_zero = "" if zero else " and deepspeed_config: ds_configs/zero2.json"
                 remedy = f"{counts[0]} such GPUs{with_zero} would hold it"
@@ -157,7 +161,7 @@ def check_memory(
             f"{num_parameters / 1e9:.1f} billion parameters takes {show_bytes(resident)} for weights, gradients and "
             f"optimizer, {'each GPU has' if gpu else 'the memory is'} {show_bytes(memory)}: {remedy}"
         )
-    if whole > memory:
+    if peak > memory:
         remedies = [] if recipe.gradient_checkpointing else ["gradient_checkpointing: true"]
         if recipe.per_device_train_batch_size > 1:
             remedies.append("a smaller per_device_train_batch_size with more gradient_accumulation_steps")
@@ -166,5 +170,6 @@ def check_memory(
 
 
 def show_bytes(count: int) -> str:
-    """In GiB or MiB, for a message."""
-    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
+    """In GiB or MiB, to three digits, for a message."""
+    number, unit = (count / 2**30, "GiB") if count >= 2**30 else (count / 2**20, "MiB")
+    return f"{number:,.0f} {unit}" if number >= 100 else f"{number:.3g} {unit}"

@@ -13,15 +13,17 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from accelerate.utils import DeepSpeedPlugin
 from transformers import PretrainedConfig
 
-from utils.batches import Position, conversations_per_step, training_rows
+from utils.batches import Position, conversations_per_step, steps_per_epoch, training_rows
 from utils.checkpoint import list_checkpoints
 from utils.errors import UserError
-from utils.launch import say
-from utils.memory import show_bytes
+from utils.launch import num_processes, say
+from utils.memory import check_memory, show_bytes
 from utils.mix import Mix, Split
-from utils.recipe import Recipe
+from utils.model import count_parameters
+from utils.recipe import CommandLine, Recipe
 
 # Rates of full fine-tuning over which a pretrained model of that many parameters usually loses what it knows: several
 # times those of huggingface/alignment-handbook (1e-3 for SmolLM2 135M and 360M, 3e-4 for 1.7B, 2e-5 for SmolLM3 3B and
@@ -45,6 +47,41 @@ class MicroBatch(NamedTuple):
     rows: np.ndarray
     epoch: int | None
     shape: tuple[int, int]
+
+
+def preflight(
+    command: CommandLine,
+    config: PretrainedConfig,
+    mix: Mix,
+    dtype: torch.dtype,
+    plugin: DeepSpeedPlugin | None,
+    total_steps: int,
+    step: int,
+    position: Position,
+) -> tuple[MicroBatch, MicroBatch | None] | None:
+    """Check memory and disk, and say what looks wrong, before weights are loaded.
+
+    Args:
+        step, position: where the run begins.
+
+    Returns:
+        The largest micro-batches that are to come, of training and of evaluation; None when no step is left.
+
+    Raises:
+        UserError: the run cannot work.
+    """
+    recipe, processes = command.recipe, num_processes()
+    parameters, epoch_steps = count_parameters(recipe, config), steps_per_epoch(mix, recipe, processes)
+    if step >= total_steps:
+        return None
+    largest = largest_micro_batches(mix, recipe, processes, total_steps - step, position)
+    zero = plugin.deepspeed_config["zero_optimization"] if plugin else None
+    check_memory(recipe, config, parameters, zero, dtype, largest[0].shape)
+    check_disk(recipe, parameters, dtype, plugin is not None, epoch_steps, total_steps, step)
+    found = recipe_warnings(recipe, config, mix, parameters, processes, epoch_steps, total_steps, command.recipe_file)
+    for warning in found:
+        say(f"warning: {warning}")
+    return largest
 
 
 def largest_micro_batches(
@@ -95,6 +132,35 @@ def checkpoint_bytes(num_parameters: int, dtype: torch.dtype, deepspeed: bool) -
     return num_parameters * (2 if half else 4), num_parameters * (12 if half else 8)
 
 
+def disk_peak(recipe: Recipe, model: int, state: int, epoch_steps: int, total_steps: int, start_step: int = 0) -> int:
+    """Bytes that the checkpoints to come and the final model will take at most, beyond what is used now.
+
+    Those that are in output_dir already count as room when save_total_limit or keep_trainer_state removes them.
+
+    Args:
+        model, state: bytes of a checkpoint's model and of its trainer_state.
+        start_step: of the checkpoint that the run goes on from.
+    """
+    models, states = deque(), deque()
+    for path in list_checkpoints(recipe.output_dir):
+        states.append(_folder_bytes(path / "trainer_state"))
+        models.append(_folder_bytes(path) - states[-1])
+    every = _steps_between_checkpoints(recipe, epoch_steps)
+    most = recipe.save_total_limit or math.inf
+    most_states = min(most, recipe.keep_trainer_state or math.inf)
+    used = peak = 0
+    for _ in range(int(total_steps // every - start_step // every)):
+        models.append(model)
+        states.append(state)
+        used += model + state
+        peak = max(peak, used)  # the oldest go when the new one is whole, so there is one more for a moment
+        while len(models) > most:
+            used -= models.popleft()
+        while len(states) > most_states:
+            used -= states.popleft()
+    return max(peak, used + model)
+
+
 def check_disk(
     recipe: Recipe,
     num_parameters: int,
@@ -104,50 +170,30 @@ def check_disk(
     total_steps: int,
     start_step: int = 0,
 ) -> None:
-    """Print the size of a checkpoint and the most room that those to come and the final model will take at a time.
-
-    Checkpoints that are in output_dir already count as used, and as room when save_total_limit removes them.
+    """Print the size of a checkpoint, and the room that the run will need beside what is free.
 
     Args:
-        start_step: that of the checkpoint that the run goes on from.
+        start_step: of the checkpoint that the run goes on from.
 
     Raises:
-        UserError: the disk has less room than that.
+        UserError: the disk of output_dir has less.
     """
     model, state = checkpoint_bytes(num_parameters, dtype, deepspeed)
     state = 0 if recipe.save_only_model else state
-    every = _steps_between_checkpoints(recipe, epoch_steps)
-    # The oldest go when the new one is whole, so that there is one more for a moment.
-    most = recipe.save_total_limit or math.inf
-    most_states = min(most, recipe.keep_trainer_state or math.inf)
-    models, states = deque(), deque()
-    for path in list_checkpoints(recipe.output_dir):
-        states.append(_folder_bytes(path / "trainer_state"))
-        models.append(_folder_bytes(path) - states[-1])
-    used = peak = 0  # more than now
-    for _ in range(int(total_steps // every - start_step // every)):
-        models.append(model)
-        states.append(state)
-        used += model + state
-        peak = max(peak, used)
-        while len(models) > most:
-            used -= models.popleft()
-        while len(states) > most_states:
-            used -= states.popleft()
-    peak = max(peak, used + model)
+    peak = disk_peak(recipe, model, state, epoch_steps, total_steps, start_step)
     folder = next(path for path in (recipe.output_dir, *recipe.output_dir.absolute().parents) if path.exists())
     free = shutil.disk_usage(folder).free
-    with_state = f" (model {show_bytes(model)}, what resuming needs {show_bytes(state)})" if state else ""
+    parts = f" (model {show_bytes(model)}, what resuming needs {show_bytes(state)})" if state else ""
     say(
-        f"disk: a checkpoint takes {show_bytes(model + state)}{with_state}, the run at most {show_bytes(peak)} of the "
+        f"disk: a checkpoint takes {show_bytes(model + state)}{parts}; the run needs up to {show_bytes(peak)} of the "
         f"{show_bytes(free)} that are free at {folder}"
     )
     if peak > free:
         keys = ("save_steps", "save_total_limit", "keep_trainer_state", "save_only_model")
-        values = ", ".join(f"{key} {str(getattr(recipe, key)).lower()}" for key in keys)
+        values = ", ".join(f"{key} = {str(getattr(recipe, key)).lower()}" for key in keys)
         raise UserError(
             f"output_dir = {recipe.output_dir}: checkpoints of {show_bytes(model + state)} and the final model take "
-            f"{show_bytes(peak)}, {show_bytes(free)} are free: change what is kept ({values}), or give another disk"
+            f"{show_bytes(peak)}, {show_bytes(free)} are free: keep less ({values}), or take another disk"
         )
 
 

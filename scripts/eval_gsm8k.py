@@ -6,8 +6,8 @@
     python scripts/eval_gsm8k.py stablelm_7b --few_shot 5 --examples gsm8k_train.jsonl
 
 The problems are question and answer in JSON Lines, a JSON array or parquet, gzipped or not: --data FILE, else
-gsm8k_test in the recipe's cache_dir, else openai/gsm8k on the hub. An answer is right when its final number has the value of the
-reference's (scripts/metrics/final_number says which number that is). Interval: Wilson's, 95 %.
+gsm8k_test in the recipe's cache_dir, else openai/gsm8k on the hub. An answer is right when its final number has the
+value of the reference's (scripts/metrics/final_number says which number that is). Interval: Wilson's, 95 %.
 
 Where the recipe beside the checkpoint shows that it was trained on these problems, as the Open-Assistant mix was, a
 warning says so, here and in the result, and the score on the others stands beside it. The result is

@@ -46,6 +46,7 @@ if __name__ == "__main__":
         OPTIONS, CHECKPOINT, RECIPE = arguments()
 
 import hashlib
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -61,7 +62,7 @@ from utils.chat_model import load_chat_tokenizer
 from utils.data_files import find_data_file
 from utils.dialogue import ASSISTANT, CHAT_TOKENS
 from utils.evaluation import Evaluation, metric, start_processes
-from utils.intervals import RESAMPLES, interval, resampled_sums
+from utils.intervals import RESAMPLES, interval, item_columns, resampled_sums
 from utils.launch import set_up_process, training_dtype
 from utils.loss import ScoredLoss
 from utils.mix import Mix, prepare_mix
@@ -83,7 +84,7 @@ def main(options, checkpoint, recipe: Recipe) -> None:
     recipe = recipe.model_copy(
         update={"model_name": checkpoint.name, "from_scratch": False, "gradient_checkpointing": False}
     )
-    config, tokenizer = load_config(recipe, must_fit=False), load_tokenizer(recipe)
+    config, tokenizer = load_config(recipe), load_tokenizer(recipe)
     # Data first, as in sft.py: no process group exists yet that could time out.
     mix = prepare_mix(recipe, tokenizer)
     if not len(mix.validation):
@@ -112,7 +113,7 @@ def main(options, checkpoint, recipe: Recipe) -> None:
     measure(evaluation, ScoredLoss(model).eval(), mix, recipe, tokenizer, conversations)
     measured = evaluation.gather()
     items = {key: conversation | measured[key] for key, conversation in conversations.items()}
-    results, table = summarize(items, mix.names, recipe)
+    results, table = summarize(list(items.values()), mix.names, recipe)
     if accelerator.is_main_process:
         # A pipe's width is not known; 140 columns hold the table.
         Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
@@ -139,7 +140,7 @@ def describe_conversations(mix: Mix, recipe: Recipe) -> dict[str, dict]:
             continue
         messages = mix.validation.messages(row)
         first = next(message["content"] for message in messages if message["role"] == "user")
-        found[key] = {"dataset": name, "row": row, "group": short_hash(first), "times": 1}
+        found[key] = {"dataset": name, "row": row, "group": f"{name} {short_hash(first)}", "times": 1}
         if lang := language_of.get((name, short_hash(repr(messages)))):
             found[key]["lang"] = lang
     return found
@@ -179,8 +180,8 @@ def languages(recipe: Recipe) -> dict[tuple[str, str], str]:
 def measure(
     evaluation: Evaluation, model: ScoredLoss, mix: Mix, recipe: Recipe, tokenizer, conversations: dict
 ) -> None:
-    """Add to the evaluation, for each conversation that is not done: the sum of the losses of its scored tokens, how
-    many of them the model finds likeliest, how many there are; and the three by turn."""
+    """Add to the evaluation, for each conversation that is not done: `loss`, summed over its scored tokens, `correct`,
+    how many of them the model finds likeliest, and `targets`, how many there are; and the three of each turn."""
     accelerator = evaluation.accelerator
     rows = [conversation["row"] for key, conversation in conversations.items() if key not in evaluation.done]
     left = replace(mix, validation=mix.validation.select(np.array(rows, dtype=np.int64)))
@@ -204,13 +205,12 @@ def measure(
                 ids = batch["input_ids"][place, :length].numpy()
                 is_target = batch["labels"][place, :length].numpy() != -100
                 turn = np.minimum(np.cumsum(ids == assistant)[is_target], LAST_TURN)
-                sums = [np.bincount(turn, column) for column in (loss, correct, np.ones(len(turn)))]
-                result = {
-                    "loss": float(loss.sum()),
-                    "correct": int(correct.sum()),
-                    "targets": len(turn),
-                    "turns": {str(number): [float(column[number]) for column in sums] for number in np.unique(turn)},
-                }
+                sums = {"loss": loss.numpy(), "correct": correct.numpy(), "targets": np.ones(len(turn))}
+                result = {field: float(values.sum()) for field, values in sums.items()}
+                for number in np.unique(turn).tolist():
+                    result |= {
+                        f"{field}_turn_{number}": float(values[turn == number].sum()) for field, values in sums.items()
+                    }
                 evaluation.add(conversation_key(name, ids, is_target), result)
             progress.update(min(len(batch["lengths"]) * accelerator.num_processes, len(rows) - progress.n))
     progress.close()
@@ -219,55 +219,48 @@ def measure(
 # ---- What they come to ----
 
 
-def summarize(items: dict[str, dict], names: list[str], recipe: Recipe) -> tuple[dict[str, dict], Table]:
-    """The figures of all, of each data set, turn and language, with their intervals; and the table of them."""
-    sums = [item["times"] * np.array([item["loss"], item["correct"], item["targets"]]) for item in items.values()]
-    parts: dict[str, tuple[np.ndarray, dict | None]] = {"": (np.array(sums), {})}  # figures [items, 3], what items have
-    for field, values in (
-        ("dataset", names),
-        ("lang", sorted({item.get("lang", "") for item in items.values()} - {""})),
-    ):
-        for value in values:
-            own = np.array([item.get(field) == value for item in items.values()])
-            label = value if field == "dataset" else f"language {value}"
-            parts[label] = parts[""][0] * own[:, None], {field: value}
-    for turn in range(1, LAST_TURN + 1) if recipe.label_masking else ():
-        label = f"turn {turn}" + " and later" * (turn == LAST_TURN)
-        of_turn = [item["times"] * np.array(item["turns"].get(str(turn), [0, 0, 0])) for item in items.values()]
-        parts[label] = np.array(of_turn), None
-    parts = {label: part for label, part in parts.items() if part[0][:, 2].any()}
-
-    groups = np.array([f"{item['dataset']} {item['group']}" for item in items.values()])
-    strata = np.array([item["dataset"] for item in items.values()])
-    columns = np.concatenate([figures for figures, _ in parts.values()], axis=1)
-    resampled = resampled_sums(columns, groups, strata, recipe.rng_seed).reshape(RESAMPLES, len(parts), 3)
+def summarize(items: list[dict], names: list[str], recipe: Recipe) -> tuple[dict[str, dict], Table]:
+    """The figures of all, of each data set, language and turn, with their intervals; and the table of them."""
+    parts = {"all": ("", {})}  # the ending of the items' fields, and which items
+    parts |= {name: ("", {"dataset": name}) for name in names}
+    parts |= {
+        f"language {lang}": ("", {"lang": lang}) for lang in sorted({item.get("lang") for item in items} - {None})
+    }
+    if recipe.label_masking:  # else a prompt counts, too, with the reply before it
+        parts |= {
+            f"turn {turn}{' on' * (turn == LAST_TURN)}": (f"_turn_{turn}", {}) for turn in range(1, LAST_TURN + 1)
+        }
+    fields = {
+        label: [f"{field}{ending}" for field in ("loss", "correct", "targets")] for label, (ending, _) in parts.items()
+    }
+    columns = {label: item_columns(items, fields[label], where) for label, (_, where) in parts.items()}
+    columns = {label: part for label, part in columns.items() if part[:, 2].any()}
+    drawn = resampled_sums(items, np.concatenate(list(columns.values()), axis=1), recipe.rng_seed)
 
     results: dict[str, dict] = {}
     table = Table(title="validation split", title_justify="left")
     for column in ("", "conversations", "tokens", "loss", "95 %", "perplexity", "token accuracy", "95 %"):
         table.add_column(column, justify="right" if column else "left")
-    times = np.array([item["times"] for item in items.values()])
-    for number, (label, (figures, where)) in enumerate(parts.items()):
-        (loss, correct, targets), drawn = figures.sum(0), resampled[:, number]
+    for number, (label, part) in enumerate(columns.items()):
+        (loss, correct, targets), samples = part.sum(0), drawn[:, 3 * number : 3 * number + 3].T
         with np.errstate(invalid="ignore", divide="ignore"):  # a resample may hold no conversation of a small part
-            losses, shares = interval(drawn[:, 0] / drawn[:, 2]), interval(drawn[:, 1] / drawn[:, 2])
-        count, suffix = int(times[figures[:, 2] > 0].sum()), f"/{label}" if label else ""
-        exp = tuple(bound and float(np.exp(bound)) for bound in losses)
-        pairs = [
-            {"ratio": [field, "targets"], "where": where} if where is not None else {} for field in ("loss", "correct")
-        ]
-        results |= {
-            f"loss{suffix}": metric(loss / targets, losses, "lower", count, targets=int(targets), **pairs[0]),
-            f"perplexity{suffix}": metric(np.exp(loss / targets), exp, "lower", count),
-            f"accuracy{suffix}": metric(correct / targets, shares, "higher", count, **pairs[1]),
-        }
+            losses, shares = interval(samples[0] / samples[2]), interval(samples[1] / samples[2])
+        count = sum(item["times"] for item, scored in zip(items, part[:, 2], strict=True) if scored)
+        suffix = "" if label == "all" else f"/{label}"
+        of_loss, of_correct, of_targets = fields[label]
+        of = {"ratio": [of_loss, of_targets], "where": parts[label][1]}
+        exp = tuple(bound and math.exp(bound) for bound in losses)
+        results[f"loss{suffix}"] = metric(loss / targets, losses, "lower", count, targets=int(targets), **of)
+        results[f"perplexity{suffix}"] = metric(math.exp(loss / targets), exp, "lower", count, exp=True, **of)
+        of = {**of, "ratio": [of_correct, of_targets]}
+        results[f"accuracy{suffix}"] = metric(correct / targets, shares, "higher", count, **of)
         table.add_row(
-            label or "all",
+            label,
             f"{count:,}",
             f"{int(targets):,}",
             f"{loss / targets:.4f}",
             "" if losses[0] is None else f"{losses[0]:.4f} to {losses[1]:.4f}",
-            f"{np.exp(loss / targets):,.2f}",
+            f"{math.exp(loss / targets):,.2f}",
             f"{correct / targets:.2%}",
             "" if shares[0] is None else f"{shares[0]:.2%} to {shares[1]:.2%}",
         )

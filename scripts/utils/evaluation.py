@@ -7,10 +7,10 @@ The result of an evaluation is CHECKPOINT/eval/<name>.json:
     results       {metric: {"value", "low", "high", "better": "higher" | "lower" | None, "n"}}; low and high are the
                   95 % interval; all but value may be absent or null. compare.py shows every metric that is here.
                   "ratio": [field, field or None] says that it is the sum of a field of the items over that of another
-                  (or over their number), "where" of which items ({field: value}): then compare.py pairs them
+                  (or over their number), "where" ({field: value}) of which items, "exp" that it is e to the power of
+                  it: then compare.py pairs the items of two results
     warnings      lines that whoever reads the results has to know
-    items         {key: {...}} what was measured on each item. "times" (1) it counts; items of one "group" (its key) are
-                  resampled together, within each "dataset"
+    items         {key: {...}} what was measured on each item (`utils/intervals.py`)
 """
 
 import contextlib

@@ -1,0 +1,282 @@
+#!/usr/bin/env python3
+"""All evaluation results of some checkpoints in one table: the best marked, differences with their intervals.
+
+    python scripts/compare.py base_results stablelm_7b/checkpoint-4000 stablelm_7b/checkpoint-12000
+    python scripts/compare.py stablelm_7b --plot curves.png      # a run: all its checkpoints, and curves over the steps
+    python scripts/compare.py stablelm_7b other_run --markdown     # for a pull request or a model card
+
+Each argument is a checkpoint (its eval/ folder is read), a run (all its checkpoints), or what --output of an evaluation
+was: a result file, or a folder of them. Below each value stands its difference to the first column's, with the 95 %
+interval. Where both results keep what was measured on each item, it is a paired bootstrap over the items that both
+have; else, marked ~, it comes from the two intervals as if they were of different items, and is wider. A difference
+whose interval holds 0 may be chance.
+"""
+
+import sys
+
+from utils.command_line import OneLineParser
+from utils.errors import UserError, one_line_errors
+
+
+def arguments():
+    parser = OneLineParser(__doc__)
+    parser.add_argument("paths", nargs="+", metavar="CHECKPOINT", help="or a run, a result file, a folder of results")
+    parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
+    parser.add_argument("--plot", metavar="FILE", help="write curves over the steps of a run's checkpoints")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        OPTIONS = arguments()
+
+import json
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from utils.intervals import RESAMPLES, paired_differences
+
+
+@dataclass
+class Column:
+    """A checkpoint with its results, the whole result files by the name of the evaluation."""
+
+    name: str
+    run: str
+    step: int | None
+    files: dict[str, dict]
+
+
+def main(options) -> None:
+    columns = [column for path in options.paths for column in read_columns(Path(path))]
+    rows, notes = table_rows(columns)
+    if options.markdown:
+        print_markdown(columns, rows, notes)
+    else:
+        print_table(columns, rows, notes)
+    if options.plot:
+        plot(columns, Path(options.plot))
+
+
+# ---- Reading results ----
+
+
+def read_columns(path: Path) -> list[Column]:
+    """The checkpoints of an argument that have results.
+
+    Raises:
+        UserError: there is nothing there, no result, or a file that is no result.
+    """
+    if path.is_file():
+        files = read_results([path], strict=True)
+        return [as_column(str(path), path.parent, files)]
+    if not path.is_dir():
+        raise UserError(f"{path}: no such file or folder")
+    folders = [*path.glob("checkpoint-*"), path]
+    found = []
+    for folder in folders:
+        files = read_results(sorted((folder / "eval").glob("*.json")))
+        if not files and folder == path:  # a folder of --output
+            files = read_results(sorted(path.glob("*.json")))
+        if files:
+            found.append(as_column(str(folder), folder.parent if folder != path else path, files))
+    if not found:
+        raise UserError(f"{path}: no results; run an eval script on it first")
+    return sorted(found, key=lambda column: (column.step is None, column.step or 0, column.name == str(path)))
+
+
+def read_results(paths: list[Path], strict: bool = False) -> dict[str, dict]:
+    """Result files by the name of their evaluation; others (a sampling report, a config) are passed over."""
+    files = {}
+    for path in paths:
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: not a result file: {error}") from error
+        if isinstance(content, dict) and {"name", "checkpoint", "results"} <= content.keys():
+            files[content["name"]] = content
+        elif strict:
+            raise UserError(f"{path}: not a result file of the eval scripts")
+    return files
+
+
+def as_column(name: str, run: Path, files: dict[str, dict]) -> Column:
+    step = next((file["checkpoint"]["step"] for file in files.values()), None)
+    return Column(name, str(run), step, files)
+
+
+# ---- Comparing ----
+
+
+@dataclass
+class Cell:
+    """A metric of a column: its value, whether it is the row's best, and its difference to the first column's."""
+
+    value: float | None
+    best: bool = False
+    difference: str = ""
+
+
+def table_rows(columns: list[Column]) -> tuple[list[tuple[str, str, list[Cell]]], list[str]]:
+    """(evaluation, metric, cells) for each metric that any column has; and what has to be said below the table."""
+    rows, notes = [], []
+    for evaluation in dict.fromkeys(name for column in columns for name in column.files):
+        files = [column.files.get(evaluation) for column in columns]
+        pairs = [paired_differences(files[0], file) if files[0] and file else {} for file in files]
+        notes += differing_settings(evaluation, columns)
+        for metric in dict.fromkeys(metric for file in files if file for metric in file["results"]):
+            results = [(file or {"results": {}})["results"].get(metric) for file in files]
+            values = [result["value"] for result in results if result]
+            better = next(result.get("better") for result in results if result)
+            best = {"higher": max, "lower": min}[better](values) if better and len(set(values)) > 1 else None
+            cells = [Cell(result["value"], result["value"] == best) if result else Cell(None) for result in results]
+            for cell, result, pair in zip(cells[1:], results[1:], pairs[1:], strict=True):
+                if result and results[0]:
+                    cell.difference = describe_difference(results[0], result, pair.get(metric))
+            rows.append((evaluation, metric, cells))
+        for column, file in zip(columns, files, strict=True):
+            notes += [f"{column.name}, {evaluation}: {warning}" for warning in (file or {}).get("warnings", [])]
+    return rows, notes
+
+
+def differing_settings(evaluation: str, columns: list[Column]) -> list[str]:
+    """A line for each column whose evaluation was not that of the first that has it."""
+    have = [column for column in columns if evaluation in column.files]
+    first, notes = have[0].files[evaluation]["settings"], []
+    for column in have[1:]:
+        settings = column.files[evaluation]["settings"]
+        keys = [key for key in {**first, **settings} if first.get(key) != settings.get(key)]
+        if keys:
+            notes.append(f"{evaluation}: {column.name} and {have[0].name} differ in {', '.join(keys)}")
+    return notes
+
+
+def describe_difference(first: dict, other: dict, pair: tuple | None) -> str:
+    """`-0.4100 [-0.5200, -0.3000]`; ~ where it is not paired."""
+    if pair and math.isfinite(pair[0]):
+        difference, (low, high), items = pair
+        over = f" ({items:,} in both)" if {items} != {first["n"], other["n"]} else ""
+        return f"{difference:+.4f}" + (f" [{low:+.4f}, {high:+.4f}]" if low is not None else "") + over
+    difference = other["value"] - first["value"]
+    if None in [result.get(end) for result in (first, other) for end in ("low", "high")]:
+        return f"{difference:+.4f}"
+    # The distances of the ends from the values add up as squares (Newcombe's method 10, where these are Wilson's).
+    low = difference - math.hypot(other["value"] - other["low"], first["high"] - first["value"])
+    high = difference + math.hypot(other["high"] - other["value"], first["value"] - first["low"])
+    return f"~{difference:+.4f} [{low:+.4f}, {high:+.4f}]"
+
+
+# ---- Showing ----
+
+
+def figure(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4f}"
+
+
+def column_titles(columns: list[Column]) -> list[str]:
+    return [column.name + ("" if column.step is None else f" (step {column.step:,})") for column in columns]
+
+
+def legend(rows, notes: list[str]) -> list[str]:
+    """What the marks of a table mean, as far as it has them, and its notes."""
+    lines = [f"* best; below each value the difference to the first column, 95 % interval ({RESAMPLES:,} resamples)"]
+    if any(cell.difference.startswith("~") for *_, cells in rows for cell in cells):
+        lines.append("~ not paired: from the two intervals")
+    return [*lines, *(f"note: {note}" for note in notes)]
+
+
+def print_table(columns: list[Column], rows, notes: list[str]) -> None:
+    table = Table()
+    table.add_column("evaluation")
+    table.add_column("metric")
+    for title in column_titles(columns):
+        table.add_column(title, justify="right")
+    last = None
+    for evaluation, metric, cells in rows:
+        if last not in (None, evaluation):
+            table.add_section()
+        texts = [
+            f"{figure(cell.value)}{'*' * cell.best}" + f"\n{cell.difference}" * bool(cell.difference) for cell in cells
+        ]
+        table.add_row(evaluation if evaluation != last else "", metric, *texts)
+        last = evaluation
+    # A pipe's width is not known: as wide as it has to be.
+    console = Console(width=None if sys.stdout.isatty() else 60 + 40 * len(columns), highlight=False, markup=False)
+    console.print(table)
+    for line in legend(rows, notes):
+        console.print(line)
+
+
+def print_markdown(columns: list[Column], rows, notes: list[str]) -> None:
+    def line(cells: list[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+    print(line(["evaluation", "metric", *column_titles(columns)]))
+    print(line(["---", "---", *["---:"] * len(columns)]))
+    for evaluation, metric, cells in rows:
+        values = [f"**{figure(cell.value)}**" if cell.best else figure(cell.value) for cell in cells]
+        texts = [
+            value + f"<br>{cell.difference}" * bool(cell.difference) for value, cell in zip(values, cells, strict=True)
+        ]
+        print(line([evaluation, metric, *texts]))
+    print()
+    for text in legend(rows, notes):
+        print(text.replace("* best", "**bold**: best", 1) + "  ")
+
+
+def plot(columns: list[Column], path: Path) -> None:
+    """Draw every metric over the steps: a panel for each kind, in it a line for each part and run.
+
+    Raises:
+        UserError: no run has results at two steps.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
+    runs = dict.fromkeys(column.run for column in columns)
+    for column in columns:
+        for evaluation, file in column.files.items() if column.step is not None else ():
+            for metric, result in file["results"].items():
+                kind, _, part = metric.partition("/")
+                label = " ".join([part or "all", *([column.run] if len(runs) > 1 else [])])
+                panels[f"{evaluation}: {kind}"][label].append((column.step, result))
+    if not any(len({step for step, _ in points}) > 1 for lines in panels.values() for points in lines.values()):
+        raise UserError("--plot: needs results at two steps of a run, evaluate more of its checkpoints")
+    across = min(3, len(panels))
+    down = math.ceil(len(panels) / across)
+    figure, axes = pyplot.subplots(down, across, figsize=(6 * across, 4.5 * down), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (title, lines) in zip(axes.flat, panels.items(), strict=False):
+        for label, points in lines.items():
+            points.sort(key=lambda point: point[0])
+            steps = [step for step, _ in points]
+            whole = label.startswith("all")
+            axis.plot(steps, [point["value"] for _, point in points], marker="o", lw=2.5 if whole else 1, label=label)
+            bounds = [(point.get("low"), point.get("high")) for _, point in points]
+            if whole and not any(None in ends for ends in bounds):
+                axis.fill_between(steps, *zip(*bounds, strict=True), alpha=0.2)
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--plot {path}: cannot be written: {error}") from error
+    pyplot.close(figure)
+    print(f"curves: {path}")
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(OPTIONS)

@@ -299,8 +299,9 @@ def rehearse(accelerator, model, optimizer, scheduler, mix: Mix, recipe: Recipe,
         seconds = (time.perf_counter() - started) / count
         if held_out:
             batch = collate(mix.validation, held_out.rows, recipe, pad_token_id, epoch=None)
+            model.eval()
             with torch.no_grad():
-                model.eval()(*(batch[name].to(accelerator.device) for name in MODEL_INPUTS))
+                model(*(batch[name].to(accelerator.device) for name in MODEL_INPUTS))
             model.train()
     except torch.OutOfMemoryError as error:
         shapes = " or ".join(f"{each.shape[0]} conversations of {each.shape[1]:,} tokens" for each in largest if each)

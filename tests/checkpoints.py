@@ -1,0 +1,22 @@
+"""A checkpoint to evaluate, without training one."""
+
+from pathlib import Path
+
+
+def save_chat_model(tiny_model: Path, folder: Path, seed: int = 0) -> Path:
+    """The tiny model with chat tokens and template, as sft.py leaves a model; other weights for another seed."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from utils.dialogue import prepare_tokenizer
+
+    tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(tiny_model))
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=16)
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        # Far enough from zero for the likeliest token to be clear, and not always the same.
+        parameter.data = torch.randn_like(parameter) * (0.3 if parameter.ndim > 1 else 0.1)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

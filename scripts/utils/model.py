@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
@@ -63,7 +62,7 @@ def count_parameters(recipe: Recipe, config: PretrainedConfig) -> int:
         UserError: no model can be built of its config.
     """
     try:
-        with init_empty_weights():
+        with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.trust_remote_code)
     except Exception as error:  # ZeroDivisionError for no heads, KeyError for an unknown activation, and so on
         raise UserError(

@@ -33,7 +33,6 @@ def describe_run(
     print(f"{over:,} training conversations are longer than max_length {recipe.max_length:,} and are cut in each epoch")
 
     warmup = max(2, recipe.warmup_steps)
-    beyond = " (longer than the run: the peak is not reached)" if warmup >= total_steps else ""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     precision = str(dtype).removeprefix("torch.")
     processes, micro = accelerator.num_processes, recipe.per_device_train_batch_size
@@ -45,7 +44,7 @@ def describe_run(
         f"{processes} process(es) x {micro} conversations x {accumulated} accumulated = "
         f"{conversations_per_step(recipe, processes)} conversations a step{note}\n"
         f"{epoch_steps:,} steps an epoch, {total_steps:,} in all; the rate rises to {recipe.learning_rate:g} in "
-        f"{warmup:,} steps{beyond}, then falls to 0",
+        f"{warmup:,} steps, then falls to 0",
         flush=True,
     )
 

@@ -84,7 +84,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             if name.endswith(".safetensors"):
                 with safe_open(path / name, framework="pt"):  # reads the header, which has to fit the file
                     pass
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(f"{path}: not whole: {error}") from error
     return Checkpoint(path, state)
 

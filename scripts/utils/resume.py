@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -45,15 +46,16 @@ def find_checkpoint(recipe: Recipe, allow_changes: bool) -> Checkpoint | None:
     own = list_checkpoints(folder)
     if asked not in ("auto", "never"):
         path = Path(asked)
-        newer = [other.name for other in own if path.resolve().parent == folder.resolve() and other.name != path.name]
-        newer = [name for name in newer if int(name.split("-")[1]) > _step_of(path)]
+        is_own = path.resolve().parent == folder.resolve()
+        newer = [other.name for other in own if is_own and _step_of(other) > _step_of(path)]
         if newer:
             raise UserError(
                 f"resume_from_checkpoint = {asked}: {folder} holds newer ones ({', '.join(newer)}): "
                 "move them away, or give another --output_dir"
             )
-        if not own:
-            refuse_other_run(recipe)
+        if is_own or not own:
+            if not is_own and not _same_run_without_checkpoint(recipe):
+                refuse_other_run(recipe)
             return _checked(read_checkpoint(path), recipe, allow_changes)
     if asked == "never":
         refuse_other_run(recipe)
@@ -250,13 +252,16 @@ def claim_output_dir(recipe: Recipe, checkpoint: Checkpoint | None) -> None:
             say(f"removed {name}, which an interrupted run had not finished")
         for path in list_checkpoints(folder) if checkpoint else []:
             if checkpoint.path.parent == folder and _step_of(path) > checkpoint.step:
-                path.rename(path.with_name(f"{path.name}.set-aside"))
-                say(f"{path} was passed over, and is now {path.name}.set-aside")
+                aside = path.with_name(f"{path.name}.set-aside")
+                shutil.rmtree(aside, ignore_errors=True)  # of the same step, of the time before
+                path.rename(aside)
+                say(f"{path} was passed over, and is now {aside.name}")
         _replace(folder / "recipe.yaml", RECIPE_HEADER + recipe.to_yaml())
         for file in (folder / "metrics.jsonl", folder / "bad_steps.jsonl"):
             source = file if checkpoint is None or file.exists() else checkpoint.path.parent / file.name
             if source.exists():
-                lines = source.read_text(encoding="utf-8").splitlines() if checkpoint else []
+                # Not splitlines: what bad_steps.jsonl quotes may hold U+2028. A full disk may have cut a character.
+                lines = source.read_text(encoding="utf-8", errors="replace").split("\n") if checkpoint else []
                 _replace(file, "".join(f"{line}\n" for line in lines if _step_of_line(line) <= checkpoint.step))
     except OSError as error:
         raise UserError(f"output_dir = {folder}: cannot write there: {error.strerror}") from error

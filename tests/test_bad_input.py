@@ -10,6 +10,7 @@ import json
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from utils.errors import UserError, one_line_errors
 from utils.launch import check_processes, training_dtype
 from utils.model import load_config, load_model, load_tokenizer
 from utils.recipe import load_recipe
+from utils.stopping import SIGNALS
 
 DEMO = ROOT / "recipes" / "demo.yaml"
 DATA = ROOT / "recipes" / "demo_data"
@@ -52,20 +54,24 @@ def refused(tmp_path, output_dir, monkeypatch, capfd):
         monkeypatch.chdir(ROOT)
         monkeypatch.setattr(sys, "argv", ["scripts/sft.py", str(recipe), *options])
         capfd.readouterr()
+        handlers = {number: signal.getsignal(number) for number in SIGNALS}
         with pytest.raises(SystemExit) as stopped:
             runpy.run_path(str(ROOT / "scripts" / "sft.py"), run_name="__main__")
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         stderr = capfd.readouterr().err
         assert stopped.value.code == 2
         assert "Traceback" not in stderr
         (line,) = re.findall(r"^error.*$", stderr, flags=re.MULTILINE)
         for part in parts:
             assert part in line
-        # What was there is there as it was. New, or of the last refused run, is at most the resolved recipe.
-        before.pop("output/recipe.yaml", None)
+        # What was there is there as it was. New, or of the last refused run, are at most its recipe and its record.
+        own = {"output/recipe.yaml", "output/run.json"}
+        before = {name: content for name, content in before.items() if name not in own}
         after = snapshot(tmp_path)
         assert {name: after.get(name) for name in before} == before
         new = {name for name in after.keys() - before.keys() if not name.startswith("cache/prepared/")}
-        assert new <= {"output/recipe.yaml"}
+        assert new <= own
         return line
 
     return run

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint
+.PHONY: demo test soak lint
 
 demo: .venv/installed  ## train the tiny demo model and see it reply
 	rm -rf demo_output
@@ -10,6 +10,9 @@ demo: .venv/installed  ## train the tiny demo model and see it reply
 
 test: .venv/installed lint  ## everything, two tests at a time
 	$(BIN)/python -m pytest -q -n 2
+
+soak: .venv/installed  ## kill a plain and a ZeRO-2 run 20 times each; alone on the machine, since it takes a while
+	$(BIN)/python -m pytest -q -s -m soak
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -1,0 +1,321 @@
+"""Killing a run again and again, at places of one's choice, until it comes to its end.
+
+A run is watched from outside, by its output folder and by what it prints. Where a kill is aimed at a place (inside a
+save, say), all its processes are first frozen with SIGSTOP, a random moment after the run got there; only if it is
+still there is it killed, else it goes on to the next such place. So every kill is where the table says it was.
+"""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ROOT, launch_command
+
+LIFE_SECONDS = 900  # of a start, until the end of the last process; 10 to 30 s where cores are idle
+POLL_SECONDS = 0.001
+
+
+class Life:
+    """One start of `sft.py`, with every process that came of it; use it in a `with`, which leaves none behind.
+
+    Attributes:
+        returncode: of the launcher, as its parent sees it; None until `wait`.
+    """
+
+    def __init__(self, arguments: list, output_dir: Path, launch: str, env: dict[str, str], log: Path):
+        self.output_dir, self.log = output_dir, log
+        self.started = time.monotonic()
+        self.returncode: int | None = None
+        self.checkpoint = newest_step(output_dir)  # that it goes on from
+        command = [*launch_command(launch), "scripts/sft.py", *map(str, arguments), "--output_dir", str(output_dir)]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", **env}
+        with open(log, "wb") as file:
+            self.launcher = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        self._known = {psutil.Process(self.launcher.pid)}
+
+    def __enter__(self) -> "Life":
+        return self
+
+    def __exit__(self, *_) -> None:
+        for process in self.processes():
+            process.kill()
+        self.launcher.wait()
+
+    def processes(self) -> list[psutil.Process]:
+        """Those alive, the launcher first. Each worker of a launcher of several has a session of its own."""
+        for process in list(self._known):
+            try:
+                self._known.update(process.children(recursive=True))
+            except psutil.NoSuchProcess:
+                continue
+        alive = [process for process in self._known if _is_alive(process)]
+        return sorted(alive, key=lambda process: (process.pid != self.launcher.pid, process.pid))
+
+    def workers(self) -> list[psutil.Process]:
+        """The processes that train."""
+        return [
+            process
+            for process in self.processes()
+            if "scripts/sft.py" in process.cmdline() and "launch" not in process.cmdline()
+        ]
+
+    def freeze(self) -> None:
+        """Stop all processes where they stand."""
+        while running := [process for process in self.processes() if process.status() != psutil.STATUS_STOPPED]:
+            self.signal(running, signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """Let them run again."""
+        self.signal(self.processes(), signal.SIGCONT)
+
+    def signal(self, processes: list[psutil.Process], number: int) -> None:
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+
+    def printed(self) -> str:
+        """What all processes have printed so far."""
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def is_over(self) -> bool:
+        """Whether the launcher has ended."""
+        return self.launcher.poll() is not None
+
+    def age(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self.started
+
+    def wait_for(self, condition: Callable[["Life"], bool]) -> bool:
+        """Wait until something can be seen of the run; False when it ended before."""
+        while not condition(self):
+            if self.is_over():
+                return False
+            assert self.age() < LIFE_SECONDS, f"it never came to the place\n{self.printed()[-3000:]}"
+            time.sleep(POLL_SECONDS)
+        return True
+
+    def wait(self) -> int:
+        """Wait for the end of every process."""
+        while alive := self.processes():
+            self.launcher.poll()  # which reaps it
+            assert self.age() < LIFE_SECONDS, f"still there: {alive}\n{self.printed()[-3000:]}"
+            time.sleep(0.02)
+        self.returncode = self.launcher.wait()
+        return self.returncode
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)  # some containers have no reaper
+    except psutil.NoSuchProcess:
+        return False
+
+
+def newest_step(output_dir: Path) -> int:
+    """Of the newest checkpoint that bears its name; 0 without one."""
+    steps = [path.name.removeprefix("checkpoint-") for path in output_dir.glob("checkpoint-*")]
+    return max((int(step) for step in steps if step.isdecimal()), default=0)
+
+
+def half_written(output_dir: Path) -> Path | None:
+    """The checkpoint that is being written."""
+    for path in output_dir.glob(".checkpoint-*"):
+        if int(path.name.removeprefix(".checkpoint-")) > newest_step(output_dir):  # not an old one being removed
+            return path
+    return None
+
+
+# ---- where a run can be ----
+
+
+@dataclass
+class Place:
+    """A part of a run that kills are aimed at.
+
+    Attributes:
+        is_there: whether the run is in it now.
+        spread: seconds; the kill falls at a random moment of them after the run got there.
+        exactly: whether the run has to be in it still at that moment.
+    """
+
+    is_there: Callable[[Life], bool]
+    spread: float
+    exactly: bool = True
+
+
+def _optimizer_files(life: Life) -> bool:
+    work = half_written(life.output_dir)
+    return bool(work and list(work.glob("trainer_state/optimizer-*")))
+
+
+def is_doing(life: Life, what: str) -> bool:
+    """By the description before the progress bar, which is `training` or `evaluating`."""
+    printed = life.printed()
+    return printed.rfind(f"{what}:") > max(printed.rfind(f"{other}:") for other in {"training", "evaluating"} - {what})
+
+
+def places(prepared: Path, start_seconds: float) -> dict[str, Place]:
+    """
+    Args:
+        prepared: folder of the prepared data.
+        start_seconds: from a start to the first step, as this machine is now.
+    """
+    return {
+        "start": Place(lambda life: True, 0.9 * start_seconds, exactly=False),
+        "preparation": Place(lambda life: any(path.is_dir() for path in prepared.glob(".*")), 0.05),
+        "training": Place(lambda life: is_doing(life, "training"), 1.5, exactly=False),
+        "evaluation": Place(lambda life: is_doing(life, "evaluating"), 0.3),
+        "save: model": Place(lambda life: half_written(life.output_dir) and not _optimizer_files(life), 0.05),
+        "save: optimizer": Place(_optimizer_files, 0.02),
+        # Verifying, flushing, renaming, removing the oldest: some milliseconds altogether.
+        "save: publish": Place(
+            lambda life: any(life.output_dir.glob(".checkpoint-*/trainer_state/state.json")), 0.01, exactly=False
+        ),
+        "final": Place(lambda life: (life.output_dir / ".final").exists(), 0.02),
+    }
+
+
+# ---- how it is killed ----
+
+
+def _kill_all(life: Life, rng: random.Random) -> None:
+    life.signal(life.processes(), signal.SIGKILL)
+
+
+def _kill_worker(life: Life, rng: random.Random) -> None:
+    victim = rng.choice(life.workers())
+    victim.kill()
+    life.go_on()
+
+
+def _kill_launcher(life: Life, rng: random.Random) -> None:
+    life.launcher.kill()
+    life.go_on()
+
+
+def _terminate_launcher(life: Life, rng: random.Random) -> None:
+    life.launcher.terminate()
+    life.go_on()
+
+
+def _terminate_all(life: Life, rng: random.Random) -> None:
+    life.signal(life.processes(), signal.SIGTERM)
+    life.go_on()
+
+
+WAYS: dict[str, Callable[[Life, random.Random], None]] = {
+    "SIGKILL all": _kill_all,
+    "SIGKILL worker": _kill_worker,
+    "SIGKILL launcher": _kill_launcher,
+    "SIGTERM launcher": _terminate_launcher,
+    "SIGTERM all": _terminate_all,
+}
+
+
+@dataclass
+class Death:
+    """What a kill did: where and how, after how many seconds, from which checkpoint to which, and what it left over."""
+
+    place: str
+    way: str
+    after: float
+    returncode: int
+    checkpoint_before: int
+    checkpoint_after: int
+    leftovers: list[str]
+    printed: str
+
+    def __str__(self) -> str:
+        steps = f"checkpoint {self.checkpoint_before} -> {self.checkpoint_after}"
+        left = f", left {' '.join(self.leftovers)}" if self.leftovers else ""
+        return f"{self.place:<16} {self.way:<17} after {self.after:5.1f} s  status {self.returncode:4d}  {steps}{left}"
+
+
+def kill_at(life: Life, name: str, place: Place, way: str, rng: random.Random) -> Death:
+    """Kill a life at a random moment of a place, and wait until nothing of it is left.
+
+    Raises:
+        AssertionError: it ended before.
+    """
+    while True:
+        reached = life.wait_for(place.is_there)
+        if reached:
+            time.sleep(rng.uniform(0, place.spread))
+            life.freeze()
+        # What is frozen has not ended: whatever ends it from here on is our signal. (Early in a start there is nobody
+        # but the launcher.)
+        alive = not life.is_over() and (name == "start" or life.workers())
+        assert alive, f"it ended before the kill, aimed at {name}\n{life.printed()[-3000:]}"
+        if not place.exactly or place.is_there(life):
+            break
+        life.go_on()
+    after = life.age()
+    WAYS[way](life, rng)
+    returncode = life.wait()
+    folder = life.output_dir
+    leftovers = [path.name for path in [*folder.glob(".checkpoint-*"), *folder.glob(".final")]]
+    return Death(name, way, after, returncode, life.checkpoint, newest_step(folder), sorted(leftovers), life.printed())
+
+
+# ---- a disk that fails ----
+
+
+class SmallDisk:
+    """A file system in memory, mounted for a test; as a user without that right there is none, and the test is skipped.
+
+    Attributes:
+        folder: where it is mounted.
+    """
+
+    def __init__(self, folder: Path, megabytes: int):
+        self.folder = folder
+        folder.mkdir()
+        mounted = self._mount("-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs")
+        if mounted.returncode:
+            pytest.skip(f"cannot mount a small file system here: {mounted.stderr.strip()}")
+
+    def _mount(self, *arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["mount", *arguments, str(self.folder)], capture_output=True, text=True)
+
+    def fill(self, leave: int = 0) -> bool:
+        """Take all its room but so many bytes."""
+        room = os.statvfs(self.folder)
+        (self.folder / "filler").write_bytes(bytes(max(0, room.f_bavail * room.f_frsize - leave)))
+        return True
+
+    def make_read_only(self) -> bool:
+        """False while a file on it is being written."""
+        return self._mount("-o", "remount,ro").returncode == 0
+
+    def mend(self) -> None:
+        """Make it one to be written on, with room."""
+        assert self._mount("-o", "remount,rw").returncode == 0
+        (self.folder / "filler").unlink(missing_ok=True)
+
+    def unmount(self) -> None:
+        subprocess.run(["umount", str(self.folder)], check=True)
+
+
+def fail_at(life: Life, is_there: Callable[[Life], bool], fail: Callable[[], bool]) -> list[str]:
+    """Let a disk fail under a run once it is somewhere, and wait for its end; returns its error lines."""
+    assert life.wait_for(is_there), life.printed()[-3000:]
+    life.freeze()
+    while not fail():
+        life.go_on()
+        time.sleep(0.01)
+        life.freeze()
+    life.go_on()
+    assert life.wait() != 0, life.printed()[-3000:]
+    # At the start of a line, or after the progress bar.
+    return re.findall(r"(?:^|\])(error(?: \(process \d+\))?: .*)$", life.printed(), flags=re.MULTILINE)

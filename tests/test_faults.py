@@ -1,0 +1,222 @@
+"""A run that is killed over and over, or whose disk is full or read-only for a while, ends as the untouched run does.
+
+CI runs a short form; `make soak` kills a plain and a ZeRO-2 run 20 times each. FAULT_SEED=N repeats the choices of a
+failed soak, which it prints; the moments themselves also depend on the machine.
+"""
+
+import json
+import os
+import random
+import shutil
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from fault_injection import WAYS, Life, SmallDisk, fail_at, is_doing, kill_at, newest_step, places
+from safetensors.torch import load_file
+
+from utils.checkpoint import list_checkpoints, read_checkpoint
+
+# Few conversations, so that a step, an evaluation and a save take some tenths of a second each; lines of metrics and
+# epochs lie across checkpoints.
+RUN = ["recipes/demo.yaml", "--logging_steps", 3, "--save_steps", 2, "--eval_steps", 6, "--sample_replies", 0]
+RUN += ["--per_device_train_batch_size", 4, "--warmup_steps", 2, "--datasets.vicuna.fraction", 0.04]
+for name, size in {"oasst_export": 8, "dolly15k": 8, "grade_school_math_instructions": 40, "code_alpaca": 8}.items():
+    RUN += [f"--datasets.{name}.size", size, f"--datasets.{name}.max_val_set", 8]
+
+AT_START = ["SIGKILL all", "SIGTERM all"]  # a launcher killed alone there leaves a worker that has yet to hear of it
+
+
+class Training:
+    """A run to be disturbed and the same one untouched, both with caches of their own."""
+
+    def __init__(self, folder: Path, launch: str, max_steps: int):
+        self.launch = launch
+        self.output_dir, self.untouched_dir = folder / "run", folder / "untouched"
+        self.cache = folder / "cache"
+        self.arguments = [*RUN, "--max_steps", max_steps, "--cache_dir", self.cache]
+        # A killed process may leave half a file in any cache, so none is shared with other tests.
+        (folder / "tmp").mkdir(parents=True)
+        self.env = {"HF_HOME": str(folder / "hf"), "TMPDIR": str(folder / "tmp")}
+        self.log = folder / "log.txt"
+        with self.start(output_dir=self.untouched_dir) as life:
+            assert life.wait_for(lambda life: "training:" in life.printed()), life.printed()[-3000:]
+            self.start_seconds = life.age()
+            assert life.wait() == 0, life.printed()[-3000:]
+
+    def start(self, *more, output_dir: Path | None = None) -> Life:
+        return Life([*self.arguments, *more], output_dir or self.output_dir, self.launch, self.env, self.log)
+
+    def go_to_the_end(self) -> None:
+        with self.start() as life:
+            assert life.wait() == 0, life.printed()[-3000:]
+
+    def assert_ends_identical(self) -> None:
+        """The same metrics and weights, bit for bit; nothing half done is left, and every checkpoint is whole."""
+        lines, expected = metrics(self.output_dir), metrics(self.untouched_dir)
+        assert lines == expected
+        weights, expected = (load_file(each / "model.safetensors") for each in (self.output_dir, self.untouched_dir))
+        assert weights.keys() == expected.keys()
+        assert all(torch.equal(weights[name], expected[name]) for name in expected)
+        assert sorted(path.name for path in self.output_dir.glob(".*")) == []
+        assert [path.name for path in (self.cache / "prepared").glob(".*")] == []
+        own = {path.name for path in self.output_dir.iterdir() if not path.name.startswith("checkpoint-")}
+        assert own == {path.name for path in self.untouched_dir.iterdir() if not path.name.startswith("checkpoint-")}
+        assert_whole(self.output_dir)
+        assert json.loads((self.output_dir / "run.json").read_text())["status"] == "finished"
+
+
+def metrics(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
+
+
+def assert_whole(folder: Path) -> None:
+    """Every checkpoint that bears its name is one to go on from, its weights and optimizer can be read."""
+    for path in list_checkpoints(folder):
+        checkpoint = read_checkpoint(path)
+        assert checkpoint.step == int(path.name.removeprefix("checkpoint-"))
+        for file in path.rglob("*.safetensors"):
+            assert all(torch.isfinite(tensor).all() for tensor in load_file(file).values())
+
+
+# ---- kills ----
+
+
+def kill_over_and_over(training: Training, kills: list[tuple[str, str]], seed: int) -> None:
+    """Start the run until it ends by itself, each life but the last killed as planned."""
+    rng = random.Random(seed)
+    print(
+        f"\n{training.launch}, {len(kills)} kills, FAULT_SEED={seed}, {training.start_seconds:.1f} s to the first step"
+    )
+    where = places(training.cache / "prepared", training.start_seconds)
+    deaths = []
+    for place, way in kills:
+        if place == "preparation":
+            shutil.rmtree(training.cache / "prepared", ignore_errors=True)
+        with training.start() as life:
+            death = kill_at(life, place, where[place], way, rng)
+        deaths.append(death)
+        print(f"{len(deaths):2d} {death}", flush=True)
+        assert death.returncode != 0
+        assert death.checkpoint_after >= death.checkpoint_before
+        assert_whole(training.output_dir)
+        heard = "saving after this step" in death.printed
+        if way == "SIGTERM launcher":  # one signal to each worker, and not before it trains
+            assert heard
+            assert death.leftovers == []
+        if way == "SIGKILL all":
+            assert not heard
+            if place.startswith("save: ") and where[place].exactly:
+                assert any(name.startswith(".checkpoint-") for name in death.leftovers)
+            if place == "final":
+                assert ".final" in death.leftovers
+    training.go_to_the_end()
+    training.assert_ends_identical()
+    assert len(deaths) == len(kills)
+    print(f"identical after {len(deaths)} kills: {dict(Counter(death.way for death in deaths))}")
+
+
+SHORT = {
+    "cpu": [("save: optimizer", "SIGKILL all"), ("evaluation", "SIGTERM launcher"), ("final", "SIGKILL all")],
+    "zero2x2": [("save: optimizer", "SIGKILL worker"), ("training", "SIGTERM launcher")],
+}
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("launch", SHORT)
+def test_killed_a_few_times(tmp_path, launch):
+    kill_over_and_over(Training(tmp_path, launch, max_steps=14), SHORT[launch], int(os.environ.get("FAULT_SEED", 0)))
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("launch", SHORT)
+def test_killed_20_times(tmp_path, launch):
+    seed = int(os.environ.get("FAULT_SEED", time.time()))
+    rng = random.Random(seed)
+    kills = [(place, rng.choice(AT_START)) for place in ["start"] * 3 + ["preparation"] * 2]
+    anywhere = ["training"] * 4 + ["evaluation"] * 3 + ["save: model"] * 2 + ["save: optimizer"] * 2
+    ways = list(WAYS) * 3  # each way at least twice
+    rng.shuffle(ways)
+    kills += zip(anywhere + ["save: publish"] * 2, ways, strict=False)
+    rng.shuffle(kills)
+    kills += [("final", way) for way in ("SIGKILL all", "SIGKILL worker")]  # which only the last lives come to
+    kill_over_and_over(Training(tmp_path, launch, max_steps=96), kills, seed)
+
+
+# ---- a disk that is full or read-only ----
+
+
+@pytest.fixture
+def disk(tmp_path):
+    disk = SmallDisk(tmp_path / "disk", megabytes=64)
+    yield disk
+    disk.unmount()
+
+
+def saved(step: int):
+    """Whether the checkpoint of a step is there, and what it replaces is gone."""
+
+    def is_saved(life: Life) -> bool:
+        found = list_checkpoints(life.output_dir)
+        busy = any(life.output_dir.glob(".checkpoint-*"))
+        return newest_step(life.output_dir) == step and len(found) <= 2 and not busy  # save_total_limit is 2
+
+    return is_saved
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("launch", ["python", "zero2x2"])
+def test_a_failing_disk_is_one_line_and_the_run_goes_on_when_it_is_mended(tmp_path, disk, launch):
+    training = Training(tmp_path, launch, max_steps=14)
+    training.output_dir = disk.folder / "run"
+
+    def fails(where, how, *more) -> str:
+        with training.start(*more) as life:
+            errors = fail_at(life, where, how)
+            printed = life.printed()
+        disk.mend()
+        assert len(errors) == 1, printed[-6000:]
+        assert f'File "{ROOT / "scripts"}' not in printed  # no traceback of ours, on any process
+        assert_whole(training.output_dir)
+        return errors[0]
+
+    error = fails(saved(2), lambda: disk.fill(leave=10**6))
+    assert "checkpoint-4 could not be written" in error
+    assert "No space left" in error
+    assert newest_step(training.output_dir) == 2
+
+    # Nothing but lines of metrics and the curves before the end: one of the two comes to need a new page of memory.
+    more = ["--logging_steps", 1, "--save_steps", 1000]
+    error = fails(lambda life: is_doing(life, "training"), disk.fill, *more)
+    assert "metrics.jsonl" in error or "training.png" in error
+    assert "No space left" in error
+    assert newest_step(training.output_dir) == 2
+
+    error = fails(saved(4), disk.make_read_only)
+    assert "Read-only file system" in error
+    assert newest_step(training.output_dir) >= 4
+
+    assert disk.make_read_only()
+    error = fails(lambda life: True, lambda: True)
+    assert f"output_dir = {training.output_dir}: cannot write there: Read-only file system" in error
+
+    error = fails(saved(14), lambda: disk.fill(leave=10**6))
+    assert "the final model could not be written" in error
+    assert newest_step(training.output_dir) == 14
+
+    training.go_to_the_end()
+    training.assert_ends_identical()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write where the mode says no: the test above mounts read-only")
+def test_a_folder_without_the_right_to_write(tmp_path, run_sft):
+    folder = tmp_path / "kept"
+    folder.mkdir(mode=0o555)
+    run = run_sft(*RUN, "--max_steps", 2, output_dir=folder / "run", check=False)
+    assert run.returncode == 2
+    assert run.errors == [f"error: output_dir = {folder / 'run'}: cannot write there: Permission denied"]

@@ -57,7 +57,6 @@ def fast_text_encoder(tokenizer: Any) -> TextEncoder:
 
     fast = Tokenizer.from_json_str(tokenizer_json)
     fast.no_truncation()
-
     own = text_encoder(tokenizer)
 
     def encode_texts(texts: list[str]) -> list[np.ndarray]:

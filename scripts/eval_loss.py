@@ -249,9 +249,9 @@ def summarize(items: list[dict], names: list[str], recipe: Recipe) -> tuple[dict
         suffix = "" if label == "all" else f"/{label}"
         of_loss, of_correct, of_targets = fields[label]
         of = {"ratio": [of_loss, of_targets], "where": parts[label][1]}
-        exp = tuple(bound and math.exp(bound) for bound in losses)
+        exp = tuple(bound and perplexity(bound) for bound in losses)
         results[f"loss{suffix}"] = metric(loss / targets, losses, "lower", count, targets=int(targets), **of)
-        results[f"perplexity{suffix}"] = metric(math.exp(loss / targets), exp, "lower", count, exp=True, **of)
+        results[f"perplexity{suffix}"] = metric(perplexity(loss / targets), exp, "lower", count, exp=True, **of)
         of = {**of, "ratio": [of_correct, of_targets]}
         results[f"accuracy{suffix}"] = metric(correct / targets, shares, "higher", count, **of)
         table.add_row(
@@ -260,11 +260,16 @@ def summarize(items: list[dict], names: list[str], recipe: Recipe) -> tuple[dict
             f"{int(targets):,}",
             f"{loss / targets:.4f}",
             "" if losses[0] is None else f"{losses[0]:.4f} to {losses[1]:.4f}",
-            f"{math.exp(loss / targets):,.2f}",
+            f"{perplexity(loss / targets):,.2f}",
             f"{correct / targets:.2%}",
             "" if shares[0] is None else f"{shares[0]:.2%} to {shares[1]:.2%}",
         )
     return results, table
+
+
+def perplexity(loss: float) -> float:
+    """e to the power of a loss, up to what a number in JSON can be (a model that diverged)."""
+    return math.exp(min(loss, 700))
 
 
 if __name__ == "__main__":

@@ -85,7 +85,10 @@ class RunLog:
     def draw(self) -> None:
         """Draw the curves so far, so that a run that is stopped has them too."""
         if self.main_process:
-            plot(self.path, self.path.with_name("training.png"))
+            try:
+                plot(self.path, self.path.with_name("training.png"))
+            except OSError as error:  # no reason to stop: what does not come back if it is not written says so itself
+                say(f"\ntraining.png could not be drawn: {error.strerror}")
 
     def close(self) -> None:
         """Draw the curves for the last time and end the wandb run."""

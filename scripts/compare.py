@@ -32,6 +32,7 @@ if __name__ == "__main__":
 
 import json
 import math
+import os
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,7 +182,13 @@ def figure(value: float | None) -> str:
 
 
 def column_titles(columns: list[Column]) -> list[str]:
-    return [column.name + ("" if column.step is None else f" (step {column.step:,})") for column in columns]
+    """Their paths without the folder that all are in, and their steps."""
+    names = [os.path.abspath(column.name) for column in columns]
+    common = os.path.dirname(os.path.commonpath(names)) if len(set(names)) == 1 else os.path.commonpath(names)
+    titles = [os.path.relpath(name, common) for name in names]
+    titles = [os.path.basename(common) if title == "." else title for title in titles]
+    steps = ["" if column.step is None else f" (step {column.step:,})" for column in columns]
+    return [title + step for title, step in zip(titles, steps, strict=True)]
 
 
 def legend(rows, notes: list[str]) -> list[str]:

@@ -1,0 +1,113 @@
+"""compare.py: the table of what is there, the best, the differences, the curves; other files are passed over."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import run_script
+
+
+def compare(*arguments, check=True):
+    return run_script(*arguments, script="scripts/compare.py", output_dir=None, check=check)
+
+
+def write_result(folder, step, loss, name="loss", settings=None, **more):
+    """A result of 60 conversations with a loss around `loss`, the noise shared by all results."""
+    noise = np.random.default_rng(0).normal(size=60)
+    items = {f"c{n}": {"dataset": "d", "loss": 10 * (loss + noise[n]), "targets": 10} for n in range(60)}
+    value = loss + noise.mean()
+    results = {
+        "loss": {"value": value, "low": value - 0.25, "high": value + 0.25, "better": "lower", "n": 60}
+        | {"ratio": ["loss", "targets"], "where": {}},
+        "accuracy": {"value": 1 - loss / 10, "low": 0.1, "high": 0.9, "better": "higher", "n": 60},
+        "tokens": {"value": 12345, "better": None},
+    }
+    content = {
+        "name": name,
+        "checkpoint": {"name": folder.name, "step": step, "fingerprint": "x"},
+        "settings": settings or {"max_length": 64},
+        "results": results,
+        "warnings": [],
+        "items": items,
+    } | more
+    (folder / "eval").mkdir(parents=True, exist_ok=True)
+    (folder / "eval" / f"{name}.json").write_text(json.dumps(content))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run with results of three checkpoints, and files that are no results of ours."""
+    run = tmp_path_factory.mktemp("run")
+    for step, loss in ((100, 3.0), (20, 4.0), (300, 3.5)):
+        write_result(run / f"checkpoint-{step}", step, loss)
+    (run / "config.json").write_text("{}")
+    (run / "checkpoint-20" / "eval" / "sampling_report.json").write_text('{"model_name": "x", "prompts": []}')
+    return run
+
+
+def test_table_of_a_run(run, tmp_path):
+    plot = tmp_path / "curves.png"
+    shown = compare(run, "--plot", plot).stdout
+    lines = shown.splitlines()
+    header = next(line for line in lines if "metric" in line)
+    assert header.index("checkpoint-20 ") < header.index("checkpoint-100") < header.index("checkpoint-300")
+    loss = next(line for line in lines if "│ loss " in line).split("│")
+    assert [cell.strip().endswith("*") for cell in loss[3:6]] == [False, True, False]
+    accuracy = next(line for line in lines if "accuracy" in line).split("│")
+    assert [cell.strip().endswith("*") for cell in accuracy[3:6]] == [False, True, False]
+    # Paired: the noise is shared, so that the difference has none. Not paired: only intervals are known.
+    assert "-1.0000" in shown
+    assert "~-1.0000" not in shown
+    assert "~+0.1000" in shown
+    assert "~ not paired" in shown
+    assert "12,345" in shown
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_markdown(run):
+    shown = compare(run / "checkpoint-20", run / "checkpoint-300", "--markdown").stdout.splitlines()
+    assert shown[0].startswith("| evaluation | metric |")
+    assert shown[1] == "| --- | --- | ---: | ---: |"
+    assert all(line.count(" | ") == 3 for line in shown[:5])
+    assert "**" in shown[2]
+    assert "<br>-0.5000" in shown[2]
+
+
+def test_other_settings_and_warnings_are_said(run, tmp_path):
+    write_result(
+        tmp_path / "other", None, 2.0, settings={"max_length": 32, "seed": 1}, warnings=["it was trained on it"]
+    )
+    shown = compare(run / "checkpoint-20", tmp_path / "other").stdout
+    assert "differ in max_length, seed" in shown
+    assert "trained on it" in shown
+
+
+def test_a_result_file_and_an_output_folder(run, tmp_path):
+    file = run / "checkpoint-20" / "eval" / "loss.json"
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "loss.json").write_text(file.read_text())
+    shown = compare(file, tmp_path / "out", "--markdown").stdout
+    assert "eval/loss.json (step 20) |" in shown
+    assert "/out (step 20) |" in shown
+    assert "**" not in shown.split("bold")[0].rpartition("**")[0]  # equal: none is the best
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nowhere: no such file or folder"),
+        (["{run}/config.json"], "not a result file of the eval scripts"),
+        (["{empty}"], "no results; run an eval script on it first"),
+        (["{run}/checkpoint-20", "--plot", "x.png"], "needs results at two steps"),
+        (["{run}", "--plot", "{run}/no/such/folder/x.png"], "cannot be written"),
+        (["{run}", "--markdwon"], "--markdwon"),
+        ([], "CHECKPOINT"),
+    ],
+)
+def test_bad_input_is_one_line(run, tmp_path, arguments, message):
+    arguments = [argument.format(run=run, empty=tmp_path) for argument in arguments]
+    found = compare(*arguments, check=False)
+    assert found.returncode == 2
+    assert len(found.errors) == 1
+    assert message in found.errors[0]
+    assert "Traceback" not in found.stderr

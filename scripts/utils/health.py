@@ -5,11 +5,12 @@ import statistics
 from collections import deque
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from utils.errors import UserError
+from utils.launch import process_index
 from utils.mix import Mix
 
 WINDOW = 100  # steps whose median gradient norm is the usual one, and lines of metrics likewise for the loss
@@ -53,12 +54,13 @@ class StepHealth:
         """fp16 gradients overflowed and the scaler left the step out; its scale is halved now.
 
         Raises:
-            UserError: the scale has sunk below 1, where DeepSpeed too gives up (its min_loss_scale).
+            UserError: on the first process (SystemExit on the others): the scale has sunk below 1, where DeepSpeed too
+                gives up (its min_loss_scale).
         """
         self.skipped += 1
         self.bad_in_a_row = 0
         if loss_scale is not None and loss_scale < 1:
-            raise UserError(FP16_ADVICE)
+            _stop(FP16_ADVICE)
 
     def bad_step(self, step: int, loss: float, grad_norm: float, mix: Mix, rows: np.ndarray) -> None:
         """The loss or the gradient norm was no finite number, and the weights were not updated.
@@ -67,7 +69,7 @@ class StepHealth:
             rows: of the training split, the step's conversations over all processes.
 
         Raises:
-            UserError: it was the last of max_bad_steps in a row.
+            UserError: on the first process (SystemExit on the others): it was the last of max_bad_steps in a row.
         """
         self.skipped, self.bad, self.bad_in_a_row = self.skipped + 1, self.bad + 1, self.bad_in_a_row + 1
         if self.file:
@@ -83,8 +85,8 @@ class StepHealth:
             with open(self.file, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
             print(f"\nstep {step:,} left out: loss {loss}, gradient norm {grad_norm}; see {self.file}", flush=True)
-        if self.bad_in_a_row == self.max_bad_steps:
-            raise UserError(
+        if self.bad_in_a_row >= self.max_bad_steps:  # over it where a resumed run has a lower limit
+            _stop(
                 f"{self.bad_in_a_row} steps in a row without a finite loss and gradient, up to step {step:,}: stopped; "
                 "bad_steps.jsonl in output_dir lists their conversations"
             )
@@ -121,6 +123,13 @@ class StepHealth:
             setattr(self, name, deque(value, maxlen=WINDOW) if isinstance(value, list) else value)
 
 
+def _stop(reason: str) -> NoReturn:
+    """End the run; every process comes here, and the first says why."""
+    if process_index():
+        raise SystemExit(2)
+    raise UserError(reason)
+
+
 def _is_spike(value: float, before: deque[float], factor: float) -> bool:
     return len(before) >= ENOUGH and value > factor * statistics.median(before)
 
@@ -131,6 +140,6 @@ def one_line_at_minimum_scale():
     try:
         yield
     except Exception as error:
-        if "loss scale already at minimum" in str(error):
-            raise UserError(FP16_ADVICE) from error
-        raise
+        if "loss scale already at minimum" not in str(error):
+            raise
+        _stop(FP16_ADVICE)

@@ -262,16 +262,19 @@ def claim_output_dir(recipe: Recipe, checkpoint: Checkpoint | None) -> None:
             if source.exists():
                 # Not splitlines: what bad_steps.jsonl quotes may hold U+2028. A full disk may have cut a character.
                 lines = source.read_text(encoding="utf-8", errors="replace").split("\n") if checkpoint else []
-                _replace(file, "".join(f"{line}\n" for line in lines if _step_of_line(line) <= checkpoint.step))
+                _replace(file, "".join(f"{line}\n" for line in lines if _is_before(line, checkpoint)))
     except OSError as error:
         raise UserError(f"output_dir = {folder}: cannot write there: {error.strerror}") from error
 
 
-def _step_of_line(line: str) -> float:
+def _is_before(line: str, checkpoint: Checkpoint) -> bool:
+    """Whether a line was written before a checkpoint, which may have left the evaluation of its step to do."""
     try:
-        return json.loads(line)["step"]
+        metrics = json.loads(line)
     except ValueError:  # the last line of a run that was killed while writing it
-        return float("inf")
+        return False
+    due = checkpoint.state["evaluation_due"] and metrics["step"] == checkpoint.step and "eval_loss" in metrics
+    return metrics["step"] <= checkpoint.step and not due
 
 
 def _replace(path: Path, text: str) -> None:

@@ -154,9 +154,9 @@ class Place:
     exactly: bool = True
 
 
-def _optimizer_files(life: Life) -> bool:
-    work = half_written(life.output_dir)
-    return bool(work and list(work.glob("trainer_state/optimizer-*")))
+def has_begun(life: Life) -> bool:
+    """Whether it trains: from then on nothing that can be seen is a leftover of the life before."""
+    return "training:" in life.printed()
 
 
 def is_doing(life: Life, what: str) -> bool:
@@ -171,18 +171,28 @@ def places(prepared: Path, start_seconds: float) -> dict[str, Place]:
         prepared: folder of the prepared data.
         start_seconds: from a start to the first step, as this machine is now.
     """
+
+    def saving(life: Life, optimizer: bool) -> bool:
+        work = half_written(life.output_dir)
+        return bool(work) and has_begun(life) and optimizer == any(work.glob("trainer_state/optimizer-*"))
+
+    def evaluated(life: Life) -> bool:
+        return "validation after step" in life.printed() and newest_step(life.output_dir) == life.checkpoint
+
+    def publishing(life: Life) -> bool:
+        return has_begun(life) and any(life.output_dir.glob(".checkpoint-*/trainer_state/state.json"))
+
     return {
         "start": Place(lambda life: True, 0.9 * start_seconds, exactly=False),
         "preparation": Place(lambda life: any(path.is_dir() for path in prepared.glob(".*")), 0.05),
-        "training": Place(lambda life: is_doing(life, "training"), 1.5, exactly=False),
+        "training": Place(has_begun, 1.5, exactly=False),
         "evaluation": Place(lambda life: is_doing(life, "evaluating"), 0.3),
-        "save: model": Place(lambda life: half_written(life.output_dir) and not _optimizer_files(life), 0.05),
-        "save: optimizer": Place(_optimizer_files, 0.02),
+        "evaluated": Place(evaluated, 0),  # written to metrics.jsonl, but no checkpoint says so yet
+        "save: model": Place(lambda life: saving(life, optimizer=False), 0.05),
+        "save: optimizer": Place(lambda life: saving(life, optimizer=True), 0.02),
         # Verifying, flushing, renaming, removing the oldest: some milliseconds altogether.
-        "save: publish": Place(
-            lambda life: any(life.output_dir.glob(".checkpoint-*/trainer_state/state.json")), 0.01, exactly=False
-        ),
-        "final": Place(lambda life: (life.output_dir / ".final").exists(), 0.02),
+        "save: publish": Place(publishing, 0.01, exactly=False),
+        "final": Place(lambda life: has_begun(life) and (life.output_dir / ".final").exists(), 0.02),
     }
 
 

@@ -15,12 +15,12 @@ from conftest import ROOT, run_script
 from interruption import SCRIPT, metrics, run_here, small_recipe
 from safetensors.torch import load_file
 
-from utils.checkpoint import list_checkpoints
+from utils.checkpoint import FORMAT, list_checkpoints, read_checkpoint
 from utils.errors import UserError
 from utils.recipe import load_recipe
 from utils.resume import RECIPE_HEADER, changed_keys, claim_output_dir, find_checkpoint
 
-FIXTURE = ROOT / "tests" / "fixtures" / "checkpoint_format_1"
+FIXTURES = ROOT / "tests" / "fixtures"  # of every format so far; make_checkpoint.py there says what they hold
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ STOPS = {
     ],
     "after the last step": [{"steps": 20, "by": "SIGUSR1"}],
     "by a power cut": [{"steps": 8, "by": "death"}, {"steps": 1, "by": "death"}],  # back to checkpoint-5, twice
-    "in the last evaluation": [{"evaluation_batches": 4 * 5 + 1}],  # four of 4 batches are before it
+    "in the last evaluation": [{"evaluation_batches": 4 * 4 + 2}],  # four of 4 batches are before it
 }
 
 
@@ -153,7 +153,7 @@ def test_two_processes(tmp_path, recipe, launch):
     launched(launch, recipe, *keys, output_dir=tmp_path / "whole")
     output = tmp_path / "output"
     # The second process in the evaluation after step 8, then the first in the second epoch.
-    launched(launch, recipe, *keys, output_dir=output, code=75, evaluation_batches=5, process=1, by="SIGUSR1")
+    launched(launch, recipe, *keys, output_dir=output, code=75, evaluation_batches=3, process=1, by="SIGUSR1")
     assert list_checkpoints(output)[-1].name == "checkpoint-8"
     launched(launch, recipe, *keys, output_dir=output, code=75, steps=6, process=0, by="SIGTERM")
     assert list_checkpoints(output)[-1].name == "checkpoint-14"
@@ -221,6 +221,24 @@ def test_without_a_global_batch_size_it_says_what_changes(tmp_path, recipe, tiny
     assert metrics(tmp_path)[-1]["epoch"] == 2
 
 
+@pytest.mark.parametrize("number", range(1, FORMAT + 1))
+def test_a_checkpoint_of_every_format_can_be_gone_on_from(tmp_path, number):
+    """It was written by two processes under ZeRO-2; tolerances are for other machines and versions of PyTorch."""
+    fixture = FIXTURES / f"checkpoint_format_{number}"
+    output = shutil.copytree(fixture / "run", tmp_path / "output")
+    assert read_checkpoint(output / "checkpoint-5").state["format"] == number
+    keys = ("--output_dir", output, "--cache_dir", tmp_path / "cache")
+    run = run_here(fixture.relative_to(ROOT) / "recipe.yaml", *keys, output_dir=output)
+    assert run.returncode == 0, run.stderr
+    assert f"going on from {output}/checkpoint-5, after step 5" in run.stdout
+    lines = metrics(output)
+    expected = [json.loads(line) for line in (fixture / "expected.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [line["step"] for line in expected]
+    for line, other in zip(lines, expected, strict=True):
+        for name in {"loss", "eval_loss", "tokens", "learning_rate", "epoch"} & other.keys():
+            assert line[name] == pytest.approx(other[name], rel=1e-4), (line["step"], name)
+
+
 # ---- is it the same run? ----
 
 
@@ -239,8 +257,8 @@ def test_a_changed_recipe_is_refused_and_its_keys_are_named(recipe, output, whol
     assert run.returncode == 0, run.stderr
     assert "changed: learning_rate: 0.01 then, 0.003 now" in run.stdout
     lines = metrics(output)
-    assert lines[:5] == metrics(whole)[:5]
-    assert max(line.get("learning_rate", 0) for line in lines[5:]) <= 3e-3
+    assert lines[:4] == metrics(whole)[:4]
+    assert max(line.get("learning_rate", 0) for line in lines[4:]) <= 3e-3
     assert [line["step"] for line in lines] == sorted(line["step"] for line in lines)
 
 
@@ -254,7 +272,7 @@ def test_changed_data_are_refused(recipe, output, tmp_path, folder):
     assert "sums" not in run.errors[0]
     assert run_here(recipe, *place[:2], output_dir=output, steps=1).returncode == 75
 
-    data.write_text(data.read_text().replace("That is 4.", "That is 5."))
+    data.write_text(data.read_text().replace("That is 8.", "That is 9."))
     run = run_here(recipe, *place[:2], output_dir=output)
     assert run.returncode == 2
     assert "the data of sums are not those that" in run.errors[0]
@@ -332,7 +350,7 @@ def test_a_finished_run_says_so_and_can_be_trained_on(recipe, whole, tmp_path):
     run = run_here(recipe, *more, "--allow_changes", output_dir=output)
     assert run.returncode == 0, run.stderr
     assert metrics(output)[: len(metrics(whole))] == metrics(whole)
-    assert metrics(output)[-1] | {"step": 25, "epoch": 2.5} == metrics(output)[-1]
+    assert metrics(output)[-1]["step"] == 25
     assert json.loads((output / "run.json").read_text())["report"]["steps"] == 25
 
 

@@ -1,0 +1,221 @@
+#!/usr/bin/env python3
+"""What a checkpoint replies to a list of prompts under several sampling settings; a page to read and vote on reports.
+
+    python scripts/sampling_report.py stablelm_7b/checkpoint-12000
+    accelerate launch scripts/sampling_report.py stablelm_7b --prompts my_prompts.txt --config my_settings.json
+    python scripts/sampling_report.py stablelm_7b --html page.html other_report.json      # a page of both reports
+    python scripts/sampling_report.py --html page.html a.json b.json c.json               # only the page
+
+The report is CHECKPOINT/eval/sampling_report.json, in the format of Open-Assistant's (its model_eval/manual), so that
+the reports which it published can stand beside one's own. A reply that the model ended has the end token at its end.
+The page is one file, and needs no network.
+
+--prompts: a .txt file has one prompt a line. JSON Lines or a JSON list has texts, and for prompts of several turns
+{"messages": [{"role", "content"}, ...]}. scripts/sampling/prompts.jsonl is the collection's own, in eight languages.
+--config: a file of sampling settings, as Open-Assistant's without prefix texts and beams. scripts/sampling/ has
+default.json, greedy.json, and open_assistant.json, the settings of its published reports, with the top_k of 50 that
+transformers added to them unasked. Here, what a file does not name is off.
+
+Greedy settings give one reply to a prompt, others --num_samples. A sample depends on --seed, the name of its settings,
+its prompt and its number, not on the batch size or the processes. An interrupted report goes on where it stopped.
+"""
+
+import sys
+from pathlib import Path
+
+from utils.command_line import evaluation_parser, positive
+from utils.errors import UserError, one_line_errors
+from utils.find_checkpoint import find_checkpoint
+from utils.report_page import check_can_write, write_page
+from utils.sampling_files import SamplingReport, read_configs, read_prompts, read_report
+
+SHIPPED = Path(__file__).parent / "sampling"
+
+
+def arguments():
+    parser = evaluation_parser(__doc__)
+    parser.add_argument("--prompts", metavar="FILE", default=str(SHIPPED / "prompts.jsonl"), help="what is asked")
+    parser.add_argument("--config", metavar="FILE", default=str(SHIPPED / "default.json"), help="sampling settings")
+    parser.add_argument("--num_samples", type=positive, default=2, metavar="N", help="of each prompt and setting (2)")
+    parser.add_argument("--seed", type=int, default=42, metavar="N", help="of the samples (42)")
+    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N prompts")
+    parser.add_argument(
+        "--html", nargs="+", metavar=("FILE", "REPORT"), help="write a page of these and the new report"
+    )
+    if sys.argv[1:2] == ["--html"]:
+        return parser.parse_args(["", *sys.argv[1:]])  # no CHECKPOINT: a page of reports that exist
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        OPTIONS = arguments()
+        PAGE, *FILES = OPTIONS.html or [None]
+        REPORTS = [read_report(Path(file)) for file in FILES]
+        if PAGE:
+            check_can_write(Path(PAGE), FILES)
+        if not OPTIONS.checkpoint:
+            if not REPORTS:
+                raise UserError(f"command line: --html {PAGE}: give reports after it, or a CHECKPOINT before it")
+            write_page(Path(PAGE), REPORTS)
+            sys.exit()
+        CHECKPOINT = find_checkpoint(OPTIONS.checkpoint)
+        PROMPTS = read_prompts(Path(OPTIONS.prompts))[: OPTIONS.limit]
+        CONFIGS = read_configs(Path(OPTIONS.config))
+
+import hashlib
+import json
+from collections import defaultdict
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from utils.chat_model import load_chat_model
+from utils.dialogue import CHAT_TEMPLATE
+from utils.evaluation import Evaluation, device_name, start_processes, versions
+from utils.generation import WARPERS, encode_chat, generate
+
+BATCH_SIZE = 16
+
+
+def main(options, checkpoint, prompts: list[list[dict]], configs: dict[str, dict], page, reports) -> None:
+    accelerator = start_processes()
+    model, tokenizer = load_chat_model(checkpoint, accelerator.device, options.dtype)
+    settings = {config: as_settings(params) for config, params in configs.items()}
+    for config, chosen in settings.items():
+        try:
+            list(generate(model, tokenizer, [], chosen, 1))  # checked now, not when those before it are done
+        except UserError as error:
+            raise UserError(f"{options.config}: {config}: {error}") from None
+    ids = [encode_chat(tokenizer, messages) for messages in prompts]
+    depends_on = {
+        "prompts": digest(prompts),
+        "settings": settings,
+        "num_samples": options.num_samples,
+        "seed": options.seed,
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    evaluation = Evaluation(accelerator, checkpoint, "sampling_report", depends_on, options.output)
+
+    # One item for each reply: the name of its settings, the place of its prompt, the number of the sample.
+    items = {
+        f"{config} {place} {number}": (config, place, number)
+        for config, chosen in settings.items()
+        for place in range(len(prompts))
+        for number in range(options.num_samples if chosen.get("do_sample") else 1)
+    }
+    shares = {}
+    for config in settings:
+        keys = [key for key, item in items.items() if item[0] == config]
+        shares[config] = evaluation.share(sorted(keys, key=lambda key: -len(ids[items[key][1]])))
+    total = sum(map(len, shares.values()))
+    with tqdm(total=total, desc="sampling", unit="reply", disable=not accelerator.is_main_process) as progress:
+        for config, mine in shares.items():
+            replies = generate(
+                model,
+                tokenizer,
+                [ids[items[key][1]] for key in mine],
+                settings[config],
+                options.batch_size or BATCH_SIZE,
+                [sample_seed(options.seed, config, prompts[items[key][1]], items[key][2]) for key in mine],
+            )
+            for place, reply in replies:
+                evaluation.add(mine[place], {"text": reply.text, "tokens": reply.tokens, "ended": reply.ended})
+                progress.update()
+
+    replies = evaluation.gather()
+    outputs = defaultdict(list)
+    for key, (config, place, _) in items.items():
+        outputs[config, place].append(replies[key]["text"] + tokenizer.eos_token * replies[key]["ended"])
+    report = {
+        "model_name": checkpoint.name,
+        "date": datetime.now(UTC).replace(tzinfo=None).isoformat(),
+        "args": report_arguments(options, accelerator, model, tokenizer)
+        | {"fingerprint": evaluation.fingerprint, "versions": versions()},
+        "prompts": [
+            {
+                "prompt": as_text(messages),
+                "results": [
+                    {"sampling_config": config, "sampling_params": params, "outputs": outputs[config, place]}
+                    for config, params in configs.items()
+                ],
+            }
+            for place, messages in enumerate(prompts)
+        ],
+    }
+    if accelerator.is_main_process:
+        print_table({config: [replies[key] for key in items if items[key][0] == config] for config in configs})
+    evaluation.write_file(report)
+    if page and accelerator.is_main_process:
+        write_page(Path(page), [*reports, SamplingReport(**report)])
+    accelerator.end_training()
+
+
+def as_settings(params: dict[str, Any]) -> dict[str, Any]:
+    """A report's sampling_params as `generate` takes them.
+
+    num_beams 1 is no beam search; a temperature and the like do nothing to a greedy reply, in transformers too.
+    """
+    settings = {name: value for name, value in params.items() if (name, value) != ("num_beams", 1)}
+    if not settings.get("do_sample"):
+        settings = {name: value for name, value in settings.items() if name not in WARPERS}
+    return settings
+
+
+def sample_seed(seed: int, config: str, messages: list[dict], number: int) -> int:
+    return int(digest([seed, config, messages, number]), 16)
+
+
+def digest(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value).encode(), digest_size=7).hexdigest()  # 56 bits: a seed may have 63
+
+
+def as_text(messages: list[dict]) -> str:
+    """What stands in the report for a prompt, where only a text can stand."""
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+
+
+def report_arguments(options, accelerator, model, tokenizer) -> dict[str, Any]:
+    """`args` of the report: those of Open-Assistant's script, with what they come to here, and some more."""
+    return {
+        "device": accelerator.device.type,
+        "device_index": accelerator.device.index or 0,
+        "model_name": options.checkpoint,
+        "mode": "v2_5" if tokenizer.chat_template == CHAT_TEMPLATE else "chat_template",  # its name of our format
+        "prompts": options.prompts,
+        "report": options.output,
+        "seed": options.seed,
+        "verbose": False,
+        "n": options.limit,
+        "num_samples": options.num_samples,
+        "config": options.config,
+        "half": model.dtype == torch.float16,
+        "skip_special_tokens": False,
+        "model_type": "CausalLM",
+        "max_input_len": None,
+        "num_threads": torch.get_num_threads(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device_name": device_name(accelerator.device),
+        "processes": accelerator.num_processes,
+    }
+
+
+def print_table(replies: dict[str, list[dict]]) -> None:
+    table = Table(title="Sampling report", title_justify="left")
+    for column in ("settings", "replies", "tokens (mean)", "ended by the model"):
+        table.add_column(column, justify="left" if column == "settings" else "right")
+    for config, chosen in replies.items():
+        tokens, ended = (sum(reply[field] for reply in chosen) / len(chosen) for field in ("tokens", "ended"))
+        table.add_row(config, f"{len(chosen):,}", f"{tokens:.1f}", f"{ended:.1%}")
+    Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(OPTIONS, CHECKPOINT, PROMPTS, CONFIGS, PAGE, REPORTS)

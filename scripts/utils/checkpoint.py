@@ -135,7 +135,7 @@ def save_checkpoint(
             read_checkpoint(work)
         _flush(work)
         if whole.exists():  # of before the run was taken back to an earlier step, and then over this one again
-            _remove(whole)
+            _remove(whole, hidden=f"{work.name}.replaced")
         os.replace(work, whole)
         _flush(recipe.output_dir, contents=False)
         _prune(recipe, whole)
@@ -213,9 +213,9 @@ def _prune(recipe: Recipe, newest: Path) -> None:
                 _remove(path / "trainer_state")
 
 
-def _remove(folder: Path) -> None:
-    """Remove a folder, which loses its name first: half of one is not to pass for a whole one."""
-    hidden = folder.with_name(f".{folder.name}")
+def _remove(folder: Path, hidden: str | None = None) -> None:
+    """Remove a folder, which first gets a hidden name: half of one is not to pass for a whole one."""
+    hidden = folder.with_name(hidden or f".{folder.name}")
     shutil.rmtree(hidden, ignore_errors=True)
     shutil.rmtree(folder.rename(hidden))
 

@@ -1,11 +1,13 @@
 """The learning rate curve against DeepSpeed's own, and the optimizer's parameter groups."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from utils.loss import ScoredLoss
-from utils.optimizer import make_optimizer, parameter_groups, warmup_decay
+from utils.optimizer import make_optimizer, parameter_groups, set_schedule, warmup_decay
 from utils.recipe import Recipe
 
 PEAK = 3e-4
@@ -59,6 +61,31 @@ def test_the_schedule_gives_it_at_each_step(warmup, total):
         scheduler.step()
         assert torch.equal(model.weight, before) == (rate == 0), step
         optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("updates", [0, 1, 2, 5, 11])
+def test_the_schedule_can_be_set_to_any_step(updates):
+    """As if it had been stepped there, with and without DeepSpeed."""
+    from deepspeed.runtime.lr_schedules import WarmupDecayLR
+
+    def schedules():
+        own, plain = make_optimizer(torch.nn.Linear(2, 2), make_recipe(learning_rate=PEAK, warmup_steps=4), 12, False)
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        engines = WarmupDecayLR(optimizer, 12, warmup_max_lr=PEAK, warmup_num_steps=4)
+        return [(own, plain), (optimizer, SimpleNamespace(scheduler=engines))]  # as Accelerate wraps it
+
+    for (stepped, schedule), (jumped, other) in zip(schedules(), schedules(), strict=True):
+        inner, other_inner = getattr(schedule, "scheduler", schedule), getattr(other, "scheduler", other)
+        for _ in range(updates):
+            stepped.step()
+            inner.step()
+        set_schedule(other, updates)
+        for _ in range(updates, 14):
+            rates = [[group["lr"] for group in each.param_groups] for each in (stepped, jumped)]
+            assert rates[0] == rates[1]
+            assert inner.get_last_lr() == other_inner.get_last_lr()
+            for each in (stepped, jumped, inner, other_inner):
+                each.step()
 
 
 def test_the_shape_of_the_curve():

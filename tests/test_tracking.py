@@ -3,17 +3,18 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT
+from interruption import metrics, run_here, small_recipe
 
-from utils import tracking
-from utils.errors import UserError
+from utils.checkpoint import read_checkpoint
 from utils.recipe import Recipe
-from utils.tracking import RunLog, TrainingStats, plot, read_metrics
+from utils.tracking import Clock, RunLog, TrainingStats, plot, read_metrics
 
 MIX = SimpleNamespace(names=["first", "second", "third"])
 
@@ -43,25 +44,32 @@ def alone(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.fixture
-def clock(monkeypatch):
-    """The seconds that TrainingStats reads, set by hand."""
-    clock = SimpleNamespace(now=10.0)
-    monkeypatch.setattr(tracking.time, "perf_counter", lambda: clock.now)
-    return clock
+def clock():
+    """The seconds of a run, set by hand."""
+    return Clock()
+
+
+def make_stats(clock: Clock, steps: list[list[tuple]] = ()) -> TrainingStats:
+    """With these micro-batches of each step: data sets, lengths, losses, the micro-batch's share of the step's loss."""
+    stats = TrainingStats(MIX, torch.device("cpu"), clock)
+    for step in steps:
+        for datasets, lengths, losses, loss in step:
+            stats.add(micro_batch(datasets, lengths), torch.tensor(losses), torch.tensor(loss))
+        stats.end_step()
+    return stats
+
+
+STEPS = [
+    [([0, 0, 1], [7, 5], [1.0, 2.0, 6.0], 1.5), ([1], [4], [2.0], 0.5)],
+    [([1, 0], [3], [1.0, 0.5], 3.0), ([], [], [], 0.0)],  # one of its micro-batches is empty
+]
+ALONE = SimpleNamespace(reduce=alone)
 
 
 def test_stats_against_a_hand_computation(clock):
-    stats = TrainingStats(MIX, torch.device("cpu"))
-    stats.add(micro_batch([0, 0, 1], [7, 5]), torch.tensor([1.0, 2.0, 6.0]), torch.tensor(1.5))
-    stats.add(micro_batch([1], [4]), torch.tensor([2.0], requires_grad=True), torch.tensor(0.5))
-    clock.now += 2
-    with stats.paused():  # evaluation is not training time
-        clock.now += 40
-    # The second step; one of its micro-batches is empty.
-    stats.add(micro_batch([1, 0], [3]), torch.tensor([1.0, 0.5]), torch.tensor(3.0))
-    stats.add(micro_batch([], []), torch.tensor([]), torch.tensor(0.0))
-    clock.now += 3
-    assert stats.close(SimpleNamespace(reduce=alone), step=2) == {
+    stats = make_stats(clock, STEPS)
+    clock.seconds |= {"training": 3.0, "data": 2.0, "evaluation": 40.0, "saving": 9.0}  # these two are no training
+    assert stats.close(ALONE) == {
         "loss": pytest.approx((1.5 + 0.5 + 3.0) / 2),  # the mean over the steps of each step's loss
         "loss_first": pytest.approx((1.0 + 2.0 + 0.5) / 3),
         "share_first": pytest.approx(3 / 6),
@@ -71,9 +79,10 @@ def test_stats_against_a_hand_computation(clock):
         "tokens_per_second": pytest.approx(19 / 5),
     }
     # After a line everything but the count of tokens starts anew.
-    stats.add(micro_batch([2], [6]), torch.tensor([4.0]), torch.tensor(4.0))
-    clock.now += 1
-    assert stats.close(SimpleNamespace(reduce=alone), step=3) == {
+    stats.add(micro_batch([2], [6]), torch.tensor([4.0], requires_grad=True), torch.tensor(4.0))
+    stats.end_step()
+    clock.seconds["training"] += 1
+    assert stats.close(ALONE) == {
         "loss": 4.0,
         "loss_third": 4.0,
         "share_third": 1.0,
@@ -83,13 +92,11 @@ def test_stats_against_a_hand_computation(clock):
 
 
 def test_stats_add_up_over_processes(clock):
-    both = [TrainingStats(MIX, torch.device("cpu")) for _ in range(2)]
-    both[0].add(micro_batch([0, 1], [5]), torch.tensor([1.0, 2.0]), torch.tensor(0.6))
-    both[1].add(micro_batch([1], [3]), torch.tensor([5.0]), torch.tensor(1.4))
-    clock.now += 2
+    both = [make_stats(clock, [[batch]]) for batch in (([0, 1], [5], [1.0, 2.0], 0.6), ([1], [3], [5.0], 1.4))]
+    clock.seconds["training"] += 2
     sent = []
-    both[1].close(SimpleNamespace(reduce=lambda tensor: sent.append(tensor) or tensor), step=1)
-    assert both[0].close(SimpleNamespace(reduce=lambda tensor: tensor + sent[0]), step=1) == {
+    both[1].close(SimpleNamespace(reduce=lambda tensor: sent.append(tensor) or tensor))
+    assert both[0].close(SimpleNamespace(reduce=lambda tensor: tensor + sent[0])) == {
         "loss": pytest.approx(2.0),  # each process holds its share of the step's loss
         "loss_first": 1.0,
         "share_first": pytest.approx(1 / 3),
@@ -100,19 +107,69 @@ def test_stats_add_up_over_processes(clock):
     }
 
 
-def test_counts_stay_exact_over_many_tokens():
-    stats = TrainingStats(MIX, torch.device("cpu"))
-    stats.by_dataset[1, 0] = 2**24  # where fp32 stops counting
-    stats.add(micro_batch([0, 0, 0, 1], [4]), torch.ones(4), torch.tensor(1.0))
-    assert stats.by_dataset[1].tolist() == [2**24 + 3, 1, 0]
+def test_counts_stay_exact_over_many_tokens(clock):
+    stats = make_stats(clock)
+    stats.sums[-1] = 2**24  # where fp32 stops counting
+    stats.add(micro_batch([0], [1]), torch.ones(1), torch.tensor(1.0))
+    stats.end_step()
+    assert stats.close(ALONE)["tokens"] == 2**24 + 1
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_stops_the_run(loss):
-    stats = TrainingStats(MIX, torch.device("cpu"))
-    stats.add(micro_batch([0], [4]), torch.tensor([loss]), torch.tensor(loss))
-    with pytest.raises(UserError, match="not a finite number between steps 1 and 7"):
-        stats.close(SimpleNamespace(reduce=alone), step=7)
+def test_a_step_that_is_left_out_does_not_count(clock, loss):
+    stats = make_stats(clock, STEPS[:1])
+    stats.add(micro_batch([0], [40]), torch.tensor([loss]), torch.tensor(loss))
+    assert str(stats.step_loss(ALONE)) == str(loss)
+    stats.end_step(counts=False)
+    expected = make_stats(clock, STEPS[:1])
+    assert stats.close(ALONE) == expected.close(ALONE)
+    stats.end_step(counts=False)
+    assert set(stats.close(ALONE)) == {"tokens", "tokens_per_second"}  # no step, no loss
+
+
+def test_the_sums_go_on_where_they_were(clock):
+    whole = make_stats(clock, STEPS)
+    clock.seconds["data"] += 2
+    state = json.loads(json.dumps(make_stats(clock, STEPS[:1]).state_dict()))
+    resumed = make_stats(Clock())
+    resumed.load_state_dict([state])
+    assert resumed.clock.seconds == clock.seconds
+    for datasets, lengths, losses, loss in STEPS[1]:
+        resumed.add(micro_batch(datasets, lengths), torch.tensor(losses), torch.tensor(loss))
+    resumed.end_step()
+    assert resumed.close(ALONE) == whole.close(ALONE) | {"tokens_per_second": pytest.approx(19e9)}  # in no time
+
+
+def test_another_number_of_processes_takes_over_all_sums(clock):
+    """The first of them; with the others' it would count twice."""
+    states = [make_stats(clock, [[batch]]).state_dict() for batch in STEPS[0]]
+    first, second = make_stats(Clock()), make_stats(Clock())
+    first.load_state_dict(states)
+    second.load_state_dict(states, with_sums=False)
+    expected = make_stats(clock, STEPS[:1])
+    assert torch.equal(first.sums, expected.sums)
+    assert (second.sums == 0).all()
+    assert first.steps == second.steps == 1
+    other_mix = TrainingStats(SimpleNamespace(names=["first"]), torch.device("cpu"), Clock())
+    other_mix.load_state_dict(states)  # sums of other data sets say nothing
+    assert (other_mix.sums == 0).all()
+
+
+def test_the_clock_counts_what_it_is_told():
+    clock = Clock()
+    with clock.spend("saving"):
+        time.sleep(0.05)
+
+    def batches():
+        for number in range(3):
+            time.sleep(0.03)
+            yield number
+
+    for _ in clock.waiting(batches()):
+        time.sleep(0.05)
+    assert clock.seconds["saving"] == pytest.approx(0.05, abs=0.045)
+    assert clock.seconds["data"] == pytest.approx(0.09, abs=0.045)  # not what the loop did with them
+    assert clock.seconds["training"] == clock.seconds["evaluation"] == 0
 
 
 # ---- metrics.jsonl and the curves ----
@@ -232,6 +289,56 @@ def test_wandb_logs_offline_and_says_where(tmp_path, capsys, monkeypatch, enviro
     assert reason in said
     assert said.endswith(f"logging offline to {run} (wandb sync uploads it)")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "out"]
+
+
+def records(run: Path) -> list:
+    """What wandb has written down of an offline run, as it would upload it.
+
+    Seven bytes, then LevelDB's log format: blocks of 32 KiB, made of chunks, each a checksum, its length and its kind
+    (1: a whole record; 2, 3, 4: the first, a middle, the last part of one).
+    """
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (file,) = run.glob("*.wandb")
+    data, at, record, found = file.read_bytes(), 7, b"", []
+    while at + 7 <= len(data):
+        left = 2**15 - at % 2**15
+        if left < 7:
+            at += left
+            continue
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        record += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            found.append(Record.FromString(record))
+            record = b""
+    return found
+
+
+@pytest.mark.usefixtures("nobody")
+def test_a_resumed_run_is_the_same_run_of_wandb(tmp_path, tiny_model, monkeypatch):
+    """Its rows have the step as a metric of their own, so that none is dropped for lying behind."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    recipe, output = small_recipe(tmp_path, tiny_model, log_wandb=True), tmp_path / "out"
+    assert run_here(recipe, output_dir=output, steps=8).returncode == 75
+    wandb_id = read_checkpoint(output / "checkpoint-8").state["wandb_id"]
+    assert run_here(recipe, output_dir=output).returncode == 0
+    runs = sorted((output / "base" / "wandb").glob("offline-run-*"), key=lambda path: path.stat().st_mtime)
+    assert len(runs) == 2
+    steps = []
+    for run in runs:
+        found = records(run)
+        assert {record.run.run_id for record in found if record.HasField("run")} == {wandb_id}
+        defined = [record.metric for record in found if record.HasField("metric")]
+        assert {(metric.name or metric.glob_name, metric.step_metric) for metric in defined} >= {
+            ("step", ""),
+            ("*", "step"),
+        }
+        for record in found:
+            if record.HasField("history"):
+                row = {item.key or ".".join(item.nested_key): item.value_json for item in record.history.item}
+                steps.append(int(row["step"]))
+    assert steps == [line["step"] for line in metrics(output)]
 
 
 @pytest.mark.usefixtures("nobody")

@@ -213,6 +213,7 @@ function drawVotes(order) {
   const choice = state.votes[state.place]?.choice;
   const labels = order.map((model, position) => [LETTERS[position] ?? `${position + 1}`, model]);
   at("votes").replaceChildren(
+    "Better:",
     ...[...labels, ["tie", TIE]].map(([label, model]) => button(label, choice === model, () => vote(model))),
   );
 }
@@ -302,7 +303,11 @@ function toggleBlind() {
 function onKey(event) {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
   if (event.target.matches("input")) {
-    if (event.key === "Escape" || event.key === "Enter") event.target.blur();
+    if (event.key !== "Escape" && event.key !== "Enter") return;
+    if (event.key === "Escape" && event.target.id === "search") event.target.value = "";
+    clearTimeout(waiting);
+    event.target.blur(); // which is when the seed says that it has changed
+    draw();
     return;
   }
   const { key } = event;

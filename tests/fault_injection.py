@@ -10,9 +10,10 @@ import random
 import re
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -276,6 +277,30 @@ def kill_at(life: Life, name: str, place: Place, way: str, rng: random.Random) -
     folder = life.output_dir
     leftovers = [path.name for path in [*folder.glob(".checkpoint-*"), *folder.glob(".final")]]
     return Death(name, way, after, returncode, life.checkpoint, newest_step(folder), sorted(leftovers), life.printed())
+
+
+class CutOff(BaseException):
+    """Stands for a kill within this process: nothing that handles errors handles it."""
+
+
+@contextmanager
+def cut_off_at(operation: int) -> Iterator[None]:
+    """Raise CutOff in place of that operation on files, counted from 1; later ones fail likewise."""
+    operations = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
+    seen, armed = 0, True
+
+    def count(event: str, _) -> None:
+        nonlocal seen
+        if armed and event in operations:
+            seen += 1
+            if seen >= operation:
+                raise CutOff
+
+    sys.addaudithook(count)  # which stays until Python ends
+    try:
+        yield
+    finally:
+        armed = False
 
 
 # ---- a disk that fails ----

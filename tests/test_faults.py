@@ -4,6 +4,7 @@ CI runs a short form; `make soak` kills a plain and a ZeRO-2 run 20 times each. 
 failed soak, which it prints; the moments themselves also depend on the machine.
 """
 
+import itertools
 import json
 import os
 import random
@@ -11,14 +12,20 @@ import shutil
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import ROOT
-from fault_injection import WAYS, Life, SmallDisk, fail_at, has_begun, kill_at, newest_step, places
+from fault_injection import WAYS, CutOff, Life, SmallDisk, cut_off_at, fail_at, has_begun, kill_at, newest_step, places
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from utils.checkpoint import list_checkpoints, read_checkpoint
+from utils.checkpoint import list_checkpoints, read_checkpoint, remove_leftovers, save_checkpoint, save_final_model
+from utils.optimizer import make_optimizer
+from utils.recipe import Recipe
+from utils.tracking import Clock, TrainingStats
 
 # Few conversations, so that a step, an evaluation and a save take some tenths of a second each; lines of metrics and
 # epochs lie across checkpoints.
@@ -151,6 +158,50 @@ def test_killed_20_times(tmp_path, launch):
     kills += [("final", "SIGKILL all"), ("final", "SIGKILL worker")]  # which only the last lives come to
     assert len(kills) == 20
     kill_over_and_over(Training(tmp_path, launch, max_steps=96), kills, seed)
+
+
+def test_a_save_cut_off_at_any_operation_on_files(tmp_path, tiny_model):
+    """Whatever has been done of saving step 3: the newest checkpoint is 2 or 3, whole, and 3 can be saved again."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
+    accelerator = Accelerator(cpu=True)
+    stats = TrainingStats(SimpleNamespace(names=["vicuna"]), torch.device("cpu"), Clock())
+
+    def recipe(folder: Path) -> Recipe:
+        keys = {"model_name": "none", "datasets": ["vicuna"], "save_total_limit": 2, "keep_trainer_state": 1}
+        return Recipe.model_validate({**keys, "output_dir": str(folder)})
+
+    def save(step: int, folder: Path) -> None:
+        save_checkpoint(accelerator, model, tokenizer, optimizer, recipe(folder), {"step": step}, stats)
+
+    optimizer = accelerator.prepare(make_optimizer(model, recipe(tmp_path), 10, deepspeed=False)[0])
+    for step in (1, 2):
+        save(step, tmp_path / "before")
+    outcomes = Counter()
+    for operation in itertools.count(1):
+        folder = tmp_path / "after"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(tmp_path / "before", folder)
+        try:
+            with cut_off_at(operation):
+                save(3, folder)
+                save_final_model(model, tokenizer, folder)
+            break
+        except CutOff:
+            pass
+        remove_leftovers(folder)
+        found = list_checkpoints(folder)
+        outcomes[read_checkpoint(found[-1]).step] += 1
+        complete = {path.name for path in (tmp_path / "before" / "checkpoint-2").iterdir()} - {"trainer_state"}
+        assert all(complete <= {path.name for path in checkpoint.iterdir()} for checkpoint in found)
+        assert all(read_checkpoint(path.parent) for path in folder.glob("checkpoint-*/trainer_state"))
+        assert [path.name for path in folder.glob("**/.*")] == []
+        save(3, folder)
+        save_final_model(model, tokenizer, folder)
+        assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-2", "checkpoint-3"]
+        assert [path.parent.name for path in folder.glob("*/trainer_state")] == ["checkpoint-3"]
+        AutoModelForCausalLM.from_pretrained(folder)
+    assert set(outcomes) == {2, 3}
+    assert sum(outcomes.values()) > 50
 
 
 # ---- a disk that is full or read-only ----

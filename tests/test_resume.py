@@ -281,6 +281,14 @@ def test_changed_data_are_refused(recipe, output, tmp_path, folder):
     assert "the data of sums are not those that" in run.stdout
 
 
+@pytest.mark.xfail(strict=True, raises=IndexError, reason="the position lies behind the end of the smaller epoch")
+def test_a_mix_may_be_made_smaller(recipe, output):
+    """28 of the epoch's 38 conversations are used; it has 16 now."""
+    run = run_here(recipe, "--datasets.sums.fraction", 0.3, "--allow_changes", output_dir=output)
+    assert run.returncode == 0, run.stderr
+    assert metrics(output)[-1]["epoch"] == 2
+
+
 def test_keys_that_do_not_matter_are_free(recipe, output, whole, tmp_path):
     """Another cut of the same step, other places, other intervals."""
     free = {

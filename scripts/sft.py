@@ -40,7 +40,6 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from utils.batches import (
-    Position,
     accumulation_steps,
     collate,
     step_rows,
@@ -71,10 +70,11 @@ from utils.mix import Mix, prepare_mix
 from utils.model import load_config, load_model, load_tokenizer
 from utils.model_card import write_model_card
 from utils.optimizer import make_optimizer
+from utils.output_dir import claim_output_dir
 from utils.preflight import preflight
 from utils.record_file import read_record, update_status, write_record
 from utils.report import describe_rehearsal, describe_run, end_report, show_first_batch, show_replies
-from utils.resume import check_data, claim_output_dir, find_checkpoint, is_finished, restore, run_state
+from utils.resume import check_data, find_checkpoint, is_finished, restore, run_state, starting_point
 from utils.run_record import differences, start_record
 from utils.tracking import Clock, RunLog, TrainingStats
 from utils.trainer_state import allocate_moments, load_loss_scale, loss_scale, loss_scale_state
@@ -108,7 +108,7 @@ def main(command: CommandLine, stop: StopSignal) -> None:
         for line in differences(read_record(earlier), record) if earlier else []:
             say(f"differs from {earlier}: {line}")
         write_record(record, path)
-    step, position = (checkpoint.step, checkpoint.position) if checkpoint else (0, Position())
+    step, position = starting_point(checkpoint, mix, recipe)
     total_steps = recipe.max_steps or step + steps_left(mix, recipe, num_processes(), position)
     plugin = deepspeed_plugin(recipe, total_steps, dtype)
     largest = preflight(command, config, mix, dtype, plugin, total_steps, step, position)
@@ -292,10 +292,12 @@ def rehearse(accelerator, model, optimizer, scheduler, mix: Mix, recipe: Recipe,
     allocate_moments(accelerator, optimizer)
     # Twice where gradients accumulate: the second time they are in memory while it runs.
     count = min(2, accumulation_steps(recipe, accelerator.num_processes))
-    batches = [collate(mix.train, train.rows, recipe, pad_token_id, train.epoch)] * count
+    batch = collate(mix.train, train.rows, recipe, pad_token_id, train.epoch)
+    if not len(batch["dataset"]):  # cut before the first reply; only a loss can make NaN of the gradients
+        batch["labels"][0, 1], batch["dataset"] = batch["input_ids"][0, 1], torch.tensor([0])
     started = time.perf_counter()
     try:
-        train_step(accelerator, model, optimizer, scheduler, batches, recipe, stats, rehearsal=True)
+        train_step(accelerator, model, optimizer, scheduler, [batch] * count, recipe, stats, rehearsal=True)
         seconds = (time.perf_counter() - started) / count
         if held_out:
             batch = collate(mix.validation, held_out.rows, recipe, pad_token_id, epoch=None)

@@ -20,6 +20,7 @@ import yaml
 from conftest import ROOT
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from test_recipe import recipes
 from transformers import AutoTokenizer
 
@@ -540,3 +541,27 @@ def test_help_names_it(capsys):
         recipe_from_command_line("", ["--help"])
     assert end.value.code == 0
     assert "--reproduce OUTPUT_DIR/run.json" in capsys.readouterr().out
+
+
+def test_a_reproduced_run_is_the_same_run(run_sft, tmp_path):
+    """And what differs is said before it starts: here another seed, on purpose."""
+    small = ["--max_steps", 3, "--logging_steps", 1, "--sample_replies", 0, "--save_strategy", "no"]
+    first = run_sft("recipes/demo.yaml", *small, "--datasets.vicuna.max_val_set", 2)
+    assert read_record(first.output_dir / "run.json")["status"] == "finished"
+
+    reproduce = ["--reproduce", first.output_dir / "run.json"]
+    second = run_sft(*reproduce, output_dir=tmp_path / "second")
+    assert "differs from" not in second.stdout
+    assert without_times(second) == without_times(first)
+    ours, theirs = (load_file(run.output_dir / "model.safetensors") for run in (first, second))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+    third = run_sft(*reproduce, "--rng_seed", 7, output_dir=tmp_path / "third")
+    assert "differs from" in third.stdout
+    assert re.search(r"rng_seed: \d+ then, 7 now", third.stdout)
+    assert without_times(third) != without_times(first)
+
+
+def without_times(run) -> list[dict]:
+    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in run.metrics()]

@@ -62,7 +62,13 @@ class Checkpoint:
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoint-<step> folders of a run, by step."""
     found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer steps that a checkpoint's name tells; 0 for a folder of another name."""
+    number = checkpoint.name.rpartition("-")[2]
+    return int(number) if number.isdecimal() else 0
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

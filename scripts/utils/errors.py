@@ -23,7 +23,12 @@ def one_line_errors():
         if local_rank == 0 or (torch and torch.distributed.is_initialized()):
             where = f" (process {rank})" if rank else ""
             message = " ".join(str(error).split())  # one line, whatever a file name or a value holds
-            print(f"error{where}: {message}", file=sys.stderr, flush=True)
+            line = f"error{where}: {message}\n"
+            if tqdm := sys.modules.get("tqdm"):
+                tqdm.tqdm.write(line, file=sys.stderr, end="")  # not behind a progress bar
+            else:
+                sys.stderr.write(line)
+            sys.stderr.flush()
         # Without a traceback and without waiting for the other processes, which may stand in a collective.
         sys.stdout.flush()
         raise SystemExit(2) from None

@@ -82,8 +82,11 @@ class StepHealth:
                 for row in rows
             ]
             line = {"step": step, "loss": str(loss), "grad_norm": str(grad_norm), "examples": examples}
-            with open(self.file, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            try:
+                with open(self.file, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            except OSError as error:
+                raise UserError(f"{self.file}: cannot write: {error.strerror}; the checkpoints are whole") from error
             print(f"\nstep {step:,} left out: loss {loss}, gradient norm {grad_norm}; see {self.file}", flush=True)
         if self.bad_in_a_row >= self.max_bad_steps:  # over it where a resumed run has a lower limit
             _stop(

@@ -1,8 +1,6 @@
-"""Going on where a run was stopped: from which checkpoint, whether it is this run's, what has to be cleared away."""
+"""Going on where a run was stopped: from which checkpoint, whether it is this run's, and putting all back."""
 
-import json
 import os
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,20 +8,19 @@ from typing import Any
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from utils.batches import Position, conversations_per_step
-from utils.checkpoint import Checkpoint, list_checkpoints, read_checkpoint, remove_leftovers
+from utils.batches import Position, conversations_per_step, training_rows
+from utils.checkpoint import Checkpoint, list_checkpoints, read_checkpoint, step_of
 from utils.errors import UserError
 from utils.health import StepHealth
 from utils.launch import say
 from utils.mix import Mix
 from utils.optimizer import set_schedule
+from utils.output_dir import RECIPE_HEADER, is_ours, refuse_other_run
 from utils.recipe import Recipe
 from utils.record_file import read_record
 from utils.tracking import TrainingStats
 from utils.trainer_state import load_loss_scale, load_optimizer, load_random_state, loss_scale_state
 
-# The first line of OUTPUT_DIR/recipe.yaml, by which it is known from a file of the user's.
-RECIPE_HEADER = "# The resolved recipe of this run: `sft.py THIS_FILE --output_dir NEW` repeats it.\n"
 # Keys that change neither what is learnt nor when: where things lie, what is written, how the work is cut up.
 FREE_KEYS = {
     *("output_dir", "log_dir", "cache_dir", "log_wandb", "wandb_project", "sample_replies", "logging_steps"),
@@ -47,7 +44,7 @@ def find_checkpoint(recipe: Recipe, allow_changes: bool) -> Checkpoint | None:
     if asked not in ("auto", "never"):
         path = Path(asked)
         is_own = path.resolve().parent == folder.resolve()
-        newer = [other.name for other in own if is_own and _step_of(other) > _step_of(path)]
+        newer = [other.name for other in own if is_own and step_of(other) > step_of(path)]
         if newer:
             raise UserError(
                 f"resume_from_checkpoint = {asked}: {folder} holds newer ones ({', '.join(newer)}): "
@@ -70,11 +67,6 @@ def find_checkpoint(recipe: Recipe, allow_changes: bool) -> Checkpoint | None:
     if own or not _same_run_without_checkpoint(recipe):
         refuse_other_run(recipe)
     return None
-
-
-def _step_of(path: Path) -> int:
-    number = path.name.rpartition("-")[2]
-    return int(number) if number.isdecimal() else 0
 
 
 def _same_run_without_checkpoint(recipe: Recipe) -> bool:
@@ -155,6 +147,16 @@ def check_data(checkpoint: Checkpoint, mix: Mix, allow_changes: bool) -> None:
     say(what)
 
 
+def starting_point(checkpoint: Checkpoint | None, mix: Mix, recipe: Recipe) -> tuple[int, Position]:
+    """Optimizer steps made, and the position in the data, from where the run begins or goes on."""
+    if checkpoint is None:
+        return 0, Position()
+    position = checkpoint.position
+    if position.conversations >= len(training_rows(mix, recipe, position.epoch)):  # of a mix that was made smaller
+        position = Position(position.epoch + 1)
+    return checkpoint.step, position
+
+
 def run_state(
     recipe: Recipe, mix: Mix, accelerator: Accelerator, step: int, position: Position, health: StepHealth
 ) -> dict[str, Any]:
@@ -208,77 +210,3 @@ def restore(
 def data_fingerprints(mix: Mix) -> dict[str, str]:
     """Of each data set, the fingerprint of its tokens, scored positions and split."""
     return {name: report["fingerprint"] for name, report in mix.reports.items()}
-
-
-def refuse_other_run(recipe: Recipe) -> None:
-    """Keep a run from writing over another, or over files that are not a run's.
-
-    Raises:
-        UserError: output_dir holds metrics, a checkpoint, a model or a README.
-    """
-    folder = recipe.output_dir
-    names = ("metrics.jsonl", "training.png", "config.json", "model.safetensors", "tokenizer.json", "README.md")
-    # os.path, since Path.exists raises for a name too long to be one.
-    held = [name for name in names if os.path.lexists(folder / name)]
-    if os.path.lexists(folder / "recipe.yaml") and not is_ours(folder / "recipe.yaml"):
-        held.append("recipe.yaml")
-    held += [path.name for path in list_checkpoints(folder)]
-    if held:
-        raise UserError(
-            f"output_dir = {folder}: holds another run ({', '.join(held)}); give another --output_dir, or remove it"
-        )
-
-
-def is_ours(recipe_file: Path) -> bool:
-    """Whether this is the recipe.yaml that a run wrote."""
-    try:
-        return recipe_file.read_text(encoding="utf-8").startswith(RECIPE_HEADER)
-    except (OSError, UnicodeDecodeError):
-        return False
-
-
-def claim_output_dir(recipe: Recipe, checkpoint: Checkpoint | None) -> None:
-    """Make the output folder, clear away what a killed run left, and write the resolved recipe; the first process.
-
-    metrics.jsonl and bad_steps.jsonl keep their lines up to the checkpoint's step, also those of another folder's run.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    folder = recipe.output_dir
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in remove_leftovers(folder):
-            say(f"removed {name}, which an interrupted run had not finished")
-        for path in list_checkpoints(folder) if checkpoint else []:
-            if checkpoint.path.parent == folder and _step_of(path) > checkpoint.step:
-                aside = path.with_name(f"{path.name}.set-aside")
-                shutil.rmtree(aside, ignore_errors=True)  # of the same step, of the time before
-                path.rename(aside)
-                say(f"{path} was passed over, and is now {aside.name}")
-        _replace(folder / "recipe.yaml", RECIPE_HEADER + recipe.to_yaml())
-        for file in (folder / "metrics.jsonl", folder / "bad_steps.jsonl"):
-            source = file if checkpoint is None or file.exists() else checkpoint.path.parent / file.name
-            if source.exists():
-                # Not splitlines: what bad_steps.jsonl quotes may hold U+2028. A full disk may have cut a character.
-                lines = source.read_text(encoding="utf-8", errors="replace").split("\n") if checkpoint else []
-                _replace(file, "".join(f"{line}\n" for line in lines if _is_before(line, checkpoint)))
-    except OSError as error:
-        raise UserError(f"output_dir = {folder}: cannot write there: {error.strerror}") from error
-
-
-def _is_before(line: str, checkpoint: Checkpoint) -> bool:
-    """Whether a line was written before a checkpoint, which may have left the evaluation of its step to do."""
-    try:
-        metrics = json.loads(line)
-    except ValueError:  # the last line of a run that was killed while writing it
-        return False
-    due = checkpoint.state["evaluation_due"] and metrics["step"] == checkpoint.step and "eval_loss" in metrics
-    return metrics["step"] <= checkpoint.step and not due
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file so that it is there whole, the old or the new."""
-    work = path.with_name(f".{path.name}")
-    work.write_text(text, encoding="utf-8")
-    os.replace(work, path)

@@ -11,8 +11,8 @@ The final number of a text is the first of these that it has:
 4. the last number of all
 
 Numbers are compared by value: 1,234.50 is 1234.5 and 1/2 is 0.5. A minus sign counts when it touches the number (or
-its currency sign) and nothing stands before it that it could subtract from. Currency and percent signs, units and markup
-are passed over, so 20% is 20. Not read: numbers in words, exponents, and a `million` after a number.
+its currency sign) and nothing stands before it that it could subtract from. Currency and percent signs, units and
+markup are passed over, so 20% is 20. Not read: numbers in words, exponents, and a `million` after a number.
 """
 
 import re

@@ -14,6 +14,7 @@ warning says so, here and in the result, and the score on the others stands besi
 CHECKPOINT/eval/gsm8k.json with every reply; an evaluation that was interrupted goes on where it stopped.
 """
 
+import os
 import sys
 
 from utils.command_line import evaluation_parser, positive
@@ -40,6 +41,7 @@ def arguments():
 if __name__ == "__main__":
     with one_line_errors():
         OPTIONS, CHECKPOINT, RECIPE = arguments()
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting CPU threads soon sleep, see sft.py
 
 import hashlib
 import json

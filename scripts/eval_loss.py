@@ -14,6 +14,7 @@ A model without the chat tokens (with --recipe) gets them as sft.py gives them, 
 became. The result is CHECKPOINT/eval/loss.json; an evaluation that was interrupted goes on where it stopped.
 """
 
+import os
 import sys
 
 from utils.command_line import evaluation_parser
@@ -44,6 +45,7 @@ def arguments():
 if __name__ == "__main__":
     with one_line_errors():
         OPTIONS, CHECKPOINT, RECIPE = arguments()
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting CPU threads soon sleep, see sft.py
 
 import hashlib
 import math

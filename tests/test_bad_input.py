@@ -66,7 +66,7 @@ def refused(tmp_path, output_dir, monkeypatch, capfd):
         for part in parts:
             assert part in line
         # What was there is there as it was. New, or of the last refused run, are at most its recipe and its record.
-        own = {"output/recipe.yaml", "output/run.json"}
+        own = {"output/.lock", "output/recipe.yaml", "output/run.json"}
         before = {name: content for name, content in before.items() if name not in own}
         after = snapshot(tmp_path)
         assert {name: after.get(name) for name in before} == before

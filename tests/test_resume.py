@@ -524,7 +524,7 @@ def test_claiming_removes_what_a_killed_run_left(recipe, tmp_path, capsys):
     (tmp_path / ".checkpoint-5" / "model.safetensors").write_bytes(b"half")
     (tmp_path / "notes.txt").write_text("mine")
     claim_output_dir(make(recipe, output_dir=tmp_path), None)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "recipe.yaml"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "notes.txt", "recipe.yaml"]
     assert capsys.readouterr().out == "removed .checkpoint-5, which an interrupted run had not finished\n"
 
 

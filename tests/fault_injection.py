@@ -186,7 +186,7 @@ def places(prepared: Path, start_seconds: float) -> dict[str, Place]:
     return {
         "start": Place(lambda life: True, 0.9 * start_seconds, exactly=False),
         "preparation": Place(lambda life: any(path.is_dir() for path in prepared.glob(".*")), 0.05),
-        "training": Place(has_begun, 1.5, exactly=False),
+        "training": Place(has_begun, 0.5, exactly=False),
         "evaluation": Place(lambda life: is_doing(life, "evaluating"), 0.3),
         "evaluated": Place(evaluated, 0),  # written to metrics.jsonl, but no checkpoint says so yet
         "save: model": Place(lambda life: saving(life, optimizer=False), 0.05),
@@ -352,5 +352,4 @@ def fail_at(life: Life, is_there: Callable[[Life], bool], fail: Callable[[], boo
         life.freeze()
     life.go_on()
     assert life.wait() != 0, life.printed()[-3000:]
-    # At the start of a line, or after the progress bar.
-    return re.findall(r"(?:^|\])(error(?: \(process \d+\))?: .*)$", life.printed(), flags=re.MULTILINE)
+    return re.findall(r"^error.*$", life.printed(), flags=re.MULTILINE)

@@ -7,10 +7,10 @@
     python scripts/eval_harness.py demo_output --tasks scripts/tasks/demo_world        # needs no network
 
 A task is a name that lm_eval knows, a YAML file in its format, or a folder, of which all tasks are run; such files may
-name Python functions, which are run too. With the chat template each prompt is the user's message, few-shot examples
-are earlier turns, there is no system message, and only the template writes special tokens; without it a prompt is plain
-text. Which of the two changes the scores more than much training does: both stand in one table, beside what Stability
-AI published of StableLM's base models where that has the task.
+name Python functions, which are run too. With the chat template each prompt is a message of the user, few-shot examples
+are earlier turns, a system message is only what the template writes by itself, and so are special tokens. Without it a
+prompt is plain text. That choice can change scores more than training does: both stand in one table, beside what
+Stability AI published of StableLM's base models where that has the task.
 
 The result is CHECKPOINT/eval/harness.json: lm_eval's own dictionary under "lm_eval" (its samples as "items"), and the
 first prompt of each task as text and as ids. An evaluation that was interrupted goes on where it stopped.

@@ -314,42 +314,45 @@ class SmallDisk:
     """
 
     def __init__(self, folder: Path, megabytes: int):
-        self.folder = folder
+        self.folder, self.read_only = folder, False
         folder.mkdir()
-        mounted = self._mount("-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs")
-        if mounted.returncode:
-            pytest.skip(f"cannot mount a small file system here: {mounted.stderr.strip()}")
+        try:
+            self._run("mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", folder)
+        except (OSError, subprocess.CalledProcessError) as error:
+            reason = getattr(error, "stderr", None) or error
+            pytest.skip(f"cannot mount a small file system here: {str(reason).strip()}")
 
-    def _mount(self, *arguments: str) -> subprocess.CompletedProcess:
-        return subprocess.run(["mount", *arguments, str(self.folder)], capture_output=True, text=True)
+    def _run(self, *command) -> None:
+        subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True)
 
-    def fill(self, leave: int = 0) -> bool:
+    def fill(self, leave: int = 0) -> None:
         """Take all its room but so many bytes."""
         room = os.statvfs(self.folder)
         (self.folder / "filler").write_bytes(bytes(max(0, room.f_bavail * room.f_frsize - leave)))
-        return True
 
-    def make_read_only(self) -> bool:
-        """False while a file on it is being written."""
-        return self._mount("-o", "remount,ro").returncode == 0
+    def make_read_only(self) -> None:
+        """By a second mount over the first, which would not change while a file on it is open for writing."""
+        self._run("mount", "--bind", self.folder, self.folder)
+        self._run("mount", "-o", "remount,bind,ro", self.folder)
+        self.read_only = True
 
     def mend(self) -> None:
         """Make it one to be written on, with room."""
-        assert self._mount("-o", "remount,rw").returncode == 0
+        if self.read_only:
+            self._run("umount", self.folder)
+        self.read_only = False
         (self.folder / "filler").unlink(missing_ok=True)
 
     def unmount(self) -> None:
-        subprocess.run(["umount", str(self.folder)], check=True)
+        self.mend()
+        self._run("umount", self.folder)
 
 
-def fail_at(life: Life, is_there: Callable[[Life], bool], fail: Callable[[], bool]) -> list[str]:
+def fail_at(life: Life, is_there: Callable[[Life], bool], fail: Callable[[], None]) -> list[str]:
     """Let a disk fail under a run once it is somewhere, and wait for its end; returns its error lines."""
     assert life.wait_for(is_there), life.printed()[-3000:]
     life.freeze()
-    while not fail():
-        life.go_on()
-        time.sleep(0.01)
-        life.freeze()
+    fail()
     life.go_on()
     assert life.wait() != 0, life.printed()[-3000:]
     return re.findall(r"^error.*$", life.printed(), flags=re.MULTILINE)

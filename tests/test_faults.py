@@ -70,8 +70,11 @@ class Training:
         assert all(torch.equal(weights[name], expected[name]) for name in expected)
         assert [path.name for path in self.output_dir.glob(".*")] == [".lock"]
         assert [path.name for path in (self.cache / "prepared").glob(".*")] == []
-        own = {path.name for path in self.output_dir.iterdir() if not path.name.startswith("checkpoint-")}
-        assert own == {path.name for path in self.untouched_dir.iterdir() if not path.name.startswith("checkpoint-")}
+        own, expected = (
+            {path.name for path in folder.iterdir() if not path.name.startswith("checkpoint-")}
+            for folder in (self.output_dir, self.untouched_dir)
+        )
+        assert own == expected  # so no .checkpoint-7, .final or .recipe.yaml either
         assert_whole(self.output_dir)
         assert json.loads((self.output_dir / "run.json").read_text())["status"] == "finished"
 
@@ -256,8 +259,7 @@ def test_a_failing_disk_is_one_line_and_the_run_goes_on_when_it_is_mended(tmp_pa
     assert "Read-only file system" in error
     assert newest_step(training.output_dir) >= 4
 
-    assert disk.make_read_only()
-    error = fails(lambda life: True, lambda: True)
+    error = fails(lambda life: True, disk.make_read_only)  # frozen at its very start
     assert f"output_dir = {training.output_dir}: cannot write there: Read-only file system" in error
 
     error = fails(saved(14), lambda: disk.fill(leave=10**6))

@@ -78,7 +78,8 @@ def main(options, checkpoint) -> None:
     manager, tasks = load_tasks(options.tasks)
 
     accelerator = start_processes()
-    model, tokenizer = load_chat_model(checkpoint, accelerator.device, options.dtype)
+    chat = "chat" in MODES[options.chat_template]
+    model, tokenizer = load_chat_model(checkpoint, accelerator.device, options.dtype, template=chat)
     settings = {
         "tasks": {name: task.VERSION for name, task in manager.load(tasks)["tasks"].items()},
         "chat_template": options.chat_template,

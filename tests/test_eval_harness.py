@@ -154,6 +154,13 @@ def test_a_tokenizer_that_puts_a_token_in_front(evaluate, model, tmp_path):
         assert prompts["plain"][task]["ids"][0] == first
 
 
+def test_a_base_model_without_a_chat_template(evaluate, tiny_model):
+    result = evaluate(tiny_model, "--tasks", TASKS, "--limit", 1, "--chat_template", "off")
+    assert set(result["lm_eval"]) == {"plain"}
+    with pytest.raises(UserError, match="no chat template"):
+        evaluate(tiny_model, "--tasks", TASKS, "--limit", 1)
+
+
 # ---- The table ----
 
 

@@ -42,8 +42,11 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()
 
 
-def load_chat_tokenizer(checkpoint: Checkpoint):
+def load_chat_tokenizer(checkpoint: Checkpoint, template: bool = True):
     """The tokenizer of a chat model, with its own chat template.
+
+    Args:
+        template: False takes that of a base model too, which is only given plain text.
 
     Raises:
         UserError: there is none, it has no chat template or eos token, or lacks tokens that the template writes.
@@ -52,10 +55,14 @@ def load_chat_tokenizer(checkpoint: Checkpoint):
     if set(tokenizer.encode("a b c", add_special_tokens=False)) <= {tokenizer.unk_token_id}:
         # Where there are no files, transformers makes an empty tokenizer of the model's kind and says nothing.
         raise UserError(f"{checkpoint.name}: it has no tokenizer ({_held(checkpoint)})")
-    if not tokenizer.chat_template:
-        raise UserError(f"{checkpoint.name}: its tokenizer has no chat template, so it is no chat model")
     if tokenizer.eos_token_id is None:
         raise UserError(f"{checkpoint.name}: its tokenizer has no eos token, which ends a reply")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if not template:
+        return tokenizer
+    if not tokenizer.chat_template:
+        raise UserError(f"{checkpoint.name}: its tokenizer has no chat template, so it is no chat model")
     known = tokenizer.get_vocab()
     if missing := sorted(set(CHAT_MARK.findall(str(tokenizer.chat_template))) - known.keys()):
         raise UserError(f"{checkpoint.name}: its tokenizer lacks the chat tokens {' '.join(missing)}")
@@ -63,23 +70,22 @@ def load_chat_tokenizer(checkpoint: Checkpoint):
         tokenizer.apply_chat_template([{"role": "user", "content": "a"}], add_generation_prompt=True)
     except Exception as error:  # jinja's own, and whatever the template raises
         raise UserError(f"{checkpoint.name}: its chat template does not work: {_reason(error)}") from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def load_chat_model(checkpoint: Checkpoint, device: torch.device, dtype: str | None = None):
+def load_chat_model(checkpoint: Checkpoint, device: torch.device, dtype: str | None = None, template: bool = True):
     """The model and tokenizer of a chat model, ready to generate (`utils/generation.py`).
 
     Args:
         dtype: fp32, fp16 or bf16; None takes what the weights are stored in, on a CPU fp32.
+        template: False takes a base model too, which has no chat template.
 
     Returns: (model, tokenizer). The model's generation_config names pad and end tokens and nothing else, so that no
         sampling default of the checkpoint's is mixed into the settings of an evaluation.
     Raises:
         UserError: anything is missing or damaged.
     """
-    tokenizer = load_chat_tokenizer(checkpoint)
+    tokenizer = load_chat_tokenizer(checkpoint, template)
     wanted = DTYPES[dtype] if dtype else "auto" if has_gpu() else torch.float32
     model, info = _load(AutoModelForCausalLM, checkpoint, dtype=wanted, output_loading_info=True)
     if missing := sorted(info["missing_keys"]):  # transformers would fill them with random numbers

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from utils.batches import Position
 from utils.errors import UserError
+from utils.launch import stop_all
 from utils.recipe import Recipe
 from utils.tracking import TrainingStats
 from utils.trainer_state import random_state, save_optimizer
@@ -161,8 +162,7 @@ def save_checkpoint(
             return
         if accelerator.is_main_process:
             shutil.rmtree(work, ignore_errors=True)  # and so gives its room back
-            raise UserError(f"{whole} could not be written: {problems[0]}; the checkpoints before it are whole")
-        raise SystemExit(2)
+        stop_all(f"{whole} could not be written: {problems[0]}; the checkpoints before it are whole")
 
     as_one(make_folder, main_process_only=True)
     as_one(write_model, main_process_only=True)

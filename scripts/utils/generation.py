@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import (
     EpsilonLogitsWarper,
@@ -59,9 +60,16 @@ def encode_chat(tokenizer, messages: list[dict[str, str]]) -> list[int]:
 
     In this collection's format the contents are plain text, as in training: a control token written out in a message
     stays text. Other templates are applied as transformers does it.
+
+    Raises:
+        UserError: the template refuses the conversation.
     """
     if tokenizer.chat_template != CHAT_TEMPLATE:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        try:
+            return tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        except TemplateError as error:  # some refuse a system message, or a reply that comes first
+            roles = ", ".join(message["role"] for message in messages)
+            raise UserError(f"the model's chat template refuses a conversation of {roles}: {error}") from error
     conversation = Conversation([Message(message["role"], message["content"]) for message in messages])
     ((ids, _),) = encode(tokenizer, [conversation])
     return [*ids.tolist(), tokenizer.convert_tokens_to_ids(ASSISTANT)]

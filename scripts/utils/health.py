@@ -5,12 +5,12 @@ import statistics
 from collections import deque
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
 from utils.errors import UserError
-from utils.launch import process_index
+from utils.launch import stop_all
 from utils.mix import Mix
 
 WINDOW = 100  # steps whose median gradient norm is the usual one, and lines of metrics likewise for the loss
@@ -60,7 +60,7 @@ class StepHealth:
         self.skipped += 1
         self.bad_in_a_row = 0
         if loss_scale is not None and loss_scale < 1:
-            _stop(FP16_ADVICE)
+            stop_all(FP16_ADVICE)
 
     def bad_step(self, step: int, loss: float, grad_norm: float, mix: Mix, rows: np.ndarray) -> None:
         """The loss or the gradient norm was no finite number, and the weights were not updated.
@@ -89,7 +89,7 @@ class StepHealth:
                 raise UserError(f"{self.file}: cannot write: {error.strerror}; the checkpoints are whole") from error
             print(f"\nstep {step:,} left out: loss {loss}, gradient norm {grad_norm}; see {self.file}", flush=True)
         if self.bad_in_a_row >= self.max_bad_steps:  # over it where a resumed run has a lower limit
-            _stop(
+            stop_all(
                 f"{self.bad_in_a_row} steps in a row without a finite loss and gradient, up to step {step:,}: stopped; "
                 "bad_steps.jsonl in output_dir lists their conversations"
             )
@@ -126,13 +126,6 @@ class StepHealth:
             setattr(self, name, deque(value, maxlen=WINDOW) if isinstance(value, list) else value)
 
 
-def _stop(reason: str) -> NoReturn:
-    """End the run; every process comes here, and the first says why."""
-    if process_index():
-        raise SystemExit(2)
-    raise UserError(reason)
-
-
 def _is_spike(value: float, before: deque[float], factor: float) -> bool:
     return len(before) >= ENOUGH and value > factor * statistics.median(before)
 
@@ -145,4 +138,4 @@ def one_line_at_minimum_scale():
     except Exception as error:
         if "loss scale already at minimum" not in str(error):
             raise
-        _stop(FP16_ADVICE)
+        stop_all(FP16_ADVICE)

@@ -5,6 +5,7 @@ The launcher speaks through environment variables, so everything here is known b
 
 import os
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 import transformers
@@ -29,6 +30,13 @@ def say(message: str) -> None:
     """Print on the first process only."""
     if process_index() == 0:
         print(message, flush=True)
+
+
+def stop_all(reason: str) -> NoReturn:
+    """End the run, where every process comes to the same end: the first says why, the others leave in silence."""
+    if process_index():
+        raise SystemExit(2)
+    raise UserError(reason)
 
 
 def has_gpu() -> bool:

@@ -18,7 +18,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import ROOT
-from fault_injection import WAYS, CutOff, Life, SmallDisk, cut_off_at, fail_at, has_begun, kill_at, newest_step, places
+from fault_injection import WAYS, CutOff, SmallDisk, cut_off_at, fail_at, has_begun, kill_at, places
+from life import Life, newest_step
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -44,7 +44,6 @@ from utils.batches import (
     collate,
     step_rows,
     steps_left,
-    steps_per_epoch,
     training_rows,
     training_steps,
     validation_batches,
@@ -70,7 +69,7 @@ from utils.mix import Mix, prepare_mix
 from utils.model import load_config, load_model, load_tokenizer
 from utils.model_card import write_model_card
 from utils.optimizer import make_optimizer
-from utils.output_dir import claim_output_dir
+from utils.output_dir import claim_output_dir, wait_for_other_run
 from utils.preflight import preflight
 from utils.record_file import read_record, update_status, write_record
 from utils.report import describe_rehearsal, describe_run, end_report, show_first_batch, show_replies
@@ -91,6 +90,8 @@ def main(command: CommandLine, stop: StopSignal) -> None:
     # Data first: no process group exists yet, so nobody can time out waiting for the one that tokenizes.
     set_up_process()
     dtype = training_dtype(recipe)
+    if process_index() == 0:
+        wait_for_other_run(recipe)
     checkpoint = find_checkpoint(recipe, command.allow_changes)  # None for a run from its beginning
     if process_index() == 0:
         claim_output_dir(recipe, checkpoint)
@@ -122,7 +123,7 @@ def main(command: CommandLine, stop: StopSignal) -> None:
         deepspeed_plugin=plugin,
         kwargs_handlers=process_group_options(deepspeed=plugin is not None),
     )
-    check_processes(accelerator)
+    check_processes(accelerator, step)
     main_process = accelerator.is_main_process
     set_seed(recipe.rng_seed)
 
@@ -138,16 +139,14 @@ def main(command: CommandLine, stop: StopSignal) -> None:
 
     # Before the first step, what will run and what will be learnt: a wrong mask is the commonest silent mistake.
     shard = accelerator.process_index, accelerator.num_processes, tokenizer.pad_token_id
-    epoch_steps = steps_per_epoch(mix, recipe, accelerator.num_processes)
     if main_process:
-        describe_run(accelerator, model, dtype, mix, recipe, epoch_steps, total_steps)
+        describe_run(accelerator, model, dtype, mix, recipe, total_steps)
         show_first_batch(next(training_steps(mix, recipe, *shard, position))[1][0], tokenizer)
 
     clock = Clock()
     stats = TrainingStats(mix, accelerator.device, clock)
     health = StepHealth(recipe.max_bad_steps, recipe.output_dir / "bad_steps.jsonl" if main_process else None)
-    results: dict[str, float] = {}  # of the last evaluation
-    evaluation_due, wandb_id = False, None
+    results, evaluation_due, wandb_id = {}, False, None  # results: of the last evaluation
     if step < total_steps:
         seconds = rehearse(accelerator, model, optimizer, scheduler, mix, recipe, shard[-1], largest, stats)
         if main_process:
@@ -281,11 +280,7 @@ def train_step(
 def rehearse(accelerator, model, optimizer, scheduler, mix: Mix, recipe: Recipe, pad_token_id, largest, stats) -> float:
     """Run the plan's largest micro-batches, so that memory runs out now and not six hours in; nothing is changed.
 
-    Returns:
-        Seconds of a training micro-batch.
-
-    Raises:
-        UserError: the GPU's memory is too small.
+    Returns the seconds of a training micro-batch. Raises UserError where the GPU's memory is too small.
     """
     train, held_out = largest
     scale = loss_scale_state(accelerator)

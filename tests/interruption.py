@@ -138,6 +138,8 @@ def run_here(*arguments, output_dir: Path, **moment):
             signal.signal(number, handler)
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
+        if (output_dir / ".lock").exists():
+            (output_dir / ".lock").open().close()  # gives a POSIX lock of this process back, as the end of a run does
     return Run(subprocess.CompletedProcess(arguments, code, stdout.getvalue(), stderr.getvalue()), output_dir)
 
 

@@ -1,6 +1,7 @@
 """Errors that are the user's to mend: one clear line and exit status 2, never a traceback."""
 
 import contextlib
+import errno
 import os
 import sys
 
@@ -16,7 +17,12 @@ def one_line_errors():
     Before the processes have met, those of one machine fail alike (a bad recipe, a broken file), so the first speaks.
     """
     try:
-        yield
+        try:
+            yield
+        except OSError as error:  # wherever it came up; whoever can say more has made a UserError of it
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                raise
+            raise UserError(f"cannot write: {error}") from error
     except UserError as error:
         rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
         torch = sys.modules.get("torch")  # not imported here, since --help must not wait for it
@@ -30,5 +36,12 @@ def one_line_errors():
                 sys.stderr.write(line)
             sys.stderr.flush()
         # Without a traceback and without waiting for the other processes, which may stand in a collective.
+        sys.stdout.flush()
+        raise SystemExit(2) from None
+    except RuntimeError as error:
+        # In gloo's words: another process is gone. It has said why itself, or the launcher does.
+        if "Connection closed by peer" not in str(error) and "Connection reset by peer" not in str(error):
+            raise
+        print(f"process {os.environ.get('RANK', 0)} ends, since another one has", file=sys.stderr, flush=True)
         sys.stdout.flush()
         raise SystemExit(2) from None

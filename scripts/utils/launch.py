@@ -10,7 +10,7 @@ from typing import NoReturn
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 
 from utils.errors import UserError
 from utils.recipe import Recipe
@@ -92,17 +92,23 @@ def process_group_options(deepspeed: bool) -> list[InitProcessGroupKwargs]:
     return [InitProcessGroupKwargs(backend="nccl" if has_gpu() else "gloo", timeout=timedelta(hours=3))]
 
 
-def check_processes(accelerator: Accelerator) -> None:
+def check_processes(accelerator: Accelerator, step: int = 0) -> None:
     """Stop several processes that each believe they are alone: they would train the same run twice.
 
+    Args:
+        step: at which this process begins, after the checkpoint that it found.
+
     Raises:
-        UserError: the launcher started more processes than have found each other.
+        UserError: the launcher started more processes than have found each other, or they found other checkpoints.
     """
     if accelerator.num_processes != num_processes():
         raise UserError(
             f"the launcher started {num_processes()} processes, but {accelerator.num_processes} found each other "
             f"({accelerator.distributed_type}): check the accelerate config against this machine"
         )
+    steps = sorted(set(gather_object([step])))
+    if len(steps) > 1:  # an earlier start was still saving, or a network disk lags behind
+        stop_all(f"the processes found checkpoints of different steps ({steps}): start again")
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("no", "", accelerator.mixed_precision):
         say(f"the accelerate config says mixed_precision: {precision}; the recipe's dtype wins")

@@ -47,6 +47,19 @@ def is_ours(recipe_file: Path) -> bool:
         return False
 
 
+def wait_for_other_run(recipe: Recipe) -> None:
+    """Lock the folder of a run that is gone on with, so that its last checkpoint is there; the first process.
+
+    Raises:
+        UserError: another process is at it.
+    """
+    if is_ours(recipe.output_dir / "recipe.yaml"):
+        try:
+            _lock(recipe.output_dir / ".lock")
+        except OSError as error:
+            raise UserError(f"output_dir = {recipe.output_dir}: cannot write there: {error.strerror}") from error
+
+
 def claim_output_dir(recipe: Recipe, checkpoint: Checkpoint | None) -> None:
     """Make the output folder ours for as long as this process lives, clear away what a killed run left, and write the
     resolved recipe; the first process.

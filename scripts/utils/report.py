@@ -5,7 +5,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from utils.batches import accumulation_steps, conversations_per_step, training_rows
+from utils.batches import accumulation_steps, conversations_per_step, steps_per_epoch, training_rows
 from utils.checkpoint import list_checkpoints
 from utils.dialogue import render_scored
 from utils.health import StepHealth
@@ -17,7 +17,7 @@ SHOWN_CHARACTERS = 1200  # of each conversation of the first batch
 
 
 def describe_run(
-    accelerator: Accelerator, model, dtype: torch.dtype, mix: Mix, recipe: Recipe, epoch_steps: int, total_steps: int
+    accelerator: Accelerator, model, dtype: torch.dtype, mix: Mix, recipe: Recipe, total_steps: int
 ) -> None:
     """Print what is about to run: the mix, the batch in all its factors, the steps and the learning rate's curve."""
     rows = training_rows(mix, recipe, 0)
@@ -43,7 +43,8 @@ def describe_run(
         f"{parameters:,} parameters, {precision}, {accelerator.distributed_type.value} on {accelerator.device.type}\n"
         f"{processes} process(es) x {micro} conversations x {accumulated} accumulated = "
         f"{conversations_per_step(recipe, processes)} conversations a step{note}\n"
-        f"{epoch_steps:,} steps an epoch, {total_steps:,} in all; the rate rises to {recipe.learning_rate:g} in "
+        f"{steps_per_epoch(mix, recipe, processes):,} steps an epoch, {total_steps:,} in all; "
+        f"the rate rises to {recipe.learning_rate:g} in "
         f"{warmup:,} steps, then falls to 0",
         flush=True,
     )

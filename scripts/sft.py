@@ -170,9 +170,9 @@ def main(command: CommandLine, stop: StopSignal) -> None:
         return found is not None
 
     def where() -> dict[str, float]:
-        epoch = position.epoch + position.conversations / len(training_rows(mix, recipe, 0))
-        return {"step": step, "epoch": round(epoch, 4)}
+        return {"step": step, "epoch": round(position.epoch + position.conversations / epoch_conversations, 4)}
 
+    epoch_conversations = len(training_rows(mix, recipe, 0))
     stop.defer()  # from here on there is something to save
     stopped = evaluation_due and not evaluate_now()
     to_do = 0 if stopped else max(0, total_steps - step)

@@ -15,8 +15,7 @@ from utils.mix import Mix
 
 WINDOW = 100  # steps whose median gradient norm is the usual one, and lines of metrics likewise for the loss
 ENOUGH = 20  # of them before anything is called a spike
-# A gradient norm over 5 times its median, or a loss over 1.5 times. Of the demo's 536 steps none is; a batch whose text
-# is noise is.
+# A gradient norm over 5 times its median, or a loss over 1.5 times; none of the demo's 536 steps is one.
 NORM_SPIKE, LOSS_SPIKE = 5.0, 1.5
 FP16_ADVICE = (
     "the fp16 loss scale is at its minimum and gradients still overflow: the run has diverged, or the model is not one "

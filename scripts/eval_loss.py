@@ -59,8 +59,9 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from utils.batches import cut, validation_batches
+from utils.batches import validation_batches
 from utils.chat_model import load_chat_tokenizer
+from utils.collate import cut
 from utils.data_files import find_data_file
 from utils.dialogue import ASSISTANT, CHAT_TOKENS
 from utils.evaluation import Evaluation, metric, start_processes
@@ -192,20 +193,13 @@ def measure(
     progress = tqdm(total=len(rows), desc="evaluating", unit="conversation", disable=not accelerator.is_main_process)
     for index, name in enumerate(mix.names):
         for batch in validation_batches(left, recipe, index, *shard):
-            device_batch = {part: tensor.to(accelerator.device) for part, tensor in batch.items()}
             with accelerator.autocast():
-                losses, predictions = model(
-                    device_batch["input_ids"], device_batch["attention_mask"], device_batch["labels"]
-                )
-            targets = batch["labels"][:, 1:]
-            scored = targets != -100
-            right = (predictions.cpu() == targets[scored]).double()
-            sizes = scored.sum(1).tolist()
-            parts = zip(losses.double().cpu().split(sizes), right.split(sizes), strict=True)
-            # An empty batch, which fills up the last round of several processes, has no length.
-            for place, (length, (loss, correct)) in enumerate(zip(batch["lengths"].tolist(), parts, strict=False)):
-                ids = batch["input_ids"][place, :length].numpy()
-                is_target = batch["labels"][place, :length].numpy() != -100
+                _, losses, predictions = model(batch.to(accelerator.device))
+            right = (predictions.cpu() == batch.targets).double()
+            conversations = [(ids.numpy(), is_target.numpy()) for ids, is_target in batch.conversations()]
+            sizes = [int(is_target.sum()) for _, is_target in conversations]
+            parts = zip(conversations, losses.double().cpu().split(sizes), right.split(sizes), strict=True)
+            for (ids, is_target), loss, correct in parts:
                 turn = np.minimum(np.cumsum(ids == assistant)[is_target], LAST_TURN)
                 sums = {"loss": loss.numpy(), "correct": correct.numpy(), "targets": np.ones(len(turn))}
                 result = {field: float(values.sum()) for field, values in sums.items()}
@@ -214,7 +208,7 @@ def measure(
                         f"{field}_turn_{number}": float(values[turn == number].sum()) for field, values in sums.items()
                     }
                 evaluation.add(conversation_key(name, ids, is_target), result)
-            progress.update(min(len(batch["lengths"]) * accelerator.num_processes, len(rows) - progress.n))
+            progress.update(min(len(batch.lengths) * accelerator.num_processes, len(rows) - progress.n))
     progress.close()
 
 

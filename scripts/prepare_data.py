@@ -53,7 +53,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from utils.batches import collate, conversations_per_step, cut, steps_per_epoch, training_rows, window_start
+from utils.batches import (
+    accumulation_steps,
+    describe_packing,
+    describe_step,
+    epoch_plan,
+    steps_per_epoch,
+    training_rows,
+)
+from utils.collate import collate, cut, window_start
 from utils.contamination import (
     BENCHMARKS,
     Overlaps,
@@ -129,10 +137,11 @@ def print_tables(mix: Mix, recipe: Recipe) -> None:
     processes, steps = num_processes(), steps_per_epoch(mix, recipe, num_processes())
     tokens = np.minimum(mix.train.lengths[rows], recipe.max_length).sum()
     console.print(
-        f"an epoch: {len(rows):,} conversations, {tokens:,} tokens, {steps:,} steps of "
-        f"{conversations_per_step(recipe, processes)} conversations ({processes} process(es) x "
-        f"{recipe.per_device_train_batch_size} x {recipe.gradient_accumulation_steps})"
+        f"an epoch: {len(rows):,} conversations, {tokens:,} tokens, {steps:,} steps, {describe_step(recipe, processes)}"
+        f" ({processes} process(es) x {recipe.per_device_train_batch_size} x {accumulation_steps(recipe, processes)})"
     )
+    if recipe.packing:
+        console.print(describe_packing(mix, recipe, processes))
 
 
 def print_contamination(mix: Mix, recipe: Recipe) -> None:
@@ -195,24 +204,23 @@ def show_examples(mix: Mix, recipe: Recipe, tokenizer, count: int, dataset: str 
 
 
 def show_batch(mix: Mix, recipe: Recipe, tokenizer) -> None:
-    """Print the first micro-batch of the first process: where each row is from, its window, its padding, its tokens."""
-    rows = training_rows(mix, recipe, epoch=0)[: recipe.per_device_train_batch_size]
+    """Print the first micro-batch of the first process: where each conversation is from, its window, its positions, its
+    tokens; and what is padding."""
+    rows = epoch_plan(mix, recipe, epoch=0).of_packs(0, recipe.per_device_train_batch_size)
     batch = collate(mix.train, rows, recipe, tokenizer.pad_token_id, epoch=0)
-    width = batch["input_ids"].shape[1]
-    console.rule(f"the first batch: {len(rows)} rows of {width:,} tokens")
-    for place, row in enumerate(rows):
-        start, length = (
-            window_start(mix.train.tokens(row)[1], row, recipe, 0),
-            int(batch["attention_mask"][place].sum()),
-        )
-        labels = batch["labels"][place][:length]
+    shape = "{} row(s) of {:,} tokens".format(*batch.input_ids.shape)
+    padding = batch.input_ids.numel() - sum(batch.lengths)
+    layout = f"{shape}, {padding:,} of them padding" if batch.boundaries is None else f"end to end, {shape}, no padding"
+    packs = f" in {recipe.per_device_train_batch_size} packs" if recipe.packing else ""
+    console.rule(f"the first batch: {len(rows)} conversations{packs}, {layout}")
+    for row, (ids, scored) in zip(rows, batch.conversations(), strict=True):
+        start, length = window_start(mix.train.tokens(row)[1], row, recipe, 0), len(ids)
         console.rule(
             f"{mix.names[mix.train.dataset[row]]}, row {row}: tokens {start:,} to {start + length:,} of "
-            f"{mix.train.lengths[row]:,} at positions 0 to {length - 1:,}, {width - length:,} of padding, "
-            f"{int((labels != -100).sum()):,} scored",
+            f"{mix.train.lengths[row]:,} at positions 0 to {length - 1:,}, {int(scored.sum()):,} scored",
             align="left",
         )
-        console.print(render(tokenizer, batch["input_ids"][place][:length].numpy(), (labels != -100).numpy()))
+        console.print(render(tokenizer, ids.numpy(), scored.numpy()))
 
 
 def export(mix: Mix, recipe: Recipe, file: Path) -> None:

@@ -34,6 +34,7 @@ import itertools
 import math
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
@@ -41,7 +42,7 @@ from accelerate.utils import set_seed
 
 from utils.batches import (
     accumulation_steps,
-    collate,
+    prefetched,
     step_rows,
     steps_left,
     training_rows,
@@ -49,9 +50,11 @@ from utils.batches import (
     validation_batches,
 )
 from utils.checkpoint import save_checkpoint, save_final_model
+from utils.collate import collate
 from utils.contamination import without_contamination
 from utils.deepspeed import deepspeed_plugin
 from utils.dry_run import dry_run
+from utils.flops import ModelFlops, peak_flops
 from utils.health import StepHealth, one_line_at_minimum_scale
 from utils.launch import (
     check_processes,
@@ -77,8 +80,6 @@ from utils.resume import check_data, find_checkpoint, is_finished, restore, run_
 from utils.run_record import differences, start_record
 from utils.tracking import Clock, RunLog, TrainingStats
 from utils.trainer_state import allocate_moments, load_loss_scale, loss_scale, loss_scale_state
-
-MODEL_INPUTS = ("input_ids", "attention_mask", "labels")
 
 
 def main(command: CommandLine, stop: StopSignal) -> None:
@@ -130,7 +131,8 @@ def main(command: CommandLine, stop: StopSignal) -> None:
     # Autocast wants fp32 weights; the engine wants them in the dtype it trains in, and keeps fp32 masters itself.
     weights = checkpoint.path if checkpoint else None
     language_model = load_model(recipe, config, tokenizer, dtype if plugin else torch.float32, weights)
-    model = ScoredLoss(language_model)
+    flops = ModelFlops(language_model)
+    model = ScoredLoss(language_model).train()
     optimizer, scheduler = make_optimizer(model, recipe, total_steps, deepspeed=plugin is not None)
     if plugin:
         model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
@@ -144,7 +146,7 @@ def main(command: CommandLine, stop: StopSignal) -> None:
         show_first_batch(next(training_steps(mix, recipe, *shard, position))[1][0], tokenizer)
 
     clock = Clock()
-    stats = TrainingStats(mix, accelerator.device, clock)
+    stats = TrainingStats(mix, accelerator.device, clock, flops, peak_flops(accelerator.device, dtype))
     health = StepHealth(recipe.max_bad_steps, recipe.output_dir / "bad_steps.jsonl" if main_process else None)
     results, evaluation_due, wandb_id = {}, False, None  # results: of the last evaluation
     if step < total_steps:
@@ -176,8 +178,7 @@ def main(command: CommandLine, stop: StopSignal) -> None:
     stop.defer()  # from here on there is something to save
     stopped = evaluation_due and not evaluate_now()
     to_do = 0 if stopped else max(0, total_steps - step)
-    steps = itertools.islice(training_steps(mix, recipe, *shard, position), to_do)
-    model.train()
+    steps = prefetched(itertools.islice(training_steps(mix, recipe, *shard, position), to_do), pin=has_gpu())
     for after, micro_batches in clock.waiting(steps):
         step += 1
         learning_rate = scheduler.get_last_lr()[0]
@@ -245,22 +246,22 @@ def train_step(
         The gradient norm before clipping, and whether the weights were updated: not where the norm is no finite number.
     """
     counts = [
-        sum(len(batch["dataset"]) for batch in micro_batches),
-        sum(len(batch["dataset"]) > 0 for batch in micro_batches),
+        sum(len(batch.targets) for batch in micro_batches),
+        sum(len(batch.targets) > 0 for batch in micro_batches),
     ]
     scored_tokens, scored_batches = accelerator.reduce(torch.tensor(counts, device=accelerator.device)).clamp(min=1)
 
     for number, batch in enumerate(micro_batches, 1):
-        batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+        batch = batch.to(accelerator.device)
         # Gradients travel between processes once, at the last micro-batch. Accelerate's DeepSpeed wrapper reads this
         # too, and closes the accumulation window there, full or not: its `backward` also makes the optimizer's step.
         accelerator.sync_gradients = number == len(micro_batches)
         with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(model):
-            losses, _ = model(*(batch[name] for name in MODEL_INPUTS))
+            total, losses, _ = model(batch)
             if recipe.loss_normalization == "tokens":
-                loss = losses.sum() / scored_tokens
+                loss = total / scored_tokens
             else:
-                loss = losses.sum() / max(1, len(losses)) / scored_batches
+                loss = total / max(1, len(losses)) / scored_batches
             # A loss that is no finite number makes NaN of every gradient, on every process: the norm tells all of it.
             finite = math.nan if rehearsal else 1 + 0 * loss.detach()
             # DDP and DeepSpeed average over processes and DeepSpeed divides by the accumulation steps: undo both.
@@ -288,8 +289,9 @@ def rehearse(accelerator, model, optimizer, scheduler, mix: Mix, recipe: Recipe,
     # Twice where gradients accumulate: the second time they are in memory while it runs.
     count = min(2, accumulation_steps(recipe, accelerator.num_processes))
     batch = collate(mix.train, train.rows, recipe, pad_token_id, train.epoch)
-    if not len(batch["dataset"]):  # cut before the first reply; only a loss can make NaN of the gradients
-        batch["labels"][0, 1], batch["dataset"] = batch["input_ids"][0, 1], torch.tensor([0])
+    if not len(batch.targets):  # cut before the first reply; only a loss can make NaN of the gradients
+        zero = torch.tensor([0])
+        batch = replace(batch, scored=zero, targets=zero, dataset=zero)
     started = time.perf_counter()
     try:
         train_step(accelerator, model, optimizer, scheduler, [batch] * count, recipe, stats, rehearsal=True)
@@ -298,10 +300,10 @@ def rehearse(accelerator, model, optimizer, scheduler, mix: Mix, recipe: Recipe,
             batch = collate(mix.validation, held_out.rows, recipe, pad_token_id, epoch=None)
             model.eval()
             with torch.no_grad():
-                model(*(batch[name].to(accelerator.device) for name in MODEL_INPUTS))
+                model(batch.to(accelerator.device))
             model.train()
     except torch.OutOfMemoryError as error:
-        shapes = " or ".join(f"{each.shape[0]} conversations of {each.shape[1]:,} tokens" for each in largest if each)
+        shapes = " or ".join(each.describe() for each in largest if each)
         raise UserError(
             f"the GPU's memory is too small for the run's largest micro-batches ({shapes}): give a smaller "
             "per_device_train_batch_size (global_batch_size keeps the step as it is) or per_device_eval_batch_size, "
@@ -325,10 +327,8 @@ def evaluate_mix(
     sums = torch.zeros(len(mix.names), 3, dtype=torch.float64)  # loss, right predictions, scored tokens
     for index in range(len(mix.names)):
         for batch in validation_batches(mix, recipe, index, *shard):
-            batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
-            losses, predictions = model(*(batch[name] for name in MODEL_INPUTS))
-            targets = batch["labels"][:, 1:]
-            accuracy.add_batch(predictions=predictions.cpu(), references=targets[targets != -100].cpu())
+            _, losses, predictions = model(batch.to(accelerator.device))
+            accuracy.add_batch(predictions=predictions.cpu(), references=batch.targets)
             sums[index, 0] += losses.double().sum().cpu()
             if stop.agreed(accelerator):
                 return None

@@ -141,7 +141,7 @@ def deepspeed_plugin(recipe: Recipe, total_steps: int, dtype: torch.dtype) -> De
     os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
     reason = _why_not_fused_adam()
     if reason:
-        config["optimizer"]["params"]["torch_adam"] = True
+        config["optimizer"]["params"] |= {"torch_adam": True, "fused": True}
         say(f"DeepSpeed: plain torch AdamW, since FusedAdam cannot be used ({reason})")
     if not has_gpu():
         _prepare_cpu_engine()

@@ -5,7 +5,7 @@ import os
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
-from utils.batches import conversations_per_step
+from utils.batches import describe_step
 from utils.data_files import find_data_file, hub_patterns, locate_data_file
 from utils.deepspeed import fill_config, find_config
 from utils.errors import UserError
@@ -53,7 +53,7 @@ def dry_run(command: CommandLine) -> None:
     if found:
         fill_config(*found, recipe, total_steps=recipe.max_steps, dtype=dtype)
         say(f"{found[1]}: agrees with the recipe")
-    say(f"{conversations_per_step(recipe, num_processes())} conversations a step with {num_processes()} processes")
+    say(f"{describe_step(recipe, num_processes())} with {num_processes()} processes")
 
 
 def _refuse_unwritable(recipe: Recipe) -> None:

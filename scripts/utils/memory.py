@@ -7,8 +7,8 @@ from typing import Any
 import psutil
 import torch
 from transformers import PretrainedConfig
-from transformers.utils import is_flash_attn_2_available
 
+from utils.attention import choose_attention
 from utils.errors import UserError
 from utils.launch import has_gpu, num_processes, say
 from utils.loss import LOGITS_BUDGET
@@ -31,8 +31,8 @@ def estimate_memory(
     a parameter in half precision, of which stage 1 shards the 12, stage 2 the gradients too). Activations follow
     Korthikanti et al. 2022 ("Reducing Activation Recomputation in Large Transformer Models", section 4.1: 34 bytes a
     token and hidden unit, with dropout), without the attention matrix, which SDPA and flash-attn never hold, and with
-    what transformers adds: norms in fp32, a fused projection that stays whole, SDPA's mask. An activation function
-    written out in Python, as GPT-2's, and attention without SDPA need more.
+    what transformers adds: norms in fp32, a fused projection that stays whole, SDPA's mask of padded batches. An
+    activation function written out in Python, as GPT-2's, and attention without SDPA need more.
 
     Measured on a CPU with 10 to 57 million parameters, the sum is 6 to 9 % over the peak of what is live, 19 % under
     gradient checkpointing. What a process really holds is more by what its allocator cannot give back: with glibc's the
@@ -41,7 +41,7 @@ def estimate_memory(
     Args:
         zero: the section `zero_optimization` of DeepSpeed's config; None without DeepSpeed.
         dtype: of forward and backward.
-        shape: of the largest micro-batch, (conversations, padded length).
+        shape: of the largest micro-batch: (1, tokens), or padded (conversations, the longest).
 
     Returns:
         weights, gradients, optimizer; `step`, which the optimizer's step needs in place of the following two, of the
@@ -52,8 +52,8 @@ def estimate_memory(
     hidden, vocabulary, tokens = text.hidden_size, text.vocab_size, rows * length
     logits = 12 * vocabulary * min(tokens, max(1, LOGITS_BUDGET // (4 * vocabulary)))
     held = {
-        "activations": tokens * _activations_per_token(recipe, config, num_parameters, zero, element, length, gpu),
-        "logits": logits + element * vocabulary * hidden,
+        "activations": tokens * _activations_per_token(recipe, config, num_parameters, zero, element, length),
+        "logits": logits + (4 if element == 4 else 6) * vocabulary * hidden,
     }
     if zero is None:
         # DDP copies gradients into its buckets (gradient_as_bucket_view is off in Accelerate); autocast keeps copies of
@@ -87,7 +87,6 @@ def _activations_per_token(
     zero: dict[str, Any] | None,
     element: int,
     length: int,
-    gpu: bool,
 ) -> int:
     """Bytes that the backward pass needs of each token of a micro-batch, and those of its own work in one layer."""
     text = config.get_text_config()
@@ -103,16 +102,17 @@ def _activations_per_token(
     autocast = element == 2 and zero is None
     stream = 4 if autocast else element  # the residual stream, which autocast leaves in fp32
     rms = hasattr(text, "rms_norm_eps")  # in transformers in single steps, computed in fp32
-    flash = recipe.use_flash_attention and gpu and element == 2 and is_flash_attn_2_available()
+    masked = not recipe.padding_free and choose_attention(recipe, config)[0] == "sdpa"
     layer = (
         2 * hidden * (4 if rms else stream)  # inputs of the two norms
         + (2 * hidden * stream if rms else 0)  # before they are scaled
         + (5 if autocast else 2) * hidden * element  # inputs of the matrices, which autocast makes anew for each
         + 6 * heads * head * element  # queries, keys, values with the fused projection, result
-        + (0 if flash else length * element)  # a row of the mask, of which each layer holds its own
+        + (length * element if masked else 0)  # a row of the mask, of which each layer holds its own
         + (4 if gated else 2) * inner * element
     )
-    saved = layers * hidden * stream + layer if recipe.gradient_checkpointing else layers * layer
+    kept = hidden * stream + heads * (head * element + 4)  # a layer's input, and attention's result with its sums
+    saved = layers * kept + layer if recipe.gradient_checkpointing else layers * layer
     return saved + (2 * inner + 2 * hidden) * element + 4 * hidden * stream  # gradients in a layer; both ends
 
 

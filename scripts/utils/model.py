@@ -2,16 +2,19 @@
 
 import os
 import re
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
-from transformers.utils import is_flash_attn_2_available
 
+from utils.attention import choose_attention, keep_attention
+from utils.collate import Batch
 from utils.dialogue import prepare_tokenizer
 from utils.errors import UserError
-from utils.launch import has_gpu, say
+from utils.launch import say
 from utils.recipe import Recipe
 
 # Config keys of models that change the logits after the output layer, which utils/loss.py applies by itself. Weights
@@ -84,7 +87,12 @@ def load_model(
     Raises:
         UserError: the weights cannot be found, are damaged, or not those that the config calls for.
     """
-    kwargs = {"trust_remote_code": recipe.trust_remote_code, **_attention(recipe, dtype)}
+    attention, reasons = choose_attention(recipe, config)
+    kwargs = {"trust_remote_code": recipe.trust_remote_code}
+    if recipe.padding_free:  # for the checks at first, which are made on the CPU
+        kwargs["attn_implementation"] = "sdpa_by_conversation"
+    elif recipe.attn_implementation == "sdpa":  # else transformers takes eager where a model has no SDPA
+        kwargs["attn_implementation"] = "sdpa"
     if checkpoint:
         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, **kwargs)
     elif recipe.from_scratch:
@@ -98,14 +106,25 @@ def load_model(
             raise UserError(
                 f"model_name = {recipe.model_name}: its weights lack {names}, which its config.json calls for"
             )
-    say(f"attention: {model.config._attn_implementation}")
+    model.eval()  # no dropout in the checks
     check_output_layer(model, recipe.model_name)
+    if recipe.padding_free:
+        check_padding_free(model, recipe.model_name)
+    if attention != "sdpa":
+        model.set_attn_implementation(attention)
+    say(f"attention: {'; '.join([model.config._attn_implementation, *reasons])}")
     # As the original: StableLM's 50,432 rows become 50,288 for 50,282 tokens.
     model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=16)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     if recipe.gradient_checkpointing:
-        model.activation_checkpointing_enable()  # its default is the non-reentrant kind, which DDP needs
+        # The non-reentrant kind, which DDP needs.
+        keep = partial(create_selective_checkpoint_contexts, keep_attention)
+        model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": keep})
+    if recipe.torch_compile:
+        for layer in model.modules():
+            if type(layer).__name__ in model._no_split_modules:
+                layer.compile(dynamic=True)
     return model
 
 
@@ -142,17 +161,6 @@ def _where(recipe: Recipe) -> str:
     return f"no such folder under {Path.cwd()}, and the hub did not give it"
 
 
-def _attention(recipe: Recipe, dtype: torch.dtype) -> dict[str, str]:
-    """The argument that chooses flash-attn; else none, and transformers takes SDPA where the model can."""
-    if not recipe.use_flash_attention:
-        return {}
-    if is_flash_attn_2_available() and has_gpu() and dtype != torch.float32:
-        return {"attn_implementation": "flash_attention_2"}
-    reason = "there is no GPU" if not has_gpu() else "fp32" if dtype == torch.float32 else "it is not installed"
-    say(f"attention: not flash-attn ({reason})")
-    return {}
-
-
 @torch.no_grad()
 def check_output_layer(model: PreTrainedModel, name: str) -> None:
     """Refuse a model whose logits are not its output layer's of its body's hidden states, as utils/loss.py has them.
@@ -171,3 +179,43 @@ def check_output_layer(model: PreTrainedModel, name: str) -> None:
         raise UserError(f"model_name = {name}: its weights give logits that are not finite numbers")
     if not torch.allclose(ours.float(), logits.float(), rtol=1e-2, atol=1e-2 * float(logits.abs().max())):
         raise UserError(f"model_name = {name}: its logits are not those of its output layer alone: not supported")
+
+
+@torch.no_grad()
+def check_padding_free(model: PreTrainedModel, name: str) -> None:
+    """Refuse a model in which conversations laid end to end see each other, or their positions.
+
+    Raises:
+        UserError: the second of two conversations moves with the first, or differs from what it is alone.
+    """
+    first, second = (torch.arange(n) * 997 % model.get_input_embeddings().num_embeddings for n in (5, 7))
+
+    def hidden_states(*conversations: torch.Tensor) -> torch.Tensor:
+        """Of the last conversation, after the last layer."""
+        lengths = tuple(len(ids) for ids in conversations)
+        none = torch.empty(0, dtype=torch.int64)
+        batch = Batch(
+            torch.cat(conversations)[None],
+            *(none, none, none, lengths),
+            position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
+            boundaries=torch.tensor([0, *lengths]).cumsum(0).int(),
+        )
+        inputs = batch.to(model.device).model_inputs()
+        return model.base_model(**inputs, use_cache=False).last_hidden_state[0, -lengths[-1] :].float()
+
+    try:
+        alone, together, beside_another = (
+            hidden_states(second),
+            hidden_states(first, second),
+            hidden_states(first.flip(0), second),
+        )
+    except (AttributeError, TypeError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"model_name = {name}: it takes no padding-free batches ({_reason(error)}): give padding_free: false"
+        ) from error
+    largest = float(alone.abs().max())
+    rounding = 8 * torch.finfo(model.dtype).eps  # in a mixture of experts the others change the shape of the products
+    if (together - alone).abs().max() > 1e-2 * largest or (together - beside_another).abs().max() > rounding * largest:
+        raise UserError(
+            f"model_name = {name}: in it, conversations laid end to end see each other: give padding_free: false"
+        )

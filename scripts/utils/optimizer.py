@@ -43,9 +43,8 @@ def make_optimizer(model: torch.nn.Module, recipe: Recipe, total_steps: int, dee
     if deepspeed:
         optimizer = DummyOptim(groups, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
         return optimizer, DummyScheduler(optimizer)
-    optimizer = torch.optim.AdamW(
-        groups, lr=recipe.learning_rate, betas=(recipe.adam_beta1, recipe.adam_beta2), eps=recipe.adam_epsilon
-    )
+    betas = recipe.adam_beta1, recipe.adam_beta2
+    optimizer = torch.optim.AdamW(groups, recipe.learning_rate, betas, recipe.adam_epsilon, fused=True)
     return optimizer, LambdaLR(optimizer, lambda step: warmup_decay(step, recipe.warmup_steps, total_steps))
 
 

@@ -16,7 +16,7 @@ import torch
 from accelerate.utils import DeepSpeedPlugin
 from transformers import PretrainedConfig
 
-from utils.batches import Position, conversations_per_step, steps_per_epoch, training_rows
+from utils.batches import Position, epoch_plan, packs_per_step, steps_per_epoch, training_rows
 from utils.checkpoint import list_checkpoints
 from utils.errors import UserError
 from utils.launch import num_processes, say
@@ -41,12 +41,22 @@ class MicroBatch(NamedTuple):
     Attributes:
         rows: int64 [conversations], of the training or the validation split; `batches.collate` makes the batch of them.
         epoch: as `collate` takes it; None for validation.
-        shape: (conversations, padded length in tokens).
+        shape: of the tensor that it becomes: (1, tokens), or where it is padded (conversations, the longest).
     """
 
     rows: np.ndarray
     epoch: int | None
     shape: tuple[int, int]
+
+    @property
+    def tokens(self) -> int:
+        """Padding included."""
+        return math.prod(self.shape)
+
+    def describe(self) -> str:
+        """For a message."""
+        each = "" if self.shape[0] == 1 else f" of {self.shape[1]:,} each, padded"
+        return f"{len(self.rows)} conversation{'s' * (len(self.rows) > 1)}, {self.tokens:,} tokens{each}"
 
 
 def preflight(
@@ -95,14 +105,17 @@ def largest_micro_batches(
     Args:
         steps: optimizer steps from `start` to the end of the run, at least 1.
     """
-    per_step, epoch, used = conversations_per_step(recipe, num_processes), start.epoch, start.conversations
+    per_step, position = packs_per_step(recipe, num_processes), start
     size, found = recipe.per_device_train_batch_size, []
     while steps > 0:
-        rows = training_rows(mix, recipe, epoch)[used:][: steps * per_step]
-        steps -= math.ceil(len(rows) / per_step)
-        first = np.flatnonzero(np.arange(len(rows)) % per_step % size == 0)  # a step starts a micro-batch of its own
-        found.append(_largest(mix.train, rows, first, recipe, epoch))
-        epoch, used = epoch + 1, 0
+        plan = epoch_plan(mix, recipe, position.epoch)
+        packs = np.arange(len(plan))[plan.first_pack(position) :][: steps * per_step]
+        steps -= math.ceil(len(packs) / per_step)
+        # A step starts a micro-batch of its own.
+        first = plan.bounds[packs[(packs - packs[0]) % per_step % size == 0]]
+        rows = plan.of_packs(packs[0], packs[-1] + 1)
+        found.append(_largest(mix.train, rows, first - first[0], recipe, position.epoch))
+        position = Position(position.epoch + 1)
     held_out = []
     for dataset in np.unique(mix.validation.dataset):
         rows = np.flatnonzero(mix.validation.dataset == dataset)
@@ -117,12 +130,15 @@ def _largest(
 ) -> tuple[tuple[int, int], MicroBatch]:
     """Of the micro-batches of `rows` that start at `first` (int64) the largest, after its padded and scored tokens."""
     lengths = np.minimum(split.lengths[rows], recipe.max_length)
-    sizes, longest = np.diff(first, append=len(rows)), np.maximum.reduceat(lengths, first)
+    sizes = np.diff(first, append=len(rows))
+    if recipe.padding_free:
+        shapes = np.stack([np.ones_like(sizes), np.add.reduceat(lengths, first)])
+    else:
+        shapes = np.stack([sizes, np.maximum.reduceat(lengths, first)])
     scored = np.add.reduceat(np.minimum(split.targets[rows], lengths - 1), first)
-    best = np.lexsort((scored, sizes * longest))[-1]
-    shape = int(sizes[best]), int(longest[best])
-    batch = MicroBatch(rows[first[best] : first[best] + shape[0]], epoch, shape)
-    return (math.prod(shape), int(scored[best])), batch
+    best = np.lexsort((scored, shapes.prod(0)))[-1]
+    batch = MicroBatch(rows[first[best] : first[best] + sizes[best]], epoch, tuple(shapes[:, best].tolist()))
+    return (batch.tokens, int(scored[best])), batch
 
 
 def checkpoint_bytes(num_parameters: int, dtype: torch.dtype, deepspeed: bool) -> tuple[int, int]:
@@ -256,8 +272,8 @@ def recipe_warnings(
             f"learning_rate = {recipe.learning_rate:g}: pretrained models of this size ({num_parameters / 1e9:.2g} "
             f"billion parameters) are fine-tuned at {LOWEST_RATE:g} to {highest:g}: check it"
         )
-    per_step, named = conversations_per_step(recipe, num_processes), _named_in_comments(recipe_file)
-    if recipe.global_batch_size is None and named and per_step not in named:
+    per_step, named = packs_per_step(recipe, num_processes), _named_in_comments(recipe_file)
+    if recipe.global_batch_size is None and named and per_step not in named and not recipe.packing:
         found.append(
             f"{num_processes} process(es) x {recipe.per_device_train_batch_size} x "
             f"{recipe.gradient_accumulation_steps} = {per_step} conversations a step, but {recipe_file} speaks of "

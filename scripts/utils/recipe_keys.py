@@ -188,12 +188,22 @@ class Recipe(_Schema):
     trust_remote_code: bool = Field(False, description="run model code that comes with the checkpoint")
     max_length: Annotated[PositiveInt, Field(ge=2)] = Field(512, description="longest training example, tokens")
     fuse_gelu: bool = Field(True, description="tanh approximation in place of exact GELU, as the original trained")
-    use_flash_attention: bool = Field(False, description="flash-attn kernels if they can run here, else PyTorch's SDPA")
+    use_flash_attention: bool = Field(
+        False, description="the fastest exact attention here: flash-attn, PyTorch's varlen kernels, else SDPA"
+    )
+    attn_implementation: Literal["flash_attention_2", "varlen_attn", "sdpa"] | None = Field(
+        None, description="this attention and no other; null: by use_flash_attention"
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, about 1/3 more work")
+    torch_compile: bool = Field(False, description="compile the model's layers (minutes at the start)")
 
     datasets: Datasets = Field(description="the mix")
     cache_dir: Path = Field(Path(".cache"), description="where data files are looked up and prepared data are kept")
     drop_contaminated: bool = Field(False, description="leave out training conversations with GSM8K test questions")
+    padding_free: bool = Field(True, description="conversations end to end; false: padded to the batch's longest")
+    packing: bool = Field(
+        False, description="whole conversations fill up rows of max_length, which count as one: fewer, fuller steps"
+    )
     label_masking: bool = Field(True, description="score the replies only; false: every token")
     random_offset_probability: Annotated[float, Field(ge=0, le=1)] = Field(
         0.8, description="chance that a conversation over max_length is cut at a random place, not at its start"
@@ -257,6 +267,14 @@ class Recipe(_Schema):
     )
     log_wandb: bool = Field(True, description="log to Weights & Biases, offline when nobody is logged in")
     wandb_project: str = Field("supervised-finetuning", description="its project")
+
+    @model_validator(mode="after")
+    def _packing_alone(self):
+        if self.packing and not self.padding_free:
+            raise ValueError("packing: true needs padding_free: true")
+        if self.packing and self.sort_by_length:
+            raise ValueError("packing: true orders conversations by itself: give sort_by_length: false")
+        return self
 
     @field_validator("samples_mixing")
     @classmethod

@@ -5,8 +5,17 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from utils.batches import accumulation_steps, conversations_per_step, steps_per_epoch, training_rows
+from utils.batches import (
+    accumulation_steps,
+    describe_packing,
+    describe_step,
+    epoch_plan,
+    packs_per_step,
+    steps_per_epoch,
+    training_rows,
+)
 from utils.checkpoint import list_checkpoints
+from utils.collate import Batch
 from utils.dialogue import render_scored
 from utils.health import StepHealth
 from utils.mix import Mix
@@ -39,10 +48,13 @@ def describe_run(
     accumulated, note = accumulation_steps(recipe, processes), ""
     if "gradient_accumulation_steps" in recipe.model_fields_set and accumulated != recipe.gradient_accumulation_steps:
         note = f" (by global_batch_size; gradient_accumulation_steps = {recipe.gradient_accumulation_steps} yields)"
+    what = "packs" if recipe.packing else "conversations"
+    if recipe.packing:
+        print(describe_packing(mix, recipe, processes))
     print(
         f"{parameters:,} parameters, {precision}, {accelerator.distributed_type.value} on {accelerator.device.type}\n"
-        f"{processes} process(es) x {micro} conversations x {accumulated} accumulated = "
-        f"{conversations_per_step(recipe, processes)} conversations a step{note}\n"
+        f"{processes} process(es) x {micro} {what} x {accumulated} accumulated = "
+        f"{describe_step(recipe, processes)}{note}\n"
         f"{steps_per_epoch(mix, recipe, processes):,} steps an epoch, {total_steps:,} in all; "
         f"the rate rises to {recipe.learning_rate:g} in "
         f"{warmup:,} steps, then falls to 0",
@@ -60,26 +72,25 @@ def describe_rehearsal(
         seconds: of the training micro-batch.
     """
     train, held_out = largest
-    shapes = [f"training {train.shape[0]} x {train.shape[1]:,} tokens"]
-    shapes += [f"evaluation {held_out.shape[0]} x {held_out.shape[1]:,}"] if held_out else []
+    shapes = [f"training {train.describe()}"] + ([f"evaluation {held_out.describe()}"] if held_out else [])
     memory = ""
     if accelerator.device.type == "cuda":
         memory = f", at most {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on this GPU"
-    tokens = np.minimum(mix.train.lengths[training_rows(mix, recipe, 0)], recipe.max_length).mean()
-    tokens *= conversations_per_step(recipe, accelerator.num_processes) / accelerator.num_processes * steps_left
-    hours = seconds * tokens / (train.shape[0] * train.shape[1]) / 3600
+    plan = epoch_plan(mix, recipe, 0)
+    tokens = np.minimum(mix.train.lengths[plan.rows], recipe.max_length).sum() / len(plan)
+    tokens *= packs_per_step(recipe, accelerator.num_processes) / accelerator.num_processes * steps_left
+    hours = seconds * tokens / train.tokens / 3600
     took = f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:,.1f} minutes"
     print(f"the largest micro-batches run ({', '.join(shapes)}){memory}; training will take very roughly {took}")
 
 
-def show_first_batch(batch: dict[str, torch.Tensor], tokenizer) -> None:
+def show_first_batch(batch: Batch, tokenizer) -> None:
     """Print the conversations of a batch as the model sees them, the scored part marked."""
     print("\nthe first batch, what is learnt between [[ and ]]:")
-    for ids, labels, length in zip(batch["input_ids"], batch["labels"], batch["lengths"].tolist(), strict=True):
-        scored = labels[:length] != -100
-        text = render_scored(tokenizer, ids[:length].numpy(), scored.numpy())
+    for ids, scored in batch.conversations():
+        text = render_scored(tokenizer, ids, scored)
         cut = f" ... ({len(text):,} characters)" if len(text) > SHOWN_CHARACTERS else ""
-        print(f"--- {length:,} tokens, {int(scored.sum()):,} scored\n{text[:SHOWN_CHARACTERS]}{cut}", flush=True)
+        print(f"--- {len(ids):,} tokens, {int(scored.sum()):,} scored\n{text[:SHOWN_CHARACTERS]}{cut}", flush=True)
 
 
 def end_report(recipe: Recipe, step: int, total_steps: int, stats: TrainingStats, health: StepHealth) -> dict:

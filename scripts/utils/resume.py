@@ -8,7 +8,7 @@ from typing import Any
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from utils.batches import Position, conversations_per_step, training_rows
+from utils.batches import Position, packs_per_step, training_rows
 from utils.checkpoint import Checkpoint, list_checkpoints, read_checkpoint, step_of
 from utils.errors import UserError
 from utils.health import StepHealth
@@ -26,7 +26,8 @@ FREE_KEYS = {
     *("output_dir", "log_dir", "cache_dir", "log_wandb", "wandb_project", "sample_replies", "logging_steps"),
     *("eval_steps", "per_device_eval_batch_size", "save_strategy", "save_steps", "save_total_limit"),
     *("keep_trainer_state", "save_only_model", "resume_from_checkpoint", "max_bad_steps", "deepspeed_config"),
-    *("gradient_checkpointing", "use_flash_attention", "trust_remote_code"),
+    *("gradient_checkpointing", "use_flash_attention", "attn_implementation", "torch_compile", "padding_free"),
+    "trust_remote_code",
 }
 BATCH_KEYS = {"per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size"}
 # Of a data set: where its files are. What is in them is compared by the fingerprint of what was prepared.
@@ -99,7 +100,7 @@ def changed_keys(then: Recipe, now: Recipe, num_processes: int) -> list[str]:
     changed = {key for key in Recipe.model_fields if getattr(then, key) != getattr(now, key)} - FREE_KEYS - {"datasets"}
     # How a step is cut is free, but for what depends on the micro-batch: sorted by length, or averaged by it.
     by_micro_batch = now.sort_by_length or now.loss_normalization == "micro_batch"
-    same_step = conversations_per_step(then, num_processes) == conversations_per_step(now, num_processes)
+    same_step = packs_per_step(then, num_processes) == packs_per_step(now, num_processes)
     if same_step and not (by_micro_batch and "per_device_train_batch_size" in changed):
         changed -= BATCH_KEYS
     lines = [f"{key}: {getattr(then, key)} then, {getattr(now, key)} now" for key in sorted(changed)]
@@ -197,12 +198,13 @@ def restore(
         return
     everyone = [checkpoint.process_state(process)["stats"] for process in range(state["num_processes"])]
     stats.load_state_dict(everyone, with_sums=accelerator.is_main_process)
-    before = conversations_per_step(recipe_of(state["recipe"]), state["num_processes"])
-    now = conversations_per_step(recipe, processes)
+    before = packs_per_step(recipe_of(state["recipe"]), state["num_processes"])
+    now = packs_per_step(recipe, processes)
+    what = "packs" if recipe.packing else "conversations"
     steps = (
-        f"{now} conversations in a step, as before"
+        f"{now} {what} in a step, as before"
         if now == before
-        else f"{now} conversations in a step where there were {before} (global_batch_size keeps their number)"
+        else f"{now} {what} in a step where there were {before} (global_batch_size keeps their number)"
     )
     say(f"written by {state['num_processes']} process(es), {processes} now: {steps}; random states begin anew")
 

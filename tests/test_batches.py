@@ -3,22 +3,36 @@
 import itertools
 import math
 import random
+import threading
+import time
 
-import hypothesis
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 from hypothesis import strategies as st
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from mixes import (
+    PAD,
+    STRIDE,
+    given,
+    lengths_of_mixes,
+    make_mix,
+    make_recipe,
+    mixes_and_recipes,
+    pieces_of,
+    processes_of_runs,
+    rows_of,
+    seeds,
+)
 
 from utils.batches import (
     Position,
     accumulation_steps,
-    collate,
-    conversations_per_step,
-    cut,
     deal,
+    describe_packing,
+    describe_step,
+    epoch_plan,
+    packs_per_step,
+    prefetched,
     step_rows,
     steps_left,
     steps_per_epoch,
@@ -26,64 +40,9 @@ from utils.batches import (
     training_steps,
     validation_batches,
 )
-from utils.loss import ScoredLoss
-from utils.mix import SCHEMA, Mix, Split
-from utils.recipe import Datasets, Recipe
-
-NAMES = list(Datasets.model_fields)
-PAD = 2**30  # no token of these mixes
-STRIDE = 1000  # token p of row r is r * STRIDE + p: a batch tells by itself which piece of which example it holds
-
-
-def given(*strategies):
-    """hypothesis.given without its deadline: the machine may be shared."""
-    return lambda test: hypothesis.settings(max_examples=60, deadline=None)(hypothesis.given(*strategies)(test))
-
-
-def make_split(lengths: list[list[int]], seed: int = 0, scored_share: float = 0.4) -> Split:
-    """A split in memory; `lengths` are those of each data set's examples."""
-    rng = np.random.default_rng(seed)
-    numbers, tables = itertools.count(), []
-    for own in lengths:
-        examples = [(next(numbers) * STRIDE + np.arange(n), rng.random(n) < scored_share) for n in own]
-        for _, scored in examples:
-            scored[:1] = False  # as `encode` leaves it: nothing predicts the first token
-        columns = {
-            "messages": [[] for _ in examples],
-            "input_ids": [ids for ids, _ in examples],
-            "scored": [scored for _, scored in examples],
-            "length": [len(ids) for ids, _ in examples],
-            "targets": [int(scored.sum()) for _, scored in examples],
-        }
-        tables.append(pa.table(columns, schema=SCHEMA))
-    columns = {name: np.concatenate([table[name].to_numpy() for table in tables]) for name in ("length", "targets")}
-    dataset = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
-    position = np.concatenate([np.arange(len(table)) for table in tables])
-    return Split(dataset, position, columns["length"], columns["targets"], tables)
-
-
-def make_mix(lengths: list[list[int]], **kwargs) -> Mix:
-    split = make_split(lengths, **kwargs)
-    return Mix(NAMES[: len(lengths)], split, split)
-
-
-def make_recipe(datasets: int = 1, options: list[dict] | None = None, **keys) -> Recipe:
-    chosen = [{name: own} for name, own in zip(NAMES, options or [{}] * datasets, strict=False)]
-    keys = {"gradient_accumulation_steps": 1, "rng_seed": 1, **keys}
-    return Recipe.model_validate({"model_name": "none", "output_dir": "out", "datasets": chosen, **keys})
-
-
-def rows_of(batch: dict[str, torch.Tensor]) -> list[int]:
-    """The examples of a batch, read off its tokens."""
-    return [int(ids[0]) // STRIDE for ids in batch["input_ids"][: len(batch["lengths"])]]
-
-
-def pieces_of(batch: dict[str, torch.Tensor]) -> dict[int, list[int]]:
-    """The same with the tokens of each."""
-    return {
-        int(ids[0]) // STRIDE: ids[:length].tolist()
-        for ids, length in zip(batch["input_ids"], batch["lengths"], strict=False)
-    }
+from utils.collate import Batch
+from utils.mix import Mix
+from utils.recipe import Recipe
 
 
 def steps_from(mix: Mix, recipe: Recipe, start: Position, process: int, processes: int) -> list[tuple[Position, list]]:
@@ -95,39 +54,12 @@ def steps_from(mix: Mix, recipe: Recipe, start: Position, process: int, processe
             return steps
 
 
-def epoch_of(mix: Mix, recipe: Recipe, epoch: int, processes: int) -> list[list[list[dict]]]:
+def epoch_of(mix: Mix, recipe: Recipe, epoch: int, processes: int) -> list[list[list[Batch]]]:
     """All micro-batches of an epoch: [process][step][micro-batch]."""
     return [
         [batches for _, batches in steps_from(mix, recipe, Position(epoch), process, processes)]
         for process in range(processes)
     ]
-
-
-lengths_of_mixes = st.lists(st.lists(st.integers(2, 40), max_size=25), min_size=1, max_size=4).filter(any)
-seeds = st.integers(0, 2**32 - 1)
-processes_of_runs = st.integers(1, 5)
-
-
-@st.composite
-def mixes_and_recipes(draw) -> tuple[Mix, Recipe]:
-    lengths = draw(lengths_of_mixes)
-    option = st.one_of(
-        st.just({}),
-        st.builds(lambda share: {"fraction": share}, st.floats(0.01, 1)),
-        st.builds(lambda size: {"size": size}, st.integers(1, 30)),
-    )
-    recipe = make_recipe(
-        options=[draw(option) for _ in lengths],
-        rng_seed=draw(seeds),
-        per_device_train_batch_size=draw(st.integers(1, 5)),
-        per_device_eval_batch_size=draw(st.integers(1, 5)),
-        gradient_accumulation_steps=draw(st.integers(1, 4)),
-        global_batch_size=draw(st.none() | st.integers(1, 30)),
-        max_length=draw(st.integers(2, 45)),
-        random_offset_probability=draw(st.sampled_from([0, 0.5, 1])),
-        sort_by_length=draw(st.booleans()),
-    )
-    return make_mix(lengths, seed=draw(st.integers(0, 99))), recipe
 
 
 # ---- an epoch ----
@@ -142,16 +74,30 @@ def test_every_kept_example_once_and_the_same_number_of_micro_batches_everywhere
     assert sorted(used) == sorted(kept)
     assert len(set(used)) == len(used)
 
-    expected_steps = steps_per_epoch(mix, recipe, processes)
+    pack_of = packs_by_row(mix, recipe, epoch)
+    expected_steps = steps_per_epoch(mix, recipe, processes, epoch)
     assert [len(steps) for steps in dealt] == [expected_steps] * processes
     for number, step in enumerate(zip(*dealt, strict=True), 1):
         assert len({len(batches) for batches in step}) == 1
-        sizes = [len(batch["lengths"]) for batches in step for batch in batches]
+        packs = [{pack_of[row] for row in rows_of(batch)} for batches in step for batch in batches]
+        sizes = [len(own) for own in packs]
+        assert sum(sizes) == len(set.union(*packs))  # no pack is cut in two
         assert max(sizes) <= recipe.per_device_train_batch_size
         assert len(step[0]) <= accumulation_steps(recipe, processes)
-        assert sum(sizes) == conversations_per_step(recipe, processes) or number == expected_steps
+        assert sum(sizes) == packs_per_step(recipe, processes) or number == expected_steps
         # Nobody stands idle in a round unless there is nothing left: a whole round is never empty.
-        assert all(any(len(b["lengths"]) for b in together) for together in zip(*step, strict=True))
+        assert all(any(len(b.lengths) for b in together) for together in zip(*step, strict=True))
+
+
+def packs_by_row(mix: Mix, recipe: Recipe, epoch: int) -> dict[int, int]:
+    """The pack of each kept row; that no pack is over max_length is checked on the way."""
+    plan, pack_of = epoch_plan(mix, recipe, epoch), {}
+    for pack in range(len(plan)):
+        rows = plan.of_packs(pack, pack + 1)
+        assert len(rows) == 1 or np.minimum(mix.train.lengths[rows], recipe.max_length).sum() <= recipe.max_length
+        assert len(rows) == 1 or recipe.packing
+        pack_of |= dict.fromkeys(rows.tolist(), pack)
+    return pack_of
 
 
 @given(mixes_and_recipes(), processes_of_runs, st.integers(0, 2), st.data())
@@ -174,21 +120,24 @@ def test_any_step_can_be_started_from(mix_and_recipe, processes, epoch, data):
     ]
     assert sorted(in_step) == sorted(step_rows(mix, recipe, processes, start))
 
-    per_epoch, epochs = steps_per_epoch(mix, recipe, processes), epoch + 1.5
-    longer = recipe.model_copy(update={"num_train_epochs": epochs})
-    assert steps_left(mix, longer, processes, start) == math.ceil(epochs * per_epoch) - epoch * per_epoch - before
+    # To the end of the next epoch but one and a half: under packing and `fraction` no two epochs need be equally long.
+    later = [len(steps_from(mix, recipe, Position(epoch + more), process, processes)) for more in (1, 2)]
+    longer = recipe.model_copy(update={"num_train_epochs": epoch + 2.5})
+    assert steps_left(mix, longer, processes, start) == len(rest) + later[0] + math.ceil(later[1] / 2)
+    over = recipe.model_copy(update={"num_train_epochs": float(epoch)})
+    assert steps_left(mix, over, processes, start) == 0
 
 
-def _first(mix: Mix, recipe: Recipe, start: Position, process: int, processes: int) -> list[dict]:
+def _first(mix: Mix, recipe: Recipe, start: Position, process: int, processes: int) -> list[Batch]:
     return next(training_steps(mix, recipe, process, processes, PAD, start))[1]
 
 
-@given(lengths_of_mixes, seeds, st.integers(1, 30), st.integers(1, 6), processes_of_runs)
-def test_a_global_batch_is_the_same_on_any_number_of_processes(lengths, seed, global_batch, micro_batch, processes):
+@given(lengths_of_mixes, seeds, st.integers(1, 30), st.integers(1, 6), processes_of_runs, st.booleans())
+def test_a_global_batch_is_the_same_on_any_number_of_processes(lengths, seed, size, micro_batch, processes, packing):
     mix = make_mix(lengths)
-    keys = {"rng_seed": seed, "global_batch_size": global_batch, "per_device_train_batch_size": micro_batch}
-    recipe = make_recipe(len(lengths), **keys)
-    assert conversations_per_step(recipe, processes) == global_batch
+    keys = {"rng_seed": seed, "global_batch_size": size, "per_device_train_batch_size": micro_batch}
+    recipe = make_recipe(len(lengths), packing=packing, max_length=45, **keys)
+    assert packs_per_step(recipe, processes) == size
     assert pieces_by_step(mix, recipe, 0, processes) == pieces_by_step(mix, recipe, 0, 1)
 
 
@@ -205,8 +154,8 @@ def pieces_by_step(mix: Mix, recipe: Recipe, epoch: int, processes: int) -> list
     return steps
 
 
-@given(lengths_of_mixes, seeds, st.integers(1, 12), st.integers(0, 2), st.data())
-def test_a_step_holds_the_same_examples_and_windows_however_it_is_cut(lengths, seed, product, epoch, data):
+@given(lengths_of_mixes, seeds, st.integers(1, 12), st.integers(0, 2), st.booleans(), st.data())
+def test_a_step_holds_the_same_examples_and_windows_however_it_is_cut(lengths, seed, product, epoch, packing, data):
     mix, found = make_mix(lengths), []
     for _ in range(2):
         processes, micro_batch, accumulation = data.draw(st.sampled_from(factors(product)))
@@ -216,9 +165,20 @@ def test_a_step_holds_the_same_examples_and_windows_however_it_is_cut(lengths, s
             max_length=10,
             per_device_train_batch_size=micro_batch,
             gradient_accumulation_steps=accumulation,
+            packing=packing,
         )
         found.append(pieces_by_step(mix, recipe, epoch, processes))
     assert found[0] == found[1]
+
+
+@given(mixes_and_recipes(), st.integers(0, 3))
+def test_the_layout_of_a_batch_moves_no_example(mix_and_recipe, epoch):
+    """Padded or not, a micro-batch holds the same pieces in the same order."""
+    mix, recipe = mix_and_recipe
+    layouts = [recipe.model_copy(update={"packing": False, "padding_free": free}) for free in (False, True)]
+    padded, free = (epoch_of(mix, layout, epoch, 2) for layout in layouts)
+    for ours, theirs in zip(itertools.chain(*padded), itertools.chain(*free), strict=True):
+        assert [list(pieces_of(b).items()) for b in ours] == [list(pieces_of(b).items()) for b in theirs]
 
 
 @given(lengths_of_mixes, seeds, st.sampled_from([(1, 6), (2, 3), (3, 2)]))
@@ -231,22 +191,135 @@ def test_sorted_steps_do_not_depend_on_the_processes_either(lengths, seed, cut):
     assert pieces_by_step(mix, alone, 0, 1) == pieces_by_step(mix, together, 0, processes)
 
 
-@given(seeds, seeds, st.integers(0, 50), st.integers(0, 50), st.booleans())
-def test_order_is_a_pure_function_of_seed_and_epoch(seed, other_seed, epoch, other_epoch, sort):
-    mix = make_mix([[7] * 40, [9] * 30])
-    recipe = make_recipe(2, rng_seed=seed, sort_by_length=sort)
-    order = training_rows(mix, recipe, epoch)
+@given(seeds, seeds, st.integers(0, 50), st.integers(0, 50), st.sampled_from(["sort_by_length", "packing", "fraction"]))
+def test_order_is_a_pure_function_of_seed_and_epoch(seed, other_seed, epoch, other_epoch, key):
+    mix, keys = make_mix([[7] * 40, [9] * 30]), {key: True} if key != "fraction" else {"options": [{key: 0.5}] * 2}
+    recipe = make_recipe(2, rng_seed=seed, max_length=30, **keys)
+    plan = epoch_plan(mix, recipe, epoch)
     random.seed(1)
     np.random.seed(1)
     torch.manual_seed(1)
-    assert training_rows(mix, recipe, epoch).tolist() == order.tolist()
-    other = training_rows(mix, make_recipe(2, rng_seed=other_seed, sort_by_length=sort), other_epoch)
-    assert (other.tolist() == order.tolist()) == ((seed, epoch) == (other_seed, other_epoch))
+    again = epoch_plan(mix, recipe, epoch)
+    assert again.rows.tolist() == plan.rows.tolist()
+    assert again.bounds.tolist() == plan.bounds.tolist()
+    other = training_rows(mix, make_recipe(2, rng_seed=other_seed, max_length=30, **keys), other_epoch)
+    assert (other.tolist() == plan.rows.tolist()) == ((seed, epoch) == (other_seed, other_epoch))
 
 
 def test_order_mixes_the_data_sets():
     order = training_rows(make_mix([[5] * 50, [5] * 50]), make_recipe(2), 0)
     assert 15 < (order[:50] < 50).sum() < 35
+
+
+# ---- packing ----
+
+
+def test_packs_are_shuffled_and_mix_the_data_sets():
+    mix = make_mix([[100] * 60, [30] * 60])
+    recipe = make_recipe(2, packing=True, max_length=100)
+    plans = [epoch_plan(mix, recipe, epoch) for epoch in range(2)]
+    for plan in plans:
+        assert len(plan) == 60 + 20
+        long = np.array([mix.train.dataset[plan.of_packs(pack, pack + 1)][0] == 0 for pack in range(80)])
+        assert 22 < long[:40].sum() < 38  # best fit decreasing has the 60 long ones first
+    # What shares a pack is drawn anew too.
+    together = [{frozenset(plan.of_packs(pack, pack + 1).tolist()) for pack in range(80)} for plan in plans]
+    assert len(together[0] & together[1]) <= 62
+
+
+def test_under_packing_epochs_may_differ_in_length_where_a_fraction_is_drawn():
+    mix = make_mix([[2] * 15 + [40] * 15])
+    recipe = make_recipe(options=[{"fraction": 0.5}], packing=True, max_length=40, per_device_train_batch_size=2)
+    steps = [steps_per_epoch(mix, recipe, 1, epoch) for epoch in range(20)]
+    assert len(set(steps)) > 1
+    assert [len(steps_from(mix, recipe, Position(epoch), 0, 1)) for epoch in range(20)] == steps
+    assert steps_left(mix, recipe.model_copy(update={"num_train_epochs": 20.0}), 1, Position()) == sum(steps)
+    assert steps_left(mix, recipe.model_copy(update={"num_train_epochs": 20.0}), 1, Position(7)) == sum(steps[7:])
+
+
+def test_packing_says_how_the_epoch_changes():
+    mix = make_mix([[50] * 8, [25] * 16])
+    keys = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_length": 100}
+    recipe = make_recipe(2, packing=True, **keys)
+    assert describe_packing(mix, recipe, 1) == (
+        "packing: 24 conversations in 8 packs, 3.0 in each, 100.0% full: 2 steps an epoch in place of 6"
+    )
+    assert describe_step(recipe, 1) == "4 packs of up to 100 tokens a step"
+    assert describe_step(make_recipe(2, **keys), 2) == "8 conversations a step"
+
+
+# ---- prefetching ----
+
+
+def counted(made: list[int], count: int, fail_at: int | None = None):
+    """Steps whose number is noted as they are made."""
+    for number in range(count):
+        if number == fail_at:
+            raise OSError("the disk is gone")
+        made.append(number)
+        yield Position(0, number), []
+
+
+def wait_until(condition) -> None:
+    for _ in range(500):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not come to that in 5 seconds")
+
+
+def prefetch_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+
+
+def test_prefetched_steps_are_the_same_steps():
+    mix, recipe = make_mix([[5, 9, 3, 12] * 5]), make_recipe(per_device_train_batch_size=3)
+    plain = list(itertools.islice(training_steps(mix, recipe, 0, 1, PAD, Position()), 10))
+    steps = prefetched(itertools.islice(training_steps(mix, recipe, 0, 1, PAD, Position()), 10), pin=False)
+    for (after, batches), (expected_after, expected) in zip(steps, plain, strict=True):
+        assert after == expected_after
+        assert [pieces_of(batch) for batch in batches] == [pieces_of(batch) for batch in expected]
+    assert list(prefetched(iter([]), pin=False)) == []
+    assert prefetch_threads() == []
+
+
+def test_prefetched_steps_are_made_two_ahead_and_no_more():
+    made = []
+    steps = prefetched(counted(made, 10), pin=False)
+    for taken in range(1, 9):
+        next(steps)
+        wait_until(lambda taken=taken: len(made) == taken + 2)  # while nobody asks for them
+        time.sleep(0.01)
+        assert len(made) == taken + 2
+    steps.close()
+
+
+def test_what_goes_wrong_while_prefetching_comes_out_at_its_step():
+    made, seen = [], []
+    steps = prefetched(counted(made, 10, fail_at=4), pin=False)
+    with pytest.raises(OSError, match="the disk is gone"):
+        seen.extend(steps)
+    assert seen == [(Position(0, number), []) for number in range(4)]
+    assert made == [0, 1, 2, 3]
+    wait_until(lambda: not prefetch_threads())
+
+
+def test_prefetching_stops_when_the_run_does():
+    made = []
+    steps = prefetched(counted(made, 10**9), pin=False)
+    next(steps)
+    assert len(prefetch_threads()) == 1
+    steps.close()
+    assert prefetch_threads() == []
+    assert len(made) == 3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="memory is pinned for a GPU")
+def test_prefetched_batches_are_pinned():
+    mix, recipe = make_mix([[5, 9, 3]]), make_recipe()
+    _, (batch, *_) = next(prefetched(training_steps(mix, recipe, 0, 1, PAD, Position()), pin=True))
+    assert batch.input_ids.is_pinned()
+    assert batch.scored.is_pinned()
 
 
 # ---- fraction and size ----
@@ -303,56 +376,6 @@ def test_sorted_micro_batches_are_shuffled_and_ties_are_too():
     assert epochs[0].tolist() != epochs[1].tolist()
 
 
-# ---- windows ----
-
-
-@given(mixes_and_recipes(), st.integers(0, 5))
-def test_windows(mix_and_recipe, epoch):
-    mix, recipe = mix_and_recipe
-    for row in range(len(mix.train)):
-        whole, scored = mix.train.tokens(row)
-        ids, window_scored = cut(mix.train, row, recipe, epoch)
-        assert len(ids) == len(window_scored) == min(len(whole), recipe.max_length)
-        start = int(ids[0]) - row * STRIDE
-        assert ids.tolist() == whole[start : start + len(ids)].tolist()
-        assert not window_scored[0]
-        assert window_scored[1:].tolist() == scored[start + 1 : start + len(ids)].tolist()
-        assert mix.train.tokens(row)[1].tolist() == scored.tolist()  # the mix itself stays as it is
-        if recipe.random_offset_probability == 0:
-            assert start == 0
-        if recipe.random_offset_probability == 1 and scored[1:].any():
-            assert window_scored.any()
-
-
-def test_windows_are_drawn_anew_each_epoch_and_with_the_recipes_probability():
-    split = make_split([[500] * 200])
-    starts = {}
-    for probability in (0, 0.8, 1):
-        recipe = make_recipe(max_length=10, random_offset_probability=probability)
-        starts[probability] = [int(cut(split, row, recipe, 0)[0][0]) % STRIDE for row in range(200)]
-    assert set(starts[0]) == {0}
-    assert np.mean(np.array(starts[0.8]) > 0) == pytest.approx(0.8, abs=0.1)
-    assert np.mean(np.array(starts[1]) > 0) > 0.95
-    assert np.mean(starts[1]) == pytest.approx(245, abs=40)  # over the whole of 0 .. 490
-    assert max(starts[1]) <= 490
-    recipe = make_recipe(max_length=10, random_offset_probability=1)
-    assert [int(cut(split, row, recipe, 1)[0][0]) % STRIDE for row in range(200)] != starts[1]
-
-
-def test_both_ends_of_a_conversation_can_be_in_a_window():
-    split = make_split([[12] * 300], scored_share=1)
-    recipe = make_recipe(max_length=10, random_offset_probability=1)
-    assert {int(cut(split, row, recipe, 0)[0][0]) % STRIDE for row in range(300)} == {0, 1, 2}
-
-
-def test_a_random_window_holds_one_of_few_targets():
-    """And not as its first token, which nothing predicts."""
-    split = make_split([[40] * 300], scored_share=0.03)
-    recipe = make_recipe(max_length=3, random_offset_probability=1)
-    for row in np.flatnonzero(split.targets):
-        assert cut(split, row, recipe, 0)[1].any()
-
-
 # ---- validation ----
 
 
@@ -365,9 +388,9 @@ def test_validation_uses_every_example_once_and_is_never_offset(mix_and_recipe, 
         used = [row for batches in dealt for batch in batches for row in rows_of(batch)]
         assert sorted(used) == np.flatnonzero(mix.validation.dataset == dataset).tolist()
         for batch in itertools.chain(*dealt):
-            assert all(ids[0] % STRIDE == 0 for ids in batch["input_ids"][: len(batch["lengths"])])
-            assert len(batch["lengths"]) <= recipe.per_device_eval_batch_size
-        longest_first = [batch["input_ids"].shape[1] for batch in dealt[0] if len(batch["lengths"])]
+            assert all(ids[0] % STRIDE == 0 for ids, _ in batch.conversations())
+            assert len(batch.lengths) <= recipe.per_device_eval_batch_size  # conversations, under packing too
+        longest_first = [max(batch.lengths) for batch in dealt[0] if batch.lengths]
         assert longest_first == sorted(longest_first, reverse=True)
 
 
@@ -377,55 +400,3 @@ def test_deal(count, processes):
     dealt = [deal(chunks, process, processes) for process in range(processes)]
     assert {len(own) for own in dealt} == {math.ceil(count / processes)}
     assert sorted(np.concatenate([np.empty(0), *itertools.chain(*dealt)])) == list(range(count))
-
-
-# ---- collate ----
-
-
-@given(mixes_and_recipes(), st.integers(0, 3), st.data())
-def test_the_parts_of_a_batch_agree(mix_and_recipe, epoch, data):
-    mix, recipe = mix_and_recipe
-    rows = np.array(data.draw(st.lists(st.integers(0, len(mix.train) - 1), min_size=1, max_size=6, unique=True)))
-    batch = collate(mix.train, rows, recipe, PAD, epoch)
-    assert all(tensor.dtype == torch.int64 for tensor in batch.values())
-    lengths = batch["lengths"].tolist()
-    assert lengths == [min(length, recipe.max_length) for length in mix.train.lengths[rows]]
-    shape = (len(rows), max(lengths))
-    assert {tuple(batch[name].shape) for name in ("input_ids", "attention_mask", "labels")} == {shape}
-    assert rows_of(batch) == rows.tolist()
-    for ids, mask, labels, length in zip(
-        batch["input_ids"], batch["attention_mask"], batch["labels"], lengths, strict=True
-    ):
-        assert mask.tolist() == [1] * length + [0] * (shape[1] - length)
-        assert (ids[length:] == PAD).all()
-        assert (ids[:length] != PAD).all()
-        assert (labels[length:] == -100).all()
-        assert torch.equal(labels[labels != -100], ids[labels != -100])
-        assert labels[0] == -100
-    # One data set a target, in the order in which the loss has them.
-    sources = torch.from_numpy(mix.train.dataset[rows])[:, None].expand(shape)
-    assert batch["dataset"].tolist() == sources[:, 1:][batch["labels"][:, 1:] != -100].tolist()
-
-
-def test_an_empty_micro_batch_has_no_target_and_a_gradient_of_zeros():
-    split = make_split([[5, 6]])
-    batch = collate(split, np.empty(0, dtype=np.int64), make_recipe(), 0, epoch=0)
-    assert {name: tuple(tensor.shape) for name, tensor in batch.items()} == {
-        "input_ids": (1, 2),
-        "attention_mask": (1, 2),
-        "labels": (1, 2),
-        "dataset": (0,),
-        "lengths": (0,),
-    }
-    assert all(tensor.dtype == torch.int64 for tensor in batch.values())
-    assert (batch["labels"] == -100).all()
-    config = GPTNeoXConfig(
-        vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
-    )
-    model = ScoredLoss(GPTNeoXForCausalLM(config)).train()
-    losses, _ = model(batch["input_ids"], batch["attention_mask"], batch["labels"])
-    assert losses.shape == (0,)
-    losses.sum().backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
-        assert (parameter.grad == 0).all(), name

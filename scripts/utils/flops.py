@@ -1,15 +1,18 @@
 """Model FLOPs: what a training step has to compute, and how much of what the device could do that is (MFU)."""
 
+import re
+
 import torch
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from utils.collate import Batch
 
-# Dense fp16 and bf16 FLOP/s with fp32 accumulation, by a part of the device's name; the first that fits. From NVIDIA's
+# Dense fp16 and bf16 FLOP/s with fp32 accumulation, by words of the device's name; the first that fits. From NVIDIA's
 # data sheets, without sparsity, which doubles what some of them print.
 PEAK_FLOPS = {
     "B200": 2250e12,
+    "H200 NVL": 835e12,
     "H200": 989.4e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -29,7 +32,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     if device.type != "cuda" or dtype == torch.float32:  # whether fp32 products are rounded to TF32 is a setting
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    return next((peak for words, peak in PEAK_FLOPS.items() if re.search(rf"\b{words}\b", name)), None)
 
 
 class ModelFlops:

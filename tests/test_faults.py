@@ -19,6 +19,7 @@ import torch
 from accelerate import Accelerator
 from conftest import ROOT
 from fault_injection import WAYS, CutOff, SmallDisk, cut_off_at, fail_at, has_begun, kill_at, places
+from interruption import metrics
 from life import Life, newest_step
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -78,11 +79,6 @@ class Training:
         assert own == expected  # so no .checkpoint-7, .final or .recipe.yaml either
         assert_whole(self.output_dir)
         assert json.loads((self.output_dir / "run.json").read_text())["status"] == "finished"
-
-
-def metrics(folder: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
 
 
 def assert_whole(folder: Path) -> None:

@@ -10,11 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT
-from interruption import metrics, run_here, small_recipe
+from interruption import MEASURED, metrics, run_here, small_recipe
 
 from utils.checkpoint import read_checkpoint
+from utils.collate import Batch
 from utils.recipe import Recipe
-from utils.tracking import Clock, RunLog, TrainingStats, plot, read_metrics
+from utils.tracking import Clock, RunLog, TrainingStats, peak_memory, plot, read_metrics
 
 MIX = SimpleNamespace(names=["first", "second", "third"])
 
@@ -31,8 +32,10 @@ def log(tmp_path):
     log.progress.close()
 
 
-def micro_batch(datasets: list[int], lengths: list[int]) -> dict[str, torch.Tensor]:
-    return {"dataset": torch.tensor(datasets, dtype=torch.int64), "lengths": torch.tensor(lengths, dtype=torch.int64)}
+def micro_batch(datasets: list[int], lengths: list[int]) -> Batch:
+    dataset = torch.tensor(datasets, dtype=torch.int64)
+    ids = torch.zeros(1, sum(lengths), dtype=torch.int64)
+    return Batch(ids, scored=dataset, targets=dataset, dataset=dataset, lengths=tuple(lengths))
 
 
 # ---- the numbers ----
@@ -49,9 +52,13 @@ def clock():
     return Clock()
 
 
-def make_stats(clock: Clock, steps: list[list[tuple]] = ()) -> TrainingStats:
-    """With these micro-batches of each step: data sets, lengths, losses, the micro-batch's share of the step's loss."""
-    stats = TrainingStats(MIX, torch.device("cpu"), clock)
+def make_stats(clock: Clock, steps: list[list[tuple]] = (), peak: float | None = None) -> TrainingStats:
+    """With these micro-batches of each step: data sets, lengths, losses, the micro-batch's share of the step's loss.
+
+    A token takes 100 FLOPs, and the device can do `peak` a second.
+    """
+    flops = SimpleNamespace(of=lambda batch: 100 * sum(batch.lengths))
+    stats = TrainingStats(MIX, torch.device("cpu"), clock, flops, peak)
     for step in steps:
         for datasets, lengths, losses, loss in step:
             stats.add(micro_batch(datasets, lengths), torch.tensor(losses), torch.tensor(loss))
@@ -63,13 +70,13 @@ STEPS = [
     [([0, 0, 1], [7, 5], [1.0, 2.0, 6.0], 1.5), ([1], [4], [2.0], 0.5)],
     [([1, 0], [3], [1.0, 0.5], 3.0), ([], [], [], 0.0)],  # one of its micro-batches is empty
 ]
-ALONE = SimpleNamespace(reduce=alone)
+ALONE = SimpleNamespace(reduce=alone, num_processes=1)
 
 
 def test_stats_against_a_hand_computation(clock):
-    stats = make_stats(clock, STEPS)
+    stats = make_stats(clock, STEPS, peak=1000)
     clock.seconds |= {"training": 3.0, "data": 2.0, "evaluation": 40.0, "saving": 9.0}  # these two are no training
-    assert stats.close(ALONE) == {
+    assert without_memory(stats.close(ALONE)) == {
         "loss": pytest.approx((1.5 + 0.5 + 3.0) / 2),  # the mean over the steps of each step's loss
         "loss_first": pytest.approx((1.0 + 2.0 + 0.5) / 3),
         "share_first": pytest.approx(3 / 6),
@@ -77,26 +84,51 @@ def test_stats_against_a_hand_computation(clock):
         "share_second": pytest.approx(3 / 6),
         "tokens": 19,
         "tokens_per_second": pytest.approx(19 / 5),
+        "tokens_per_second_per_device": pytest.approx(19 / 5),
+        "data_wait_share": pytest.approx(2 / 5),
+        "mfu": pytest.approx(19 * 100 / 5 / 1000),
     }
     # After a line everything but the count of tokens starts anew.
     stats.add(micro_batch([2], [6]), torch.tensor([4.0], requires_grad=True), torch.tensor(4.0))
     stats.end_step()
-    clock.seconds["training"] += 1
-    assert stats.close(ALONE) == {
+    clock.seconds["training"] += 0.75
+    clock.seconds["data"] += 0.25
+    assert without_memory(stats.close(ALONE)) == {
         "loss": 4.0,
         "loss_third": 4.0,
         "share_third": 1.0,
         "tokens": 25,
         "tokens_per_second": 6.0,
+        "tokens_per_second_per_device": 6.0,
+        "data_wait_share": 0.25,
+        "mfu": 0.6,
     }
 
 
+def without_memory(metrics: dict[str, float]) -> dict[str, float]:
+    """And that it is there, in GiB: of this process, which has loaded PyTorch."""
+    assert 0.1 < metrics.pop("peak_memory_gib") < 100
+    return metrics
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_peak_memory_is_what_the_process_held_at_most():
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    assert peak_memory(torch.device("cpu")) == pytest.approx(int(lines["VmHWM"].split()[0]) * 1024, rel=0.01)
+
+
+def test_without_a_known_peak_no_utilisation_is_made_up(clock):
+    assert "mfu" not in make_stats(clock, STEPS).close(ALONE)
+
+
 def test_stats_add_up_over_processes(clock):
-    both = [make_stats(clock, [[batch]]) for batch in (([0, 1], [5], [1.0, 2.0], 0.6), ([1], [3], [5.0], 1.4))]
+    shares = ([0, 1], [5], [1.0, 2.0], 0.6), ([1], [3], [5.0], 1.4)
+    both = [make_stats(clock, [[batch]], peak=100) for batch in shares]
     clock.seconds["training"] += 2
     sent = []
-    both[1].close(SimpleNamespace(reduce=lambda tensor: sent.append(tensor) or tensor))
-    assert both[0].close(SimpleNamespace(reduce=lambda tensor: tensor + sent[0])) == {
+    both[1].close(SimpleNamespace(reduce=lambda tensor: sent.append(tensor) or tensor, num_processes=2))
+    together = SimpleNamespace(reduce=lambda tensor: tensor + sent[0], num_processes=2)
+    assert without_memory(both[0].close(together)) == {
         "loss": pytest.approx(2.0),  # each process holds its share of the step's loss
         "loss_first": 1.0,
         "share_first": pytest.approx(1 / 3),
@@ -104,6 +136,9 @@ def test_stats_add_up_over_processes(clock):
         "share_second": pytest.approx(2 / 3),
         "tokens": 8,
         "tokens_per_second": 4.0,
+        "tokens_per_second_per_device": 2.0,
+        "data_wait_share": 0.0,
+        "mfu": 8 * 100 / 2 / (2 * 100),
     }
 
 
@@ -117,38 +152,55 @@ def test_counts_stay_exact_over_many_tokens(clock):
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
 def test_a_step_that_is_left_out_does_not_count(clock, loss):
-    stats = make_stats(clock, STEPS[:1])
+    stats = make_stats(clock, STEPS[:1], peak=1000)
     stats.add(micro_batch([0], [40]), torch.tensor([loss]), torch.tensor(loss))
     assert str(stats.step_loss(ALONE)) == str(loss)
     stats.end_step(counts=False)
-    expected = make_stats(clock, STEPS[:1])
-    assert stats.close(ALONE) == expected.close(ALONE)
+    expected = make_stats(clock, STEPS[:1], peak=1000)
+    assert without_memory(stats.close(ALONE)) == without_memory(expected.close(ALONE))
     stats.end_step(counts=False)
-    assert set(stats.close(ALONE)) == {"tokens", "tokens_per_second"}  # no step, no loss
+    assert set(stats.close(ALONE)) == {"tokens"} | MEASURED  # no step, no loss
 
 
 def test_the_sums_go_on_where_they_were(clock):
-    whole = make_stats(clock, STEPS)
+    whole = make_stats(clock, STEPS, peak=1000)
+    first = make_stats(clock, STEPS[:1])
     clock.seconds["data"] += 2
-    state = json.loads(json.dumps(make_stats(clock, STEPS[:1]).state_dict()))
-    resumed = make_stats(Clock())
+    state = json.loads(json.dumps(first.state_dict()))
+    resumed = make_stats(Clock(), peak=1000)
     resumed.load_state_dict([state])
     assert resumed.clock.seconds == clock.seconds
+    resumed.clock.seconds["training"] += 2
+    clock.seconds["training"] += 2
     for datasets, lengths, losses, loss in STEPS[1]:
         resumed.add(micro_batch(datasets, lengths), torch.tensor(losses), torch.tensor(loss))
     resumed.end_step()
-    assert resumed.close(ALONE) == whole.close(ALONE) | {"tokens_per_second": pytest.approx(19e9)}  # in no time
+    found = without_memory(resumed.close(ALONE))
+    assert found == without_memory(whole.close(ALONE))
+    assert (found["tokens_per_second"], found["data_wait_share"], found["mfu"]) == (19 / 4, 0.5, 0.475)
+
+
+def test_a_checkpoint_from_before_these_were_counted_can_be_gone_on_from(clock):
+    clock.seconds["data"] += 2
+    state = make_stats(clock, STEPS[:1]).state_dict()
+    del state["waited"], state["flops"]
+    resumed = make_stats(Clock())
+    resumed.load_state_dict([state])
+    resumed.clock.seconds["training"] += 2
+    assert resumed.close(ALONE)["data_wait_share"] == 0
 
 
 def test_another_number_of_processes_takes_over_all_sums(clock):
     """The first of them; with the others' it would count twice."""
     states = [make_stats(clock, [[batch]]).state_dict() for batch in STEPS[0]]
+    assert [state["flops"] for state in states] == [1200, 400]
     first, second = make_stats(Clock()), make_stats(Clock())
     first.load_state_dict(states)
     second.load_state_dict(states, with_sums=False)
     expected = make_stats(clock, STEPS[:1])
     assert torch.equal(first.sums, expected.sums)
     assert (second.sums == 0).all()
+    assert (first.flops, second.flops) == (1600, 0)
     assert first.steps == second.steps == 1
     other_mix = TrainingStats(SimpleNamespace(names=["first"]), torch.device("cpu"), Clock())
     other_mix.load_state_dict(states)  # sums of other data sets say nothing

@@ -120,12 +120,16 @@ def test_any_step_can_be_started_from(mix_and_recipe, processes, epoch, data):
     ]
     assert sorted(in_step) == sorted(step_rows(mix, recipe, processes, start))
 
-    # To the end of the next epoch but one and a half: under packing and `fraction` no two epochs need be equally long.
-    later = [len(steps_from(mix, recipe, Position(epoch + more), process, processes)) for more in (1, 2)]
+    # Two and a half epochs in all, the rest of them on another number of processes: steps of another size. Under
+    # packing no two epochs need be equally long where `fraction` is drawn.
+    now = data.draw(processes_of_runs)
+    rest, *later = (
+        len(steps_from(mix, recipe, at, 0, now)) for at in (start, Position(epoch + 1), Position(epoch + 2))
+    )
     longer = recipe.model_copy(update={"num_train_epochs": epoch + 2.5})
-    assert steps_left(mix, longer, processes, start) == len(rest) + later[0] + math.ceil(later[1] / 2)
+    assert steps_left(mix, longer, now, start) == rest + later[0] + math.ceil(later[1] / 2)
     over = recipe.model_copy(update={"num_train_epochs": float(epoch)})
-    assert steps_left(mix, over, processes, start) == 0
+    assert steps_left(mix, over, now, Position(epoch)) == 0
 
 
 def _first(mix: Mix, recipe: Recipe, start: Position, process: int, processes: int) -> list[Batch]:

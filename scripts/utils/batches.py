@@ -109,8 +109,10 @@ def steps_left(mix: Mix, recipe: Recipe, num_processes: int, position: Position)
     steps = sum(steps_of(epoch if varies else 0) for epoch in range(position.epoch, int(whole)))
     # Rounded, since the fraction of 2.1 is a little over 0.1.
     steps += math.ceil(round(fraction * steps_of(int(whole) if varies else 0), 6)) if fraction else 0
-    used = epoch_plan(mix, recipe, position.epoch).first_pack(position)
-    return max(0, steps - math.ceil(used / packs_per_step(recipe, num_processes)))
+    # Counted from what is left of this epoch: what is used may have been in steps of another size.
+    plan = epoch_plan(mix, recipe, position.epoch)
+    of_epoch = math.ceil((len(plan) - plan.first_pack(position)) / packs_per_step(recipe, num_processes))
+    return max(0, steps - steps_of(position.epoch if varies else 0) + of_epoch)
 
 
 def packs_per_step(recipe: Recipe, num_processes: int) -> int:

@@ -108,6 +108,32 @@ def test_adamw_has_the_recipes_numbers():
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
 
 
+def test_the_fused_kernel_computes_adamw():
+    """Against the formula, written out: Loshchilov and Hutter 2019, algorithm 2."""
+    keys = {"adam_beta1": 0.8, "adam_beta2": 0.97, "adam_epsilon": 1e-7, "weight_decay": 0.1}
+    torch.manual_seed(0)
+    model = torch.nn.Linear(5, 3)
+    optimizer, scheduler = make_optimizer(model, make_recipe(learning_rate=0.1, warmup_steps=2, **keys), 8, False)
+    assert all(group["fused"] for group in optimizer.param_groups)
+    weights = {name: parameter.detach().double().clone() for name, parameter in model.named_parameters()}
+    first, second = ({name: torch.zeros_like(weight) for name, weight in weights.items()} for _ in range(2))
+    for step in range(8):
+        rate = scheduler.get_last_lr()[0]
+        model(torch.randn(4, 5)).square().sum().backward()
+        for name, parameter in model.named_parameters():
+            gradient = parameter.grad.double()
+            first[name] = 0.8 * first[name] + 0.2 * gradient
+            second[name] = 0.97 * second[name] + 0.03 * gradient**2
+            mean, square = first[name] / (1 - 0.8 ** (step + 1)), second[name] / (1 - 0.97 ** (step + 1))
+            decay = 0.1 if name == "weight" else 0.0
+            weights[name] -= rate * (mean / (square.sqrt() + 1e-7) + decay * weights[name])
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.detach().double(), weights[name], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_groups_cover_every_parameter_once(tiny_model, tied):
     if tied:

@@ -117,6 +117,14 @@ def collate(split: Split, rows: np.ndarray, recipe: Recipe, pad_token_id: int, e
     return Batch(lengths=tuple(lengths), **tensors)
 
 
+def end_to_end(conversations: list[torch.Tensor]) -> Batch:
+    """The padding-free batch of some conversations, int64 [length] each, without a target."""
+    lengths, none = tuple(len(ids) for ids in conversations), torch.empty(0, dtype=torch.int64)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    boundaries = torch.tensor([0, *lengths]).cumsum(0).int()
+    return Batch(torch.cat(conversations)[None], none, none, none, lengths, positions, boundaries)
+
+
 def cut(split: Split, row: int, recipe: Recipe, epoch: int | None) -> tuple[np.ndarray, np.ndarray]:
     """input_ids and scored of one example, at most max_length tokens of it; the first of a window is never a target."""
     ids, scored = split.tokens(row)

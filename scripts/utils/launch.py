@@ -3,7 +3,9 @@
 The launcher speaks through environment variables, so everything here is known before a process group exists.
 """
 
+import ctypes
 import os
+import sys
 from datetime import timedelta
 from typing import NoReturn
 
@@ -14,6 +16,8 @@ from accelerate.utils import InitProcessGroupKwargs, gather_object
 
 from utils.errors import UserError
 from utils.recipe import Recipe
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
 def num_processes() -> int:
@@ -70,7 +74,7 @@ def training_dtype(recipe: Recipe) -> torch.dtype:
 
 
 def set_up_process() -> None:
-    """Share a CPU machine's cores among its processes, and leave the progress bars to the training loop."""
+    """Share a CPU machine's cores among its processes and keep its memory; leave progress bars to the training loop."""
     transformers.utils.logging.disable_progress_bar()
     if not has_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # Accelerate imports DeepSpeed in passing, which would guess
@@ -79,6 +83,12 @@ def set_up_process() -> None:
         affinity = getattr(os, "sched_getaffinity", None)  # what taskset or a container leaves; Linux only
         cores = len(affinity(0)) if affinity else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // local_processes))
+        # By default glibc hands every large block back to the system and fetches it again, page by page and zeroed:
+        # 160,000 page faults, 0.3 s of a step of 1.3 s of the 4-layer model of `benchmark.py train`.
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+        if mallopt:
+            mallopt(M_MMAP_THRESHOLD, 2**30)
+            mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def process_group_options(deepspeed: bool) -> list[InitProcessGroupKwargs]:

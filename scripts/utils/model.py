@@ -11,7 +11,7 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from utils.attention import choose_attention, keep_attention
-from utils.collate import Batch
+from utils.collate import end_to_end
 from utils.dialogue import prepare_tokenizer
 from utils.errors import UserError
 from utils.launch import say
@@ -87,12 +87,7 @@ def load_model(
     Raises:
         UserError: the weights cannot be found, are damaged, or not those that the config calls for.
     """
-    attention, reasons = choose_attention(recipe, config)
     kwargs = {"trust_remote_code": recipe.trust_remote_code}
-    if recipe.padding_free:  # for the checks at first, which are made on the CPU
-        kwargs["attn_implementation"] = "sdpa_by_conversation"
-    elif recipe.attn_implementation == "sdpa":  # else transformers takes eager where a model has no SDPA
-        kwargs["attn_implementation"] = "sdpa"
     if checkpoint:
         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, **kwargs)
     elif recipe.from_scratch:
@@ -110,13 +105,20 @@ def load_model(
     check_output_layer(model, recipe.model_name)
     if recipe.padding_free:
         check_padding_free(model, recipe.model_name)
-    if attention != "sdpa":
-        model.set_attn_implementation(attention)
-    say(f"attention: {'; '.join([model.config._attn_implementation, *reasons])}")
     # As the original: StableLM's 50,432 rows become 50,288 for 50,282 tokens.
     model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=16)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return ready_for_training(model, recipe)
+
+
+def ready_for_training(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
+    """The model with the attention, the gradient checkpointing and the compiled layers that the recipe asks for."""
+    attention, reasons = choose_attention(recipe, model.config)
+    name = "sdpa_by_conversation" if attention == "sdpa" and recipe.padding_free else attention
+    if name != "sdpa" or recipe.attn_implementation:  # else a model without SDPA keeps what it has
+        _set_attention(model, name)
+    say(f"attention: {'; '.join([model.config._attn_implementation, *reasons])}")
     if recipe.gradient_checkpointing:
         # The non-reentrant kind, which DDP needs.
         keep = partial(create_selective_checkpoint_contexts, keep_attention)
@@ -126,6 +128,13 @@ def load_model(
             if type(layer).__name__ in model._no_split_modules:
                 layer.compile(dynamic=True)
     return model
+
+
+def _set_attention(model: PreTrainedModel, name: str) -> None:
+    try:
+        model.set_attn_implementation(name)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"attention: this model cannot use {name}: {_reason(error)}") from error
 
 
 def _check_weight_files(recipe: Recipe) -> None:
@@ -192,18 +201,11 @@ def check_padding_free(model: PreTrainedModel, name: str) -> None:
 
     def hidden_states(*conversations: torch.Tensor) -> torch.Tensor:
         """Of the last conversation, after the last layer."""
-        lengths = tuple(len(ids) for ids in conversations)
-        none = torch.empty(0, dtype=torch.int64)
-        batch = Batch(
-            torch.cat(conversations)[None],
-            *(none, none, none, lengths),
-            position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
-            boundaries=torch.tensor([0, *lengths]).cumsum(0).int(),
-        )
-        inputs = batch.to(model.device).model_inputs()
-        return model.base_model(**inputs, use_cache=False).last_hidden_state[0, -lengths[-1] :].float()
+        inputs = end_to_end([*conversations]).to(model.device).model_inputs()
+        return model.base_model(**inputs, use_cache=False).last_hidden_state[0, -len(conversations[-1]) :].float()
 
     try:
+        model.set_attn_implementation("sdpa_by_conversation")  # all that runs on the CPU, where the model still is
         alone, together, beside_another = (
             hidden_states(second),
             hidden_states(first, second),

@@ -1,0 +1,132 @@
+"""`benchmark.py data`: preparing a mix, next to TRL's preparation of the same conversations."""
+
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import yaml
+from tqdm import tqdm
+
+from utils.measuring import in_a_process
+from utils.recipe import Recipe, load_recipe
+
+
+def measure_ours(recipe_file: str) -> dict:
+    """Prepare the mix, or open it where it is prepared."""
+    recipe = load_recipe(recipe_file)
+    started = time.perf_counter()
+    from utils.mix import prepare_mix
+    from utils.model import load_tokenizer
+
+    libraries = time.perf_counter() - started  # the part of a start that no cache can save
+    tokenizer = load_tokenizer(recipe)
+    started = time.perf_counter()
+    mix = prepare_mix(recipe, tokenizer)
+    seconds = time.perf_counter() - started
+    tokens = int(mix.train.lengths.sum() + mix.validation.lengths.sum())
+    conversations = len(mix.train) + len(mix.validation)
+    return {"seconds": seconds, "conversations": conversations, "tokens": tokens, "libraries": libraries}
+
+
+def measure_trl(recipe_file: str, processes: int | None = None) -> dict:
+    """What SFTTrainer's constructor takes longer with all conversations than with one."""
+    import torch
+    from datasets import Dataset, disable_progress_bars
+    from transformers import AutoModelForCausalLM, GPTNeoXConfig
+    from trl import SFTConfig, SFTTrainer
+
+    from utils.mix import prepare_mix
+    from utils.model import load_tokenizer
+
+    disable_progress_bars()
+    recipe = load_recipe(recipe_file)
+    tokenizer = load_tokenizer(recipe)
+    mix = prepare_mix(recipe, tokenizer)
+    rows = [{"messages": split.messages(row)} for split in (mix.train, mix.validation) for row in range(len(split))]
+    tiny = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    model = AutoModelForCausalLM.from_config(GPTNeoXConfig(vocab_size=len(tokenizer), **tiny), dtype=torch.float32)
+
+    def construct(chosen: list[dict]) -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            settings = SFTConfig(
+                output_dir=folder,
+                max_length=recipe.max_length,
+                assistant_only_loss=True,
+                dataset_num_proc=processes,
+                report_to=[],
+                use_cpu=True,
+                bf16=False,
+            )
+            data = Dataset.from_list(chosen)
+            started = time.perf_counter()
+            SFTTrainer(model=model, args=settings, train_dataset=data, processing_class=tokenizer)
+            return time.perf_counter() - started
+
+    one = construct(rows[:1])
+    tokens = int(mix.train.lengths.sum() + mix.validation.lengths.sum())
+    return {"seconds": construct(rows) - one, "conversations": len(rows), "tokens": tokens}
+
+
+def measure_trl_all_cores(recipe_file: str) -> dict:
+    """The same with a process on each core."""
+    return measure_trl(recipe_file, processes=os.cpu_count())
+
+
+def benchmark_data(recipe: Recipe, rounds: int) -> dict[str, list[dict]]:
+    """The figures of every round; each starts with nothing prepared."""
+    from utils.data_files import find_data_file
+    from utils.sources import find_source
+
+    figures: dict[str, list[dict]] = {name: [] for name in ("cold", "cached", "trl", "trl_all_cores")}
+    values = yaml.safe_load(recipe.to_yaml())
+    for entry in values["datasets"]:  # the files where they are, since cache_dir becomes an empty folder
+        ((name, given),) = entry.items()
+        options = recipe.datasets.chosen()[name]
+        hub = find_source(name, options).hub
+        paths = find_data_file(name, options.input_file_path, recipe.cache_dir, options.revision, hub)
+        given["input_file_path"] = str(paths[0].resolve())
+    for _ in tqdm(range(rounds), desc="rounds"):
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "recipe.yaml")
+            file.write_text(yaml.safe_dump({**values, "cache_dir": folder}))
+            for name, measure in (
+                ("cold", measure_ours),
+                ("trl", measure_trl),
+                ("cached", measure_ours),
+                ("trl_all_cores", measure_trl_all_cores),
+            ):
+                figures[name].append(in_a_process(measure, str(file)))
+    return figures
+
+
+def data_table(figures: dict[str, list[dict]]) -> str:
+    """Medians over the rounds as a Markdown table, and the ratio to the better of TRL's two settings."""
+
+    def rates(name: str, unit: str) -> list[float]:
+        return [figure[unit] / figure["seconds"] for figure in figures[name]]
+
+    labels = {
+        "cold": "this collection, from the files",
+        "trl": "TRL, one process",
+        "trl_all_cores": "TRL, a process on each core",
+    }
+    lines = ["| preparation | conversations a second (range) | tokens a second |", "|---|---|---|"]
+    for name, label in labels.items():
+        seen, tokens = rates(name, "conversations"), statistics.median(rates(name, "tokens"))
+        lines.append(
+            f"| {label} | {statistics.median(seen):,.0f} ({min(seen):,.0f} to {max(seen):,.0f}) | {tokens:,.0f} |"
+        )
+    best = max(("trl", "trl_all_cores"), key=lambda name: statistics.median(rates(name, "tokens")))
+    ratio = statistics.median(a / b for a, b in zip(rates("cold", "tokens"), rates(best, "tokens"), strict=True))
+    start = statistics.median(figure["seconds"] for figure in figures["cached"])
+    imports = statistics.median(figure["libraries"] for figure in figures["cached"])
+    work = figures["cold"][0]
+    lines += [
+        "",
+        f"{work['conversations']:,} conversations, {work['tokens']:,} tokens, {len(figures['cold'])} rounds: "
+        f"{ratio:.1f} times TRL's best (medians).",
+        f"A start that finds them prepared takes {start:.2f} s more than importing the libraries ({imports:.1f} s).",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,270 @@
+"""The contenders of `benchmark.py train`: this trainer's own step, TRL's SFTTrainer, and a bare loop.
+
+Each runs in a process of its own. All begin with the same random weights, take the conversations in the same order, and
+run AdamW (fused) at one constant rate, so that their losses have to agree.
+"""
+
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+LEARNING_RATE, BETAS, EPSILON, MAX_GRAD_NORM = 1e-4, (0.9, 0.95), 1e-8, 2.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a contender does.
+
+    Attributes:
+        config: arguments of GPTNeoXConfig.
+        data: a .npz with `lengths` int64 [conversations], `input_ids` int32 [tokens] and `scored` bool [tokens] of all
+            of them, one after the other.
+        batch, accumulation: conversations a micro-batch, micro-batches a step.
+        warm_up: steps before the clock starts.
+    """
+
+    config: dict
+    data: str
+    batch: int
+    accumulation: int
+    max_length: int
+    warm_up: int = 1
+    dtype: str = "fp32"
+    gradient_checkpointing: bool = False
+    torch_compile: bool = False
+
+    def conversations(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """input_ids and scored of each."""
+        with np.load(self.data) as arrays:
+            cuts = np.cumsum(arrays["lengths"])[:-1]
+            return list(zip(np.split(arrays["input_ids"], cuts), np.split(arrays["scored"], cuts), strict=True))
+
+
+def _model(work: Work):
+    import torch
+    from transformers import AutoModelForCausalLM, GPTNeoXConfig
+
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(GPTNeoXConfig(**work.config), dtype=torch.float32)
+
+
+def _result(work: Work, ends: list[float], losses: list[float], settings: dict) -> dict:
+    """The figures of a contender.
+
+    Args:
+        ends: when each step ended, in seconds.
+    """
+    import torch
+
+    from utils.tracking import peak_memory
+
+    per_step = work.batch * work.accumulation
+    timed = work.conversations()[work.warm_up * per_step :]
+    return {
+        "seconds": ends[-1] - ends[work.warm_up - 1],
+        "conversations": len(timed),
+        "tokens": sum(len(ids) for ids, _ in timed),
+        "losses": losses,
+        "peak_memory": peak_memory(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        "settings": settings,
+    }
+
+
+def train_ours(values: dict) -> dict:
+    """sft.py's own step, batches and loss."""
+    import sft
+    import torch
+    from accelerate import Accelerator
+
+    from utils.batches import Position, prefetched
+    from utils.collate import collate
+    from utils.flops import ModelFlops, peak_flops
+    from utils.launch import has_gpu, set_up_process
+    from utils.loss import ScoredLoss
+    from utils.mix import Mix
+    from utils.model import ready_for_training
+    from utils.optimizer import parameter_groups
+    from utils.recipe import Recipe
+    from utils.tracking import Clock, TrainingStats
+
+    work = Work(**values)
+    recipe = Recipe.model_validate(
+        {
+            "model_name": "none",
+            "output_dir": "nothing",
+            "datasets": ["vicuna"],
+            "max_length": work.max_length,
+            "per_device_train_batch_size": work.batch,
+            "gradient_accumulation_steps": work.accumulation,
+            "max_grad_norm": MAX_GRAD_NORM,
+            "dtype": work.dtype,
+            "use_flash_attention": True,
+            "gradient_checkpointing": work.gradient_checkpointing,
+            "torch_compile": work.torch_compile,
+        }
+    )
+    set_up_process()
+    accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(work.dtype, work.dtype), cpu=not has_gpu())
+    language_model = ready_for_training(_model(work), recipe)
+    flops, model = ModelFlops(language_model), ScoredLoss(language_model).train()
+    groups = parameter_groups(model, 0.0)
+    optimizer = torch.optim.AdamW(groups, LEARNING_RATE, BETAS, EPSILON, fused=True)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    split = split_in_memory(work.conversations())
+    peak = peak_flops(
+        accelerator.device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(work.dtype, torch.float32)
+    )
+    stats = TrainingStats(Mix(["vicuna"], split, split), accelerator.device, Clock(), flops, peak)
+
+    per_step = work.batch * work.accumulation
+    steps = (
+        (
+            Position(0, first + per_step),
+            [
+                collate(split, np.arange(start, start + work.batch), recipe, 0, epoch=0)
+                for start in range(first, first + per_step, work.batch)
+            ],
+        )
+        for first in range(0, len(split), per_step)
+    )
+    ends, losses, counted = [], [], []
+    for _, micro_batches in prefetched(steps, pin=has_gpu()):
+        sft.train_step(accelerator, model, optimizer, scheduler, micro_batches, recipe, stats)
+        losses.append(stats.step_loss(accelerator))
+        counted.append(stats.flops_of_step)
+        stats.end_step()
+        ends.append(time.perf_counter())
+    attention = language_model.config._attn_implementation
+    result = _result(work, ends, losses, {"attention": attention, "batches": "padding-free", "loss": "one pass"})
+    return result | {"flops": sum(counted[work.warm_up :]), "peak_flops": peak}
+
+
+def train_bare(values: dict) -> dict:
+    """A plain PyTorch loop as one would first write it: padded batches, the model's own loss from all logits."""
+    import torch
+
+    work = Work(**values)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = _model(work).to(device).train()
+    if work.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, BETAS, EPSILON, weight_decay=0.0)
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(work.dtype)
+    conversations, ends, losses = work.conversations(), [], []
+    per_step = work.batch * work.accumulation
+    for first in range(0, len(conversations), per_step):
+        step = conversations[first : first + per_step]
+        scored_tokens, loss_of_step = sum(int(scored.sum()) for _, scored in step), 0.0
+        for start in range(0, per_step, work.batch):
+            micro_batch = step[start : start + work.batch]
+            shape = len(micro_batch), max(len(ids) for ids, _ in micro_batch)
+            ids, labels = torch.zeros(shape, dtype=torch.int64), torch.full(shape, -100)
+            mask = torch.zeros(shape, dtype=torch.int64)
+            for row, (tokens, scored) in enumerate(micro_batch):
+                tokens = torch.from_numpy(tokens.astype(np.int64))
+                ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, 1
+                labels[row, : len(tokens)] = tokens.where(torch.from_numpy(scored), -100)
+            ids, mask, labels = (tensor.to(device) for tensor in (ids, mask, labels))
+            with torch.autocast(device.type, half, enabled=half is not None):
+                loss = model(
+                    input_ids=ids, attention_mask=mask, labels=labels, num_items_in_batch=scored_tokens, use_cache=False
+                ).loss
+            loss.backward()
+            loss_of_step += loss.detach()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss_of_step))
+        ends.append(time.perf_counter())
+    settings = {"attention": model.config._attn_implementation, "batches": "padded", "loss": "all logits"}
+    return _result(work, ends, losses, settings)
+
+
+def train_trl(values: dict, padding_free: bool) -> dict:
+    """TRL's SFTTrainer on the tokenized conversations; its default loss makes logits in chunks at scored positions."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoTokenizer, TrainerCallback
+    from transformers.utils import is_flash_attn_2_available
+    from trl import SFTConfig, SFTTrainer
+
+    work, gpu = Work(**values), torch.cuda.is_available()
+    model = _model(work)
+    if gpu and is_flash_attn_2_available():
+        model.set_attn_implementation("flash_attention_2")
+    rows = [
+        {"input_ids": ids.tolist(), "labels": np.where(scored, ids, -100).tolist()}
+        for ids, scored in work.conversations()
+    ]
+    ends = []
+
+    class Ends(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            if gpu:
+                torch.cuda.synchronize()
+            ends.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = AutoTokenizer.from_pretrained(Path(__file__).parents[2] / "recipes" / "demo_data" / "model")
+        arguments = SFTConfig(
+            output_dir=folder,
+            per_device_train_batch_size=work.batch,
+            gradient_accumulation_steps=work.accumulation,
+            num_train_epochs=1,
+            max_length=None if padding_free else work.max_length,  # they are cut already, which it asks to be told
+            padding_free=padding_free,
+            train_sampling_strategy="sequential",
+            learning_rate=LEARNING_RATE,
+            lr_scheduler_type="constant",
+            adam_beta1=BETAS[0],
+            adam_beta2=BETAS[1],
+            adam_epsilon=EPSILON,
+            max_grad_norm=MAX_GRAD_NORM,
+            bf16=work.dtype == "bf16",
+            fp16=work.dtype == "fp16",
+            gradient_checkpointing=work.gradient_checkpointing,
+            use_cpu=not gpu,
+            dataloader_pin_memory=gpu,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+        )
+        trainer = SFTTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            callbacks=[Ends()],
+        )
+        trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    settings = {
+        "attention": model.config._attn_implementation,
+        "batches": "padding-free" if padding_free else "padded",
+        "loss": f"{arguments.loss_type}, its fused output layer",
+        "optim": str(arguments.optim),
+    }
+    return _result(work, ends, losses, settings)
+
+
+def split_in_memory(conversations: list[tuple[np.ndarray, np.ndarray]]):
+    """A split of the mix made of these conversations."""
+    import pyarrow as pa
+
+    from utils.mix import SCHEMA, Split
+
+    columns = {
+        "messages": [[] for _ in conversations],
+        "input_ids": [ids for ids, _ in conversations],
+        "scored": [scored for _, scored in conversations],
+        "length": [len(ids) for ids, _ in conversations],
+        "targets": [int(scored.sum()) for _, scored in conversations],
+    }
+    count = np.arange(len(conversations))
+    lengths, targets = np.array(columns["length"]), np.array(columns["targets"])
+    return Split(np.zeros_like(count), count, lengths, targets, [pa.table(columns, schema=SCHEMA)])

@@ -332,7 +332,7 @@ def test_gradient_checkpointing_keeps_the_attention(load, padding_free):
     assert count == runs
 
     model = load(padding_free=padding_free, gradient_checkpointing=True)
-    assert model.is_gradient_checkpointing
+    assert model.is_activation_checkpointing
     count, checkpointed_loss, found = one_step(model, batch)
     assert count == runs
     assert checkpointed_loss == loss

@@ -1,0 +1,122 @@
+"""The benchmarks: every contender does the same work, which its losses show, and the tables say what was measured."""
+
+import json
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_script
+
+from utils.benchmark_attention import attention_table, layer_outputs
+from utils.benchmark_scaling import plot_scaling, scaling_table
+from utils.benchmark_train import CONTENDERS, NEOX, SMALL, random_conversations, save_data, train_table
+from utils.measuring import in_a_process
+from utils.train_contenders import Work, train_ours
+
+TINY = SMALL | {"vocab_size": 500, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+
+
+@pytest.fixture(scope="module")
+def figures() -> dict[str, list[dict]]:
+    """One round of every contender, each in its own process, on 4 steps of a tiny model."""
+    lengths = np.random.default_rng(0).integers(5, 40, 16).tolist()
+    work = Work(TINY, save_data(random_conversations(lengths, 500, 0.6)), 2, 2, 64)
+    return {
+        name: [in_a_process(measure, asdict(work), *arguments)] for name, (measure, *arguments) in CONTENDERS.items()
+    }
+
+
+def test_all_contenders_train_the_same(figures):
+    """After four updates the losses still agree: same weights, order, normalization, clipping and optimizer."""
+    ours = figures["this collection"][0]
+    assert len(ours["losses"]) == 4
+    assert ours["losses"][0] == pytest.approx(np.log(500), abs=0.1)
+    for name, (figure,) in figures.items():
+        assert figure["losses"] == pytest.approx(ours["losses"], rel=2e-5), name
+        assert (figure["conversations"], figure["tokens"]) == (ours["conversations"], ours["tokens"]), name
+        assert figure["seconds"] > 0
+        assert figure["peak_memory"] > 2**27
+
+
+def test_train_table(figures):
+    table = train_table(figures)
+    assert all(f"| {name} |" in table for name in CONTENDERS)
+    assert "times TRL, pad" in table
+    failed = figures | {"TRL, padded": [{"failed": "no TRL here"}]}
+    assert "no TRL here" in train_table(failed)
+
+
+def test_the_ratio_is_to_the_faster_of_trls_settings():
+    def figure(seconds: float, memory: float) -> list[dict]:
+        common = {"conversations": 10, "tokens": 100, "losses": [1.0], "settings": {}, "peak_flops": 1e3, "flops": 500}
+        return [common | {"seconds": seconds, "peak_memory": memory * 2**30}]
+
+    names = list(CONTENDERS)
+    figures = dict(zip(names, [figure(1, 1), figure(8, 4), figure(4, 2), figure(6, 3)], strict=True))
+    table = train_table(figures)
+    assert "4.0 times TRL, padding-free (its faster one), with 50% of its peak memory." in table
+    assert "50.0%" in table.splitlines()[2]  # MFU: 500 FLOPs in a second of 1,000
+
+
+def test_scaling_table_and_plot(tmp_path):
+    def seen(tokens: int) -> list[dict]:
+        return [{"tokens": tokens, "seconds": 2.0, "peak_memory": 2**30}] * 3
+
+    figures = {"max_length": {512: seen(1000), 1024: seen(800)}, "conversations a micro-batch": {1: seen(10)}}
+    assert "| 1,024 | 400 | 1.00 GiB |" in scaling_table(figures)
+    plot_scaling(figures, tmp_path / "scaling.png")
+    assert (tmp_path / "scaling.png").stat().st_size > 5000
+
+
+def test_layer_outputs_are_those_of_the_hidden_states():
+    from transformers import AutoModelForCausalLM, GPTNeoXConfig
+
+    model = AutoModelForCausalLM.from_config(GPTNeoXConfig(**TINY | {"hidden_dropout": 0.0})).eval()
+    conversations = [torch.randint(500, (length,)) for length in (20, 7)]
+    laid = layer_outputs(model.eval(), conversations, laid=False)
+    with torch.no_grad():
+        for which, ids in enumerate(conversations):
+            hidden = model(input_ids=ids[None], output_hidden_states=True, use_cache=False).hidden_states
+            part = slice(0, 20) if which == 0 else slice(20, 27)
+            torch.testing.assert_close(laid[0][part], hidden[1][0])  # the last ones are after the final norm
+    model.set_attn_implementation("sdpa_by_conversation")
+    for ours, expected in zip(layer_outputs(model, conversations, laid=True), laid, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    assert "| x, y | 1.0e+00" in attention_table({"x, y": [1.0, 2.0], "z": "no GPU"})
+
+
+def test_our_contender_under_bf16_and_gradient_checkpointing():
+    conversations = random_conversations([30, 20, 10, 25], 500, 0.6)
+    losses = []
+    for options in ({}, {"gradient_checkpointing": True}, {"dtype": "bf16"}):
+        work = Work(TINY, save_data(conversations), 1, 2, 64, **options)
+        losses.append(in_a_process(train_ours, asdict(work))["losses"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "--gpu", "9b"], "9b"),
+        (["scaling", "recipes/demo.yaml"], "takes no recipes/demo.yaml"),
+        (["attention", "--gpu", "3b"], "no GPU"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is no GPU")
+def test_bad_command_lines(arguments, words, tmp_path):
+    run = run_script(*arguments, script="scripts/benchmark.py", output_dir=tmp_path, check=False)
+    assert run.returncode == 2
+    assert words in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_data_figures_of_a_small_mix(tmp_path):
+    """The whole `data` benchmark, TRL included, on the demo's data."""
+    arguments = ["data", "recipes/demo.yaml", "--rounds", "1", "--json", tmp_path / "data.json"]
+    run_script(*arguments, script="scripts/benchmark.py", output_dir=tmp_path)
+    result = json.loads((tmp_path / "data.json").read_text())
+    assert result["figures"]["cold"][0]["conversations"] == result["figures"]["trl"][0]["conversations"] > 1000
+    assert "times TRL's best" in result["table"]
+    assert NEOX["vocab_size"] == 50288

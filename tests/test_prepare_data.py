@@ -46,14 +46,40 @@ def test_table_export_and_plot(prepare, tmp_path):
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_show_marks_what_is_scored(prepare):
-    run = prepare("--show", 1, "--dataset", "dolly15k", "--show_batch")
+@pytest.mark.parametrize(
+    ("keys", "headline"),
+    [
+        ([], r"8 conversations, end to end, 1 row\(s\) of (?P<tokens>[\d,]+) tokens, no padding"),
+        (
+            ["--padding_free", "false"],
+            r"8 conversations, 8 row\(s\) of (?P<width>\d+) tokens, (?P<padding>\d+) of them padding",
+        ),
+        (
+            ["--packing", "true"],
+            r"(?P<count>\d+) conversations in 8 packs, end to end, 1 row\(s\) of (?P<tokens>[\d,]+) tokens, no padding",
+        ),
+    ],
+    ids=["padding-free", "padded", "packed"],
+)
+def test_show_marks_what_is_scored_and_where_all_of_a_batch_lies(prepare, keys, headline):
+    run = prepare("--show", 1, "--dataset", "dolly15k", "--show_batch", *keys)
     example = run.stdout.split("dolly15k, row")[1]
     assert "<|prompter|>|" in example
     assert example.count("[[") >= 1
     assert "<|endoftext|>]]" in example
-    assert "the first batch: 8 rows" in run.stdout
-    assert run.stdout.count("at positions 0 to") == 8
+    first, _, batch = run.stdout.partition("the first batch: ")[2].partition("\n")
+    numbers = {name: int(text.replace(",", "")) for name, text in re.match(headline, first).groupdict().items()}
+    lengths = [int(last) + 1 for last in re.findall(r"at positions 0 to (\d+), \d+ scored", batch)]
+    assert len(lengths) == numbers.get("count", 8)
+    if "width" in numbers:
+        assert max(lengths) == numbers["width"]
+        assert 8 * numbers["width"] - sum(lengths) == numbers["padding"]
+    else:
+        assert sum(lengths) == numbers["tokens"]
+    if "count" in numbers:
+        assert numbers["count"] > 8
+        assert re.search(r"packing: 2,\d+ conversations in \d+ packs, .* steps an epoch in place of 134", run.stdout)
+        assert "16 packs of up to 256 tokens a step" in run.stdout
 
 
 def test_contamination_is_reported_and_dropped(prepare, tmp_path):

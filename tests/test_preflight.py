@@ -1,7 +1,8 @@
 """Before a run: the largest micro-batches by brute force, the estimates against real runs, each refusal and warning."""
 
+import copy
+import gc
 import itertools
-import math
 import subprocess
 import sys
 import time
@@ -12,14 +13,16 @@ import pytest
 import torch
 from conftest import ROOT
 from hypothesis import strategies as st
-from test_batches import PAD, given, make_mix, make_recipe, mixes_and_recipes, processes_of_runs
+from mixes import LAYOUTS, PAD, given, make_mix, make_recipe, mixes_and_recipes, processes_of_runs
 from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 
-from utils.batches import Position, collate, training_rows, training_steps, validation_batches
+from utils.batches import Position, epoch_plan, training_steps, validation_batches
+from utils.collate import Batch, collate
 from utils.errors import UserError
 from utils.loss import ScoredLoss
 from utils.memory import check_memory, estimate_memory
 from utils.mix import Mix
+from utils.model import load_model
 from utils.preflight import check_disk, checkpoint_bytes, disk_peak, largest_micro_batches, recipe_warnings
 from utils.recipe import load_recipe
 
@@ -57,19 +60,15 @@ SEED_PARAMETERS = 7_868_755_968
 # ---- the largest micro-batches ----
 
 
-def tokens(batch: dict[str, torch.Tensor]) -> int:
-    """Padded tokens; 0 of a micro-batch that only fills up a round."""
-    return batch["input_ids"].numel() if len(batch["lengths"]) else 0
-
-
-def scored(batch: dict[str, torch.Tensor]) -> int:
-    return len(batch["dataset"])
+def tokens(batch: Batch) -> int:
+    """Padding included; 0 of a micro-batch that only fills up a round."""
+    return batch.input_ids.numel() if batch.lengths else 0
 
 
 @given(mixes_and_recipes(), processes_of_runs, st.integers(1, 12), st.integers(0, 2), st.data())
 def test_largest_micro_batches_by_brute_force(mix_and_recipe, processes, steps, epoch, data):
     mix, recipe = mix_and_recipe
-    start = Position(epoch, data.draw(st.integers(0, len(training_rows(mix, recipe, epoch)) - 1)))
+    start = Position(epoch, int(data.draw(st.sampled_from(epoch_plan(mix, recipe, epoch).bounds[:-1]))))
     train, validation = largest_micro_batches(mix, recipe, processes, steps, start)
 
     plan = [
@@ -79,9 +78,9 @@ def test_largest_micro_batches_by_brute_force(mix_and_recipe, processes, steps, 
         for batch in batches
     ]
     found = collate(mix.train, train.rows, recipe, PAD, train.epoch)
-    assert tuple(found["input_ids"].shape) == train.shape
-    assert tokens(found) == max(map(tokens, plan))
-    assert any(torch.equal(found["input_ids"], batch["input_ids"]) for batch in plan)
+    assert tuple(found.input_ids.shape) == train.shape
+    assert tokens(found) == train.tokens == max(map(tokens, plan))
+    assert any(torch.equal(found.input_ids, batch.input_ids) for batch in plan)
 
     held_out = [
         batch
@@ -91,20 +90,37 @@ def test_largest_micro_batches_by_brute_force(mix_and_recipe, processes, steps, 
     ]
     found_validation = collate(mix.validation, validation.rows, recipe, PAD, validation.epoch)
     assert tokens(found_validation) == max(map(tokens, held_out))
-    assert any(torch.equal(found_validation["input_ids"], batch["input_ids"]) for batch in held_out)
+    assert any(torch.equal(found_validation.input_ids, batch.input_ids) for batch in held_out)
 
     if mix.train.lengths.max() <= recipe.max_length:  # else scored tokens depend on the random windows
         for chosen, batches in ((found, plan), (found_validation, held_out)):
-            assert scored(chosen) == max(scored(batch) for batch in batches if tokens(batch) == tokens(chosen))
+            as_large = [batch for batch in batches if tokens(batch) == tokens(chosen)]
+            assert len(chosen.targets) == max(len(batch.targets) for batch in as_large)
 
 
 def test_steps_of_a_global_batch_start_micro_batches_of_their_own():
     """Steps of 5 in micro-batches of 4: 4 and 1, never 4 over the border of two steps."""
     mix = make_mix([[3] * 20])
-    recipe = make_recipe(per_device_train_batch_size=4, global_batch_size=5)
-    train, _ = largest_micro_batches(mix, recipe, 1, 1, Position(0, 15))
-    assert train.shape == (4, 3)
-    assert largest_micro_batches(mix, recipe, 1, 1, Position(0, 19))[0].shape == (1, 3)
+    keys = {"per_device_train_batch_size": 4, "global_batch_size": 5}
+    for free, four, one in ((True, (1, 12), (1, 3)), (False, (4, 3), (1, 3))):
+        recipe = make_recipe(padding_free=free, **keys)
+        assert largest_micro_batches(mix, recipe, 1, 1, Position(0, 15))[0].shape == four
+        assert largest_micro_batches(mix, recipe, 1, 1, Position(0, 19))[0].shape == one
+
+
+@pytest.mark.parametrize(
+    ("layout", "described"),
+    [
+        ("padding-free", "3 conversations, 80 tokens"),
+        ("padded", "3 conversations, 120 tokens of 40 each, padded"),
+        ("packed", "3 conversations, 80 tokens"),
+    ],
+)
+def test_the_largest_micro_batch_in_words(layout, described):
+    recipe = make_recipe(per_device_train_batch_size=3, max_length=40, **LAYOUTS[layout])
+    assert largest_micro_batches(make_mix([[60, 10, 30]]), recipe, 1, 1, Position())[0].describe() == described
+    alone = largest_micro_batches(make_mix([[60]]), recipe, 1, 1, Position())[0]
+    assert alone.describe() == "1 conversation, 40 tokens"
 
 
 def test_nothing_held_out():
@@ -119,12 +135,13 @@ def test_largest_micro_batches_of_a_hundred_thousand_conversations_are_found_at_
     column = np.zeros(len(lengths), dtype=np.int64)
     split = type(make_mix([[2]]).train)(column, np.arange(len(lengths)), lengths, lengths // 2, [])
     mix = Mix(["oasst_export"], split, split.select(np.arange(2000)))
-    recipe = make_recipe(per_device_train_batch_size=4, gradient_accumulation_steps=2, max_length=2048)
-    started = time.perf_counter()
-    train, validation = largest_micro_batches(mix, recipe, 4, 4 * 3125, Position())
-    assert time.perf_counter() - started < 2
-    assert train.shape == (4, 2048)
-    assert validation.shape == (2, 2048)
+    keys = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_length": 2048}
+    for layout in LAYOUTS:
+        started = time.perf_counter()
+        train, validation = largest_micro_batches(mix, make_recipe(**keys, **LAYOUTS[layout]), 4, 4 * 3125, Position())
+        assert time.perf_counter() - started < (4 if layout == "packed" else 2)  # four epochs, each packed anew
+        assert train.shape == ((4, 2048) if layout == "padded" else (1, 4 * 2048))
+        assert validation.shape == ((2, 2048) if layout == "padded" else (1, 2 * 2048))
 
 
 # ---- memory ----
@@ -139,86 +156,126 @@ def count(config) -> int:
         return sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
 
 
-def make_batch(vocabulary: int, shape: tuple[int, int]) -> tuple[torch.Tensor, ...]:
-    """input_ids, attention_mask, labels: random, the last row half padding, every token scored."""
-    ids, mask = torch.randint(0, vocabulary, shape), torch.ones(shape, dtype=torch.int64)
-    mask[-1, shape[1] // 2 :] = 0
-    return ids, mask, torch.where(mask == 1, ids, -100)
+class NoTokenizer:
+    """As much of one as `load_model` asks for: it leaves a model's embedding as it is."""
+
+    eos_token_id, pad_token_id = 0, 1
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
 
 
+def make_scored_loss(config, dtype: torch.dtype = torch.float32, **keys) -> ScoredLoss:
+    """Random weights, made ready for training as sft.py does it."""
+    recipe = make_recipe(from_scratch=True, **keys)
+    return ScoredLoss(load_model(recipe, copy.deepcopy(config), NoTokenizer(config.vocab_size), dtype)).train()
+
+
+def make_batch(vocabulary: int, shape: tuple[int, int], padding_free: bool) -> Batch:
+    """Random tokens, every one scored; padding-free two conversations, padded the last row half padding."""
+    ids, real = torch.randint(0, vocabulary, shape), torch.ones(shape, dtype=torch.int64)
+    if padding_free:
+        lengths = shape[1] // 4, shape[1] - shape[1] // 4
+        places = torch.cat([torch.arange(length) for length in lengths])[None]
+        layout = {"position_ids": places, "boundaries": torch.tensor([0, *lengths]).cumsum(0).int()}
+    else:
+        lengths = *[shape[1]] * (shape[0] - 1), shape[1] // 2
+        real[-1, shape[1] // 2 :] = 0
+        places, layout = torch.arange(shape[1]).expand(shape), {"attention_mask": real}
+    is_target = ((places > 0) & (real == 1)).flatten()
+    scored = is_target[1:].nonzero().squeeze(1)
+    return Batch(ids, scored, ids.flatten()[scored + 1], torch.zeros_like(scored), lengths, **layout)
+
+
+SHAPES = {True: (1, 512), False: (2, 256)}  # by padding_free
+
+
+@pytest.mark.parametrize("padding_free", [True, False], ids=["padding-free", "padded"])
 @pytest.mark.parametrize("config", [NEOX, LLAMA], ids=["neox", "llama"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations_are_what_autograd_saves(config, precision, checkpointing):
-    """Every tensor that the backward pass keeps, counted by storage; the estimate has to be at or a little over it."""
-    shape, half = (2, 256), precision != "fp32"
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+def test_activations_are_what_is_held_for_the_backward_pass(config, precision, checkpointing, padding_free):
+    """Every tensor of that time, counted by storage; the estimate has to be at or a little over it."""
+    shape, half = SHAPES[padding_free], precision != "fp32"
     dtype = torch.bfloat16 if half else torch.float32
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype if precision == "bf16" else torch.float32)
-    if checkpointing:
-        model.activation_checkpointing_enable()
-    scored_loss = ScoredLoss(model).train()
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept, storages = [], {}
+    keys = {"padding_free": padding_free, "gradient_checkpointing": checkpointing}
+    scored_loss = make_scored_loss(config, dtype if precision == "bf16" else torch.float32, **keys)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in scored_loss.parameters()}
+    before = {id(tensor) for tensor in tensors_in_python()}
+    kept = []  # so that no address is used twice
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        is_copy_of_weight = half and tensor.ndim == 2 and tensor.shape[0] not in (math.prod(shape), shape[0])
-        if storage.data_ptr() not in weights and not is_copy_of_weight:
-            storages[storage.data_ptr()] = storage.nbytes()
-        kept.append(tensor)  # so that no address is used twice
+        kept.append(tensor)
         return tensor
 
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast")
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
-        scored_loss(*make_batch(config.vocab_size, shape))
+        result = scored_loss(make_batch(config.vocab_size, shape, padding_free))
+    # Attention's results, which gradient checkpointing keeps, do not pass the hooks.
+    kept += [tensor for tensor in tensors_in_python() if id(tensor) not in before]
+    # Autocast's copies of the weights, and the output layer's gradient, are no activations.
+    matrices = [tuple(parameter.shape) for parameter in scored_loss.parameters() if parameter.ndim == 2]
+    of_weights = {each for rows, columns in matrices for each in ((rows, columns), (columns, rows))}
+    storages = [tensor.untyped_storage() for tensor in kept if tuple(tensor.shape) not in of_weights]
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages if storage.data_ptr() not in weights}
+    saved = sum(sizes.values())
+    del result
 
     zero = {"stage": 2} if precision == "bf16" else None
-    estimated = estimate(config, dtype, shape, zero, gradient_checkpointing=checkpointing)["activations"]
-    # Under gradient checkpointing the hooks see what is kept between layers, not the one layer that is done again.
+    estimated = estimate(config, dtype, shape, zero, **keys)["activations"]
+    # Under gradient checkpointing one layer is done again at a time.
     one_layer = 0
     if checkpointing:
-        one_layer = estimate(config, dtype, shape, zero)["activations"] / config.num_hidden_layers
-    saved = sum(storages.values())
+        whole = estimate(config, dtype, shape, zero, padding_free=padding_free)["activations"]
+        one_layer = whole / config.num_hidden_layers
     assert saved <= estimated
     assert estimated <= 1.4 * (saved + one_layer)
+
+
+def tensors_in_python() -> list[torch.Tensor]:
+    return [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
 
 
 MEASURE = """
 import sys
 import torch
-from transformers import AutoModelForCausalLM
-from test_preflight import LLAMA, NEOX, make_batch
-from utils.loss import ScoredLoss
+from test_preflight import LLAMA, NEOX, SHAPES, make_batch, make_scored_loss
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
 
-def train(model, shape):
-    optimizer, loss = torch.optim.AdamW(model.parameters(), foreach=False), ScoredLoss(model).train()
+def train(model, batch):
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
     for _ in range(2):  # Adam's moments are there from the second step on, and gradients from the second micro-batch
-        loss(*make_batch(model.config.vocab_size, shape))[0].mean().backward()
+        (model(batch)[0] / len(batch.targets)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
 torch.set_num_threads(1)
 config = {"neox": NEOX, "llama": LLAMA}[sys.argv[1]]
-train(AutoModelForCausalLM.from_config(config), (1, 8))  # so that libraries and their buffers are there
+keys = {"padding_free": sys.argv[2] == "True", "gradient_checkpointing": sys.argv[3] == "True"}
+rows, length = SHAPES[keys["padding_free"]]
+# So that libraries and their buffers are there.
+train(make_scored_loss(config, **keys), make_batch(config.vocab_size, (rows, 8), keys["padding_free"]))
 before = resident()
-model = AutoModelForCausalLM.from_config(config)
-if sys.argv[2] == "True":
-    model.activation_checkpointing_enable()
-train(model, (2, 512))
+train(make_scored_loss(config, **keys), make_batch(config.vocab_size, (rows, 2 * length), keys["padding_free"]))
 peak = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(peak - before)
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize(("name", "checkpointing"), [("neox", False), ("llama", True)])
-def test_estimate_against_the_memory_of_a_real_process(name, checkpointing):
+@pytest.mark.parametrize(
+    ("name", "padding_free", "checkpointing"),
+    [("neox", True, False), ("neox", False, False), ("llama", True, True)],
+)
+def test_estimate_against_the_memory_of_a_real_process(name, padding_free, checkpointing):
     """Peak resident memory of a fresh process, all blocks given back at once (else glibc keeps a quarter more)."""
     run = subprocess.run(
-        [sys.executable, "-c", MEASURE, name, str(checkpointing)],
+        [sys.executable, "-c", MEASURE, name, str(padding_free), str(checkpointing)],
         cwd=ROOT,
         env={
             "PYTHONPATH": f"{ROOT / 'scripts'}:{ROOT / 'tests'}",
@@ -229,8 +286,10 @@ def test_estimate_against_the_memory_of_a_real_process(name, checkpointing):
         text=True,
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    measured = int(run.stdout)
-    parts = estimate({"neox": NEOX, "llama": LLAMA}[name], gradient_checkpointing=checkpointing)
+    measured = int(run.stdout.split()[-1])  # after what load_model says
+    rows, length = SHAPES[padding_free]
+    keys = {"padding_free": padding_free, "gradient_checkpointing": checkpointing}
+    parts = estimate({"neox": NEOX, "llama": LLAMA}[name], shape=(rows, 2 * length), **keys)
     assert 0.9 * measured < sum(parts.values()) < 1.4 * measured
 
 
@@ -249,8 +308,9 @@ def test_zero_accounting_of_the_seeds_run():
     assert [plain[name] for name in ("weights", "gradients", "optimizer")] == [
         size * SEED_PARAMETERS for size in (4, 4, 8)
     ]
-    # 16 layers x 4 x 4096 tokens x 6144 x 2 bytes between layers, and one layer: it fits four GPUs of 80 GB.
-    assert 3.2e9 < parts["activations"] < 12e9
+    # 16 layers x 4 x 4096 tokens x 6144 x 2 bytes twice, between layers and of attention, and one layer: it fits four
+    # GPUs of 80 GB.
+    assert 6.4e9 < parts["activations"] < 16e9
     assert sum(parts.values()) < 80e9
 
 

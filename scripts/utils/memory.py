@@ -34,9 +34,10 @@ def estimate_memory(
     what transformers adds: norms in fp32, a fused projection that stays whole, SDPA's mask of padded batches. An
     activation function written out in Python, as GPT-2's, and attention without SDPA need more.
 
-    Measured on a CPU with 10 to 57 million parameters, the sum is 6 to 9 % over the peak of what is live, 19 % under
-    gradient checkpointing. What a process really holds is more by what its allocator cannot give back: with glibc's the
-    sum is 14 to 20 % under it.
+    Measured on a CPU with 7 to 55 million parameters and 1024 tokens, the sum is 6 to 15 % over the peak of a process
+    whose allocator gives all back at once, 11 to 35 % under gradient checkpointing, most with the fewest parameters.
+    What it really holds is more by what the allocator cannot give back: with glibc's, at 55 million, from 5 % over to
+    5 % under it.
 
     Args:
         zero: the section `zero_optimization` of DeepSpeed's config; None without DeepSpeed.

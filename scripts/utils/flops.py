@@ -57,6 +57,6 @@ class ModelFlops:
         self.per_pair = 3 * 4 * text.num_hidden_layers * text.num_attention_heads * head_size
 
     def of(self, batch: Batch) -> float:
-        """FLOPs of a batch; sliding windows are not looked at."""
+        """FLOPs of a batch; neither sliding windows nor the experts of a mixture are looked at."""
         pairs = sum(length * (length + 1) / 2 for length in batch.lengths)
         return self.per_token * sum(batch.lengths) + self.per_target * len(batch.targets) + self.per_pair * pairs

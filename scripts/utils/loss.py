@@ -39,7 +39,7 @@ class ScoredLoss(torch.nn.Module):
             predictions: int64 [scored tokens], the likeliest token of each position; None while training.
         """
         hidden = self.model.base_model(**batch.model_inputs(), use_cache=False).last_hidden_state
-        hidden = hidden.flatten(0, 1)[batch.scored]
+        hidden = hidden.flatten(0, 1).index_select(0, batch.scored)
         head = self.model.get_output_embeddings()
         # At least one chunk, even an empty one: a batch without targets has a gradient too, of zeros.
         rows = max(1, LOGITS_BUDGET // (4 * self.config.get_text_config().vocab_size))

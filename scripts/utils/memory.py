@@ -1,7 +1,9 @@
-"""What training needs of each device's memory, estimated, and whether this machine has it."""
+"""What training needs of each device's memory, estimated, and whether this machine has it; and what it came to."""
 
 import math
 import os
+import resource
+import sys
 from typing import Any
 
 import psutil
@@ -168,6 +170,13 @@ def check_memory(
             remedies.append("a smaller per_device_train_batch_size with more gradient_accumulation_steps")
         remedies.append("a smaller max_length")
         say(f"warning: by this estimate memory will run out: give {', or '.join(remedies)}")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that PyTorch held on a GPU; without one, the most that was resident of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def show_bytes(count: int) -> str:

@@ -39,7 +39,7 @@ class MicroBatch(NamedTuple):
     """A micro-batch of the plan.
 
     Attributes:
-        rows: int64 [conversations], of the training or the validation split; `batches.collate` makes the batch of them.
+        rows: int64 [conversations], of the training or the validation split; `collate.collate` makes the batch of them.
         epoch: as `collate` takes it; None for validation.
         shape: of the tensor that it becomes: (1, tokens), or where it is padded (conversations, the longest).
     """

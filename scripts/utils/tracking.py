@@ -4,8 +4,6 @@ import functools
 import json
 import math
 import os
-import resource
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -21,6 +19,7 @@ from utils.collate import Batch
 from utils.errors import UserError
 from utils.flops import ModelFlops
 from utils.launch import say
+from utils.memory import peak_memory
 from utils.mix import Mix
 from utils.recipe import Recipe
 
@@ -219,13 +218,6 @@ class TrainingStats:
         self.flops = sum(state.get("flops", 0.0) for state in states) if with_sums else 0.0
         if with_sums and len(states[0]["sums"]) == len(self.sums):  # not where the mix was changed
             self.sums += torch.tensor([state["sums"] for state in states], dtype=torch.double).sum(0).to(self.sums)
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that PyTorch held on a GPU; without one, the most that was resident of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _start_wandb(recipe: Recipe, run_id: str | None):

@@ -59,7 +59,7 @@ def _result(work: Work, ends: list[float], losses: list[float], settings: dict) 
     """
     import torch
 
-    from utils.tracking import peak_memory
+    from utils.memory import peak_memory
 
     per_step = work.batch * work.accumulation
     timed = work.conversations()[work.warm_up * per_step :]

@@ -125,7 +125,7 @@ def test_what_the_model_is_called_with(layout):
     assert inputs["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3]]
     assert inputs["cu_seq_lens_q"].tolist() == inputs["cu_seq_lens_k"].tolist() == [0, 5, 8, 12]
     assert (inputs["max_length_q"], inputs["max_length_k"]) == (5, 5)
-    assert inputs["conversation_lengths"] == (5, 3, 4)
+    assert inputs["conversation_lengths"].tolist() == [5, 3, 4]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -5,6 +5,8 @@ transformers; the functions here do the same with what PyTorch brings. They are 
 interface, which makes no mask for them, so that nothing of the size tokens x tokens is ever held.
 """
 
+from itertools import pairwise
+
 import torch
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import CheckpointPolicy
@@ -67,7 +69,8 @@ def sdpa_by_conversation(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    conversation_lengths: tuple[int, ...] | None = None,
+    conversation_lengths: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
     sliding_window: int | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
@@ -75,14 +78,20 @@ def sdpa_by_conversation(
 
     Args:
         query, key, value: [1, heads, tokens, head size].
-        conversation_lengths: None for one sequence, as in generation.
+        conversation_lengths: int64 [conversations], on the CPU; None where the model does not pass it on (StableLM-2
+            is one), and in generation.
+        position_ids: int64 [1, tokens], by which conversations are told apart then.
 
     Returns:
         [1, tokens, heads, head size], as the attention interface of transformers has it.
     """
-    lengths = list(conversation_lengths or (key.shape[2],))
-    if len(lengths) == 1 and query.shape[2] != key.shape[2]:  # a step of generation, whose keys are cached
+    if query.shape[2] != key.shape[2]:  # a step of generation, whose keys are cached
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    lengths = [query.shape[2]]
+    if conversation_lengths is not None:
+        lengths = conversation_lengths.tolist()
+    elif position_ids is not None and len(position_ids) == 1:
+        lengths = _lengths_by_position(position_ids)
     outputs = []
     for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):
         window = None
@@ -92,6 +101,14 @@ def sdpa_by_conversation(
             window = ((back >= 0) & (back < sliding_window))[None, None]
         outputs.append(sdpa_attention_forward(module, q, k, v, window, **kwargs)[0])
     return torch.cat(outputs, 1), None
+
+
+def _lengths_by_position(position_ids: torch.Tensor) -> list[int]:
+    """The tokens of each conversation, at whose beginning positions are 0."""
+    if not hasattr(position_ids, "lengths"):  # a GPU is waited for here: once a micro-batch, not once a layer
+        starts = sorted({0, *(position_ids[0] == 0).nonzero().flatten().tolist()})
+        position_ids.lengths = [end - start for start, end in pairwise([*starts, position_ids.shape[1]])]
+    return position_ids.lengths
 
 
 def varlen_attention(
@@ -109,7 +126,8 @@ def varlen_attention(
     """PyTorch's flash attention over all conversations in one kernel; arguments and result as `sdpa_by_conversation`.
 
     Args:
-        cu_seq_lens_q: int32 [conversations + 1], their boundaries; None for one sequence, as in generation.
+        cu_seq_lens_q: int32 [conversations + 1], their boundaries; None where the model does not pass them on, and in
+            generation: SDPA by conversation takes its place.
         max_length_q: tokens of the longest.
     """
     if unknown := [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]:

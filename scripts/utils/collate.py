@@ -67,7 +67,7 @@ class Batch:
             "cu_seq_lens_k": self.boundaries,
             "max_length_q": max(lengths),
             "max_length_k": max(lengths),
-            "conversation_lengths": lengths,
+            "conversation_lengths": torch.tensor(lengths),  # stays on the CPU
         }
 
     def conversations(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

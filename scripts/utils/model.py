@@ -41,8 +41,8 @@ def load_config(recipe: Recipe) -> PretrainedConfig:
     """The model's config, with the recipe's GELU. What can be known of it without loading weights is checked here.
 
     Raises:
-        UserError: it cannot be found, is no causal LM's, max_length is over what its positions allow, or its weights
-            are cut off.
+        UserError: it cannot be found, is no causal LM's, max_length is over what its positions allow,
+            attn_implementation cannot run here, or its weights are cut off.
     """
     config = _from_hub(AutoConfig, recipe)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -54,6 +54,7 @@ def load_config(recipe: Recipe) -> PretrainedConfig:
     if recipe.fuse_gelu and getattr(config, "hidden_act", None) == "gelu":
         # Saved with the checkpoint, so that it is used as it was trained.
         config.hidden_act = "gelu_pytorch_tanh"
+    choose_attention(recipe, config)
     _check_weight_files(recipe)
     return config
 

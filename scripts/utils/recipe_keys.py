@@ -17,6 +17,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from utils.languages import LANGUAGES
+
 
 def _hexadecimal_too(value: Any) -> Any:
     """0xa1221f97, which pydantic does not read by itself; what is no number is left for it to refuse."""
@@ -26,16 +28,6 @@ def _hexadecimal_too(value: Any) -> Any:
     return value
 
 
-# ISO 639-1, and those of Open-Assistant's trees that name a country.
-LANGUAGE_CODES = (
-    "aa ab ae af ak am an ar as av ay az ba be bg bh bi bm bn bo br bs ca ce ch co cr cs cu cv cy da de dv dz ee el en "
-    "eo es et eu fa ff fi fj fo fr fy ga gd gl gn gu gv ha he hi ho hr ht hu hy hz ia id ie ig ii ik io is it iu ja jv "
-    "ka kg ki kj kk kl km kn ko kr ks ku kv kw ky la lb lg li ln lo lt lu lv mg mh mi mk ml mn mr ms mt my na nb nd ne "
-    "ng nl nn no nr nv ny oc oj om or os pa pi pl ps pt qu rm rn ro ru rw sa sc sd se sg si sk sl sm sn so sq sr ss st "
-    "su sv sw ta te tg th ti tk tl tn to tr ts tt tw ty ug uk ur uz ve vi vo wa wo xh yi yo za zh zu "
-    "nb-NO pt-BR uk-UA zh-CN zh-TW"
-)
-LANGUAGES = frozenset(LANGUAGE_CODES.split())
 DATASET_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")  # part of a folder's name, of metrics and of options
 
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -269,11 +261,16 @@ class Recipe(_Schema):
     wandb_project: str = Field("supervised-finetuning", description="its project")
 
     @model_validator(mode="after")
-    def _packing_alone(self):
+    def _go_together(self):
         if self.packing and not self.padding_free:
             raise ValueError("packing: true needs padding_free: true")
         if self.packing and self.sort_by_length:
             raise ValueError("packing: true orders conversations by itself: give sort_by_length: false")
+        if self.torch_compile and self.gradient_checkpointing:
+            # In transformers 5.23 a layer's checkpoint lies inside its forward: torch.compile would give up, silently.
+            raise ValueError(
+                "torch_compile: true compiles nothing under gradient_checkpointing: true: give one of them"
+            )
         return self
 
     @field_validator("samples_mixing")

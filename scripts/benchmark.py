@@ -10,7 +10,8 @@
 `data`: tokens and conversations a second of a cold preparation, and the seconds of a start that finds it done, next to
 TRL's own preparation of the same conversations (SFTTrainer with assistant_only_loss and our chat template, the
 better of one and of all cores). Ours starts from the data files, with reading, filtering and splitting; TRL from the
-conversations in memory.
+conversations in memory. What is done but once (loading libraries and the tokenizer) counts for neither; ours is given
+with it, too.
 
 `train`: optimizer steps on the recipe's first conversations, a 4-layer GPT-NeoX 256 wide with StableLM's vocabulary in
 fp32, batches of 4 x 2: this trainer, TRL's SFTTrainer padded and padding-free, a bare loop. With --gpu a StableLM shape

@@ -178,16 +178,17 @@ def _pair(question: str, answer: str, properties: dict | None = None) -> Convers
 
 @cache
 def filter_phrases() -> tuple[str, ...]:
-    """In lower case; a blank at the end counts ("As an AI " does not hit "As an AIDE")."""
-    lines = FILTER_PHRASES_FILE.read_text(encoding="utf-8").split("\n")
-    return tuple(dict.fromkeys(line.lower() for line in lines if line))
+    """In lower case, without those that hold another; a blank at the end counts: "As an AI " is not in "As an AIDE"."""
+    phrases = {line.lower() for line in FILTER_PHRASES_FILE.read_text(encoding="utf-8").split("\n") if line}
+    return tuple(one for one in sorted(phrases) if not any(other in one for other in phrases - {one}))
 
 
 def _is_kept(question: str, answer: str, dropped: Counter) -> bool:
-    texts = question.lower(), answer.lower()
-    if any(phrase in text for text in texts for phrase in filter_phrases()):
-        dropped["row with a filter phrase"] += 1
-        return False
+    text = f"{question}\n{answer}".lower()  # no phrase holds a newline
+    for phrase in filter_phrases():  # a plain loop: `any` over a generator took a sixth of all preparation
+        if phrase in text:
+            dropped["row with a filter phrase"] += 1
+            return False
     return True
 
 

@@ -78,7 +78,8 @@ def main(arguments: list[str]) -> None:
     if options.json:
         from utils.measuring import machine
 
-        result = {"machine": machine(), "command": " ".join(arguments), "table": table, "figures": figures}
+        asked = {name: value for name, value in vars(options).items() if name not in ("json", "plot")}
+        result = {"machine": machine(), "options": asked, "table": table, "figures": figures}
         options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -269,8 +269,9 @@ def test_one_that_is_asked_for_and_missing_is_an_error(machine, has, name, keys,
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_missing_one_ends_the_script_in_one_line(tmp_path):
-    run = run_here("recipes/demo.yaml", "--attn_implementation", "varlen_attn", output_dir=tmp_path / "output")
+@pytest.mark.parametrize("dry", [[], ["--dry_run"]])
+def test_a_missing_one_ends_the_script_in_one_line(tmp_path, dry):
+    run = run_here("recipes/demo.yaml", "--attn_implementation", "varlen_attn", *dry, output_dir=tmp_path / "output")
     assert run.returncode == 2
     assert run.errors == ["error: attn_implementation = varlen_attn: there is no GPU"]
     assert "Traceback" not in run.stderr
@@ -352,7 +353,7 @@ def test_compiled_layers_train_alike(load):
         model = load(torch_compile=compiled)
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         of_model = []
-        for seed, lengths in enumerate([(9, 4, 12), (30, 2, 1), (7, 3, 3), (5, 17, 2)]):
+        for seed, lengths in enumerate([(9, 4, 12), (30, 2), (7, 3, 3, 5), (5,), (2, 17, 2, 1, 6, 3, 3)]):
             total, scored, _ = ScoredLoss(model)(end_to_end(lengths, seed))
             (total / len(scored)).backward()
             optimizer.step()
@@ -360,11 +361,44 @@ def test_compiled_layers_train_alike(load):
             of_model.append(total.item() / len(scored))
         losses.append(of_model)
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-    # What is before and after the attention; the first layer's input has a gradient to come, too, or not.
-    assert 0 < counters["stats"]["unique_graphs"] <= 4, "compiled anew for other lengths"
+    # What is before and after the attention, once more for lengths that vary; the first layer's input has a gradient
+    # to come, too, or not.
+    assert 0 < counters["stats"]["unique_graphs"] <= 8, "compiled anew for other lengths"
 
 
 # ---- models that cannot do without padding ----
+
+
+def test_boundaries_by_position_are_looked_up_once_and_train_alike():
+    """StableLM-2: losses and gradients are those of the conversations one by one, and a model that is told its lengths
+    does not look at the positions."""
+    model = ScoredLoss(make_model("stablelm", "sdpa_by_conversation", num_key_value_heads=4)).train()
+    batch = end_to_end()
+    total, losses, _ = model(batch)
+    assert batch.position_ids.lengths == list(LENGTHS)
+    total.backward()
+    together = gradients(model)
+    alone = []
+    for ids, _ in batch.conversations():
+        places = torch.arange(1, len(ids))
+        one = Batch(
+            ids[None],
+            places - 1,
+            ids[places],
+            places * 0,
+            (len(ids),),
+            position_ids=torch.arange(len(ids))[None],
+            boundaries=torch.tensor([0, len(ids)]).int(),
+        )
+        part, each, _ = model(one)
+        part.backward()
+        alone.append(each)
+    torch.testing.assert_close(losses, torch.cat(alone), rtol=1e-5, atol=1e-5)
+    assert_close(together, gradients(model), 1e-5)
+
+    told = end_to_end()
+    ScoredLoss(make_model("gpt_neox", "sdpa_by_conversation"))(told)
+    assert not hasattr(told.position_ids, "lengths")
 
 
 @pytest.mark.parametrize(
@@ -374,6 +408,7 @@ def test_compiled_layers_train_alike(load):
         ("llama", {}),
         ("qwen2", {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}),
         ("mistral", {}),
+        ("stablelm", {"num_key_value_heads": 4}),  # StableLM-2, which passes on positions, not boundaries
         ("gpt2", GPT2_SIZES),  # learnt positions
         ("gptj", {**GPT2_SIZES, "rotary_dim": 4}),  # attention of its own, masked by transformers from the positions
         ("mixtral", {"num_key_value_heads": 2, "num_local_experts": 4}),

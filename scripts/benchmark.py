@@ -14,7 +14,8 @@ conversations in memory. What is done but once (loading libraries and the tokeni
 with it, too.
 
 `train`: optimizer steps on the recipe's first conversations, a 4-layer GPT-NeoX 256 wide with StableLM's vocabulary in
-fp32, batches of 4 x 2: this trainer, TRL's SFTTrainer padded and padding-free, a bare loop. With --gpu a StableLM shape
+fp32, batches of 4 x 2: this trainer, TRL's SFTTrainer padded and padding-free (which its documentation supports with
+flash-attn only; it runs with SDPA, too, and its losses are right), a bare loop. With --gpu a StableLM shape
 (3b or 7b, bf16, random weights and tokens, --layers of it), which needs no data and no package that is not there: what
 cannot be imported is said in the table.
 

@@ -17,8 +17,9 @@ from utils.errors import UserError
 
 LENGTHS = (4096, 512)  # two conversations, so that a leak over the boundary would show
 WIDTH_ON_CPU = {"hidden_size": 512, "num_attention_heads": 4, "intermediate_size": 2048, "num_hidden_layers": 16}
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ONE_BY_ONE, END_TO_END = ("eager", "sdpa"), ("sdpa_by_conversation", "varlen_attn", "flash_attention_2")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # the last on a GPU only: CPUs take minutes a layer for it
+HALF_ONLY = ("varlen_attn", "flash_attention_2")
+ONE_BY_ONE, END_TO_END = ("eager", "sdpa"), ("sdpa_by_conversation", *HALF_ONLY)
 
 
 def benchmark_attention(gpu: str | None, layers: int | None) -> dict[str, list[float] | str]:
@@ -38,7 +39,8 @@ def benchmark_attention(gpu: str | None, layers: int | None) -> dict[str, list[f
     found = {}
     for dtype, name in tqdm([*itertools.product(DTYPES, ONE_BY_ONE + END_TO_END)], desc="implementations"):
         label = f"{name}, {str(dtype).removeprefix('torch.')}"
-        if name in ("varlen_attn", "flash_attention_2") and (device.type != "cuda" or dtype == torch.float32):
+        on_gpu_only = name in HALF_ONLY or dtype == torch.float16
+        if (on_gpu_only and device.type != "cuda") or (name in HALF_ONLY and dtype == torch.float32):
             continue
         try:
             model.to(dtype).load_state_dict(weights)

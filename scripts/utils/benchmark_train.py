@@ -1,7 +1,6 @@
 """`benchmark.py train`: what the contenders of utils/train_contenders.py have to do, and their figures in a table."""
 
 import atexit
-import math
 import os
 import statistics
 import tempfile
@@ -121,7 +120,7 @@ def train_table(figures: dict[str, list[dict]]) -> str:
     ours = figures["this collection"]
     if failed := [figure["failed"] for figure in ours if "failed" in figure]:
         return failed[0]
-    best, ratio = None, math.inf
+    ratios = [""]
     for name, seen in figures.items():
         if any("failed" in figure for figure in seen):
             lines.append(f"| {name} | {next(f['failed'] for f in seen if 'failed' in f)} | | | | |")
@@ -136,15 +135,11 @@ def train_table(figures: dict[str, list[dict]]) -> str:
             f"| {name} | {statistics.median(rates):.2f} ({min(rates):.2f} to {max(rates):.2f}) | {tokens:,.0f} | "
             f"{memory:.2f} GiB | {mfu} | {apart:.1g} |"
         )
-        faster = statistics.median(b["seconds"] / a["seconds"] for a, b in zip(ours, seen, strict=True))
-        if name.startswith("TRL") and faster < ratio:
-            best, ratio = name, faster
-    if best:
-        memory = statistics.median(
-            a["peak_memory"] / b["peak_memory"] for a, b in zip(ours, figures[best], strict=True)
-        )
-        lines += ["", f"{ratio:.1f} times {best} (its faster one), with {memory:.0%} of its peak memory."]
-    lines += [""] + [
+        if seen is not ours:
+            faster = statistics.median(b["seconds"] / a["seconds"] for a, b in zip(ours, seen, strict=True))
+            less = statistics.median(a["peak_memory"] / b["peak_memory"] for a, b in zip(ours, seen, strict=True))
+            ratios.append(f"{faster:.1f} times {name}, with {less:.0%} of its peak memory.\n")
+    lines += [*ratios] + [
         f"- {name}: {', '.join(f'{key} {value}' for key, value in seen[0]['settings'].items())}"
         for name, seen in figures.items()
         if "settings" in seen[0]

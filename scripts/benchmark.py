@@ -53,31 +53,31 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"command line: {options.what} takes no {rest[0]}")
 
     if options.what == "data":
-        from utils.benchmark_data import benchmark_data, data_table
+        from benchmarking.data import benchmark_data, data_table
 
         figures = benchmark_data(recipe, options.rounds)
         table = data_table(figures)
     elif options.what == "train":
-        from utils.benchmark_train import benchmark_train, gpu_works, recipe_work, train_table
+        from benchmarking.train import benchmark_train, gpu_works, recipe_work, train_table
 
         works = gpu_works(options.gpu, options.layers) if options.gpu else recipe_work(recipe, options.conversations)
         figures = {what: benchmark_train(work, options.rounds) for what, work in works.items()}
         table = "\n\n".join(f"{what}:\n\n{train_table(found)}" for what, found in figures.items())
     elif options.what == "scaling":
-        from utils.benchmark_scaling import benchmark_scaling, plot_scaling, scaling_table
+        from benchmarking.scaling import benchmark_scaling, plot_scaling, scaling_table
 
         figures = benchmark_scaling(options.gpu, options.layers, options.rounds)
         table = scaling_table(figures)
         if options.plot:
             plot_scaling(figures, options.plot)
     else:
-        from utils.benchmark_attention import attention_table, benchmark_attention
+        from benchmarking.attention import attention_table, benchmark_attention
 
         figures = benchmark_attention(options.gpu, options.layers)
         table = attention_table(figures)
     print(table)
     if options.json:
-        from utils.measuring import machine
+        from benchmarking.measuring import machine
 
         asked = {name: value for name, value in vars(options).items() if name not in ("json", "plot")}
         result = {"machine": machine(), "options": asked, "table": table, "figures": figures}

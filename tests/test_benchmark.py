@@ -8,11 +8,11 @@ import pytest
 import torch
 from conftest import run_script
 
-from utils.benchmark_attention import attention_table, layer_outputs
-from utils.benchmark_scaling import plot_scaling, scaling_table
-from utils.benchmark_train import CONTENDERS, NEOX, SMALL, random_conversations, save_data, train_table
-from utils.measuring import in_a_process
-from utils.train_contenders import Work, train_ours
+from benchmarking.attention import attention_table, layer_outputs
+from benchmarking.contenders import Work, train_ours
+from benchmarking.measuring import in_a_process
+from benchmarking.scaling import plot_scaling, scaling_table
+from benchmarking.train import CONTENDERS, NEOX, SMALL, random_conversations, save_data, train_table
 
 TINY = SMALL | {"vocab_size": 500, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 

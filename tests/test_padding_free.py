@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from interruption import SCRIPT, metrics, run_here, small_recipe
 from mixes import LAYOUTS, PAD, make_mix, make_recipe
 from safetensors.torch import load_file
-from sft import train_step
 from test_attention import GPT2_SIZES, MODELS, VOCABULARY, end_to_end, make_model
 
+from sft import train_step
 from utils.batches import Position, training_rows, training_steps
 from utils.checkpoint import list_checkpoints
 from utils.collate import Batch, cut

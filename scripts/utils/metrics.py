@@ -17,7 +17,7 @@ def load_metric(name: str) -> "evaluate.Metric":
     Raises:
         UserError: `evaluate` copies its modules into HF_HOME, which cannot be written.
     """
-    import evaluate  # brings datasets with it, which utils/benchmark_train.py does without
+    import evaluate  # brings datasets with it, which benchmarking/train.py does without
 
     try:
         return evaluate.load(str(FOLDER / name), keep_in_memory=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 from tqdm import tqdm
 
-from utils.measuring import in_a_process
+from benchmarking.measuring import in_a_process
 from utils.recipe import Recipe, load_recipe
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from utils.benchmark_train import random_conversations, save_data, shape
-from utils.measuring import in_a_process
-from utils.train_contenders import Work, train_ours
+from benchmarking.contenders import Work, train_ours
+from benchmarking.measuring import in_a_process
+from benchmarking.train import random_conversations, save_data, shape
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)  # one conversation a micro-batch
 BATCHES = (1, 2, 4, 8, 16)  # conversations of 512 tokens

@@ -75,10 +75,10 @@ def _result(work: Work, ends: list[float], losses: list[float], settings: dict) 
 
 def train_ours(values: dict) -> dict:
     """sft.py's own step, batches and loss."""
-    import sft
     import torch
     from accelerate import Accelerator
 
+    import sft
     from utils.batches import Position, prefetched
     from utils.collate import collate
     from utils.flops import ModelFlops, peak_flops

@@ -10,8 +10,8 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
+from benchmarking.train import shape
 from utils import attention  # noqa: F401, registers the implementations
-from utils.benchmark_train import shape
 from utils.collate import end_to_end
 from utils.errors import UserError
 

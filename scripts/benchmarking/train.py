@@ -1,4 +1,4 @@
-"""`benchmark.py train`: what the contenders of utils/train_contenders.py have to do, and their figures in a table."""
+"""`benchmark.py train`: what the contenders of benchmarking/contenders.py have to do, and their figures in a table."""
 
 import atexit
 import os
@@ -8,10 +8,10 @@ from dataclasses import asdict
 
 import numpy as np
 
+from benchmarking.contenders import Work, train_bare, train_ours, train_trl
+from benchmarking.measuring import in_a_process
 from utils.errors import UserError
-from utils.measuring import in_a_process
 from utils.recipe import Recipe
-from utils.train_contenders import Work, train_bare, train_ours, train_trl
 
 # The vocabulary of StableLM with the chat tokens (50,288 rows).
 NEOX = {

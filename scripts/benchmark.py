@@ -4,8 +4,8 @@
     python scripts/benchmark.py data RECIPE [--rounds 3] [--json FILE] [--key value ...]
     python scripts/benchmark.py train RECIPE [--rounds 3] [--conversations 160] [--json FILE] [--key value ...]
     python scripts/benchmark.py train --gpu 3b [--rounds 3] [--layers 16] [--json FILE]
-    python scripts/benchmark.py scaling [--gpu 3b] [--json FILE] [--plot FILE.png]
-    python scripts/benchmark.py attention [--gpu 3b] [--json FILE]
+    python scripts/benchmark.py scaling [--gpu 3b] [--layers 16] [--rounds 3] [--json FILE] [--plot FILE.png]
+    python scripts/benchmark.py attention [--gpu 3b] [--layers 16] [--json FILE]
 
 `data`: tokens and conversations a second of a cold preparation, and the seconds of a start that finds it done, next to
 TRL's own preparation of the same conversations (SFTTrainer with assistant_only_loss and our chat template, the
@@ -51,6 +51,15 @@ def main(arguments: list[str]) -> None:
         recipe = recipe_from_command_line(__doc__, rest).recipe
     elif rest:
         raise UserError(f"command line: {options.what} takes no {rest[0]}")
+
+    for name, where in (("gpu", "train scaling attention"), ("layers", "train scaling attention"), ("plot", "scaling")):
+        if getattr(options, name) is not None and options.what not in where.split():
+            raise UserError(f"command line: --{name} is for {where.replace(' ', ', ')}")
+    if options.gpu:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UserError(f"command line: --gpu {options.gpu}: there is no GPU")
 
     if options.what == "data":
         from benchmarking.data import benchmark_data, data_table

@@ -178,7 +178,7 @@ def main(command: CommandLine, stop: StopSignal) -> None:
     stop.defer()  # from here on there is something to save
     stopped = evaluation_due and not evaluate_now()
     to_do = 0 if stopped else max(0, total_steps - step)
-    steps = prefetched(itertools.islice(training_steps(mix, recipe, *shard, position), to_do), pin=has_gpu())
+    steps = prefetched(itertools.islice(training_steps(mix, recipe, *shard, position), to_do), accelerator.device)
     for after, micro_batches in clock.waiting(steps):
         step += 1
         learning_rate = scheduler.get_last_lr()[0]
@@ -245,11 +245,8 @@ def train_step(
     Returns:
         The gradient norm before clipping, and whether the weights were updated: not where the norm is no finite number.
     """
-    counts = [
-        sum(len(batch.targets) for batch in micro_batches),
-        sum(len(batch.targets) > 0 for batch in micro_batches),
-    ]
-    scored_tokens, scored_batches = accelerator.reduce(torch.tensor(counts, device=accelerator.device)).clamp(min=1)
+    counts = torch.tensor([[len(batch.targets), len(batch.targets) > 0] for batch in micro_batches]).sum(0)
+    scored_tokens, scored_batches = accelerator.reduce(counts.to(accelerator.device, non_blocking=True)).clamp(min=1)
 
     for number, batch in enumerate(micro_batches, 1):
         batch = batch.to(accelerator.device)

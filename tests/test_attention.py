@@ -206,6 +206,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
         monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda: flash_attn)
+        monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
 
     return has
 
@@ -217,6 +218,13 @@ CHOICES = [
     ({"flash_attn": True}, {}, {}, "flash_attention_2", []),
     ({}, {}, {}, "varlen_attn", [NO_PACKAGE]),
     ({}, {"dtype": "fp16"}, {}, "varlen_attn", [NO_PACKAGE]),
+    (
+        {},
+        {},
+        {"hidden_size": 96, "num_attention_heads": 8},
+        "sdpa",
+        [NO_PACKAGE, "its heads would have to be a multiple of 8, up to 256 wide, and are 12"],
+    ),
     ({}, {"padding_free": False}, {}, "sdpa", [NO_PACKAGE, "padding_free is false"]),
     ({"flash_attn": True}, {"padding_free": False}, {}, "flash_attention_2", []),
     (

@@ -44,6 +44,8 @@ from utils.collate import Batch
 from utils.mix import Mix
 from utils.recipe import Recipe
 
+CPU = torch.device("cpu")
+
 
 def steps_from(mix: Mix, recipe: Recipe, start: Position, process: int, processes: int) -> list[tuple[Position, list]]:
     """The steps of one process from a position to the end of its epoch."""
@@ -279,17 +281,17 @@ def prefetch_threads() -> list[threading.Thread]:
 def test_prefetched_steps_are_the_same_steps():
     mix, recipe = make_mix([[5, 9, 3, 12] * 5]), make_recipe(per_device_train_batch_size=3)
     plain = list(itertools.islice(training_steps(mix, recipe, 0, 1, PAD, Position()), 10))
-    steps = prefetched(itertools.islice(training_steps(mix, recipe, 0, 1, PAD, Position()), 10), pin=False)
+    steps = prefetched(itertools.islice(training_steps(mix, recipe, 0, 1, PAD, Position()), 10), CPU)
     for (after, batches), (expected_after, expected) in zip(steps, plain, strict=True):
         assert after == expected_after
         assert [pieces_of(batch) for batch in batches] == [pieces_of(batch) for batch in expected]
-    assert list(prefetched(iter([]), pin=False)) == []
+    assert list(prefetched(iter([]), CPU)) == []
     assert prefetch_threads() == []
 
 
 def test_prefetched_steps_are_made_two_ahead_and_no_more():
     made = []
-    steps = prefetched(counted(made, 10), pin=False)
+    steps = prefetched(counted(made, 10), CPU)
     for taken in range(1, 9):
         next(steps)
         wait_until(lambda taken=taken: len(made) == taken + 2)  # while nobody asks for them
@@ -300,7 +302,7 @@ def test_prefetched_steps_are_made_two_ahead_and_no_more():
 
 def test_what_goes_wrong_while_prefetching_comes_out_at_its_step():
     made, seen = [], []
-    steps = prefetched(counted(made, 10, fail_at=4), pin=False)
+    steps = prefetched(counted(made, 10, fail_at=4), CPU)
     with pytest.raises(OSError, match="the disk is gone"):
         seen.extend(steps)
     assert seen == [(Position(0, number), []) for number in range(4)]
@@ -310,7 +312,7 @@ def test_what_goes_wrong_while_prefetching_comes_out_at_its_step():
 
 def test_prefetching_stops_when_the_run_does():
     made = []
-    steps = prefetched(counted(made, 10**9), pin=False)
+    steps = prefetched(counted(made, 10**9), CPU)
     next(steps)
     assert len(prefetch_threads()) == 1
     steps.close()
@@ -321,7 +323,7 @@ def test_prefetching_stops_when_the_run_does():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="memory is pinned for a GPU")
 def test_prefetched_batches_are_pinned():
     mix, recipe = make_mix([[5, 9, 3]]), make_recipe()
-    _, (batch, *_) = next(prefetched(training_steps(mix, recipe, 0, 1, PAD, Position()), pin=True))
+    _, (batch, *_) = next(prefetched(training_steps(mix, recipe, 0, 1, PAD, Position()), torch.device("cuda")))
     assert batch.input_ids.is_pinned()
     assert batch.scored.is_pinned()
 

@@ -1,12 +1,14 @@
 """The benchmarks: every contender does the same work, which its losses show, and the tables say what was measured."""
 
 import json
+import subprocess
+import sys
 from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
-from conftest import run_script
+from conftest import ROOT, run_script
 
 from benchmarking.attention import attention_table, layer_outputs
 from benchmarking.contenders import Work, train_ours
@@ -45,6 +47,9 @@ def test_train_table(figures):
     assert "times TRL, padded, with" in table
     failed = figures | {"TRL, padded": [{"failed": "no TRL here"}]}
     assert "no TRL here" in train_table(failed)
+    failed = train_table(figures | {"this collection": [{"failed": "out of memory"}]})
+    assert "out of memory" in failed
+    assert "| TRL, padded |" in failed
 
 
 def test_ratios_and_mfu():
@@ -103,6 +108,9 @@ def test_our_contender_under_bf16_and_gradient_checkpointing():
         (["train", "--gpu", "9b"], "9b"),
         (["scaling", "recipes/demo.yaml"], "takes no recipes/demo.yaml"),
         (["attention", "--gpu", "3b"], "no GPU"),
+        (["scaling", "--plot", "x.png", "--gpu", "7b"], "no GPU"),
+        (["data", "--gpu", "3b", "recipes/demo.yaml"], "--gpu is for train, scaling, attention"),
+        (["train", "recipes/demo.yaml", "--conversations", "9"], "give more"),
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is no GPU")
@@ -111,6 +119,35 @@ def test_bad_command_lines(arguments, words, tmp_path):
     assert run.returncode == 2
     assert words in run.stderr
     assert "Traceback" not in run.stderr
+
+
+WITHOUT = """
+import json, sys
+missing = {"deepspeed", "datasets", "evaluate", "trl", "fastokens", "wandb", "matplotlib", "rich"}
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in missing:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Missing())
+import importlib.metadata
+version = importlib.metadata.version
+importlib.metadata.version = lambda name: (_ for _ in ()).throw(
+    importlib.metadata.PackageNotFoundError(name)) if name in missing else version(name)
+import importlib.util
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name.partition(".")[0] in missing else find_spec(name)
+sys.path.insert(0, "scripts")
+from benchmarking.contenders import train_ours
+print(json.dumps(train_ours(json.loads(sys.argv[1]))["losses"]))
+"""
+
+
+def test_ours_runs_without_packages_that_a_bare_gpu_machine_lacks():
+    work = Work(TINY, save_data(random_conversations([30, 20, 10, 25], 500, 0.6)), 1, 2, 64)
+    command = [sys.executable, "-c", WITHOUT, json.dumps(asdict(work))]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert json.loads(run.stdout.splitlines()[-1]) == in_a_process(train_ours, asdict(work))["losses"]
 
 
 def test_data_figures_of_a_small_mix(tmp_path):

@@ -48,7 +48,8 @@ def _model(work: Work):
     from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(GPTNeoXConfig(**work.config), dtype=torch.float32)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # on a CPU a 3B's weights take a minute to draw
+        return AutoModelForCausalLM.from_config(GPTNeoXConfig(**work.config), dtype=torch.float32)
 
 
 def _result(work: Work, ends: list[float], losses: list[float], settings: dict) -> dict:
@@ -82,11 +83,11 @@ def train_ours(values: dict) -> dict:
     from utils.batches import Position, prefetched
     from utils.collate import collate
     from utils.flops import ModelFlops, peak_flops
-    from utils.launch import has_gpu, set_up_process
+    from utils.launch import has_gpu, set_up_process, training_dtype
     from utils.loss import ScoredLoss
     from utils.mix import Mix
     from utils.model import ready_for_training
-    from utils.optimizer import parameter_groups
+    from utils.optimizer import make_optimizer
     from utils.recipe import Recipe
     from utils.tracking import Clock, TrainingStats
 
@@ -100,6 +101,10 @@ def train_ours(values: dict) -> dict:
             "per_device_train_batch_size": work.batch,
             "gradient_accumulation_steps": work.accumulation,
             "max_grad_norm": MAX_GRAD_NORM,
+            "learning_rate": LEARNING_RATE,
+            "adam_beta1": BETAS[0],
+            "adam_beta2": BETAS[1],
+            "adam_epsilon": EPSILON,
             "dtype": work.dtype,
             "use_flash_attention": True,
             "gradient_checkpointing": work.gradient_checkpointing,
@@ -110,14 +115,13 @@ def train_ours(values: dict) -> dict:
     accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(work.dtype, work.dtype), cpu=not has_gpu())
     language_model = ready_for_training(_model(work), recipe)
     flops, model = ModelFlops(language_model), ScoredLoss(language_model).train()
-    groups = parameter_groups(model, 0.0)
-    optimizer = torch.optim.AdamW(groups, LEARNING_RATE, BETAS, EPSILON, fused=True)
+    optimizer, _ = make_optimizer(model, recipe, total_steps=1, deepspeed=False)
+    for group in optimizer.param_groups:  # in place of the schedule's first rate, 0
+        group["lr"] = LEARNING_RATE
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
     model, optimizer = accelerator.prepare(model, optimizer)
     split = split_in_memory(work.conversations())
-    peak = peak_flops(
-        accelerator.device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(work.dtype, torch.float32)
-    )
+    peak = peak_flops(accelerator.device, training_dtype(recipe))
     stats = TrainingStats(Mix(["vicuna"], split, split), accelerator.device, Clock(), flops, peak)
 
     per_step = work.batch * work.accumulation
@@ -132,7 +136,7 @@ def train_ours(values: dict) -> dict:
         for first in range(0, len(split), per_step)
     )
     ends, losses, counted = [], [], []
-    for _, micro_batches in prefetched(steps, pin=has_gpu()):
+    for _, micro_batches in prefetched(steps, accelerator.device):
         sft.train_step(accelerator, model, optimizer, scheduler, micro_batches, recipe, stats)
         losses.append(stats.step_loss(accelerator))
         counted.append(stats.flops_of_step)
@@ -151,8 +155,8 @@ def train_bare(values: dict) -> dict:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = _model(work).to(device).train()
     if work.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, BETAS, EPSILON, weight_decay=0.0)
+        model.activation_checkpointing_enable()
+    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, BETAS, EPSILON, weight_decay=0.0, fused=True)
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(work.dtype)
     conversations, ends, losses = work.conversations(), [], []
     per_step = work.batch * work.accumulation

@@ -9,6 +9,7 @@ from tqdm import tqdm
 from benchmarking.contenders import Work, train_ours
 from benchmarking.measuring import in_a_process
 from benchmarking.train import random_conversations, save_data, shape
+from utils.errors import UserError
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)  # one conversation a micro-batch
 BATCHES = (1, 2, 4, 8, 16)  # conversations of 512 tokens
@@ -25,7 +26,10 @@ def benchmark_scaling(gpu: str | None, layers: int | None, rounds: int) -> dict[
     for (what, value), (length, batch) in tqdm([*works.items()] * rounds, desc="measurements"):
         data = save_data(random_conversations([length] * batch * (STEPS + 1), config["vocab_size"], SCORED_SHARE))
         work = Work(config, data, batch, 1, length, dtype="bf16" if gpu else "fp32")
-        figures[what].setdefault(value, []).append(in_a_process(train_ours, asdict(work)))
+        try:
+            figures[what].setdefault(value, []).append(in_a_process(train_ours, asdict(work)))
+        except UserError as error:  # the GPU's memory is too small for this one, say
+            print(f"{what} {value}: {error}")
     return figures
 
 
@@ -43,6 +47,9 @@ def scaling_table(figures: dict[str, dict[int, list[dict]]]) -> str:
     for what, by_value in figures.items():
         lines = [f"| {what} | tokens a second | peak memory |", "|---|---|---|"]
         for value, seen in by_value.items():
+            if not seen:
+                lines.append(f"| {value:,} | failed | |")
+                continue
             tokens, memory = _medians(seen)
             lines.append(f"| {value:,} | {tokens:,.0f} | {memory:.2f} GiB |")
         tables.append("\n".join(lines))
@@ -58,6 +65,7 @@ def plot_scaling(figures: dict[str, dict[int, list[dict]]], file: Path) -> None:
 
     figure, axes = plt.subplots(1, len(figures), figsize=(11, 4), constrained_layout=True)
     for axis, (what, by_value) in zip(axes, figures.items(), strict=True):
+        by_value = {value: seen for value, seen in by_value.items() if seen}
         tokens, memory = zip(*map(_medians, by_value.values()), strict=True)
         axis.plot(list(by_value), tokens, marker="o", color="C0")
         axis.set_xscale("log", base=2)

@@ -57,6 +57,12 @@ def _why_not(name: str, recipe: Recipe, config: PretrainedConfig) -> str | None:
         return None if is_flash_attn_2_available() else "flash-attn is not installed (requirements-cuda.txt)"
     if not recipe.padding_free:
         return "padding_free is false"
+    if not torch.backends.cuda.is_flash_attention_available():
+        return "this build of PyTorch has no flash attention"
+    text = config.get_text_config()
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    if head_size % 8 or head_size > 256:
+        return f"its heads would have to be a multiple of 8, up to 256 wide, and are {head_size}"
     if any(getattr(config.get_text_config(), key, 0) for key in DROPOUT_KEYS):
         return "the model has dropout in its attention, which it lacks"
     return None

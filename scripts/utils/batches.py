@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from utils.collate import Batch, collate
 from utils.mix import Mix
@@ -167,18 +168,23 @@ def training_steps(
             yield position, [collate(mix.train, chunk, recipe, pad_token_id, epoch) for chunk in chunks]
 
 
-def prefetched(steps: Iterator[tuple[Position, list[Batch]]], pin: bool) -> Iterator[tuple[Position, list[Batch]]]:
+def prefetched(
+    steps: Iterator[tuple[Position, list[Batch]]], device: torch.device
+) -> Iterator[tuple[Position, list[Batch]]]:
     """The same steps, made two ahead by a thread, so that training does not wait for them.
 
     Args:
-        pin: put them into pinned memory, from which a GPU fetches them by itself.
+        device: for a GPU they are put into pinned memory, from which it fetches them by itself.
     """
+    pin = device.type == "cuda"
 
     def fetch() -> tuple[Position, list[Batch]] | None:
         position, batches = next(steps, (None, []))
         return position and (position, [batch.pin_memory() for batch in batches] if pin else batches)
 
-    with ThreadPoolExecutor(1, "prefetch") as thread:
+    # A thread begins on the first GPU, where pinning would take memory for each of the processes.
+    initializer = functools.partial(torch.cuda.set_device, device) if pin else None
+    with ThreadPoolExecutor(1, "prefetch", initializer) as thread:
         coming = deque(thread.submit(fetch) for _ in range(2))
         while step := coming.popleft().result():
             coming.append(thread.submit(fetch))

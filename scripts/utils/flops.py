@@ -21,6 +21,7 @@ PEAK_FLOPS = {
     "L40S": 362e12,
     "L4": 121e12,
     "A10": 125e12,
+    "V100-PCIE": 112e12,
     "V100": 125e12,
     "RTX 4090": 165.2e12,
     "RTX 3090": 71e12,
@@ -32,6 +33,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     if device.type != "cuda" or dtype == torch.float32:  # whether fp32 products are rounded to TF32 is a setting
         return None
     name = torch.cuda.get_device_name(device)
+    if re.search(r"\b(MIG|Laptop|Ti|D)\b", name):  # a part of the device, or another one of almost the same name
+        return None
     return next((peak for words, peak in PEAK_FLOPS.items() if re.search(rf"\b{words}\b", name)), None)
 
 

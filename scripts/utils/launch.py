@@ -84,10 +84,10 @@ def set_up_process() -> None:
         cores = len(affinity(0)) if affinity else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // local_processes))
         # By default glibc hands every large block back to the system and fetches it again, page by page and zeroed:
-        # 160,000 page faults, 0.3 s of a step of 1.3 s of the 4-layer model of `benchmark.py train`.
+        # 160,000 page faults a step of the small model of `scripts/benchmark.py train`, which took a fifth longer.
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
         if mallopt:
-            mallopt(M_MMAP_THRESHOLD, 2**30)
+            mallopt(M_MMAP_THRESHOLD, 2**30) or mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that older ones take
             mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 

@@ -60,12 +60,12 @@ def estimate_memory(
     }
     if zero is None:
         # DDP copies gradients into its buckets (gradient_as_bucket_view is off in Accelerate); autocast keeps copies of
-        # the matrices in half precision through the forward pass; AdamW on a GPU takes all parameters at once.
+        # the matrices in half precision through the forward pass. Fused AdamW makes no copy of anything.
         return {
             "weights": num_parameters * (4 if element == 4 else 6),
             "gradients": num_parameters * (8 if num_processes > 1 else 4),
             "optimizer": num_parameters * 8,
-            "step": num_parameters * 4 if gpu else 0,
+            "step": 0,
             **held,
         }
     shard = math.ceil(num_parameters / num_processes)

@@ -3,7 +3,6 @@
 import math
 
 import torch
-from accelerate.utils import DummyOptim, DummyScheduler
 from torch.optim.lr_scheduler import LambdaLR
 
 from utils.recipe import Recipe
@@ -41,6 +40,8 @@ def make_optimizer(model: torch.nn.Module, recipe: Recipe, total_steps: int, dee
     """
     groups = parameter_groups(model, recipe.weight_decay)
     if deepspeed:
+        from accelerate.utils import DummyOptim, DummyScheduler  # which Accelerate has only where DeepSpeed is
+
         optimizer = DummyOptim(groups, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
         return optimizer, DummyScheduler(optimizer)
     betas = recipe.adam_beta1, recipe.adam_beta2

@@ -122,6 +122,8 @@ def end_report(recipe: Recipe, step: int, total_steps: int, stats: TrainingStats
 def show_replies(model: PreTrainedModel, tokenizer, mix: Mix, recipe: Recipe) -> None:
     """Print greedy replies to held-out prompts of each data set, and the share that ended by itself."""
     model.eval()
+    if model.config._attn_implementation == "flash_attention_2":  # which takes no fp32 weights outside of autocast
+        model.set_attn_implementation("sdpa")
     room = min(256, recipe.max_length // 2)  # for the reply; a longer prompt loses its start, not its question
     assistant = tokenizer.convert_tokens_to_ids("<|assistant|>")
     ended = asked = 0

@@ -19,7 +19,7 @@ import sys
 
 from utils.command_line import evaluation_parser, positive
 from utils.errors import UserError, one_line_errors
-from utils.find_checkpoint import find_checkpoint
+from utils.evaluated_model import find_model
 from utils.recipe import load_recipe
 
 
@@ -34,7 +34,7 @@ def arguments():
     options = parser.parse_args()
     if (options.few_shot is None) != (options.examples is None):
         raise UserError("command line: --few_shot N and --examples FILE go together")
-    checkpoint = find_checkpoint(options.checkpoint)
+    checkpoint = find_model(options.checkpoint)
     return options, checkpoint, load_recipe(checkpoint.recipe_file) if checkpoint.recipe_file else None
 
 

@@ -22,7 +22,7 @@ import sys
 
 from utils.command_line import evaluation_parser, positive
 from utils.errors import UserError, one_line_errors
-from utils.find_checkpoint import find_checkpoint
+from utils.evaluated_model import find_model
 
 MODES = {"on": ["chat"], "off": ["plain"], "both": ["chat", "plain"]}
 
@@ -39,7 +39,7 @@ def arguments():
         raise UserError("command line: --num_fewshot is 0 or more (--help shows how)")
     if not importlib.util.find_spec("lm_eval"):
         raise UserError("lm_eval is not installed: pip install -r requirements-eval.txt -c constraints.txt")
-    return options, find_checkpoint(options.checkpoint)
+    return options, find_model(options.checkpoint)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import sys
 
 from utils.command_line import evaluation_parser
 from utils.errors import UserError, one_line_errors
-from utils.find_checkpoint import find_checkpoint
+from utils.evaluated_model import find_model
 from utils.recipe import describe_keys, recipe_from_command_line
 
 
@@ -29,7 +29,7 @@ def arguments():
     parser.add_argument("--recipe", metavar="FILE", help="in place of the one beside the checkpoint")
     parser.epilog = f"Keys of the recipe, each also an option:\n{describe_keys()}"
     options, overrides = parser.parse_known_args()
-    checkpoint = find_checkpoint(options.checkpoint)
+    checkpoint = find_model(options.checkpoint)
     recipe_file = options.recipe or checkpoint.recipe_file
     if recipe_file is None:
         raise UserError(

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from utils.command_line import evaluation_parser, positive
 from utils.errors import UserError, one_line_errors
-from utils.find_checkpoint import find_checkpoint
+from utils.evaluated_model import find_model
 from utils.report_page import check_can_write, write_page
 from utils.sampling_files import SamplingReport, read_configs, read_prompts, read_report
 
@@ -59,7 +59,7 @@ if __name__ == "__main__":
                 raise UserError(f"command line: --html {PAGE}: give reports after it, or a CHECKPOINT before it")
             write_page(Path(PAGE), REPORTS)
             sys.exit()
-        CHECKPOINT = find_checkpoint(OPTIONS.checkpoint)
+        CHECKPOINT = find_model(OPTIONS.checkpoint)
         PROMPTS = read_prompts(Path(OPTIONS.prompts))[: OPTIONS.limit]
         CONFIGS = read_configs(Path(OPTIONS.config))
 

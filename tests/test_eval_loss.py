@@ -11,8 +11,8 @@ from conftest import ROOT, run_script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from utils.dialogue import CHAT_TOKENS
+from utils.evaluated_model import find_model
 from utils.evaluation import Evaluation, start_processes
-from utils.find_checkpoint import find_checkpoint
 
 SCRIPT = "scripts/eval_loss.py"
 SMALL = [
@@ -122,7 +122,7 @@ def test_two_processes_and_another_batch_size_give_the_same(run, result, tmp_pat
 
 def test_an_interrupted_evaluation_goes_on(run, result, tmp_path):
     """What is done is not done again: the losses that it is told here are no model's."""
-    checkpoint = find_checkpoint(str(run.output_dir))
+    checkpoint = find_model(str(run.output_dir))
     started = Evaluation(start_processes(), checkpoint, "loss", result["settings"], str(tmp_path))
     done = dict(list(result["items"].items())[::2])
     fields = {"loss", "correct", "targets"}

@@ -10,8 +10,8 @@ from transformers import AutoTokenizer
 
 from utils.chat_model import fingerprint, load_chat_model, load_chat_tokenizer
 from utils.errors import UserError
+from utils.evaluated_model import EvaluatedModel, find_model
 from utils.evaluation import Evaluation, metric, result_path, start_processes
-from utils.find_checkpoint import Checkpoint, find_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -34,35 +34,35 @@ def test_the_recipe_of_a_run_is_beside_its_models(tmp_path):
         (folder / "config.json").write_text("{}")
     (run / "recipe.yaml").write_text("model_name: x")
     (run / "metrics.jsonl").write_text('{"step": 1}\n{"step": 12}\n')
-    assert find_checkpoint(str(run)) == Checkpoint(str(run), run / "recipe.yaml", 12)
-    found = find_checkpoint(f"{run}/checkpoint-10/")
+    assert find_model(str(run)) == EvaluatedModel(str(run), run / "recipe.yaml", 12)
+    found = find_model(f"{run}/checkpoint-10/")
     assert (found.recipe_file, found.step) == (run / "recipe.yaml", 10)
-    assert find_checkpoint(str(tmp_path / "other")) == Checkpoint(str(tmp_path / "other"))
-    assert find_checkpoint("org/name-1.4b").folder is None
+    assert find_model(str(tmp_path / "other")) == EvaluatedModel(str(tmp_path / "other"))
+    assert find_model("org/name-1.4b").folder is None
     (run / "config.json").unlink()
     with pytest.raises(UserError, match=r"no final model yet; give one of checkpoint-9, checkpoint-10"):
-        find_checkpoint(str(run))
+        find_model(str(run))
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./org/name", "a/b/checkpoint-3", "no such model"])
 def test_what_is_neither_a_folder_nor_a_hub_name(name):
     with pytest.raises(UserError, match="no such folder"):
-        find_checkpoint(name)
+        find_model(name)
 
 
 def test_a_folder_that_is_no_model(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(UserError, match=r"not a model, no config.json; it holds notes\.txt"):
-        find_checkpoint(str(tmp_path))
+        find_model(str(tmp_path))
     with pytest.raises(UserError, match="nor is it a hub name"):
-        find_checkpoint(str(tmp_path / "notes.txt"))
+        find_model(str(tmp_path / "notes.txt"))
 
 
 def test_fingerprint_changes_with_one_weight(chat_model, tmp_path):
     copy = shutil.copytree(chat_model, tmp_path / "copy")
-    checkpoint = find_checkpoint(str(copy))
+    checkpoint = find_model(str(copy))
     before = fingerprint(checkpoint)
-    assert before == fingerprint(find_checkpoint(str(chat_model)))
+    assert before == fingerprint(find_model(str(chat_model)))
     weights = bytearray((copy / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (copy / "model.safetensors").write_bytes(weights)
@@ -75,7 +75,7 @@ def test_fingerprint_changes_with_one_weight(chat_model, tmp_path):
 def test_a_chat_model_brings_no_sampling_default(chat_model, tmp_path):
     copy = shutil.copytree(chat_model, tmp_path / "copy")
     (copy / "generation_config.json").write_text(json.dumps({"do_sample": True, "temperature": 0.1, "eos_token_id": 7}))
-    model, tokenizer = load_chat_model(find_checkpoint(str(copy)), torch.device("cpu"))
+    model, tokenizer = load_chat_model(find_model(str(copy)), torch.device("cpu"))
     assert not model.training
     assert model.dtype == torch.float32
     assert model.generation_config.eos_token_id == sorted({7, tokenizer.eos_token_id})
@@ -128,19 +128,19 @@ def test_what_is_missing_is_said(chat_model, tmp_path, damage, message):
     copy = shutil.copytree(chat_model, tmp_path / "copy")
     damage(copy)
     with pytest.raises(UserError, match=message):
-        load_chat_model(find_checkpoint(str(copy)), torch.device("cpu"))
+        load_chat_model(find_model(str(copy)), torch.device("cpu"))
 
 
 def test_a_base_model_is_no_chat_model(tiny_model):
     with pytest.raises(UserError, match="no chat template, so it is no chat model"):
-        load_chat_tokenizer(find_checkpoint(str(tiny_model)))
+        load_chat_tokenizer(find_model(str(tiny_model)))
 
 
 # ---- Results ----
 
 
 def test_an_interrupted_evaluation_goes_on(accelerator, chat_model, tmp_path):
-    checkpoint = find_checkpoint(str(chat_model))
+    checkpoint = find_model(str(chat_model))
     first = Evaluation(accelerator, checkpoint, "test", {"seed": 1}, str(tmp_path))
     assert first.share(["a", "b", "c"]) == ["a", "b", "c"]
     first.add("a", {"value": 1})
@@ -177,7 +177,7 @@ def test_an_interrupted_evaluation_goes_on(accelerator, chat_model, tmp_path):
 
 def test_other_weights_are_another_evaluation(accelerator, chat_model, tmp_path):
     copy = shutil.copytree(chat_model, tmp_path / "copy")
-    checkpoint = find_checkpoint(str(copy))
+    checkpoint = find_model(str(copy))
     Evaluation(accelerator, checkpoint, "test", {}).add("a", {})
     assert Evaluation(accelerator, checkpoint, "test", {}).done == {"a": {}}
     weights = bytearray((copy / "model.safetensors").read_bytes())
@@ -187,12 +187,12 @@ def test_other_weights_are_another_evaluation(accelerator, chat_model, tmp_path)
 
 
 def test_where_a_result_goes(chat_model, tmp_path, accelerator):
-    checkpoint = find_checkpoint(str(chat_model))
+    checkpoint = find_model(str(chat_model))
     assert result_path(checkpoint, "loss", None) == chat_model / "eval" / "loss.json"
     assert result_path(checkpoint, "loss", "there").as_posix() == "there/loss.json"
     assert result_path(checkpoint, "loss", "a/b.json").as_posix() == "a/b.json"
     with pytest.raises(UserError, match="give --output"):
-        result_path(Checkpoint("org/name"), "loss", None)
+        result_path(EvaluatedModel("org/name"), "loss", None)
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match=r"cannot write there .*; give --output"):
         Evaluation(accelerator, checkpoint, "test", {}, str(tmp_path / "file"))

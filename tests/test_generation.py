@@ -7,7 +7,7 @@ from transformers import GenerationConfig
 
 from utils.chat_model import load_chat_model
 from utils.errors import UserError
-from utils.find_checkpoint import find_checkpoint
+from utils.evaluated_model import find_model
 from utils.generation import OwnStreams, encode_chat, generate
 
 GREEDY = {"max_new_tokens": 12}
@@ -18,7 +18,7 @@ TEXT = "the colour of a potato is brown and a fish lives in the sea where it swi
 @pytest.fixture(scope="module")
 def loaded(tiny_model, tmp_path_factory):
     folder = save_chat_model(tiny_model, tmp_path_factory.mktemp("chat_model"))
-    return load_chat_model(find_checkpoint(str(folder)), torch.device("cpu"))
+    return load_chat_model(find_model(str(folder)), torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from utils import generation
 from utils.chat_model import load_chat_model
 from utils.errors import UserError
-from utils.find_checkpoint import find_checkpoint
+from utils.evaluated_model import find_model
 from utils.sampling_files import SamplingReport, read_configs, read_prompts, read_report
 
 SCRIPT = "scripts/sampling_report.py"
@@ -195,7 +195,7 @@ def test_the_shipped_files_are_whole(chat_model, monkeypatch):
     assert [path.name for path in configs] == ["default.json", "greedy.json", "open_assistant.json"]
     monkeypatch.chdir(ROOT)
     as_settings = runpy.run_path(SCRIPT, run_name="sampling_report")["as_settings"]
-    model, tokenizer = load_chat_model(find_checkpoint(str(chat_model)), torch.device("cpu"))
+    model, tokenizer = load_chat_model(find_model(str(chat_model)), torch.device("cpu"))
     for path in configs:
         for params in read_configs(path).values():
             assert list(generation.generate(model, tokenizer, [], as_settings(params), 1)) == []  # settings are checked

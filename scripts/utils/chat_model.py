@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from utils.errors import UserError
-from utils.find_checkpoint import Checkpoint
+from utils.evaluated_model import EvaluatedModel
 from utils.launch import has_gpu
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -17,7 +17,7 @@ SAMPLED_BYTES, SAMPLES = 1 << 16, 64  # of each weight file, for its fingerprint
 CHAT_MARK = re.compile(r"<\|\w+\|>")  # how a chat template writes a control token
 
 
-def fingerprint(checkpoint: Checkpoint) -> str:
+def fingerprint(checkpoint: EvaluatedModel) -> str:
     """A hash of the model: of its config, tokenizer and a sample of every weight file; a hub model's commit.
 
     The sample is 64 stretches of 64 KiB spread over each file, beside its size: reading 30 GB whole takes minutes, and
@@ -42,7 +42,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()
 
 
-def load_chat_tokenizer(checkpoint: Checkpoint, template: bool = True):
+def load_chat_tokenizer(checkpoint: EvaluatedModel, template: bool = True):
     """The tokenizer of a chat model, with its own chat template.
 
     Args:
@@ -73,7 +73,7 @@ def load_chat_tokenizer(checkpoint: Checkpoint, template: bool = True):
     return tokenizer
 
 
-def load_chat_model(checkpoint: Checkpoint, device: torch.device, dtype: str | None = None, template: bool = True):
+def load_chat_model(checkpoint: EvaluatedModel, device: torch.device, dtype: str | None = None, template: bool = True):
     """The model and tokenizer of a chat model, ready to generate (`utils/generation.py`).
 
     Args:
@@ -99,7 +99,7 @@ def load_chat_model(checkpoint: Checkpoint, device: torch.device, dtype: str | N
     return model.to(device).eval(), tokenizer
 
 
-def _load(auto_class, checkpoint: Checkpoint, **kwargs) -> PreTrainedModel | Any:
+def _load(auto_class, checkpoint: EvaluatedModel, **kwargs) -> PreTrainedModel | Any:
     try:
         return auto_class.from_pretrained(checkpoint.name, **kwargs)
     except Exception as error:  # what transformers makes of a bad file ranges from OSError to AttributeError
@@ -107,7 +107,7 @@ def _load(auto_class, checkpoint: Checkpoint, **kwargs) -> PreTrainedModel | Any
         raise UserError(f"{checkpoint.name}: no usable {what} ({_held(checkpoint)}): {_reason(error)}") from error
 
 
-def _held(checkpoint: Checkpoint) -> str:
+def _held(checkpoint: EvaluatedModel) -> str:
     if checkpoint.folder:
         return f"the folder holds {', '.join(sorted(os.listdir(checkpoint.folder))[:8]) or 'nothing'}"
     return f"no such folder under {os.getcwd()}, and the hub did not give it"

@@ -30,7 +30,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from utils.chat_model import fingerprint
 from utils.errors import UserError
-from utils.find_checkpoint import Checkpoint
+from utils.evaluated_model import EvaluatedModel
 from utils.launch import check_processes, has_gpu, launcher_plugin, process_group_options, say, set_up_process
 
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "numpy")
@@ -70,7 +70,7 @@ class Evaluation:
     def __init__(
         self,
         accelerator: Accelerator,
-        checkpoint: Checkpoint,
+        checkpoint: EvaluatedModel,
         name: str,
         settings: dict[str, Any],
         output: str | None = None,
@@ -198,7 +198,7 @@ def _line(key: str, result: Any) -> str:
     return json.dumps({"key": key, "result": result}) + "\n"
 
 
-def result_path(checkpoint: Checkpoint, name: str, output: str | None) -> Path:
+def result_path(checkpoint: EvaluatedModel, name: str, output: str | None) -> Path:
     """Where a result goes: CHECKPOINT/eval/<name>.json, or `output` (a .json file, else a folder).
 
     Raises:

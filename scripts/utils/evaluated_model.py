@@ -14,7 +14,7 @@ from utils.errors import UserError
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class EvaluatedModel:
     """A model to evaluate.
 
     Attributes:
@@ -33,8 +33,8 @@ class Checkpoint:
         return Path(self.name) if os.path.isdir(self.name) else None
 
 
-def find_checkpoint(name: str) -> Checkpoint:
-    """The checkpoint of this folder or hub name, and the recipe beside it.
+def find_model(name: str) -> EvaluatedModel:
+    """The model of this folder or hub name, and the recipe beside it.
 
     Raises:
         UserError: a folder that is not a model's; a path that is neither a folder nor can be a hub name.
@@ -43,7 +43,7 @@ def find_checkpoint(name: str) -> Checkpoint:
     if not os.path.isdir(folder):
         if os.path.lexists(folder) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
             raise UserError(f"{name}: no such folder under {Path.cwd()}, nor is it a hub name (org/name)")
-        return Checkpoint(name)
+        return EvaluatedModel(name)
     if not (folder / "config.json").is_file():
         runs = sorted(folder.glob("checkpoint-*"), key=lambda path: (len(path.name), path.name))
         names = [path.name for path in runs or sorted(folder.iterdir())]
@@ -53,7 +53,7 @@ def find_checkpoint(name: str) -> Checkpoint:
     run = folder.resolve().parent if number else folder
     recipe_file = run / "recipe.yaml"
     step = int(number[1]) if number else _last_step(run / "metrics.jsonl")
-    return Checkpoint(name, recipe_file if recipe_file.is_file() else None, step)
+    return EvaluatedModel(name, recipe_file if recipe_file.is_file() else None, step)
 
 
 def _last_step(metrics: Path) -> int | None:

@@ -100,6 +100,13 @@ def test_an_error_is_one_line(capsys):
     assert capsys.readouterr().err == "error: a name: of two lines\n"
 
 
+def test_ctrl_c_is_no_traceback(capsys):
+    with pytest.raises(SystemExit) as stopped, one_line_errors():
+        raise KeyboardInterrupt
+    assert stopped.value.code == 130  # as shells count: 128 and the signal's number
+    assert capsys.readouterr().err == "\ninterrupted\n"
+
+
 # ---- Data ----
 
 

@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: one clear line and exit status 2, never a traceback."""
+"""Errors that are the user's to mend: one clear line and exit status 2, never a traceback; nor is one for Ctrl-C."""
 
 import contextlib
 import errno
@@ -38,6 +38,10 @@ def one_line_errors():
         # Without a traceback and without waiting for the other processes, which may stand in a collective.
         sys.stdout.flush()
         raise SystemExit(2) from None
+    except KeyboardInterrupt:  # sft.py, which has something to save, hears the signal itself
+        print("\ninterrupted", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        raise SystemExit(128 + 2) from None
     except RuntimeError as error:
         # In gloo's words: another process is gone. It has said why itself, or the launcher does.
         if "Connection closed by peer" not in str(error) and "Connection reset by peer" not in str(error):

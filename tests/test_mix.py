@@ -19,7 +19,7 @@ from conftest import ROOT
 from transformers import AutoTokenizer
 
 from utils import mix as mix_module
-from utils.batches import cut
+from utils.collate import cut
 from utils.data_files import find_data_file
 from utils.dialogue import encode, prepare_tokenizer
 from utils.errors import UserError

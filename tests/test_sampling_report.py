@@ -172,8 +172,9 @@ def test_an_interrupted_report_goes_on(report, chat_model, files, sample_here, m
         return real(model, tokenizer, prompts, settings, *more)
 
     monkeypatch.setattr(generation, "generate", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as end:
         sample_here(chat_model, *files)
+    assert end.value.code == 130
     assert not (tmp_path / "here.json").exists()
     (part,) = tmp_path.glob("*.partial-*")
     assert len(part.read_text().splitlines()) == 4 + 5

@@ -238,6 +238,9 @@ def test_a_split_spans_more_than_one_record_batch(make_recipe, tokenizer, monkey
     monkeypatch.setattr(mix_module, "ROWS_AT_A_TIME", 7)
     again = make_recipe(("dolly15k", "vicuna"), {"cache_dir": "other"})
     assert contents(prepare_mix(again, tokenizer)) == expected
+    monkeypatch.setattr(mix_module, "CHARACTERS_AT_A_TIME", 50)  # as if the texts of 7 rows were gigabytes
+    again = make_recipe(("dolly15k", "vicuna"), {"cache_dir": "third"})
+    assert contents(prepare_mix(again, tokenizer)) == expected
 
 
 def fingerprint(recipe: Recipe, tokenizer) -> str:

@@ -25,7 +25,8 @@ import numpy as np
 import pyarrow as pa
 from filelock import FileLock
 
-from utils import dialogue, messages_source, reading, records, sources, text_encoder
+from utils import arrow_arrays, dialogue, messages_source, reading, records, sources, text_encoder
+from utils.arrow_arrays import booleans, integers, numbers, starts_of, texts
 from utils.data_files import find_data_file
 from utils.dialogue import Conversation, encode
 from utils.errors import UserError
@@ -35,6 +36,7 @@ from utils.sources import find_source
 from utils.text_encoder import TextEncoder, fast_text_encoder
 
 ROWS_AT_A_TIME = 1000
+CHARACTERS_AT_A_TIME = 2**29  # of up to 4 bytes, since Arrow's texts lie at offsets of 32 bits
 SCHEMA = pa.schema(
     {
         "messages": pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})),
@@ -70,7 +72,7 @@ class Split:
     def tokens(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """input_ids (int32 [tokens]) and scored (bool [tokens]) of one example, not cut to max_length."""
         ids, scored = self._value(row, "input_ids"), self._value(row, "scored")
-        return ids.values.to_numpy(), scored.values.to_numpy(zero_copy_only=False)
+        return integers(ids.values), booleans(scored.values)
 
     def messages(self, row: int) -> list[dict[str, str]]:
         """The conversation of one example: [{"role", "content"}]."""
@@ -154,8 +156,8 @@ def _cache_key(
 ) -> str:
     """A hash of all that the prepared data depend on: files, tokenizer, rules and the code that applies them."""
     digest = hashlib.blake2b(digest_size=10)
-    code = [module.__file__ for module in (dialogue, messages_source, reading, records, sources, text_encoder)]
-    for path in [*paths, __file__, *code, sources.FILTER_PHRASES_FILE]:
+    modules = (arrow_arrays, dialogue, messages_source, reading, records, sources, text_encoder)
+    for path in [*paths, __file__, *(module.__file__ for module in modules), sources.FILTER_PHRASES_FILE]:
         try:
             with open(path, "rb") as file:
                 while block := file.read(2**20):
@@ -199,8 +201,10 @@ def _prepare(
             while batch := list(itertools.islice(examples, ROWS_AT_A_TIME)):
                 teaches = [bool(scored.any()) for _, (_, scored) in batch]
                 batch = list(itertools.compress(batch, teaches))
-                if batch:
-                    writer.write_batch(_record_batch(batch))
+                characters = sum(len(message.content) for conversation, _ in batch for message in conversation.messages)
+                rows = ROWS_AT_A_TIME if characters < CHARACTERS_AT_A_TIME else 1
+                for first in range(0, len(batch), rows):
+                    writer.write_batch(_record_batch(batch[first : first + rows]))
                 kept += teaches
                 for _, (ids, scored) in batch:
                     content.update(len(ids).to_bytes(8, "little"))  # where one conversation ends and the next begins
@@ -248,57 +252,33 @@ def _encode(
 def _record_batch(examples: list[tuple[Conversation, tuple[np.ndarray, np.ndarray]]]) -> pa.RecordBatch:
     """Rows of SCHEMA from conversations and what they were encoded to."""
     messages = [message for conversation, _ in examples for message in conversation.messages]
-    fields = [_texts([message.role for message in messages]), _texts([message.content for message in messages])]
-    per_row = _starts(len(conversation.messages) for conversation, _ in examples).astype(np.int32)
+    fields = [texts([message.role for message in messages]), texts([message.content for message in messages])]
+    per_row = starts_of([len(conversation.messages) for conversation, _ in examples], np.int32)
     lengths = [len(ids) for _, (ids, _) in examples]
-    starts = _numbers(_starts(lengths))
+    starts = numbers(starts_of(lengths, np.int64))
     input_ids, scored = (np.concatenate(parts) for parts in zip(*(encoded for _, encoded in examples), strict=True))
     columns = {
         "messages": pa.ListArray.from_arrays(
-            _numbers(per_row),
+            numbers(per_row),
             pa.StructArray.from_arrays(fields, fields=list(SCHEMA.field("messages").type.value_type)),
         ),
-        "input_ids": pa.LargeListArray.from_arrays(starts, _numbers(input_ids)),
-        "scored": pa.LargeListArray.from_arrays(starts, _numbers(scored)),
-        "length": _numbers(np.array(lengths)),
-        "targets": _numbers(np.array([int(np.count_nonzero(scored)) for _, (_, scored) in examples])),
+        "input_ids": pa.LargeListArray.from_arrays(starts, numbers(input_ids)),
+        "scored": pa.LargeListArray.from_arrays(starts, numbers(scored)),
+        "length": numbers(np.array(lengths)),
+        "targets": numbers(np.array([int(np.count_nonzero(scored)) for _, (_, scored) in examples])),
     }
     return pa.record_batch(list(columns.values()), schema=SCHEMA)
-
-
-# Arrow arrays from their buffers: `pyarrow.array` imports pandas, which took half of the time for 9,000 conversations.
-
-
-def _numbers(values: np.ndarray) -> pa.Array:
-    """An Arrow array of integers or booleans."""
-    bits = np.packbits(values, bitorder="little") if values.dtype == bool else values
-    return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, pa.py_buffer(bits)])
-
-
-def _texts(values: list[str]) -> pa.Array:
-    encoded = [value.encode() for value in values]
-    starts = _starts(map(len, encoded)).astype(np.int32)
-    return pa.Array.from_buffers(
-        pa.string(), len(values), [None, pa.py_buffer(starts), pa.py_buffer(b"".join(encoded))]
-    )
-
-
-def _starts(lengths: Iterable[int]) -> np.ndarray:
-    """Where each of some stretches begins, and the last ends: int64 [stretches + 1]."""
-    return np.array([0, *itertools.accumulate(lengths)])
 
 
 def _split(tables: list[pa.Table], codes: list[np.ndarray], which: int) -> Split:
     positions = [np.flatnonzero(own == which) for own in codes]
     dataset = np.repeat(np.arange(len(tables)), [len(own) for own in positions])
     lengths, targets = (
-        np.concatenate([_integers(table[column])[own] for table, own in zip(tables, positions, strict=True)])
+        np.concatenate([_column(table[column])[own] for table, own in zip(tables, positions, strict=True)])
         for column in ("length", "targets")
     )
     return Split(dataset, np.concatenate(positions), lengths, targets, tables)
 
 
-def _integers(column: pa.ChunkedArray) -> np.ndarray:
-    """A column of int64 as numpy has it; `to_numpy` imports pandas, too."""
-    parts = [np.frombuffer(part.buffers()[1], np.int64, len(part), 8 * part.offset) for part in column.chunks]
-    return np.concatenate([np.empty(0, dtype=np.int64), *parts])
+def _column(column: pa.ChunkedArray) -> np.ndarray:
+    return np.concatenate([np.empty(0, dtype=np.int64), *map(integers, column.chunks)])

@@ -34,7 +34,6 @@ class Work:
     warm_up: int = 1
     dtype: str = "fp32"
     gradient_checkpointing: bool = False
-    torch_compile: bool = False
 
     def conversations(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """input_ids and scored of each."""
@@ -108,7 +107,6 @@ def train_ours(values: dict) -> dict:
             "dtype": work.dtype,
             "use_flash_attention": True,
             "gradient_checkpointing": work.gradient_checkpointing,
-            "torch_compile": work.torch_compile,
         }
     )
     set_up_process()

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test soak lint
+.PHONY: demo test test-liger soak lint
 
 demo: .venv/installed  ## train the tiny demo model and see it reply
 	rm -rf demo_output
@@ -10,6 +10,10 @@ demo: .venv/installed  ## train the tiny demo model and see it reply
 
 test: .venv/installed lint  ## everything, two tests at a time
 	$(BIN)/python -m pytest -q -n 2
+
+test-liger: .venv/installed  ## the loss with Liger's kernel, without a GPU, in Triton's interpreter; takes 1 GB of disk
+	$(BIN)/python -m pip install -q --no-deps --target .venv/liger "liger-kernel>=0.8.5,<0.9" triton
+	PYTHONPATH=.venv/liger TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/test_cross_entropy.py
 
 soak: .venv/installed  ## kill a plain and a ZeRO-2 run 20 times each; alone on the machine, since it takes a while
 	$(BIN)/python -m pytest -q -s -m soak

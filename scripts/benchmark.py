@@ -35,12 +35,20 @@ from pathlib import Path
 from utils.errors import UserError, one_line_errors
 from utils.recipe import recipe_from_command_line
 
+TAKEN_BY = {
+    "rounds": ("data", "train", "scaling"),
+    "conversations": ("train",),
+    "gpu": ("train", "scaling", "attention"),
+    "layers": ("train", "scaling", "attention"),
+    "plot": ("scaling",),
+}
+
 
 def main(arguments: list[str]) -> None:
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("what", nargs="?", choices=["data", "train", "scaling", "attention"])
-    own.add_argument("--rounds", type=int, default=3)
-    own.add_argument("--conversations", type=int, default=160)
+    own.add_argument("--rounds", type=int)
+    own.add_argument("--conversations", type=int)
     own.add_argument("--gpu", choices=["3b", "7b"])
     own.add_argument("--layers", type=int)
     own.add_argument("--json", type=Path)
@@ -52,9 +60,17 @@ def main(arguments: list[str]) -> None:
     elif rest:
         raise UserError(f"command line: {options.what} takes no {rest[0]}")
 
-    for name, where in (("gpu", "train scaling attention"), ("layers", "train scaling attention"), ("plot", "scaling")):
-        if getattr(options, name) is not None and options.what not in where.split():
-            raise UserError(f"command line: --{name} is for {where.replace(' ', ', ')}")
+    for name, where in TAKEN_BY.items():
+        if getattr(options, name) is not None and options.what not in where:
+            raise UserError(f"command line: --{name} is for {', '.join(where)}")
+    if options.gpu and options.conversations:
+        raise UserError("command line: --conversations is of a recipe, --gpu makes its own")
+    for name in ("rounds", "layers", "conversations"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise UserError(f"command line: --{name} {getattr(options, name)}: at least 1")
+    if options.json and not options.json.parent.is_dir():
+        raise UserError(f"command line: --json {options.json}: there is no folder {options.json.parent}")
+    rounds = options.rounds or 3
     if options.gpu:
         import torch
 
@@ -64,18 +80,25 @@ def main(arguments: list[str]) -> None:
     if options.what == "data":
         from benchmarking.data import benchmark_data, data_table
 
-        figures = benchmark_data(recipe, options.rounds)
+        figures = benchmark_data(recipe, rounds)
         table = data_table(figures)
     elif options.what == "train":
         from benchmarking.train import benchmark_train, gpu_works, recipe_work, train_table
 
-        works = gpu_works(options.gpu, options.layers) if options.gpu else recipe_work(recipe, options.conversations)
-        figures = {what: benchmark_train(work, options.rounds) for what, work in works.items()}
-        table = "\n\n".join(f"{what}:\n\n{train_table(found)}" for what, found in figures.items())
+        if options.gpu:
+            works = gpu_works(options.gpu, options.layers)
+        else:
+            works = recipe_work(recipe, options.conversations or 160)
+        figures, tables = {}, []
+        for what, work in works.items():
+            figures[what] = benchmark_train(work, rounds)
+            tables.append(f"{what}:\n\n{train_table(figures[what])}")
+            write_json(options, "\n\n".join(tables), figures)  # before the next, for which time may not suffice
+        table = "\n\n".join(tables)
     elif options.what == "scaling":
         from benchmarking.scaling import benchmark_scaling, plot_scaling, scaling_table
 
-        figures = benchmark_scaling(options.gpu, options.layers, options.rounds)
+        figures = benchmark_scaling(options.gpu, options.layers, rounds)
         table = scaling_table(figures)
         if options.plot:
             plot_scaling(figures, options.plot)
@@ -85,6 +108,11 @@ def main(arguments: list[str]) -> None:
         figures = benchmark_attention(options.gpu, options.layers)
         table = attention_table(figures)
     print(table)
+    write_json(options, table, figures)
+
+
+def write_json(options: argparse.Namespace, table: str, figures: dict) -> None:
+    """What was measured, and on what, to --json."""
     if options.json:
         from benchmarking.measuring import machine
 

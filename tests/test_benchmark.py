@@ -111,6 +111,11 @@ def test_our_contender_under_bf16_and_gradient_checkpointing():
         (["scaling", "--plot", "x.png", "--gpu", "7b"], "no GPU"),
         (["data", "--gpu", "3b", "recipes/demo.yaml"], "--gpu is for train, scaling, attention"),
         (["train", "recipes/demo.yaml", "--conversations", "9"], "give more"),
+        (["scaling", "--conversations", "9"], "--conversations is for train"),
+        (["attention", "--rounds", "2"], "--rounds is for data, train, scaling"),
+        (["attention", "--json", "nowhere/x.json"], "no folder nowhere"),
+        (["scaling", "--rounds", "0"], "--rounds 0: at least 1"),
+        (["train", "--gpu", "3b", "--conversations", "9"], "--gpu makes its own"),
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is no GPU")

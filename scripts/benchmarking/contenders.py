@@ -74,19 +74,21 @@ def _result(work: Work, ends: list[float], losses: list[float], settings: dict) 
 
 
 def train_ours(values: dict) -> dict:
-    """sft.py's own step, batches and loss."""
+    """sft.py's own step, batches and loss, after the rehearsal with which it starts."""
     import torch
     from accelerate import Accelerator
 
     import sft
     from utils.batches import Position, prefetched
     from utils.collate import collate
+    from utils.cross_entropy import choose_kernel
     from utils.flops import ModelFlops, peak_flops
     from utils.launch import has_gpu, set_up_process, training_dtype
     from utils.loss import ScoredLoss
     from utils.mix import Mix
     from utils.model import ready_for_training
     from utils.optimizer import make_optimizer
+    from utils.preflight import MicroBatch
     from utils.recipe import Recipe
     from utils.tracking import Clock, TrainingStats
 
@@ -120,28 +122,34 @@ def train_ours(values: dict) -> dict:
     model, optimizer = accelerator.prepare(model, optimizer)
     split = split_in_memory(work.conversations())
     peak = peak_flops(accelerator.device, training_dtype(recipe))
-    stats = TrainingStats(Mix(["vicuna"], split, split), accelerator.device, Clock(), flops, peak)
+    mix = Mix(["vicuna"], split, split)
+    stats = TrainingStats(mix, accelerator.device, Clock(), flops, peak)
+    micro_batches = [np.arange(start, start + work.batch) for start in range(0, len(split), work.batch)]
+    largest = max(micro_batches, key=lambda rows: (split.lengths[rows].sum(), split.targets[rows].sum()))
+    largest = MicroBatch(largest, epoch=0, shape=(1, int(split.lengths[largest].sum())))
+    sft.rehearse(accelerator, model, optimizer, scheduler, mix, recipe, 0, (largest, None), stats)
 
     per_step = work.batch * work.accumulation
     steps = (
         (
             Position(0, first + per_step),
             [
-                collate(split, np.arange(start, start + work.batch), recipe, 0, epoch=0)
-                for start in range(first, first + per_step, work.batch)
+                collate(split, rows, recipe, 0, epoch=0)
+                for rows in micro_batches[first // work.batch :][: work.accumulation]
             ],
         )
         for first in range(0, len(split), per_step)
     )
     ends, losses, counted = [], [], []
-    for _, micro_batches in prefetched(steps, accelerator.device):
-        sft.train_step(accelerator, model, optimizer, scheduler, micro_batches, recipe, stats)
+    for _, batches in prefetched(steps, accelerator.device):
+        sft.train_step(accelerator, model, optimizer, scheduler, batches, recipe, stats)
         losses.append(stats.step_loss(accelerator))
         counted.append(stats.flops_of_step)
         stats.end_step()
         ends.append(time.perf_counter())
     attention = language_model.config._attn_implementation
-    result = _result(work, ends, losses, {"attention": attention, "batches": "padding-free", "loss": "one pass"})
+    loss = f"one pass, {choose_kernel(accelerator.device.type)[1]}"
+    result = _result(work, ends, losses, {"attention": attention, "batches": "padding-free", "loss": loss})
     return result | {"flops": sum(counted[work.warm_up :]), "peak_flops": peak}
 
 
@@ -187,7 +195,10 @@ def train_bare(values: dict) -> dict:
 
 
 def train_trl(values: dict, padding_free: bool) -> dict:
-    """TRL's SFTTrainer on the tokenized conversations; its default loss makes logits in chunks at scored positions."""
+    """TRL's SFTTrainer on the tokenized conversations; its default loss makes logits in chunks at scored positions.
+
+    Liger has nothing for GPT-NeoX (0.8.5), and TRL 1.16 refuses its fused loss beside its own.
+    """
     import torch
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback

@@ -44,7 +44,8 @@ def machine() -> dict[str, str | int]:
     }
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
-    for name in ("torch", "transformers", "accelerate", "tokenizers", "fastokens", "datasets", "trl", "flash-attn"):
+    packages = "torch transformers accelerate tokenizers fastokens datasets trl flash-attn liger-kernel"
+    for name in packages.split():
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -26,8 +26,9 @@ def benchmark_scaling(gpu: str | None, layers: int | None, rounds: int) -> dict[
     for (what, value), (length, batch) in tqdm([*works.items()] * rounds, desc="measurements"):
         data = save_data(random_conversations([length] * batch * (STEPS + 1), config["vocab_size"], SCORED_SHARE))
         work = Work(config, data, batch, 1, length, dtype="bf16" if gpu else "fp32")
+        seen = figures[what].setdefault(value, [])
         try:
-            figures[what].setdefault(value, []).append(in_a_process(train_ours, asdict(work)))
+            seen.append(in_a_process(train_ours, asdict(work)))
         except UserError as error:  # the GPU's memory is too small for this one, say
             print(f"{what} {value}: {error}")
     return figures

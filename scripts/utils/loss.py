@@ -2,7 +2,7 @@
 
 Logits for 4 x 4096 tokens of StableLM's vocabulary are 3.3 GB in fp32, and as much again for their gradient. So the
 model's body runs as usual, the hidden states of the scored positions are picked out, and the output layer is applied to
-them in chunks. A chunk's gradient is computed beside its loss, while its logits are there: they are made once (in fp16
+them in chunks. A chunk's gradient is computed beside its loss, in the memory of its logits: they are made once (in fp16
 twice). Making them again took 29 % longer for a step of the small model of `scripts/benchmark.py train`, on a CPU.
 """
 
@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from utils.collate import Batch
+from utils.cross_entropy import cross_entropy_in_place
 
 LOGITS_BUDGET = 256 * 2**20  # bytes of fp32 logits held at a time
 
@@ -93,14 +94,10 @@ class _LossAndGradients(torch.autograd.Function):
         of_weight = torch.zeros_like(weight, dtype=torch.float32)
         for start in range(0, len(targets), rows):
             part = slice(start, start + rows)
-            log_shares = F.log_softmax(F.linear(hidden[part], weight, bias), -1, dtype=torch.float32)
-            targets_of_part = targets[part, None]
-            losses[part] = -log_shares.gather(1, targets_of_part).squeeze(1)
-            of_logits = log_shares.exp_()  # softmax, less 1 at the target
-            of_logits.scatter_add_(1, targets_of_part, of_logits.new_full((1, 1), -1).expand_as(targets_of_part))
+            of_logits = F.linear(hidden[part], weight, bias)  # logits, until the next line
+            losses[part] = cross_entropy_in_place(of_logits, targets[part])
             if bias is not None:
-                of_bias += of_logits.sum(0)
-            of_logits = of_logits.to(hidden.dtype)
+                of_bias += of_logits.sum(0, dtype=torch.float32)
             of_hidden[part] = of_logits @ weight
             if weight.dtype == torch.float32:
                 of_weight.addmm_(of_logits.T, hidden[part])

@@ -12,9 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 
 from utils.attention import choose_attention, keep_attention
 from utils.collate import end_to_end
+from utils.cross_entropy import choose_kernel
 from utils.dialogue import prepare_tokenizer
 from utils.errors import UserError
-from utils.launch import say
+from utils.launch import has_gpu, say, training_dtype
 from utils.recipe import Recipe
 
 # Config keys of models that change the logits after the output layer, which utils/loss.py applies by itself. Weights
@@ -120,6 +121,8 @@ def ready_for_training(model: PreTrainedModel, recipe: Recipe) -> PreTrainedMode
     if name != "sdpa" or recipe.attn_implementation:  # else a model without SDPA keeps what it has
         _set_attention(model, name)
     say(f"attention: {'; '.join([model.config._attn_implementation, *reasons])}")
+    if has_gpu() and training_dtype(recipe) != torch.float16:  # whose gradients wait for the loss scale
+        say(f"cross-entropy: {choose_kernel('cuda')[1]}")
     if recipe.gradient_checkpointing:
         # The non-reentrant kind, which DDP needs.
         keep = partial(create_selective_checkpoint_contexts, keep_attention)

@@ -34,7 +34,7 @@ from utils.sources import find_source
 SCRIPTS = Path(__file__).parent.parent
 PACKAGES = (
     *("torch", "accelerate", "transformers", "deepspeed", "datasets", "evaluate", "safetensors", "tokenizers"),
-    *("numpy", "pyarrow", "wandb", "flash-attn"),
+    *("numpy", "pyarrow", "wandb", "flash-attn", "liger-kernel"),
 )
 MODEL_FILES = (
     *("config.json", "generation_config.json", "*.safetensors", "*.bin", "*.index.json", "*.model", "tokenizer*"),

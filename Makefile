@@ -11,8 +11,7 @@ demo: .venv/installed  ## train the tiny demo model and see it reply
 test: .venv/installed lint  ## everything, two tests at a time
 	$(BIN)/python -m pytest -q -n 2
 
-test-liger: .venv/installed  ## the loss with Liger's kernel, without a GPU, in Triton's interpreter; takes 1 GB of disk
-	$(BIN)/python -m pip install -q --no-deps --target .venv/liger "liger-kernel>=0.8.5,<0.9" triton
+test-liger: .venv/installed .venv/liger  ## the loss with Liger's kernel, without a GPU, in Triton's interpreter
 	PYTHONPATH=.venv/liger TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/test_cross_entropy.py
 
 soak: .venv/installed  ## kill a plain and a ZeRO-2 run 20 times each; alone on the machine, since it takes a while
@@ -26,3 +25,6 @@ lint: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -r requirements.txt -r requirements-eval.txt -r requirements-dev.txt -c constraints.txt
 	touch $@
+
+.venv/liger: | .venv/installed  ## 1 GB
+	$(BIN)/python -m pip install -q --no-deps --target $@ "liger-kernel>=0.8.5,<0.9" triton

@@ -70,7 +70,7 @@ def main(arguments: list[str]) -> None:
             raise UserError(f"command line: --{name} {getattr(options, name)}: at least 1")
     if options.json and not options.json.parent.is_dir():
         raise UserError(f"command line: --json {options.json}: there is no folder {options.json.parent}")
-    rounds = options.rounds or 3
+    options.rounds = options.rounds or 3
     if options.gpu:
         import torch
 
@@ -80,7 +80,7 @@ def main(arguments: list[str]) -> None:
     if options.what == "data":
         from benchmarking.data import benchmark_data, data_table
 
-        figures = benchmark_data(recipe, rounds)
+        figures = benchmark_data(recipe, options.rounds)
         table = data_table(figures)
     elif options.what == "train":
         from benchmarking.train import benchmark_train, gpu_works, recipe_work, train_table
@@ -88,17 +88,18 @@ def main(arguments: list[str]) -> None:
         if options.gpu:
             works = gpu_works(options.gpu, options.layers)
         else:
-            works = recipe_work(recipe, options.conversations or 160)
+            options.conversations = options.conversations or 160
+            works = recipe_work(recipe, options.conversations)
         figures, tables = {}, []
         for what, work in works.items():
-            figures[what] = benchmark_train(work, rounds)
+            figures[what] = benchmark_train(work, options.rounds)
             tables.append(f"{what}:\n\n{train_table(figures[what])}")
             write_json(options, "\n\n".join(tables), figures)  # before the next, for which time may not suffice
         table = "\n\n".join(tables)
     elif options.what == "scaling":
         from benchmarking.scaling import benchmark_scaling, plot_scaling, scaling_table
 
-        figures = benchmark_scaling(options.gpu, options.layers, rounds)
+        figures = benchmark_scaling(options.gpu, options.layers, options.rounds)
         table = scaling_table(figures)
         if options.plot:
             plot_scaling(figures, options.plot)

@@ -94,8 +94,8 @@ def main(arguments: list[str]) -> None:
         for what, work in works.items():
             figures[what] = benchmark_train(work, options.rounds)
             tables.append(f"{what}:\n\n{train_table(figures[what])}")
-            write_json(options, "\n\n".join(tables), figures)  # before the next, for which time may not suffice
-        table = "\n\n".join(tables)
+            table = "\n\n".join(tables)
+            write_json(options, table, figures)  # before the next, for which time may not suffice
     elif options.what == "scaling":
         from benchmarking.scaling import benchmark_scaling, plot_scaling, scaling_table
 

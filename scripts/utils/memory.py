@@ -53,6 +53,7 @@ def estimate_memory(
     text, (rows, length) = config.get_text_config(), shape
     element = 4 if dtype == torch.float32 else 2
     hidden, vocabulary, tokens = text.hidden_size, text.vocab_size, rows * length
+    # Training in fp32 needs 4 bytes a logit and bf16 6, evaluation 8 and 10, fp16 12: made twice, through autograd.
     logits = (8 if element == 4 else 12) * vocabulary * min(tokens, max(1, LOGITS_BUDGET // (4 * vocabulary)))
     held = {
         "activations": tokens * _activations_per_token(recipe, config, num_parameters, zero, element, length),

@@ -29,11 +29,12 @@ recipe whose data files are on this machine.
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
+from recipe.command_line import parse_with_recipe, recipe_parser
+from recipe.load import load_recipe
+from utils.command_line import positive
 from utils.errors import UserError, one_line_errors
-from utils.recipe import recipe_from_command_line
 
 TAKEN_BY = {
     "rounds": ("data", "train", "scaling"),
@@ -44,30 +45,27 @@ TAKEN_BY = {
 }
 
 
-def main(arguments: list[str]) -> None:
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    own.add_argument("what", nargs="?", choices=["data", "train", "scaling", "attention"])
-    own.add_argument("--rounds", type=int)
-    own.add_argument("--conversations", type=int)
-    own.add_argument("--gpu", choices=["3b", "7b"])
-    own.add_argument("--layers", type=int)
-    own.add_argument("--json", type=Path)
-    own.add_argument("--plot", type=Path)
-    options, rest = own.parse_known_args(arguments)
-    needs_recipe = options.what == "data" or (options.what == "train" and not options.gpu)
-    if needs_recipe or options.what is None or "--help" in rest or "-h" in rest:
-        recipe = recipe_from_command_line(__doc__, rest).recipe
-    elif rest:
-        raise UserError(f"command line: {options.what} takes no {rest[0]}")
+def main() -> None:
+    parser = recipe_parser(__doc__)
+    parser.usage = None
+    parser.add_argument("what", choices=["data", "train", "scaling", "attention"])
+    parser.add_argument("--rounds", type=positive, metavar="N", help="of the contenders, taking turns (3)")
+    parser.add_argument("--conversations", type=positive, metavar="N", help="of the recipe (160)")
+    parser.add_argument("--gpu", choices=["3b", "7b"], help="a StableLM shape in place of a recipe")
+    parser.add_argument("--layers", type=positive, metavar="N", help="of that shape")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured, and on what")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it")
+    options, recipe_file, overrides = parse_with_recipe(parser)
+    if options.what == "data" or (options.what == "train" and not options.gpu):
+        recipe = load_recipe(recipe_file, overrides)
+    elif recipe_file or overrides:
+        raise UserError(f"command line: {options.what} takes no {recipe_file or '--' + next(iter(overrides))}")
 
     for name, where in TAKEN_BY.items():
         if getattr(options, name) is not None and options.what not in where:
             raise UserError(f"command line: --{name} is for {', '.join(where)}")
     if options.gpu and options.conversations:
         raise UserError("command line: --conversations is of a recipe, --gpu makes its own")
-    for name in ("rounds", "layers", "conversations"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise UserError(f"command line: --{name} {getattr(options, name)}: at least 1")
     if options.json and not options.json.parent.is_dir():
         raise UserError(f"command line: --json {options.json}: there is no folder {options.json.parent}")
     options.rounds = options.rounds or 3
@@ -124,4 +122,4 @@ def write_json(options: argparse.Namespace, table: str, figures: dict) -> None:
 
 if __name__ == "__main__":
     with one_line_errors():
-        main(sys.argv[1:])
+        main()

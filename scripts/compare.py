@@ -12,8 +12,6 @@ have; else, marked ~, it comes from the two intervals as if they were of differe
 whose interval holds 0 may be chance.
 """
 
-import sys
-
 from utils.command_line import OneLineParser
 from utils.errors import UserError, one_line_errors
 
@@ -30,17 +28,17 @@ if __name__ == "__main__":
     with one_line_errors():
         OPTIONS = arguments()
 
-import json
 import math
 import os
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
-from utils.intervals import RESAMPLES, paired_differences
+from evaluation.intervals import RESAMPLES, paired_differences
+from utils.files import read_json
+from utils.tables import make_console
 
 
 @dataclass
@@ -95,10 +93,7 @@ def read_results(paths: list[Path], strict: bool = False) -> dict[str, dict]:
     """Result files by the name of their evaluation; others (a sampling report, a config) are passed over."""
     files = {}
     for path in paths:
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: not a result file: {error}") from error
+        content = read_json(path, "result file")
         if isinstance(content, dict) and {"name", "checkpoint", "results"} <= content.keys():
             files[content["name"]] = content
         elif strict:
@@ -214,8 +209,7 @@ def print_table(columns: list[Column], rows, notes: list[str]) -> None:
         ]
         table.add_row(evaluation if evaluation != last else "", metric, *texts)
         last = evaluation
-    # A pipe's width is not known: as wide as it has to be.
-    console = Console(width=None if sys.stdout.isatty() else 60 + 40 * len(columns), highlight=False, markup=False)
+    console = make_console(pipe_width=60 + 40 * len(columns))
     console.print(table)
     for line in legend(rows, notes):
         console.print(line)

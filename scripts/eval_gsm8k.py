@@ -14,13 +14,10 @@ warning says so, here and in the result, and the score on the others stands besi
 CHECKPOINT/eval/gsm8k.json with every reply; an evaluation that was interrupted goes on where it stopped.
 """
 
-import os
-import sys
-
-from utils.command_line import evaluation_parser, positive
+from evaluation.model import evaluation_parser, find_model
+from recipe.load import load_recipe
+from utils.command_line import positive
 from utils.errors import UserError, one_line_errors
-from utils.evaluated_model import find_model
-from utils.recipe import load_recipe
 
 
 def arguments():
@@ -41,7 +38,6 @@ def arguments():
 if __name__ == "__main__":
     with one_line_errors():
         OPTIONS, CHECKPOINT, RECIPE = arguments()
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting CPU threads soon sleep, see sft.py
 
 import hashlib
 import json
@@ -49,31 +45,29 @@ import time
 from pathlib import Path
 
 import evaluate
-from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 
-from utils.chat_model import load_chat_model
-from utils.contamination import BENCHMARKS, contaminated_rows, without_contamination
-from utils.data_files import find_data_file, locate_data_file
-from utils.evaluation import Evaluation, metric, start_processes
-from utils.generation import encode_chat, generate
-from utils.intervals import wilson
+from data.files import find_data_file, source_files
+from data.mix import prepare_mix
+from data.records import read_records
+from evaluation.chat_model import load_chat_model
+from evaluation.generation import encode_chat, generate
+from evaluation.intervals import wilson
+from evaluation.results import Evaluation, load_metric, metric, start_processes
+from recipe.keys import Recipe
+from sources.record import Record
+from training.contamination import BENCHMARKS, contaminated_rows, without_contamination
+from training.model import load_tokenizer
 from utils.launch import process_index, say
-from utils.mix import prepare_mix
-from utils.model import load_tokenizer
-from utils.recipe import Recipe
-from utils.records import Record, read_records
-from utils.sources import find_source
+from utils.tables import make_console, make_table
 
-FINAL_NUMBER = str(Path(__file__).parent / "metrics" / "final_number")
 BATCH_SIZE = 32
 # grade_school_math_instructions holds GSM8K's test problems with its training problems: 8,792 rows = 7,473 + 1,319.
 WITH_TEST_PROBLEMS = "grade_school_math_instructions"
 
 
 def main(options, checkpoint, recipe: Recipe | None) -> None:
-    final_number = evaluate.load(FINAL_NUMBER, keep_in_memory=True)
+    final_number = load_metric("final_number")
     hub = BENCHMARKS["gsm8k_test"][0]
     cache_dir = recipe.cache_dir if recipe else Path(".cache")
     problems = read_problems(find_data_file("gsm8k_test", options.data, cache_dir, None, hub), final_number)
@@ -180,14 +174,12 @@ def find_contamination(recipe: Recipe | None, checkpoint, problems: list[dict[st
         verdict = "no recipe beside the checkpoint, so it is not known whether it was trained on these problems"
         return {"contaminated": None, "verdict": verdict, "problems": None}
     try:
-        for name, options in recipe.datasets.chosen().items():
-            hub = find_source(name, options).hub
-            if not locate_data_file(name, options.input_file_path, recipe.cache_dir, options.revision, hub):
+        for name in recipe.datasets.chosen():
+            if not source_files(name, recipe, download=False):
                 raise UserError(f"{name} is not on this machine")
         say("looking for these problems in the training mix")
         mix = prepare_mix(recipe, load_tokenizer(recipe.model_copy(update={"model_name": checkpoint.name})))
-        if recipe.drop_contaminated:
-            mix = without_contamination(mix, recipe.cache_dir)
+        mix = without_contamination(mix, recipe)
         found = contaminated_rows(mix.train, [problem["question"] for problem in problems])
     except UserError as error:
         suspect = WITH_TEST_PROBLEMS in recipe.datasets.chosen() and not recipe.drop_contaminated
@@ -229,13 +221,11 @@ def summarize(items: list[dict]) -> dict[str, dict]:
 
 def print_table(results: dict[str, dict]) -> None:
     says = {"no_number": "replies without a number", "ended": "replies that ended by themselves"}
-    table = Table(title="GSM8K", title_justify="left")
-    for column in ("", "problems", "share", "95 %"):
-        table.add_column(column, justify="right" if column else "left")
+    table = make_table("GSM8K", "", "problems", "share", "95 %")
     for name, result in results.items():
         bounds = f"{result['low']:.2%} to {result['high']:.2%}"
         table.add_row(says.get(name, name), f"{result['n']:,}", f"{result['value']:.2%}", bounds)
-    Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
+    make_console().print(table)
 
 
 if __name__ == "__main__":

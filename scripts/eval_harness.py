@@ -18,11 +18,10 @@ first prompt of each task as text and as ids. An evaluation that was interrupted
 
 import importlib.util
 import os
-import sys
 
-from utils.command_line import evaluation_parser, positive
+from evaluation.model import evaluation_parser, find_model
+from utils.command_line import positive
 from utils.errors import UserError, one_line_errors
-from utils.evaluated_model import find_model
 
 MODES = {"on": ["chat"], "off": ["plain"], "both": ["chat", "plain"]}
 
@@ -60,13 +59,14 @@ from lm_eval import simple_evaluate
 from lm_eval.api.metrics import mean
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
-from rich.console import Console
 from rich.table import Table
 
-from utils.chat_model import load_chat_model
-from utils.evaluation import Evaluation, metric, start_processes
-from utils.harness_model import SharedModel
+from evaluation.chat_model import load_chat_model
+from evaluation.harness import SharedModel
+from evaluation.results import Evaluation, metric, start_processes
+from utils.files import read_json
 from utils.launch import say
+from utils.tables import make_console
 
 PUBLISHED = Path(__file__).parent / "tasks" / "stablelm_base_scores.json"
 CPU_BATCH_SIZE = 8  # on a GPU lm_eval tries which one fits
@@ -232,7 +232,7 @@ def scores(found: dict):
 
 def print_table(harness: dict[str, dict], limit: int | None) -> None:
     """Each metric with and without the chat template, beside the published scores of tasks asked in the same way."""
-    published = json.loads(PUBLISHED.read_text(encoding="utf-8"))
+    published = read_json(PUBLISHED)
     rows: dict[tuple, dict[str, str]] = defaultdict(dict)
     for mode, found in harness.items():
         for task, name, filter_name, value, stderr in scores(found):
@@ -248,7 +248,7 @@ def print_table(harness: dict[str, dict], limit: int | None) -> None:
     for (task, name), row in rows.items():
         table.add_row(task if task != last else "", name, *(row.get(column, "") for column in columns))
         last = task
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False)
+    console = make_console()
     console.print(table)
     console.print("chat: with the chat template; plain: without; ± is half of the 95 % interval")
     if len(columns) > 1 + len(harness):

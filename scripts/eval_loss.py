@@ -14,13 +14,10 @@ A model without the chat tokens (with --recipe) gets them as sft.py gives them, 
 became. The result is CHECKPOINT/eval/loss.json; an evaluation that was interrupted goes on where it stopped.
 """
 
-import os
-import sys
-
-from utils.command_line import evaluation_parser
+from evaluation.model import evaluation_parser, find_model
+from recipe.command_line import describe_keys, parse_with_recipe
+from recipe.load import load_recipe
 from utils.errors import UserError, one_line_errors
-from utils.evaluated_model import find_model
-from utils.recipe import describe_keys, recipe_from_command_line
 
 
 def arguments():
@@ -28,7 +25,9 @@ def arguments():
     parser = evaluation_parser(__doc__)
     parser.add_argument("--recipe", metavar="FILE", help="in place of the one beside the checkpoint")
     parser.epilog = f"Keys of the recipe, each also an option:\n{describe_keys()}"
-    options, overrides = parser.parse_known_args()
+    options, unknown, overrides = parse_with_recipe(parser)
+    if unknown:
+        raise UserError(f"command line: {unknown}: one checkpoint at a time (--help shows how)")
     checkpoint = find_model(options.checkpoint)
     recipe_file = options.recipe or checkpoint.recipe_file
     if recipe_file is None:
@@ -36,16 +35,15 @@ def arguments():
             f"{checkpoint.name}: no recipe.yaml beside it: give --recipe FILE, which says on what to evaluate"
         )
     if options.dtype:
-        overrides += ["--dtype", options.dtype]
+        overrides["dtype"] = options.dtype
     if options.batch_size:
-        overrides += ["--per_device_eval_batch_size", str(options.batch_size)]
-    return options, checkpoint, recipe_from_command_line(__doc__, [str(recipe_file), *overrides]).recipe
+        overrides["per_device_eval_batch_size"] = str(options.batch_size)
+    return options, checkpoint, load_recipe(recipe_file, overrides)
 
 
 if __name__ == "__main__":
     with one_line_errors():
         OPTIONS, CHECKPOINT, RECIPE = arguments()
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # waiting CPU threads soon sleep, see sft.py
 
 import hashlib
 import math
@@ -54,30 +52,27 @@ from dataclasses import replace
 import numpy as np
 import torch
 from accelerate.utils import set_seed
-from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from utils.batches import validation_batches
-from utils.chat_model import load_chat_tokenizer
-from utils.collate import cut
-from utils.data_files import find_data_file
-from utils.dialogue import ASSISTANT, CHAT_TOKENS
-from utils.evaluation import Evaluation, metric, start_processes
-from utils.intervals import RESAMPLES, interval, item_columns, resampled_sums
+from data.dialogue import ASSISTANT, CHAT_TOKENS
+from data.files import source_files
+from data.mix import Mix, prepare_mix
+from data.reading import Reading
+from evaluation.chat_model import load_chat_tokenizer
+from evaluation.intervals import RESAMPLES, interval, item_columns, resampled_sums
+from evaluation.results import Evaluation, metric, start_processes
+from recipe.keys import Recipe
+from sources.options import keys_that_change
+from training.batches import Batches
+from training.collate import cut
+from training.loss import ScoredLoss
+from training.model import load_config, load_model, load_tokenizer
 from utils.launch import set_up_process, training_dtype
-from utils.loss import ScoredLoss
-from utils.mix import Mix, prepare_mix
-from utils.model import load_config, load_model, load_tokenizer
-from utils.reading import Reading
-from utils.recipe import Recipe
-from utils.sources import find_source
+from utils.tables import make_console, make_table
 
 LAST_TURN = 5  # later replies are counted with it
-# The keys of a recipe that the figures depend on, besides the weights.
-KEYS = ("datasets", "max_length", "dtype", "label_masking", "use_system_tag", "system_property_dropout")
-KEYS += ("system_add_length", "fuse_gelu", "rng_seed")
 
 
 def main(options, checkpoint, recipe: Recipe) -> None:
@@ -96,15 +91,18 @@ def main(options, checkpoint, recipe: Recipe) -> None:
         )
 
     # As in sft.py: fp32 weights under autocast, or weights in half precision as DeepSpeed left them.
-    dtype = training_dtype(recipe)
+    dtype = training_dtype(recipe.dtype)
     stored = dtype if dtype == torch.float32 else config.dtype or torch.float32
     half = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype) if stored == torch.float32 else None
     accelerator = start_processes(mixed_precision=half or "no")
     set_seed(recipe.rng_seed)  # the embedding rows of chat tokens that a base model lacks are drawn as in sft.py
     model = load_model(recipe, config, tokenizer, torch.float32 if half else dtype).to(accelerator.device)
-    settings = {key: value for key, value in recipe.model_dump(mode="json").items() if key in KEYS}
-    settings["datasets"] = {name: entry for name, entry in settings["datasets"].items() if entry is not None}
-    settings |= {"resamples": RESAMPLES}
+    settings = recipe.model_dump(mode="json", include=keys_that_change("evaluation", Recipe))
+    settings["datasets"] = {
+        name: options.model_dump(mode="json", include=keys_that_change("evaluation", type(options)))
+        for name, options in recipe.datasets.chosen().items()
+    }
+    settings |= {"data": mix.fingerprints, "resamples": RESAMPLES}
     evaluation = Evaluation(accelerator, checkpoint, "loss", settings, options.output)
     own_tokens = AutoTokenizer.from_pretrained(checkpoint.name).get_vocab()
     if missing := [token for token in CHAT_TOKENS if token not in own_tokens]:
@@ -113,13 +111,12 @@ def main(options, checkpoint, recipe: Recipe) -> None:
         )
 
     conversations = describe_conversations(mix, recipe)
-    measure(evaluation, ScoredLoss(model).eval(), mix, recipe, tokenizer, conversations)
+    measure(evaluation, ScoredLoss(model, recipe).eval(), mix, recipe, tokenizer, conversations)
     measured = evaluation.gather()
     items = {key: conversation | measured[key] for key, conversation in conversations.items()}
     results, table = summarize(list(items.values()), mix.names, recipe)
     if accelerator.is_main_process:
-        # A pipe's width is not known; 140 columns hold the table.
-        Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
+        make_console().print(table)
     evaluation.write(results, items=items)
     accelerator.end_training()
 
@@ -167,9 +164,7 @@ def languages(recipe: Recipe) -> dict[tuple[str, str], str]:
     for name, options in recipe.datasets.chosen().items():
         if not hasattr(options, "lang"):
             continue
-        hub = find_source(name, options).hub
-        paths = find_data_file(name, options.input_file_path, recipe.cache_dir, options.revision, hub)
-        for conversation in Reading(name, options, paths, recipe.rng_seed):
+        for conversation in Reading(name, options, source_files(name, recipe), recipe.rng_seed):
             spoken = [message.properties["lang"] for message in conversation.messages if "lang" in message.properties]
             if spoken:
                 found[name, short_hash(repr(conversation.as_dicts()))] = spoken[0]
@@ -188,11 +183,11 @@ def measure(
     accelerator = evaluation.accelerator
     rows = [conversation["row"] for key, conversation in conversations.items() if key not in evaluation.done]
     left = replace(mix, validation=mix.validation.select(np.array(rows, dtype=np.int64)))
-    shard = accelerator.process_index, accelerator.num_processes, tokenizer.pad_token_id
+    batches = Batches(left, recipe, accelerator.process_index, accelerator.num_processes, tokenizer.pad_token_id)
     assistant = tokenizer.convert_tokens_to_ids(ASSISTANT)
     progress = tqdm(total=len(rows), desc="evaluating", unit="conversation", disable=not accelerator.is_main_process)
     for index, name in enumerate(mix.names):
-        for batch in validation_batches(left, recipe, index, *shard):
+        for batch in batches.validation(index):
             with accelerator.autocast():
                 _, losses, predictions = model(batch.to(accelerator.device))
             right = (predictions.cpu() == batch.targets).double()
@@ -234,9 +229,8 @@ def summarize(items: list[dict], names: list[str], recipe: Recipe) -> tuple[dict
     drawn = resampled_sums(items, np.concatenate(list(columns.values()), axis=1), recipe.rng_seed)
 
     results: dict[str, dict] = {}
-    table = Table(title="validation split", title_justify="left")
-    for column in ("", "conversations", "tokens", "loss", "95 %", "perplexity", "token accuracy", "95 %"):
-        table.add_column(column, justify="right" if column else "left")
+    columns_shown = "conversations", "tokens", "loss", "95 %", "perplexity", "token accuracy", "95 %"
+    table = make_table("validation split", "", *columns_shown)
     for number, (label, part) in enumerate(columns.items()):
         (loss, correct, targets), samples = part.sum(0), drawn[:, 3 * number : 3 * number + 3].T
         with np.errstate(invalid="ignore", divide="ignore"):  # a resample may hold no conversation of a small part

@@ -12,28 +12,23 @@ a machine without a GPU.
 """
 
 import argparse
-import sys
 
+from recipe.command_line import parse_with_recipe, recipe_parser
+from recipe.keys import Recipe
+from recipe.load import load_recipe
 from utils.errors import UserError, one_line_errors
-from utils.recipe import Recipe, recipe_from_command_line
 
 
 def arguments() -> tuple[argparse.Namespace, Recipe]:
     """This script's own options, and the recipe with what is left of the command line."""
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    own.add_argument("--show", type=int, default=0, metavar="N")
-    own.add_argument("--dataset")
-    own.add_argument("--show_batch", action="store_true")
-    own.add_argument("--export", metavar="FILE")
-    own.add_argument("--plot", metavar="FILE")
-    try:
-        options, rest = own.parse_known_args()
-    except SystemExit:
-        raise UserError("command line: --show takes a number, --dataset, --export and --plot a name") from None
-    command = recipe_from_command_line(__doc__, rest)
-    if command.dry_run:
-        raise UserError("command line: --dry_run is sft.py's; this script trains nothing")
-    recipe = command.recipe
+    parser = recipe_parser(__doc__)
+    parser.add_argument("--show", type=int, default=0, metavar="N", help="print N examples of each data set")
+    parser.add_argument("--dataset", metavar="NAME", help="of this data set only")
+    parser.add_argument("--show_batch", action="store_true", help="print the first training batch")
+    parser.add_argument("--export", metavar="FILE", help="write every example, a JSON object a line")
+    parser.add_argument("--plot", metavar="FILE", help="draw histograms of the lengths")
+    options, recipe_file, overrides = parse_with_recipe(parser)
+    recipe = load_recipe(recipe_file, overrides)
     if options.dataset is not None and options.dataset not in recipe.datasets.chosen():
         raise UserError(f"--dataset {options.dataset}: the mix has {', '.join(recipe.datasets.chosen())}")
     return options, recipe
@@ -49,20 +44,11 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from utils.batches import (
-    accumulation_steps,
-    describe_packing,
-    describe_step,
-    epoch_plan,
-    steps_per_epoch,
-    training_rows,
-)
-from utils.collate import collate, cut, window_start
-from utils.contamination import (
+from data.mix import Mix, Split, prepare_mix
+from training.collate import collate, cut, window_start
+from training.contamination import (
     BENCHMARKS,
     Overlaps,
     contaminated_rows,
@@ -70,19 +56,20 @@ from utils.contamination import (
     load_benchmark,
     without_contamination,
 )
+from training.epochs import epoch_plan, training_rows
+from training.model import load_tokenizer
+from training.plan import accumulation_steps, describe_packing, describe_step, steps_per_epoch
 from utils.launch import num_processes
-from utils.mix import Mix, Split, prepare_mix
-from utils.model import load_tokenizer
+from utils.tables import make_console, make_table
 
-console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+console = make_console()
 
 
 def main(options: argparse.Namespace, recipe: Recipe) -> None:
     tokenizer = load_tokenizer(recipe)
     mix = prepare_mix(recipe, tokenizer)
     print_contamination(mix, recipe)
-    if recipe.drop_contaminated:
-        mix = without_contamination(mix, recipe.cache_dir)
+    mix = without_contamination(mix, recipe)
     print_tables(mix, recipe)
     if options.show:
         show_examples(mix, recipe, tokenizer, options.show, options.dataset)
@@ -96,8 +83,10 @@ def main(options: argparse.Namespace, recipe: Recipe) -> None:
 
 def print_tables(mix: Mix, recipe: Recipe) -> None:
     """What was read, dropped and kept of each data set; how long it is, and what it adds to an epoch."""
-    read = new_table("rows", "data set", "read", "dropped", "train", "validation", "turns", "an epoch", "of targets")
-    long = new_table("tokens of the training conversations", "data set", "tokens", "scored", "p50", "p90", "p99", "max")
+    read = make_table("rows", "data set", "read", "dropped", "train", "validation", "turns", "an epoch", "of targets")
+    long = make_table(
+        "tokens of the training conversations", "data set", "tokens", "scored", "p50", "p90", "p99", "max"
+    )
     long.add_column(f"over {recipe.max_length:,}", justify="right")
     long.add_column("lost", justify="right")
     rows = training_rows(mix, recipe, epoch=0)
@@ -162,15 +151,7 @@ def print_overlaps(what: str, found: Overlaps, mix: Mix) -> None:
     exact = f" ({int(found.exact.sum()):,} exact; {counts})" if counts else ""
     console.print(f"contamination: {len(found):,} {what}{exact}", style="bold red" if counts else None)
     for sample in found.samples():
-        console.print(f"  {sample}", style="dim", markup=False)
-
-
-def new_table(title: str, first: str, *columns: str) -> Table:
-    """A table whose first column holds names and whose others hold numbers."""
-    table = Table(first, title=title, title_justify="left")
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table
+        console.print(f"  {sample}", style="dim")
 
 
 def turns(split: Split, rows: np.ndarray) -> int:

@@ -23,11 +23,11 @@ its prompt and its number, not on the batch size or the processes. An interrupte
 import sys
 from pathlib import Path
 
-from utils.command_line import evaluation_parser, positive
+from evaluation.model import evaluation_parser, find_model
+from evaluation.report_files import SamplingReport, read_configs, read_prompts, read_report
+from evaluation.report_page import check_can_write, write_page
+from utils.command_line import positive
 from utils.errors import UserError, one_line_errors
-from utils.evaluated_model import find_model
-from utils.report_page import check_can_write, write_page
-from utils.sampling_files import SamplingReport, read_configs, read_prompts, read_report
 
 SHIPPED = Path(__file__).parent / "sampling"
 
@@ -70,14 +70,13 @@ from datetime import UTC, datetime
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 
-from utils.chat_model import load_chat_model
-from utils.dialogue import CHAT_TEMPLATE
-from utils.evaluation import Evaluation, device_name, start_processes, versions
-from utils.generation import WARPERS, encode_chat, generate
+from data.dialogue import CHAT_TEMPLATE
+from evaluation.chat_model import load_chat_model
+from evaluation.generation import WARPERS, encode_chat, generate
+from evaluation.results import Evaluation, device_name, start_processes, versions
+from utils.tables import make_console, make_table
 
 BATCH_SIZE = 16
 
@@ -207,13 +206,11 @@ def report_arguments(options, accelerator, model, tokenizer) -> dict[str, Any]:
 
 
 def print_table(replies: dict[str, list[dict]]) -> None:
-    table = Table(title="Sampling report", title_justify="left")
-    for column in ("settings", "replies", "tokens (mean)", "ended by the model"):
-        table.add_column(column, justify="left" if column == "settings" else "right")
+    table = make_table("Sampling report", "settings", "replies", "tokens (mean)", "ended by the model")
     for config, chosen in replies.items():
         tokens, ended = (sum(reply[field] for reply in chosen) / len(chosen) for field in ("tokens", "ended"))
         table.add_row(config, f"{len(chosen):,}", f"{tokens:.1f}", f"{ended:.1%}")
-    Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
+    make_console().print(table)
 
 
 if __name__ == "__main__":

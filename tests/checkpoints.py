@@ -8,7 +8,7 @@ def save_chat_model(tiny_model: Path, folder: Path, seed: int = 0) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from utils.dialogue import prepare_tokenizer
+    from data.dialogue import prepare_tokenizer
 
     tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(tiny_model))
     model = AutoModelForCausalLM.from_pretrained(tiny_model)

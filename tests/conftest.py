@@ -18,6 +18,8 @@ if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_seta
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
+# Real data and the original's results on it; tests that want them skip where they are not.
+SHARED = Path(os.environ.get("SHARED_FILES", ROOT.parent / "shared"))
 
 ACCELERATE = [str(BIN / "accelerate"), "launch"]
 # How a script is started, as the README says it. On a machine without a GPU the DDP config's two processes are joined

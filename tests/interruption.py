@@ -83,10 +83,11 @@ def interrupted(
         process: the one that the signal is sent to.
         by: name of the signal, or `death`.
     """
-    from utils import batches, tracking
-    from utils.health import StepHealth
+    from run import log
+    from run.health import StepHealth
+    from training.batches import Batches
 
-    good_step, validation_batches, plot = StepHealth.good_step, batches.validation_batches, tracking.plot
+    good_step, validation, plot = StepHealth.good_step, Batches.validation, log.plot
     done = {"steps": 0, "evaluation_batches": 0}
 
     def count(what: str, limit: int | None) -> None:
@@ -100,17 +101,17 @@ def interrupted(
         good_step(self, grad_norm)
         count("steps", steps)
 
-    def counted_batches(*args):
-        for batch in validation_batches(*args):
+    def counted_batches(self, dataset):
+        for batch in validation(self, dataset):
             count("evaluation_batches", evaluation_batches)
             yield batch
 
-    StepHealth.good_step, batches.validation_batches = counted_step, counted_batches
-    tracking.plot = lambda *_: None  # no curves: a picture takes as long as ten of these steps
+    StepHealth.good_step, Batches.validation = counted_step, counted_batches
+    log.plot = lambda *_: None  # no curves: a picture takes as long as ten of these steps
     try:
         yield
     finally:
-        StepHealth.good_step, batches.validation_batches, tracking.plot = good_step, validation_batches, plot
+        StepHealth.good_step, Batches.validation, log.plot = good_step, validation, plot
 
 
 def run_here(*arguments, output_dir: Path, **moment):
@@ -118,7 +119,7 @@ def run_here(*arguments, output_dir: Path, **moment):
     from accelerate.state import AcceleratorState, GradientState
     from conftest import Run
 
-    from utils.stopping import SIGNALS
+    from run.stopping import SIGNALS
 
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     argv, folder = sys.argv, os.getcwd()
@@ -146,7 +147,6 @@ def run_here(*arguments, output_dir: Path, **moment):
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT / "scripts"))
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as sft.py does before torch is loaded
     moment = json.loads(sys.argv[1])
     sys.argv = ["scripts/sft.py", *sys.argv[2:]]
     with interrupted(**moment):

@@ -7,9 +7,11 @@ import numpy as np
 import pyarrow as pa
 from hypothesis import strategies as st
 
-from utils.collate import Batch
-from utils.mix import SCHEMA, Mix, Split
-from utils.recipe import Datasets, Recipe
+from data.mix import SCHEMA, Mix, Split
+from recipe.keys import Datasets, Recipe
+from run.progress import Progress
+from training.collate import Batch
+from training.loss import ScoredLoss
 
 NAMES = list(Datasets.model_fields)
 PAD = 2**30  # no token of these mixes
@@ -97,3 +99,13 @@ def mixes_and_recipes(draw) -> tuple[Mix, Recipe]:
         **LAYOUTS[layout],
     )
     return make_mix(lengths, seed=draw(st.integers(0, 99))), recipe
+
+
+def scored_loss(model, **keys) -> ScoredLoss:
+    """The loss of a model, as a recipe with these keys has it."""
+    return ScoredLoss(model, make_recipe(**keys))
+
+
+def make_progress(total_steps: int, **stood) -> Progress:
+    """Where a run of so many steps stands."""
+    return Progress(**{"total_steps": total_steps, "epoch_conversations": 10, "held_out": True} | stood)

@@ -20,12 +20,12 @@ import pytest
 import torch
 from conftest import ROOT, launch_command
 
-from utils.deepspeed import fill_config
+from recipe.load import load_recipe
+from run.stopping import SIGNALS
+from training.deepspeed_config import fill_config
+from training.model import load_config, load_model, load_tokenizer
 from utils.errors import UserError, one_line_errors
 from utils.launch import check_processes, training_dtype
-from utils.model import load_config, load_model, load_tokenizer
-from utils.recipe import load_recipe
-from utils.stopping import SIGNALS
 
 DEMO = ROOT / "recipes" / "demo.yaml"
 DATA = ROOT / "recipes" / "demo_data"
@@ -426,13 +426,13 @@ def test_bf16_on_a_gpu_without_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
     with pytest.raises(UserError, match=r"^dtype = bf16: Tesla T4 has no bf16; use dtype: fp16 or fp32$"):
-        training_dtype(load_recipe(DEMO, {"dtype": "bf16"}))
-    assert training_dtype(load_recipe(DEMO, {"dtype": "fp16"})) == torch.float16
+        training_dtype("bf16")
+    assert training_dtype("fp16") == torch.float16
 
 
 def test_fp16_without_a_gpu_is_fp32_and_says_so(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert training_dtype(load_recipe(DEMO, {"dtype": "fp16"})) == torch.float32
+    assert training_dtype("fp16") == torch.float32
     assert "computing in fp32" in capsys.readouterr().out
 
 
@@ -479,7 +479,7 @@ SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_atten
 def test_only_models_whose_loss_is_right_are_trained(kind, own, refused):
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from utils.model import check_output_layer
+    from training.model import check_output_layer
 
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SMALL, **own)).eval()
     with pytest.raises(UserError, match="not those of its output layer") if refused else contextlib.nullcontext():

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from conftest import ROOT, run_script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from utils.dialogue import CHAT_TOKENS
-from utils.evaluated_model import find_model
-from utils.evaluation import Evaluation, start_processes
+from data.dialogue import CHAT_TOKENS
+from evaluation.model import find_model
+from evaluation.results import Evaluation, start_processes
 
 SCRIPT = "scripts/eval_loss.py"
 SMALL = [

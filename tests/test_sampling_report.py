@@ -10,11 +10,11 @@ from checkpoints import save_chat_model
 from conftest import ROOT, run_script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from utils import generation
-from utils.chat_model import load_chat_model
+from evaluation import generation
+from evaluation.chat_model import load_chat_model
+from evaluation.model import find_model
+from evaluation.report_files import SamplingReport, read_configs, read_prompts, read_report
 from utils.errors import UserError
-from utils.evaluated_model import find_model
-from utils.sampling_files import SamplingReport, read_configs, read_prompts, read_report
 
 SCRIPT = "scripts/sampling_report.py"
 EXAMPLE = ROOT.parent / "shared" / "reference" / "sampling_report_example.json"

@@ -162,10 +162,10 @@ def test_the_last_window_of_an_epoch_makes_a_correct_step(
     run_sft, recipe, tiny_model, launch, micro_batch, accumulation
 ):
     """Seven conversations in steps of six: the second step of each epoch holds one, and one process has nothing."""
-    from utils.batches import training_rows
-    from utils.mix import prepare_mix
-    from utils.model import load_tokenizer
-    from utils.recipe import load_recipe
+    from data.mix import prepare_mix
+    from recipe.load import load_recipe
+    from training.epochs import training_rows
+    from training.model import load_tokenizer
 
     options = {"per_device_train_batch_size": micro_batch, "gradient_accumulation_steps": accumulation}
     options |= {"num_train_epochs": 3, "datasets.code_alpaca.size": 3}

@@ -1,0 +1,1 @@
+"""The parts of benchmark.py. It imports every other room, and sft.py."""

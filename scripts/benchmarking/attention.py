@@ -11,8 +11,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
 from benchmarking.train import shape
-from utils import attention  # noqa: F401, registers the implementations
-from utils.collate import end_to_end
+from training import attention  # noqa: F401, registers the implementations
+from training.collate import end_to_end
 
 LENGTHS = (4096, 512)  # two conversations, so that a leak over the boundary would show
 WIDTH_ON_CPU = {"hidden_size": 512, "num_attention_heads": 4, "intermediate_size": 2048, "num_hidden_layers": 16}

@@ -59,7 +59,7 @@ def _result(work: Work, ends: list[float], losses: list[float], settings: dict) 
     """
     import torch
 
-    from utils.memory import peak_memory
+    from training.memory import peak_memory
 
     per_step = work.batch * work.accumulation
     timed = work.conversations()[work.warm_up * per_step :]
@@ -76,21 +76,20 @@ def _result(work: Work, ends: list[float], losses: list[float], settings: dict) 
 def train_ours(values: dict) -> dict:
     """sft.py's own step, batches and loss, after the rehearsal with which it starts."""
     import torch
-    from accelerate import Accelerator
 
     import sft
-    from utils.batches import Position, prefetched
-    from utils.collate import collate
-    from utils.cross_entropy import choose_kernel
-    from utils.flops import ModelFlops, peak_flops
-    from utils.launch import has_gpu, set_up_process, training_dtype
-    from utils.loss import ScoredLoss
-    from utils.mix import Mix
-    from utils.model import ready_for_training
-    from utils.optimizer import make_optimizer
-    from utils.preflight import MicroBatch
-    from utils.recipe import Recipe
-    from utils.tracking import Clock, TrainingStats
+    from data.mix import Mix
+    from recipe.keys import Recipe
+    from run.stats import Clock, TrainingStats
+    from training.batches import Batches, prefetched
+    from training.collate import collate
+    from training.engine import prepare_engine, start_accelerator
+    from training.epochs import Position
+    from training.flops import ModelFlops, peak_flops
+    from training.loss import choose_kernel
+    from training.model import ready_for_training
+    from training.plan import MicroBatch
+    from utils.launch import set_up_process, training_dtype
 
     work = Work(**values)
     recipe = Recipe.model_validate(
@@ -112,22 +111,19 @@ def train_ours(values: dict) -> dict:
         }
     )
     set_up_process()
-    accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(work.dtype, work.dtype), cpu=not has_gpu())
-    language_model = ready_for_training(_model(work), recipe)
-    flops, model = ModelFlops(language_model), ScoredLoss(language_model).train()
-    optimizer, _ = make_optimizer(model, recipe, total_steps=1, deepspeed=False)
-    for group in optimizer.param_groups:  # in place of the schedule's first rate, 0
+    accelerator = start_accelerator(recipe, training_dtype(recipe.dtype), deepspeed=None)
+    engine = prepare_engine(accelerator, ready_for_training(_model(work), recipe), recipe, total_steps=1)
+    for group in engine.optimizer.param_groups:  # in place of the schedule's first rate, 0
         group["lr"] = LEARNING_RATE
-    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    engine.scheduler = torch.optim.lr_scheduler.ConstantLR(engine.optimizer.optimizer, factor=1.0)
     split = split_in_memory(work.conversations())
-    peak = peak_flops(accelerator.device, training_dtype(recipe))
     mix = Mix(["vicuna"], split, split)
-    stats = TrainingStats(mix, accelerator.device, Clock(), flops, peak)
+    peak = peak_flops(accelerator.device, training_dtype(recipe.dtype))
+    stats = TrainingStats(mix, accelerator.device, Clock(), ModelFlops(engine.language_model), peak)
     micro_batches = [np.arange(start, start + work.batch) for start in range(0, len(split), work.batch)]
     largest = max(micro_batches, key=lambda rows: (split.lengths[rows].sum(), split.targets[rows].sum()))
     largest = MicroBatch(largest, epoch=0, shape=(1, int(split.lengths[largest].sum())))
-    sft.rehearse(accelerator, model, optimizer, scheduler, mix, recipe, 0, (largest, None), stats)
+    sft.rehearse(engine, Batches(mix, recipe, 0, 1, pad_token_id=0), (largest, None), stats)
 
     per_step = work.batch * work.accumulation
     steps = (
@@ -142,12 +138,12 @@ def train_ours(values: dict) -> dict:
     )
     ends, losses, counted = [], [], []
     for _, batches in prefetched(steps, accelerator.device):
-        sft.train_step(accelerator, model, optimizer, scheduler, batches, recipe, stats)
+        sft.train_step(engine, batches, recipe, stats)
         losses.append(stats.step_loss(accelerator))
         counted.append(stats.flops_of_step)
         stats.end_step()
         ends.append(time.perf_counter())
-    attention = language_model.config._attn_implementation
+    attention = engine.language_model.config._attn_implementation
     loss = f"one pass, {choose_kernel(accelerator.device.type)[1]}"
     result = _result(work, ends, losses, {"attention": attention, "batches": "padding-free", "loss": loss})
     return result | {"flops": sum(counted[work.warm_up :]), "peak_flops": peak}
@@ -269,7 +265,7 @@ def split_in_memory(conversations: list[tuple[np.ndarray, np.ndarray]]):
     """A split of the mix made of these conversations."""
     import pyarrow as pa
 
-    from utils.mix import SCHEMA, Split
+    from data.mix import SCHEMA, Split
 
     columns = {
         "messages": [[] for _ in conversations],

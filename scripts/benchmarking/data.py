@@ -10,15 +10,16 @@ import yaml
 from tqdm import tqdm
 
 from benchmarking.measuring import in_a_process
-from utils.recipe import Recipe, load_recipe
+from recipe.keys import Recipe
+from recipe.load import load_recipe
 
 
 def measure_ours(recipe_file: str) -> dict:
     """Prepare the mix, or open it where it is prepared; and prepare it once more, with the libraries warm."""
     recipe = load_recipe(recipe_file)
     started = time.perf_counter()
-    from utils.mix import prepare_mix
-    from utils.model import load_tokenizer
+    from data.mix import prepare_mix
+    from training.model import load_tokenizer
 
     libraries = time.perf_counter() - started  # the part of a start that no cache can save
     tokenizer = load_tokenizer(recipe)
@@ -42,8 +43,8 @@ def measure_trl(recipe_file: str, processes: int | None = None) -> dict:
     from transformers import AutoModelForCausalLM, GPTNeoXConfig
     from trl import SFTConfig, SFTTrainer
 
-    from utils.mix import prepare_mix
-    from utils.model import load_tokenizer
+    from data.mix import prepare_mix
+    from training.model import load_tokenizer
 
     disable_progress_bars()
     recipe = load_recipe(recipe_file)
@@ -81,17 +82,13 @@ def measure_trl_all_cores(recipe_file: str) -> dict:
 
 def benchmark_data(recipe: Recipe, rounds: int) -> dict[str, list[dict]]:
     """The figures of every round; each starts with nothing prepared."""
-    from utils.data_files import find_data_file
-    from utils.sources import find_source
+    from data.files import source_files
 
     figures: dict[str, list[dict]] = {name: [] for name in ("cold", "cached", "trl", "trl_all_cores")}
     values = yaml.safe_load(recipe.to_yaml())
     for entry in values["datasets"]:  # the files where they are, since cache_dir becomes an empty folder
         ((name, given),) = entry.items()
-        options = recipe.datasets.chosen()[name]
-        hub = find_source(name, options).hub
-        paths = find_data_file(name, options.input_file_path, recipe.cache_dir, options.revision, hub)
-        given["input_file_path"] = str(paths[0].resolve())
+        given["input_file_path"] = str(source_files(name, recipe)[0].resolve())
     for _ in tqdm(range(rounds), desc="rounds"):
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "recipe.yaml")

@@ -10,8 +10,8 @@ import numpy as np
 
 from benchmarking.contenders import Work, train_bare, train_ours, train_trl
 from benchmarking.measuring import in_a_process
+from recipe.keys import Recipe
 from utils.errors import UserError
-from utils.recipe import Recipe
 
 # The vocabulary of StableLM with the chat tokens (50,288 rows).
 NEOX = {
@@ -36,10 +36,10 @@ def shape(gpu: str | None, layers: int | None) -> dict:
 
 def recipe_work(recipe: Recipe, conversations: int) -> dict[str, Work]:
     """The first conversations of a recipe's first epoch on the small model."""
-    from utils.batches import training_rows
-    from utils.collate import cut
-    from utils.mix import prepare_mix
-    from utils.model import load_tokenizer
+    from data.mix import prepare_mix
+    from training.collate import cut
+    from training.epochs import training_rows
+    from training.model import load_tokenizer
 
     mix = prepare_mix(recipe, load_tokenizer(recipe))
     rows = training_rows(mix, recipe, 0)[:conversations]

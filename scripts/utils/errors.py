@@ -49,3 +49,9 @@ def one_line_errors():
         print(f"process {os.environ.get('RANK', 0)} ends, since another one has", file=sys.stderr, flush=True)
         sys.stdout.flush()
         raise SystemExit(2) from None
+
+
+def reason(error: Exception) -> str:
+    """What kind of error a library raised and what it said, in one line, for a message of ours."""
+    said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return said[:300] + "..." * (len(said) > 300)

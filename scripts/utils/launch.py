@@ -15,7 +15,6 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object
 
 from utils.errors import UserError
-from utils.recipe import Recipe
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
@@ -56,7 +55,7 @@ def launcher_plugin() -> str | None:
     return None
 
 
-def training_dtype(recipe: Recipe) -> torch.dtype:
+def training_dtype(dtype: str) -> torch.dtype:
     """The precision of forward and backward here.
 
     fp16 without a GPU becomes fp32, with a line that says so: neither PyTorch's autocast nor DeepSpeed offers it on
@@ -65,12 +64,12 @@ def training_dtype(recipe: Recipe) -> torch.dtype:
     Raises:
         UserError: bf16 on a GPU that lacks it (before Ampere), where it would be emulated.
     """
-    if recipe.dtype == "bf16" and has_gpu() and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if dtype == "bf16" and has_gpu() and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError(f"dtype = bf16: {torch.cuda.get_device_name()} has no bf16; use dtype: fp16 or fp32")
-    if recipe.dtype == "fp16" and not has_gpu():
+    if dtype == "fp16" and not has_gpu():
         say("dtype fp16 needs a GPU and there is none here: computing in fp32")
         return torch.float32
-    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[recipe.dtype]
+    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
 
 
 def set_up_process() -> None:

@@ -1,0 +1,296 @@
+"""The prepared mix: every conversation of every data set, tokenized once, in memory-mapped Arrow files.
+
+A data set's folder holds examples.arrow (its conversations in the order of its files), split.npy (int8 [conversations]:
+0 training, 1 validation, 2 left out by max_val_set) and report.json (what was read and what was dropped). It is written
+as the source is read, so that memory stays flat whatever the source's size.
+
+Preparation runs before any process group exists. Whichever process comes first does it, under a file lock; the others
+wait for the lock, not in a collective that would time out, and read the same files. The folder's name is a hash of
+everything that changes its content, and it appears under that name only when it is whole.
+"""
+
+import gc
+import hashlib
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from filelock import FileLock
+
+import sources
+from data.arrow_arrays import booleans, integers, numbers, starts_of, texts
+from data.dialogue import encode
+from data.files import source_files
+from data.reading import TRAIN, VALIDATION, Reading
+from data.text_encoder import TextEncoder, fast_text_encoder
+from recipe.keys import Recipe
+from sources.options import DatasetOptions, keys_that_change
+from sources.registry import SOURCES
+from sources.source import Conversation
+from utils.errors import UserError
+from utils.files import read_json
+
+ROOM = Path(__file__).parent
+ROWS_AT_A_TIME = 1000
+CHARACTERS_AT_A_TIME = 2**29  # of up to 4 bytes, since Arrow's texts lie at offsets of 32 bits
+SCHEMA = pa.schema(
+    {
+        "messages": pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})),
+        "input_ids": pa.large_list(pa.int32()),
+        "scored": pa.large_list(pa.bool_()),
+        "length": pa.int64(),
+        "targets": pa.int64(),
+    }
+)
+
+
+@dataclass
+class Split:
+    """Examples of one split, those of the first data set first.
+
+    Attributes:
+        dataset: int64 [examples], the index of each example's data set in `Mix.names`.
+        position: int64 [examples], its row in that data set's table.
+        lengths: int64 [examples], tokens, whole conversations.
+        targets: int64 [examples], scored tokens.
+        tables: of each data set, of SCHEMA, memory-mapped.
+    """
+
+    dataset: np.ndarray
+    position: np.ndarray
+    lengths: np.ndarray
+    targets: np.ndarray
+    tables: list[pa.Table]
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def tokens(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """input_ids (int32 [tokens]) and scored (bool [tokens]) of one example, not cut to max_length."""
+        ids, scored = self._value(row, "input_ids"), self._value(row, "scored")
+        return integers(ids.values), booleans(scored.values)
+
+    def messages(self, row: int) -> list[dict[str, str]]:
+        """The conversation of one example: [{"role", "content"}]."""
+        return self._value(row, "messages").as_py()
+
+    def select(self, rows: np.ndarray) -> "Split":
+        """The examples of these rows (int64 or bool), in this order, over the same tables."""
+        return Split(self.dataset[rows], self.position[rows], self.lengths[rows], self.targets[rows], self.tables)
+
+    def _value(self, row: int, column: str) -> pa.Scalar:
+        return self.tables[self.dataset[row]][column][int(self.position[row])]
+
+
+@dataclass
+class Mix:
+    """All data sets of a recipe.
+
+    Attributes:
+        reports: of each data set by name, its report.json: rows_read, dropped {reason: count}, bad_records,
+            first_bad_record, conversations, and fingerprint, 20 hex digits that stand for the input_ids, scored flags
+            and split of all its conversations in order: equal where the data are equal, whatever files, cache or
+            version of this code they came from.
+    """
+
+    names: list[str]
+    train: Split
+    validation: Split
+    reports: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Of each data set, that of its tokens, scored positions and split."""
+        return {name: report["fingerprint"] for name, report in self.reports.items()}
+
+
+def prepare_mix(recipe: Recipe, tokenizer) -> Mix:
+    """Tokenize what is not prepared yet, and open all of it.
+
+    Raises:
+        UserError: a data file is missing or broken, or a data set has no training conversation left.
+    """
+    root = prepared_folder(recipe)
+    tokenizer_json = tokenizer.backend_tokenizer.to_str().encode()
+    paths, folders = {}, {}
+    chosen = recipe.datasets.chosen()
+    for name, options in chosen.items():
+        paths[name] = source_files(name, recipe)
+        key = _cache_key(name, options, paths[name], recipe, tokenizer.eos_token, tokenizer_json)
+        folders[name] = root / f"{name}-{key}"
+
+    missing = [name for name in chosen if not folders[name].exists()]
+    missing.sort(key=lambda name: sum(path.stat().st_size for path in paths[name]), reverse=True)
+    with ThreadPoolExecutor(1) as thread:  # loads the encoder while the first data set, the largest, is read
+        loading = thread.submit(fast_text_encoder, tokenizer) if missing else None
+        for name in missing:
+            with FileLock(f"{folders[name]}.lock"):
+                if not folders[name].exists():
+                    _prepare(folders[name], name, chosen[name], paths[name], recipe, tokenizer, loading)
+
+    tables, codes, reports = [], [], {}
+    for name, folder in folders.items():
+        with pa.memory_map(str(folder / "examples.arrow")) as file:
+            tables.append(pa.ipc.open_stream(file).read_all())
+        codes.append(np.load(folder / "split.npy"))
+        reports[name] = read_json(folder / "report.json")
+    return Mix(list(reports), _split(tables, codes, TRAIN), _split(tables, codes, VALIDATION), reports)
+
+
+def prepared_folder(recipe: Recipe) -> Path:
+    """Where prepared data are kept: cache_dir/prepared, or .cache/prepared when that is read-only."""
+    folder = recipe.cache_dir / "prepared"
+    there = folder if folder.exists() else recipe.cache_dir
+    # The mode bits as well: root may write anywhere, also where somebody asked for the opposite.
+    if there.exists() and not (there.stat().st_mode & 0o222 and os.access(there, os.W_OK)):
+        folder = Path(".cache") / "prepared"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cache_dir = {recipe.cache_dir}: cannot make {folder}: {error.strerror}") from error
+    return folder
+
+
+def _cache_key(
+    name: str, options: DatasetOptions, paths: list[Path], recipe: Recipe, eos: str, tokenizer_json: bytes
+) -> str:
+    """A hash of all that the prepared data depend on: files, tokenizer, rules and the code that applies them."""
+    digest = hashlib.blake2b(digest_size=10)
+    for path in [*paths, *code_files(name)]:
+        try:
+            with open(path, "rb") as file:
+                while block := file.read(2**20):
+                    digest.update(block)
+        except OSError as error:
+            raise UserError(f"data set {name}: {path}: cannot read this file: {error.strerror}") from error
+    digest.update(tokenizer_json)
+    rules = {
+        "dataset": name,
+        "eos": eos,
+        "options": options.model_dump(mode="json", include=keys_that_change("data", type(options))),
+        **recipe.model_dump(mode="json", include=keys_that_change("data", Recipe)),
+    }
+    digest.update(json.dumps(rules, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def code_files(name: str) -> list[Path]:
+    """What decides how a data set is prepared: all of this room, its source, and what the sources share."""
+    others = SOURCES.keys() - {name if name in SOURCES else "messages"}
+    of_sources = [path for path in Path(sources.__path__[0]).iterdir() if path.stem not in others]
+    return sorted(path for path in [*ROOM.iterdir(), *of_sources] if path.suffix in (".py", ".txt"))
+
+
+def _prepare(
+    folder: Path,
+    name: str,
+    options: DatasetOptions,
+    paths: list[Path],
+    recipe: Recipe,
+    tokenizer,
+    loading: Future[TextEncoder],
+) -> None:
+    """Read, tokenize and split one data set into `folder`, which appears only when it is whole; under its lock."""
+    source = Reading(name, options, paths, recipe.rng_seed)
+    work = folder.with_name(f".{folder.name}")
+    shutil.rmtree(work, ignore_errors=True)  # left by a run that was killed, since the lock is ours
+    work.mkdir()
+    kept: list[bool] = []  # of each conversation, whether any token is scored; else there is nothing to learn
+    content = hashlib.blake2b(digest_size=10)
+    gc.freeze()  # else the collector looks through all that the libraries made, again and again: a fifth of the time
+    try:
+        with pa.ipc.new_stream(work / "examples.arrow", SCHEMA) as writer:
+            conversations, again = itertools.tee(source)  # encode reads ahead by one batch
+            examples = zip(conversations, _encode(again, recipe, tokenizer, loading), strict=True)
+            while batch := list(itertools.islice(examples, ROWS_AT_A_TIME)):
+                teaches = [bool(scored.any()) for _, (_, scored) in batch]
+                batch = list(itertools.compress(batch, teaches))
+                characters = sum(len(message.content) for conversation, _ in batch for message in conversation.messages)
+                rows = ROWS_AT_A_TIME if characters < CHARACTERS_AT_A_TIME else 1
+                for first in range(0, len(batch), rows):
+                    writer.write_batch(_record_batch(batch[first : first + rows]))
+                kept += teaches
+                for _, (ids, scored) in batch:
+                    content.update(len(ids).to_bytes(8, "little"))  # where one conversation ends and the next begins
+                    content.update(ids)
+                    content.update(scored)
+        codes = source.split(np.array(kept, dtype=bool))
+        np.save(work / "split.npy", codes)
+        content.update(codes)
+        report = {
+            "rows_read": source.rows_read,
+            "dropped": dict(source.dropped),
+            "bad_records": source.bad_records,
+            "first_bad_record": source.first_bad_record,
+            "conversations": len(codes),
+            "fingerprint": content.hexdigest(),
+        }
+        (work / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        work.rename(folder)
+    finally:
+        gc.unfreeze()
+        shutil.rmtree(work, ignore_errors=True)
+    print(  # not only on the first process: any of them may be the one that prepares
+        f"prepared {name}: {source.rows_read:,} rows, {(codes == TRAIN).sum():,} training and "
+        f"{(codes == VALIDATION).sum():,} validation conversations ({source.losses()})",
+        flush=True,
+    )
+
+
+def _encode(
+    conversations: Iterable[Conversation], recipe: Recipe, tokenizer, loading: Future[TextEncoder]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    return encode(
+        tokenizer,
+        conversations,
+        label_masking=recipe.label_masking,
+        use_system_tag=recipe.use_system_tag,
+        system_property_dropout=recipe.system_property_dropout,
+        system_add_length=recipe.system_add_length,
+        seed=recipe.rng_seed,
+        batch_size=ROWS_AT_A_TIME,
+        encode_texts=lambda texts: loading.result()(texts),
+    )
+
+
+def _record_batch(examples: list[tuple[Conversation, tuple[np.ndarray, np.ndarray]]]) -> pa.RecordBatch:
+    """Rows of SCHEMA from conversations and what they were encoded to."""
+    messages = [message for conversation, _ in examples for message in conversation.messages]
+    fields = [texts([message.role for message in messages]), texts([message.content for message in messages])]
+    per_row = starts_of([len(conversation.messages) for conversation, _ in examples], np.int32)
+    lengths = [len(ids) for _, (ids, _) in examples]
+    starts = numbers(starts_of(lengths, np.int64))
+    input_ids, scored = (np.concatenate(parts) for parts in zip(*(encoded for _, encoded in examples), strict=True))
+    columns = {
+        "messages": pa.ListArray.from_arrays(
+            numbers(per_row),
+            pa.StructArray.from_arrays(fields, fields=list(SCHEMA.field("messages").type.value_type)),
+        ),
+        "input_ids": pa.LargeListArray.from_arrays(starts, numbers(input_ids)),
+        "scored": pa.LargeListArray.from_arrays(starts, numbers(scored)),
+        "length": numbers(np.array(lengths)),
+        "targets": numbers(np.array([int(np.count_nonzero(scored)) for _, (_, scored) in examples])),
+    }
+    return pa.record_batch(list(columns.values()), schema=SCHEMA)
+
+
+def _split(tables: list[pa.Table], codes: list[np.ndarray], which: int) -> Split:
+    positions = [np.flatnonzero(own == which) for own in codes]
+    dataset = np.repeat(np.arange(len(tables)), [len(own) for own in positions])
+    lengths, targets = (
+        np.concatenate([_column(table[column])[own] for table, own in zip(tables, positions, strict=True)])
+        for column in ("length", "targets")
+    )
+    return Split(dataset, np.concatenate(positions), lengths, targets, tables)
+
+
+def _column(column: pa.ChunkedArray) -> np.ndarray:
+    return np.concatenate([np.empty(0, dtype=np.int64), *map(integers, column.chunks)])

@@ -1,0 +1,140 @@
+"""Reading a data set: its conversations one after the other, what was dropped and why, and which are held out.
+
+Text is never kept: a split is drawn over counts and record numbers, so a source may be larger than the memory.
+`fraction` and `size` are the sampler's, as they are drawn anew each epoch.
+"""
+
+import math
+import random
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.records import read_records
+from sources.record import Record
+from sources.registry import find_source
+from sources.source import Conversation, Source
+from utils.errors import UserError
+
+TRAIN, VALIDATION, LEFT_OUT = range(3)  # left out by max_val_set
+SPLIT_SEED = 287631038922  # of torch's random_split
+SKLEARN_SEED = 666  # of scikit-learn's train_test_split
+SHUFFLE_SEED = 42
+
+
+class Reading:
+    """One pass over a data set: iterate it to the end, then ask for the split.
+
+    Attributes, final when the pass is:
+        rows_read: records in the files (trees, conversations or rows), those skipped included.
+        dropped: reason -> trees, threads, conversations or rows, as the reason says.
+        bad_records: places passed over under `on_bad_records: skip`; the end of a cut-off file counts as one.
+        first_bad_record: what was wrong with the first of them, or None.
+    """
+
+    def __init__(self, name: str, options: Any, paths: list[Path], rng_seed: int):
+        """
+        Args:
+            options: the recipe's for this data set.
+            paths: as `find_data_file` returns them.
+            rng_seed: for what the original drew without a seed.
+        """
+        self.name, self.options, self.paths, self.rng_seed = name, options, paths, rng_seed
+        self.source: Source = find_source(name, options)
+        self.rows_read = 0
+        self.dropped: Counter = Counter()
+        self.bad_records = 0
+        self.first_bad_record: str | None = None
+        self._records = array("q")  # of each unit of the split, the place of its record among all
+        self._sizes = array("q")  # its conversations
+
+    def __iter__(self) -> Iterator[Conversation]:
+        """The conversations in the order of the files.
+
+        Raises: UserError for a damaged file, or a field missing.
+        """
+        skip = self._skip if self.options.on_bad_records == "skip" else None
+        for path in self.paths:
+            for number, values in read_records(path, skip):
+                record = Record(values, path, number, self.rows_read + 1)
+                dropped: Counter = Counter()  # of this record, forgotten when it turns out to be bad
+                try:
+                    unit = self.source.read(record, self.options, dropped, self.rng_seed)
+                except (UserError, RecursionError) as error:
+                    problem = error if isinstance(error, UserError) else record.error("nested too deeply")
+                    if not skip:
+                        raise problem from None
+                    skip(problem)
+                    continue
+                self.rows_read += 1
+                self.dropped.update(dropped)
+                if unit is not None:
+                    self._records.append(self.rows_read - 1)
+                    self._sizes.append(len(unit))
+                    yield from unit
+
+    def _skip(self, problem: UserError) -> None:
+        self.rows_read += 1
+        self.bad_records += 1
+        # It may quote what no terminal or file can take.
+        self.first_bad_record = self.first_bad_record or str(problem).encode(errors="backslashreplace").decode()
+
+    def split(self, kept: np.ndarray | None = None) -> np.ndarray:
+        """TRAIN, VALIDATION or LEFT_OUT for each conversation: int8 [conversations].
+
+        Args:
+            kept: bool [conversations], those to answer for; the others, no token of which is scored, are dropped now.
+        Raises: UserError when nothing is left to train on.
+        """
+        sizes, records = np.array(self._sizes, dtype=np.int64), np.array(self._records, dtype=np.int64)
+        units = np.arange(len(sizes))  # in the order in which they are split
+        if self.source.shuffled:
+            order = list(range(self.rows_read))
+            random.Random(SHUFFLE_SEED).shuffle(order)
+            units = np.argsort(np.argsort(order)[records])
+        codes = np.full(len(sizes), TRAIN, dtype=np.int8)
+        codes[units[_validation_places(self.source.split, len(units), self.options.val_split)]] = VALIDATION
+        codes = np.repeat(codes, sizes)
+
+        limit = self.options.max_val_set
+        validation = np.flatnonzero(codes == VALIDATION)
+        if limit is not None and len(validation) > limit:
+            place = np.repeat(np.argsort(units), sizes)  # of each conversation's unit in that order
+            validation = validation[np.argsort(place[validation], kind="stable")]
+            drawn = random.Random(f"{self.rng_seed} {self.name} max_val_set").sample(range(len(validation)), limit)
+            codes[np.delete(validation, drawn)] = LEFT_OUT
+        if kept is not None and not kept.all():
+            self.dropped["conversation with no scored token"] += int((~kept).sum())
+            codes = codes[kept]
+        if not (codes == TRAIN).any():
+            where = ", ".join(map(str, self.paths))
+            raise UserError(f"data set {self.name}: no conversation left to train on in {where}; {self.losses()}")
+        return codes
+
+    def losses(self) -> str:
+        """What did not become a conversation, in words."""
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.items()) or "nothing"
+        if not self.bad_records:
+            return f"dropped: {reasons}"
+        return f"dropped: {reasons}; skipped: {self.bad_records:,} bad, the first: {self.first_bad_record}"
+
+
+def _validation_places(split: str, count: int, val_split: float) -> np.ndarray:
+    """Which of `count` units are held out; a share that rounds to nothing or everything holds out none or all."""
+    if count == 0 or val_split == 0:
+        return np.empty(0, dtype=np.int64)
+    if split == "random_split":
+        import torch
+
+        generator = torch.Generator().manual_seed(SPLIT_SEED)
+        sizes = [1.0 - val_split, val_split]
+        held_out = torch.utils.data.random_split(range(count), sizes, generator=generator)[1].indices
+        return np.array(held_out, dtype=np.int64)
+    if count == 1:
+        return np.empty(0, dtype=np.int64)  # scikit-learn holds out one of one and then refuses to train on none
+    # What scikit-learn's train_test_split(shuffle=True) draws, without the second that importing it takes.
+    return np.random.RandomState(SKLEARN_SEED).permutation(count)[: math.ceil(count * val_split)]

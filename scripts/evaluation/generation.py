@@ -1,0 +1,191 @@
+"""Replies of a chat model to many prompts: batches of similar lengths, greedy or sampled.
+
+In fp32 the replies do not depend on the batch size, the order of the prompts or the number of processes: padding is on
+the left and masked, positions count real tokens, and each sampled reply draws from a random stream of its own.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from jinja2 import TemplateError
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation import (
+    EpsilonLogitsWarper,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+
+from data.dialogue import ASSISTANT, CHAT_TEMPLATE, encode
+from sources.source import Conversation, Message
+from utils.errors import UserError
+
+# Sampling settings by their names in transformers, applied in its order. None has a default: transformers' own top_k
+# of 50 is not applied unless it is given.
+WARPERS = {
+    "temperature": TemperatureLogitsWarper,
+    "top_k": TopKLogitsWarper,
+    "top_p": TopPLogitsWarper,
+    "min_p": MinPLogitsWarper,
+    "typical_p": TypicalLogitsWarper,
+    "epsilon_cutoff": EpsilonLogitsWarper,
+}
+# Those that also a greedy reply may have; transformers applies them.
+OTHER_SETTINGS = ("min_new_tokens", "repetition_penalty", "no_repeat_ngram_size")
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the model wrote.
+
+    Attributes:
+        text: decoded, with control tokens it may hold, without the one that ended it.
+        tokens: how many were generated, the one that ended it counted.
+        ended: whether the model ended it by itself; else max_new_tokens were used up.
+    """
+
+    text: str
+    tokens: int
+    ended: bool
+
+
+def encode_chat(tokenizer, messages: list[dict[str, str]]) -> list[int]:
+    """Token ids of a conversation, [{"role", "content"}], up to where the model's reply begins.
+
+    In this collection's format the contents are plain text, as in training: a control token written out in a message
+    stays text. Other templates are applied as transformers does it.
+
+    Raises:
+        UserError: the template refuses the conversation.
+    """
+    if tokenizer.chat_template != CHAT_TEMPLATE:
+        try:
+            return tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        except TemplateError as error:  # some refuse a system message, or a reply that comes first
+            roles = ", ".join(message["role"] for message in messages)
+            raise UserError(f"the model's chat template refuses a conversation of {roles}: {error}") from error
+    conversation = Conversation([Message(message["role"], message["content"]) for message in messages])
+    ((ids, _),) = encode(tokenizer, [conversation])
+    return [*ids.tolist(), tokenizer.convert_tokens_to_ids(ASSISTANT)]
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer,
+    prompts: list[list[int]],
+    settings: dict[str, Any],
+    batch_size: int,
+    seeds: list[int] | None = None,
+) -> Iterator[tuple[int, Reply]]:
+    """Reply to each prompt, the longest first, so that memory runs out at once; then the batch is halved.
+
+    Args:
+        model, tokenizer: as `load_chat_model` returns them.
+        prompts: token ids, as `encode_chat` returns them.
+        settings: max_new_tokens; `do_sample: true` with any of WARPERS; any of OTHER_SETTINGS.
+        seeds: one for each prompt, of its random stream; needed when sampling.
+
+    Yields: (place in `prompts`, reply), batch by batch.
+    Raises:
+        UserError: a setting that does not exist or has an impossible value, a prompt that leaves no room for
+            max_new_tokens in the model's positions, or no memory for a single prompt.
+    """
+    config, warpers = _read_settings(settings, model.generation_config)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
+    if positions and order and len(prompts[order[0]]) + config.max_new_tokens > positions:
+        raise UserError(
+            f"a prompt of {len(prompts[order[0]]):,} tokens and max_new_tokens = {config.max_new_tokens:,} are over "
+            f"the model's {positions:,} positions"
+        )
+    while order:
+        batch = order[:batch_size]
+        streams = [seeds[place] for place in batch] if settings.get("do_sample") else None
+        replies, no_memory = None, False
+        try:
+            replies = _generate_batch(model, tokenizer, [prompts[place] for place in batch], config, warpers, streams)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            no_memory = True
+        if no_memory:  # here, where the error no longer holds on to the batch's tensors
+            clear_device_cache(garbage_collection=True)
+            if len(batch) == 1:
+                raise UserError(f"not enough memory for one prompt of {len(prompts[batch[0]]):,} tokens")
+            batch_size = len(batch) // 2
+            continue
+        yield from zip(batch, replies, strict=True)
+        order = order[len(batch) :]
+
+
+def _read_settings(settings: dict[str, Any], ends: GenerationConfig) -> tuple[GenerationConfig, list[LogitsProcessor]]:
+    known = ("max_new_tokens", "do_sample", *OTHER_SETTINGS, *WARPERS)
+    if unknown := sorted(settings.keys() - set(known)):
+        raise UserError(f"unknown sampling setting {unknown[0]} (known: {', '.join(known)})")
+    if not isinstance(settings.get("max_new_tokens"), int) or settings["max_new_tokens"] < 1:
+        raise UserError(f"max_new_tokens = {settings.get('max_new_tokens')}: give a whole number of at least 1")
+    warpers = {name: settings[name] for name in WARPERS if name in settings}
+    if warpers and not settings.get("do_sample"):
+        raise UserError(f"{', '.join(warpers)}: only with do_sample: true; without it the reply is greedy")
+    try:
+        others = {name: settings[name] for name in OTHER_SETTINGS if name in settings}
+        config = GenerationConfig(
+            max_new_tokens=settings["max_new_tokens"],
+            eos_token_id=ends.eos_token_id,
+            pad_token_id=ends.pad_token_id,
+            do_sample=False,  # sampling is `OwnStreams`, which finds the likeliest after adding noise
+            **others,
+        )
+        return config, [WARPERS[name](value) for name, value in warpers.items()]
+    except (ValueError, TypeError) as error:
+        raise UserError(f"sampling settings: {' '.join(str(error).split())}") from error
+
+
+@torch.inference_mode()
+def _generate_batch(model, tokenizer, prompts, config, warpers, seeds) -> list[Reply]:
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), tokenizer.pad_token_id)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    processors = LogitsProcessorList(warpers + ([OwnStreams(seeds, model.device)] if seeds is not None else []))
+    output = model.generate(
+        ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        generation_config=config,
+        logits_processor=processors,
+    )
+    return [_reply(tokenizer, row, config.eos_token_id) for row in output[:, width:].tolist()]
+
+
+def _reply(tokenizer, ids: list[int], ends: list[int]) -> Reply:
+    end = next((place for place, token in enumerate(ids) if token in ends), None)
+    return Reply(
+        text=tokenizer.decode(ids[:end], skip_special_tokens=False),
+        tokens=len(ids) if end is None else end + 1,
+        ended=end is not None,
+    )
+
+
+class OwnStreams(LogitsProcessor):
+    """Makes the likeliest token a sample from the distribution, each row from a random stream of its own.
+
+    The Gumbel-max trick: argmax(logits + Gumbel noise) is distributed as softmax(logits).
+    """
+
+    def __init__(self, seeds: list[int], device: torch.device):
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        noise = torch.empty_like(scores)
+        for row, generator in zip(noise, self.generators, strict=True):
+            row.exponential_(generator=generator)
+        return scores - noise.clamp_(min=1e-30).log()  # a 0 would make NaN of a token that a warper has ruled out

@@ -1,0 +1,78 @@
+"""What an evaluation is called with, and the model that it looks at. Only light imports.
+
+A checkpoint is OUTPUT_DIR/checkpoint-N (its recipe lies one level up), OUTPUT_DIR itself (the final model), or any
+other model by folder or hub name, which has no recipe.
+"""
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.command_line import OneLineParser, positive
+from utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class EvaluatedModel:
+    """A model to evaluate.
+
+    Attributes:
+        name: its folder or hub name, as given.
+        recipe_file: the recipe of the run that wrote it, or None.
+        step: optimizer steps it was trained for, or None where that is not known.
+    """
+
+    name: str
+    recipe_file: Path | None = None
+    step: int | None = None
+
+    @property
+    def folder(self) -> Path | None:
+        """Its folder, None for a model of the hub."""
+        return Path(self.name) if os.path.isdir(self.name) else None
+
+
+def find_model(name: str) -> EvaluatedModel:
+    """The model of this folder or hub name, and the recipe beside it.
+
+    Raises:
+        UserError: a folder that is not a model's; a path that is neither a folder nor can be a hub name.
+    """
+    folder = Path(name)
+    if not os.path.isdir(folder):
+        if os.path.lexists(folder) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+            raise UserError(f"{name}: no such folder under {Path.cwd()}, nor is it a hub name (org/name)")
+        return EvaluatedModel(name)
+    if not (folder / "config.json").is_file():
+        runs = sorted(folder.glob("checkpoint-*"), key=lambda path: (len(path.name), path.name))
+        names = [path.name for path in runs or sorted(folder.iterdir())]
+        what = "a run that has no final model yet; give one of" if runs else "not a model, no config.json; it holds"
+        raise UserError(f"{name}: {what} {', '.join(names[:8]) or 'nothing'}{', ...' * (len(names) > 8)}")
+    number = re.fullmatch(r"checkpoint-(\d+)", folder.resolve().name)
+    run = folder.resolve().parent if number else folder
+    recipe_file = run / "recipe.yaml"
+    step = int(number[1]) if number else _last_step(run / "metrics.jsonl")
+    return EvaluatedModel(name, recipe_file if recipe_file.is_file() else None, step)
+
+
+def _last_step(metrics: Path) -> int | None:
+    try:
+        return json.loads(metrics.read_text(encoding="utf-8").splitlines()[-1])["step"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def evaluation_parser(usage: str) -> OneLineParser:
+    """The arguments that all evaluation scripts have in common; a script adds its own.
+
+    Args:
+        usage: the script's docstring.
+    """
+    parser = OneLineParser(usage)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a model (a run's checkpoint), or hub name")
+    parser.add_argument("--output", metavar="PATH", help=".json file or folder of the result; else CHECKPOINT/eval")
+    parser.add_argument("--batch_size", type=positive, metavar="N", help="at once on each process")
+    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="precision of the model")
+    return parser

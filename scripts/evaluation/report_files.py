@@ -1,0 +1,131 @@
+"""The files around a sampling report: prompts, sampling settings, and reports, read and checked. Only light imports.
+
+Settings and reports are in the formats of Open-Assistant's model_eval/manual/sampling_report.py.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from utils.errors import UserError
+from utils.files import parse_json, read_json, read_text
+
+# ---- Prompts ----
+
+
+def read_prompts(path: Path) -> list[list[dict[str, str]]]:
+    """Prompts as conversations, [{"role", "content"}], whose last message is a user's.
+
+    A .txt file has one a line. In a JSON list, or JSON Lines, a prompt is a text or {"messages": [...]}.
+
+    Raises:
+        UserError: with the line, what is no prompt; there is none.
+    """
+    text = read_text(path)
+    if path.suffix == ".txt":
+        values = [(str(path), line.strip()) for line in text.split("\n") if line.strip()]
+    elif text.lstrip().startswith("["):
+        values = [(f"{path}, prompt {number}", value) for number, value in enumerate(parse_json(text, path), 1)]
+    else:
+        lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        values = [(f"{path}, line {number}", parse_json(line, path, number)) for number, line in lines]
+    if not values:
+        raise UserError(f"{path}: it holds no prompts")
+    return [_as_messages(value, where) for where, value in values]
+
+
+def _as_messages(prompt: Any, where: str) -> list[dict[str, str]]:
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else None
+    if isinstance(prompt, dict):
+        messages = prompt.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise UserError(f'{where}: neither a text nor {{"messages": [{{"role": "user", "content": "..."}}, ...]}}')
+    for number, message in enumerate(messages, 1):
+        role, content = (message.get(key) if isinstance(message, dict) else None for key in ("role", "content"))
+        roles = ("user", "assistant", "system")[: 3 if number == 1 else 2]
+        if role not in roles:
+            raise UserError(f"{where}: message {number}: its role is {role!r}, not one of {', '.join(roles)}")
+        if not isinstance(content, str) or not content.strip():
+            raise UserError(f"{where}: message {number}: its content is empty or no text")
+        if content.encode("utf-8", "replace").decode() != content:
+            raise UserError(f"{where}: message {number}: its content holds half of a surrogate pair")
+    if messages[-1]["role"] != "user":
+        raise UserError(f"{where}: its last message is not the user's")
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+# ---- Sampling settings ----
+
+
+class _Settings(BaseModel):
+    """Settings of one name, or the `default` of all. The chat template gives the texts around a prompt."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: str = ""
+    generate_args: dict[str, Any] = {}
+    pre_text: None = None
+    add_prefix_tokens: bool = False  # about pre_text
+    human_name: str | None = None  # these two: of a mode without chat tokens, without effect in the others
+    bot_name: str | None = None
+
+
+class _SettingsFile(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    default: _Settings = _Settings()
+    configurations: list[_Settings] = Field(min_length=1)
+
+
+def read_configs(path: Path) -> dict[str, dict[str, Any]]:
+    """Sampling settings by name, those of `default` filled in; `generate` checks what they say.
+
+    Raises:
+        UserError: another format, a name that is missing or given twice.
+    """
+    file = _validated(_SettingsFile, path, "a file of sampling settings")
+    configs: dict[str, dict[str, Any]] = {}
+    for number, chosen in enumerate(file.configurations, 1):
+        if not chosen.name or chosen.name in configs:
+            problem = f"the name {chosen.name} is given twice" if chosen.name else "no name"
+            raise UserError(f"{path}: configuration {number}: {problem}")
+        configs[chosen.name] = file.default.generate_args | chosen.generate_args
+    return configs
+
+
+# ---- Reports ----
+
+
+class Result(BaseModel):
+    sampling_config: str
+    sampling_params: dict[str, Any]
+    outputs: list[str]
+
+
+class PromptResults(BaseModel):
+    prompt: str
+    results: list[Result]
+
+
+class SamplingReport(BaseModel):
+    """Other keys are left out."""
+
+    model_name: str
+    date: str = ""
+    args: dict[str, Any] = {}
+    prompts: list[PromptResults] = Field(min_length=1)
+
+
+def read_report(path: Path) -> SamplingReport:
+    """A report.  Raises: UserError for a file that is none."""
+    return _validated(SamplingReport, path, "a sampling report")
+
+
+def _validated(model: type[BaseModel], path: Path, what: str) -> Any:
+    try:
+        return model.model_validate(read_json(path))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(map(str, problem["loc"]))
+        message = {"missing": "is missing", "extra_forbidden": "is not known here"}.get(problem["type"])
+        message = message or problem["msg"].replace("Input should", "should").removesuffix(" or instance of Settings")
+        raise UserError(f"{path}: not {what}: {place} {message}".replace("  ", " ")) from None

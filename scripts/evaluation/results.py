@@ -1,0 +1,243 @@
+"""Running an evaluation: its processes, the results of its items as they come, and the file with all of them.
+
+The result of an evaluation is CHECKPOINT/eval/<name>.json:
+
+    name, checkpoint {name, step, fingerprint}, created, seconds, processes, device, versions
+    settings      all that the results depend on; the same settings on the same weights give the same results
+    results       {metric: {"value", "low", "high", "better": "higher" | "lower" | None, "n"}}; low and high are the
+                  95 % interval; all but value may be absent or null. compare.py shows every metric that is here.
+                  "ratio": [field, field or None] says that it is the sum of a field of the items over that of another
+                  (or over their number), "where" ({field: value}) of which items, "exp" that it is e to the power of
+                  it: then compare.py pairs the items of two results
+    warnings      lines that whoever reads the results has to know
+    items         {key: {...}} what was measured on each item (`evaluation/intervals.py`)
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import time
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+
+from evaluation.chat_model import fingerprint
+from evaluation.model import EvaluatedModel
+from utils.errors import UserError
+from utils.files import write_whole
+from utils.launch import check_processes, has_gpu, launcher_plugin, process_group_options, say, set_up_process
+
+if TYPE_CHECKING:
+    import evaluate
+
+METRICS = Path(__file__).parents[1] / "metrics"
+PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "numpy")
+
+
+def start_processes(mixed_precision: str = "no") -> Accelerator:
+    """The accelerator of an evaluation: one process, or those of `accelerate launch`, each with the whole model.
+
+    A DeepSpeed or FSDP plugin of the accelerate config is left out: it shards what training holds.
+
+    Raises:
+        UserError: the processes do not find each other.
+    """
+    if plugin := launcher_plugin():
+        say(f"the accelerate config's {plugin} is not used: each process evaluates with a whole model")
+        os.environ.pop(f"ACCELERATE_USE_{plugin.upper()}")
+    set_up_process()
+    accelerator = Accelerator(
+        mixed_precision=mixed_precision, cpu=not has_gpu(), kwargs_handlers=process_group_options(deepspeed=False)
+    )
+    check_processes(accelerator)
+    return accelerator
+
+
+class Evaluation:
+    """One evaluation of a checkpoint: remembers each item's result at once, and writes the whole at the end.
+
+    What `add` is given goes into a part file of its process beside the result file, so that an evaluation that was
+    interrupted goes on where it stopped when the same one is started again: same weights, same settings, any number of
+    processes. Part files go when the result is written.
+
+    Attributes:
+        path: the result file.
+        done: results by item key that an interrupted evaluation left, the same on every process.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        checkpoint: EvaluatedModel,
+        name: str,
+        settings: dict[str, Any],
+        output: str | None = None,
+    ):
+        """Every process calls this, before the first item.
+
+        Args:
+            name: of the result, the last part of its file's name.
+            settings: all that results depend on, as JSON; not the batch size or the number of processes.
+            output: file (.json) or folder of the result in place of CHECKPOINT/eval.
+
+        Raises:
+            UserError: the result could not be written.
+        """
+        self.accelerator, self.checkpoint, self.name, self.settings = accelerator, checkpoint, name, settings
+        self.path = result_path(checkpoint, name, output)
+        self.warnings: list[str] = []
+        self._started = time.perf_counter()
+        self._new: dict[str, Any] = {}
+        shared = [None, None]
+        if accelerator.is_main_process:
+            shared = [fingerprint(checkpoint), None]
+            self._stem = self._part_stem(shared[0])
+            shared[1] = self._collect_parts()
+        self.fingerprint, self.done = broadcast_object_list(shared)
+        self._stem = self._part_stem(self.fingerprint)
+        self._part = open(f"{self._stem}{accelerator.process_index}.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        if self.done:
+            say(f"going on with an interrupted evaluation: {len(self.done):,} items are done")
+
+    def _part_stem(self, model: str) -> str:
+        """Part files of other weights or settings have other names, so that none is mixed in."""
+        text = json.dumps([model, self.settings], sort_keys=True)
+        return f"{self.path.with_suffix('')}-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}.partial-"
+
+    def _parts(self) -> list[Path]:
+        stem = Path(self._stem)
+        return sorted(path for path in stem.parent.glob("*.partial-*.jsonl") if path.name.startswith(stem.name))
+
+    def _collect_parts(self) -> dict[str, Any]:
+        """All part files as one, lines that were cut off left out."""
+        done = {}
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            for part in self._parts():
+                for line in part.read_text(encoding="utf-8", errors="replace").split("\n"):
+                    with contextlib.suppress(ValueError):  # of a line that was cut off
+                        item = json.loads(line)
+                        done[item["key"]] = item["result"]
+            first = Path(f"{self._stem}0.jsonl")
+            write_whole(first, "".join(_line(key, result) for key, result in done.items()))
+            for part in self._parts():
+                if part != first:
+                    part.unlink()
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot write there ({error.strerror}); give --output FILE.json or FOLDER"
+            ) from error
+        return done
+
+    def share(self, keys: list[str]) -> list[str]:
+        """This process's share of the items that have no result yet, dealt in turn: give the keys by their cost."""
+        remaining = [key for key in keys if key not in self.done]
+        return remaining[self.accelerator.process_index :: self.accelerator.num_processes]
+
+    def add(self, key: str, result: dict[str, Any]) -> None:
+        """Keep the result of an item (JSON), on the process that made it."""
+        self._new[key] = result
+        self._part.write(_line(key, result))
+        self._part.flush()
+
+    def gather(self) -> dict[str, Any]:
+        """All results by key, of all processes and of before. Every process calls this, and all get the same."""
+        new = gather_object([self._new])
+        return self.done | {key: result for part in new for key, result in part.items()}
+
+    def warn(self, message: str) -> None:
+        """Say it now and keep it with the results."""
+        say(f"warning: {message}")
+        self.warnings.append(message)
+
+    def write(self, results: dict[str, dict[str, Any]], **more: Any) -> None:
+        """Write the result file and remove the part files. Every process calls this.
+
+        Args:
+            results: see the top of this file.
+            more: further keys of the file: items, and what only this evaluation has.
+        """
+        held = {
+            "name": self.name,
+            "checkpoint": {
+                "name": self.checkpoint.name,
+                "step": self.checkpoint.step,
+                "fingerprint": self.fingerprint,
+            },
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": round(time.perf_counter() - self._started, 1),
+            "resumed_items": len(self.done),
+            "processes": self.accelerator.num_processes,
+            "device": device_name(self.accelerator.device),
+            "versions": versions(),
+            "settings": self.settings,
+            "results": results,
+            "warnings": self.warnings,
+            **more,
+        }
+        self.write_file(held)
+
+    def write_file(self, content: dict[str, Any]) -> None:
+        """`write` in a format of one's own: the whole result file as JSON. Every process calls one of the two."""
+        self._part.close()
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            write_whole(self.path, json.dumps(content, indent=1, ensure_ascii=False, default=float) + "\n")
+            for part in self._parts():
+                part.unlink()
+            say(f"results: {self.path}")
+
+
+def _line(key: str, result: Any) -> str:
+    return json.dumps({"key": key, "result": result}) + "\n"
+
+
+def result_path(checkpoint: EvaluatedModel, name: str, output: str | None) -> Path:
+    """Where a result goes: CHECKPOINT/eval/<name>.json, or `output` (a .json file, else a folder).
+
+    Raises:
+        UserError: a hub model without `output`.
+    """
+    if output:
+        return Path(output) if output.endswith(".json") else Path(output) / f"{name}.json"
+    if not checkpoint.folder:
+        raise UserError(f"{checkpoint.name}: not a folder here, so give --output FILE.json or FOLDER for the results")
+    return checkpoint.folder / "eval" / f"{name}.json"
+
+
+def metric(value: float, bounds: tuple, better: str | None, n: int, **more: Any) -> dict[str, Any]:
+    """An entry of `results`; bounds are the ends of its interval, or (None, None)."""
+    return {"value": float(value), "low": bounds[0], "high": bounds[1], "better": better, "n": n, **more}
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that results depend on."""
+    return {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}}
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or `cpu`."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def load_metric(name: str) -> "evaluate.Metric":
+    """A metric of scripts/metrics/ by name; nothing is looked up on the hub.
+
+    Raises:
+        UserError: `evaluate` copies its modules into HF_HOME, which cannot be written.
+    """
+    import evaluate  # and datasets with it, two seconds of work that most scripts do without
+
+    try:
+        return evaluate.load(str(METRICS / name), keep_in_memory=True)
+    except OSError as error:
+        raise UserError(
+            f"evaluate cannot keep its modules (set HF_HOME to a folder that can be written): {error}"
+        ) from error

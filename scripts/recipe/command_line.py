@@ -1,0 +1,95 @@
+"""What a script that takes a recipe is called with: RECIPE, each of its keys as an option, and the script's own."""
+
+import argparse
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from recipe.keys import IGNORED, Datasets, Recipe
+from recipe.load import nearest
+from sources.options import DatasetOptions
+from sources.registry import SOURCES
+from utils.command_line import OneLineParser
+from utils.errors import UserError
+
+SECTIONS = {"model_name": "Model", "datasets": "Data", "dtype": "Training", "output_dir": "Output"}
+
+
+def recipe_parser(usage: str) -> OneLineParser:
+    """A parser for the script's own options, whose --help also shows every key of a recipe.
+
+    Args:
+        usage: the script's docstring.
+    """
+    parser = OneLineParser(usage)
+    parser.usage = "%(prog)s RECIPE [--key value ...] [options]"
+    parser.epilog = f"Keys of a recipe, each also an option (--learning_rate 2e-5):\n{describe_keys()}"
+    return parser
+
+
+def parse_with_recipe(
+    parser: OneLineParser, arguments: list[str] | None = None
+) -> tuple[argparse.Namespace, str | None, dict[str, str]]:
+    """Read `RECIPE [--key value ...]` with the script's own options anywhere among them; without any, print the help.
+
+    Args:
+        arguments: None takes those that Python was started with.
+
+    Returns:
+        The script's own; the recipe's file, None where none is given; the overrides for `load_recipe`.
+
+    Raises:
+        UserError: an argument is none of these.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments:
+        parser.print_help()
+        sys.exit(2)
+    options, rest = parser.parse_known_args(arguments)
+    known = [*Recipe.model_fields, *IGNORED]
+    recipe_file: str | None = None
+    overrides: dict[str, str] = {}
+    arguments = iter(rest)
+    for argument in arguments:
+        if not argument.startswith("-"):
+            if recipe_file is not None:
+                raise UserError(f"command line: {argument}: one recipe at a time, {recipe_file} is the recipe already")
+            recipe_file = argument
+            continue
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or name.split(".")[0] not in known:
+            raise UserError(f"command line: unknown key {name}{nearest(name, [*known, *vars(options)])}")
+        if not equals:
+            value = next(arguments, "")
+        if not value or (not equals and value.startswith("--")):
+            raise UserError(f"command line: --{name} needs a value (null for none)")
+        overrides[name] = value
+    return options, recipe_file, overrides
+
+
+def describe_keys() -> str:
+    """Every key with its meaning and default, for --help."""
+
+    def line(name: str, field: Any, indent: int) -> str:
+        default = field.default if not isinstance(field.default, Path) else str(field.default)
+        shown = "required" if field.is_required() else yaml.safe_dump(default).split("\n")[0]
+        return f"{' ' * indent}{name:<{34 - indent}}{field.description} ({shown})"
+
+    lines: list[str] = []
+    for name, field in Recipe.model_fields.items():
+        if name in SECTIONS:
+            lines.append(f"\n{SECTIONS[name]}")
+        lines.append(line(name, field, 2))
+        if name == "datasets":
+            lines += [f"    {source:<32}{entry.about}" for source, entry in SOURCES.items()]
+            lines.append("    each with these options, e.g. --datasets.vicuna.fraction 0.5")
+            shared = DatasetOptions.model_fields
+            lines += [line(option, entry, 6) for option, entry in shared.items()]
+            for source in SOURCES:
+                own = Datasets.options_of(source).model_fields.items()
+                lines += [line(option, entry, 6) + f" [{source}]" for option, entry in own if option not in shared]
+    ignored = textwrap.fill(", ".join(IGNORED), 118, initial_indent="  ", subsequent_indent="  ")
+    return "\n".join([*lines, "\nOf the original's recipes these are accepted and do nothing here", ignored])

@@ -1,0 +1,240 @@
+"""The keys of a recipe: each with its type, its default, a one-line meaning and what another value changes.
+
+Scalars arrive as text (`recipe/strict_yaml.py`) and become numbers and booleans here, where the key asks for one. What
+a data set can be given stands with its source (`sources/`).
+
+Defaults come from the `defaults` block of the original trainer, LAION-AI/Open-Assistant
+model/model_training/configs/config.yaml (April 2023), where it has the key.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, create_model, model_validator
+
+from sources.messages import MessagesOptions
+from sources.options import (
+    DatasetOptions,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    Schema,
+    WholeNumber,
+    key,
+)
+from sources.registry import SOURCES
+
+DATASET_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")  # part of a folder's name, of metrics and of options
+
+# Keys of the original's recipes that are accepted and do nothing here, each with the values of which that is true; of
+# those with None, any.
+IGNORED: dict[str, tuple[str, ...] | None] = {
+    "datasets_extra": ("[]", "null"),
+    "eval_accumulation_steps": None,
+    "eval_size": ("null",),
+    "freeze_layer": ("null",),
+    "is_reward_model": ("false",),
+    "loss_fn": ("CrossEntropyLoss",),
+    "per_digit_tokens": ("false",),
+    "poly_eps": None,  # of another loss_fn
+    "quantization": ("false",),
+    "samples_mixing": ("false",),
+    "seq2seqmodel": ("false",),
+    "system_prefix": None,  # of use_system_prefix
+    "use_custom_sampler": None,  # fraction, size and sort_by_length work either way
+    "use_system_prefix": ("false",),
+    "verbose": None,
+}
+
+
+class _Mix(Schema):
+    """The mix: in YAML a list, each entry a name or `name: {options}`; the sources are in scripts/sources/.
+
+    A data set of any other name says `source: messages`, so that a misspelt name is not taken for one.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, MessagesOptions]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_list(cls, value: Any) -> Any:
+        """Turn the recipe's list into a mapping, so that errors and overrides name `datasets.vicuna.fraction`."""
+        if not isinstance(value, list):
+            raise ValueError("should be a list of data sets, each `- name` or `- name:` with its options below")
+        mix: dict[str, Any] = {}
+        for entry in value:
+            entries = {entry: None} if isinstance(entry, str) else entry
+            if not isinstance(entries, Mapping) or len(entries) != 1:
+                hint = ": indent the options further than the name" if isinstance(entry, Mapping) and entry else ""
+                raise ValueError(f"each entry is a name or one `name: options`, got {entry}{hint}")
+            ((name, options),) = entries.items()
+            if name in mix:
+                raise ValueError(f"{name} is listed twice")
+            mix[name] = options = {} if options is None else options
+            if isinstance(options, Mapping) and name == "messages":
+                mix[name] = {"source": "messages", **options}
+            elif isinstance(options, Mapping) and "source" in options and not DATASET_NAME.fullmatch(name):
+                raise ValueError(f"{name!r} is no name for a data set: use letters, digits, _ and -")
+        return mix
+
+    @model_validator(mode="after")
+    def _not_empty(self):
+        if not self.chosen():
+            raise ValueError("the mix is empty: list at least one data set")
+        return self
+
+    def chosen(self) -> dict[str, DatasetOptions]:
+        """The data sets of the mix, in the order of SOURCES, those of other names after them in the recipe's."""
+        known = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: options for name, options in (known | self.__pydantic_extra__).items() if options is not None}
+
+    @staticmethod
+    def options_of(name: str) -> type[DatasetOptions]:
+        """What a data set of this name can be given."""
+        return SOURCES[name].options if name in SOURCES else MessagesOptions
+
+
+Datasets = create_model(
+    "Datasets",
+    __base__=_Mix,
+    **{name: (source.options | None, Field(None, description=source.about)) for name, source in SOURCES.items()},
+)
+
+
+class Recipe(Schema):
+    """Every key of a recipe."""
+
+    model_name: str = key(..., "folder or hub name of the base model (a causal LM)", min_length=1)
+    from_scratch: bool = key(False, "random weights, built from the config.json of model_name")
+    trust_remote_code: bool = key(False, "run model code that comes with the checkpoint", "")
+    max_length: Annotated[PositiveInt, Field(ge=2)] = key(
+        512, "longest training example, tokens", "training evaluation"
+    )
+    fuse_gelu: bool = key(
+        True, "tanh approximation in place of exact GELU, as the original trained", "training evaluation"
+    )
+    use_flash_attention: bool = key(
+        False, "the fastest exact attention here: flash-attn, PyTorch's varlen kernels, else SDPA", ""
+    )
+    attn_implementation: Literal["flash_attention_2", "varlen_attn", "sdpa"] | None = key(
+        None, "this attention and no other; null: by use_flash_attention", ""
+    )
+    gradient_checkpointing: bool = key(False, "recompute activations: less memory, about 1/3 more work", "")
+    torch_compile: bool = key(False, "compile the model's layers (minutes at the start)", "")
+
+    datasets: Datasets = key(..., "the mix", "")  # of its options each says what it changes
+    cache_dir: Path = key(Path(".cache"), "where data files are looked up and prepared data are kept", "")
+    drop_contaminated: bool = key(False, "leave out training conversations with GSM8K test questions")
+    padding_free: bool = key(True, "conversations end to end; false: padded to the batch's longest", "")
+    packing: bool = key(
+        False, "whole conversations fill up rows of max_length, which count as one: fewer, fuller steps"
+    )
+    label_masking: bool = key(True, "score the replies only; false: every token", "data training evaluation")
+    random_offset_probability: float = key(
+        0.8, "chance that a conversation over max_length is cut at a random place, not at its start", ge=0, le=1
+    )
+    use_system_tag: bool = key(
+        False, "tell the properties of the reply in a system tag after the prompt", "data training evaluation"
+    )
+    system_property_dropout: float = key(
+        0.5, "chance that a property is left out of the system tag", "data training evaluation", ge=0, le=1
+    )
+    system_add_length: bool = key(False, "put the length of the reply into the system tag", "data training evaluation")
+    sort_by_length: bool = key(False, "batches of similar lengths, the batches shuffled")
+
+    dtype: Literal["fp32", "fp16", "bf16"] = key(
+        "fp16", "precision of the forward and backward pass", "training evaluation"
+    )
+    num_train_epochs: float = key(3, "passes over the mix", gt=0, lt=2**31)
+    max_steps: PositiveInt | None = key(None, "stop after this many optimizer steps; null: by epochs")
+    per_device_train_batch_size: PositiveInt = key(2, "conversations per process and micro-batch", "step")
+    per_device_eval_batch_size: PositiveInt = key(2, "the same in evaluation", "")
+    gradient_accumulation_steps: PositiveInt = key(32, "micro-batches per process and optimizer step", "step")
+    global_batch_size: PositiveInt | None = key(
+        None,
+        "conversations a step over all processes: accumulation follows; null: the product of the three",
+        "step",
+    )
+    learning_rate: float = key(1e-5, "peak rate, reached after warm-up", ge=0, le=1)
+    warmup_steps: NonNegativeInt = key(600, "optimizer steps of warm-up, along DeepSpeed's logarithm")
+    weight_decay: NonNegativeFloat = key(0.0, "AdamW's decoupled weight decay")
+    adam_beta1: float = key(0.9, "AdamW's beta 1", ge=0, lt=1)
+    adam_beta2: float = key(0.95, "AdamW's beta 2", ge=0, lt=1)
+    adam_epsilon: float = key(1e-12, "AdamW's epsilon", gt=0, allow_inf_nan=False)
+    max_grad_norm: NonNegativeFloat = key(2.0, "clip the global gradient norm to this; 0: do not clip")
+    loss_normalization: Literal["tokens", "micro_batch"] = key(
+        "tokens", "mean over all scored tokens of a step, or the original's mean of micro-batch means"
+    )
+    rng_seed: Annotated[WholeNumber, Field(ge=0, lt=2**32)] = key(
+        0xA1221F97, "everything random follows from it", "data training evaluation"
+    )
+    deepspeed_config: str | None = key(None, "DeepSpeed JSON; null: plain Accelerate", "")
+    max_bad_steps: PositiveInt = key(
+        10, "stop after so many steps in a row whose loss or gradient was no finite number; each is left out", ""
+    )
+    resume_from_checkpoint: str = key(
+        "auto",
+        "auto: output_dir's newest whole checkpoint, if any; never; or a checkpoint's folder",
+        "",
+        min_length=1,
+    )
+
+    output_dir: Path = key(..., "folder of the run: checkpoints, metrics, final model", "")
+    log_dir: str = key("base", "folder of the wandb files, under output_dir", "")
+    logging_steps: PositiveInt = key(10, "a line in metrics.jsonl every so many steps", "")
+    eval_steps: PositiveInt = key(200, "evaluate every so many steps, and at the end", "")
+    save_strategy: Literal["epoch", "steps", "no"] = key("steps", "when to write a checkpoint", "")
+    save_steps: PositiveInt = key(1000, "a checkpoint every so many steps under save_strategy: steps", "")
+    save_total_limit: PositiveInt | None = key(4, "keep the newest so many checkpoints; null: all", "")
+    keep_trainer_state: PositiveInt | None = key(
+        2, "only the newest so many checkpoints keep what resuming needs, 8 to 12 bytes a weight; null: all", ""
+    )
+    save_only_model: bool = key(False, "checkpoints of the model alone, from which no run can go on", "")
+    sample_replies: NonNegativeInt = key(
+        0, "at the end, print replies to so many held-out prompts of each data set", ""
+    )
+    log_wandb: bool = key(True, "log to Weights & Biases, offline when nobody is logged in", "")
+    wandb_project: str = key("supervised-finetuning", "its project", "")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_ignored(cls, values: Any) -> Any:
+        for name in values.keys() & IGNORED.keys():
+            given = {"None": "null", "False": "false", "True": "true"}.get(str(values[name]), str(values[name]))
+            if IGNORED[name] and given not in IGNORED[name]:
+                raise ValueError(f"{name} = {given}: only {' or '.join(IGNORED[name])} is supported")
+        return {name: value for name, value in values.items() if name not in IGNORED}
+
+    @model_validator(mode="after")
+    def _go_together(self):
+        if self.packing and not self.padding_free:
+            raise ValueError("packing: true needs padding_free: true")
+        if self.packing and self.sort_by_length:
+            raise ValueError("packing: true orders conversations by itself: give sort_by_length: false")
+        if self.torch_compile and self.gradient_checkpointing:
+            # In transformers 5.23 a layer's checkpoint lies inside its forward: torch.compile would give up, silently.
+            raise ValueError(
+                "torch_compile: true compiles nothing under gradient_checkpointing: true: give one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _keep_the_base_model(self):
+        if os.path.realpath(self.output_dir) == os.path.realpath(self.model_name):
+            raise ValueError("output_dir is the folder of model_name: the run would overwrite its base model")
+        return self
+
+    def values(self) -> dict[str, Any]:
+        """The resolved recipe as its YAML holds it, every key written out."""
+        mix = [{name: options.model_dump(mode="json")} for name, options in self.datasets.chosen().items()]
+        return self.model_dump(mode="json") | {"datasets": mix}
+
+    def to_yaml(self) -> str:
+        """The resolved recipe; loading it again gives an equal recipe."""
+        # Not allow_unicode: PyYAML would write U+0085 as it is and read it as a line break.
+        return yaml.safe_dump(self.values(), sort_keys=False, width=120)

@@ -1,0 +1,108 @@
+"""The recipe: one flat YAML file that says everything about a run.
+
+`load_recipe(path, overrides)` reads it; `recipe/keys.py` has its keys, which `--help` shows.
+Whatever is wrong (YAML that does not parse, a misspelt key, an impossible value) becomes one line that names the file,
+the line and the key. Only light imports here, so that this answers before torch is loaded.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from recipe.keys import Datasets, Recipe
+from recipe.strict_yaml import parse_yaml
+from utils.errors import UserError
+from utils.files import read_text
+
+
+def load_recipe(path: str | Path | None, overrides: Mapping[str, str] | None = None) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path: the YAML file; None where the command line names none, which is refused.
+        overrides: dotted key to text, as on the command line: `{"datasets.vicuna.fraction": "0.5"}`. It is taken as it
+            stands, so that any path can be given; only null, quotes, [lists] and {mappings} are read as YAML.
+
+    Raises:
+        UserError: one line with the file, the line and the key.
+    """
+    if path is None:
+        raise UserError("command line: no recipe given (--help shows how)")
+    values, lines = parse_yaml(read_text(Path(path), "recipe"), str(path))
+    if not isinstance(values, dict):
+        what = "empty" if values is None else f"a {'list' if isinstance(values, list) else 'text'}"
+        raise UserError(f"{path}: a recipe is `key: value` lines, this is {what}")
+    return checked_recipe(values, {key: f"{path} line {line}" for key, line in lines.items()}, path, overrides or {})
+
+
+def checked_recipe(
+    values: dict[str, Any], places: dict[tuple[str, ...], str], path: str | Path, overrides: Mapping[str, str]
+) -> Recipe:
+    """The recipe that these values make with the overrides; `places` says where in `path` each key stands."""
+    for key, override in overrides.items():
+        parts = tuple(key.split("."))
+        value = parse_yaml(override, f"--{key}")[0] if re.match(r"[\[{\"']|(null|~)$", override) else override
+        _override(values, parts, value)
+        # What it replaces is no longer on any line of the file.
+        places = {place: line for place, line in places.items() if place[: len(parts)] != parts}
+        places[parts] = "command line"
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError("; ".join(_explain(detail, places, path) for detail in error.errors())) from error
+
+
+def _override(values: dict[str, Any], parts: tuple[str, ...], value: Any) -> None:
+    """Set a dotted key. A data set's option is looked up in the recipe's list, so that a mix never grows unasked."""
+    if len(parts) == 1:
+        values[parts[0]] = value
+        return
+    name = ".".join(parts)
+    if parts[0] != "datasets":
+        raise UserError(f"command line: unknown key {name}{nearest(parts[0], Recipe.model_fields)}")
+    if len(parts) != 3:
+        raise UserError(f"command line: unknown key {name}: an option of a data set is datasets.NAME.OPTION")
+    mix = values.get("datasets")
+    entries = [{entry: None} if isinstance(entry, str) else entry for entry in mix] if isinstance(mix, list) else []
+    for position, entry in enumerate(entries):
+        if isinstance(entry, dict) and list(entry) == [parts[1]] and isinstance(entry[parts[1]] or {}, dict):
+            mix[position] = {parts[1]: {**(entry[parts[1]] or {}), parts[2]: value}}
+            return
+    known = [key for entry in entries if isinstance(entry, dict) for key in entry]
+    raise UserError(f"command line: {name}: {parts[1]} is not in this recipe's mix{nearest(parts[1], known)}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    if close:
+        return f": did you mean {close[0]}?"
+    return f" (known: {', '.join(known)})" if len(known) < 10 else " (--help lists the keys)"
+
+
+# Where pydantic speaks of Python's types.
+MESSAGES = {"model_type": "should be a mapping of options", "path_type": "should be a path"}
+
+
+def _explain(detail: Any, places: dict[tuple[str, ...], str], path: str | Path) -> str:
+    """One error of pydantic's as `FILE line N: key = value: what is wrong`."""
+    key = tuple(str(part) for part in detail["loc"])
+    place = next((places[key[:n]] for n in range(len(key), 0, -1) if key[:n] in places), str(path))
+    name = ".".join(key)
+    if detail["type"] == "missing" and len(key) > 1:  # `source`, of a data set that is no source
+        hint = nearest(key[1], Datasets.model_fields)
+        return f"{place}: unknown key {'.'.join(key[:-1])}{hint} (data of your own need `source: messages`)"
+    if detail["type"] == "missing":
+        return f"{path}: {name} is missing: {Recipe.model_fields[name].description}"
+    if detail["type"] == "extra_forbidden":
+        known = Recipe if len(key) == 1 else Datasets.options_of(key[1])
+        return f"{place}: unknown key {name}{nearest(key[-1], known.model_fields)}"
+    message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ").split(", unable to")[0]
+    message = MESSAGES.get(detail["type"], message)
+    value = "null" if detail["input"] is None else " ".join(str(detail["input"]).split())
+    value = "" if isinstance(detail["input"], (dict, list)) else f" = {value[:80]}{'...' * (len(value) > 80)}"
+    return f"{place}: {name}{value}: {message}" if name else f"{place}: {message}"

@@ -1,0 +1,77 @@
+"""--dry_run: check everything that can be checked without loading weights, and print the resolved recipe."""
+
+import os
+
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+
+from data.files import hub_patterns, source_files
+from data.reading import TRAIN, VALIDATION, Reading
+from recipe.keys import Recipe
+from run.resume import find_checkpoint, is_finished
+from sources.registry import find_source
+from training.deepspeed_config import fill_config, find_config
+from training.model import count_parameters, load_config, load_tokenizer
+from training.plan import describe_step
+from utils.errors import UserError
+from utils.launch import num_processes, process_index, say, training_dtype
+
+
+def dry_run(recipe: Recipe, allow_changes: bool) -> None:
+    """Print the resolved recipe and what was found of all that it names.
+
+    Raises:
+        UserError: the run could not start.
+    """
+    dtype = training_dtype(recipe.dtype)
+    if process_index() == 0 and not is_finished(recipe):
+        checkpoint = find_checkpoint(recipe, allow_changes)
+        if checkpoint:
+            say(f"would go on from {checkpoint.path}")
+        _refuse_unwritable(recipe)
+    say(recipe.to_yaml())
+    for name, options in recipe.datasets.chosen().items():
+        hub, paths = find_source(name, options).hub, source_files(name, recipe, download=False)
+        if not paths and not hub_patterns(options.input_file_path, hub):
+            source_files(name, recipe)  # says where it looked
+        if not paths:
+            say(f"{name}: not here, would be fetched from the hub ({hub.repo})")
+            continue
+        source = Reading(name, options, paths, recipe.rng_seed)
+        for _ in source:  # only counted
+            pass
+        codes = source.split()
+        say(
+            f"{name}: {', '.join(map(str, paths))}: {(codes == TRAIN).sum():,} training and "
+            f"{(codes == VALIDATION).sum():,} validation conversations ({source.losses()})"
+        )
+    say(f"{recipe.model_name}: {_describe_model(recipe)}")
+    if found := find_config(recipe):
+        fill_config(*found, recipe, total_steps=recipe.max_steps, dtype=dtype)
+        say(f"{found[1]}: agrees with the recipe")
+    say(f"{describe_step(recipe, num_processes())} with {num_processes()} processes")
+
+
+def _refuse_unwritable(recipe: Recipe) -> None:
+    """What claim_output_dir would run into, found without writing."""
+    folder = recipe.output_dir
+    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not os.path.isdir(nearest) or not os.access(nearest, os.W_OK):
+        raise UserError(f"output_dir = {folder}: cannot write there: {nearest} is not a folder that can be written to")
+
+
+def _describe_model(recipe: Recipe) -> str:
+    if not os.path.isdir(recipe.model_name):
+        try:
+            cached = try_to_load_from_cache(recipe.model_name, "config.json")
+        except HFValidationError:
+            raise UserError(f"model_name = {recipe.model_name}: neither a model's folder nor a hub name") from None
+        if not isinstance(cached, str):
+            return "not here, would be fetched from the hub"
+    # Not whether it fits into memory: a dry run may be made where the run is not, on a laptop or a login node.
+    config = load_config(recipe)
+    parameters = count_parameters(recipe, config)
+    if os.path.isdir(recipe.model_name):  # on the hub it could be what is not fetched yet
+        load_tokenizer(recipe)
+    rows = config.get_text_config().vocab_size
+    return f"{config.model_type}, {parameters:,} parameters, {rows:,} rows in its embedding"

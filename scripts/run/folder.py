@@ -1,0 +1,123 @@
+"""The output folder: whose it is, and making it ready for a run."""
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+from recipe.keys import Recipe
+from run.checkpoint import Checkpoint, remove_leftovers
+from run.retention import list_checkpoints, step_of
+from utils.errors import UserError
+from utils.files import write_whole
+from utils.launch import say
+
+# The first line of OUTPUT_DIR/recipe.yaml, by which it is known from a file of the user's.
+RECIPE_HEADER = "# The resolved recipe of this run: `sft.py THIS_FILE --output_dir NEW` repeats it.\n"
+
+
+# Seconds to wait for the processes of the start before this one, which may still be saving.
+PATIENCE = 20.0
+
+
+def refuse_other_run(recipe: Recipe) -> None:
+    """Keep a run from writing over another, or over files that are not a run's.
+
+    Raises:
+        UserError: output_dir holds metrics, a checkpoint, a model or a README.
+    """
+    folder = recipe.output_dir
+    names = ("metrics.jsonl", "training.png", "config.json", "model.safetensors", "tokenizer.json", "README.md")
+    # os.path, since Path.exists raises for a name too long to be one.
+    held = [name for name in names if os.path.lexists(folder / name)]
+    if os.path.lexists(folder / "recipe.yaml") and not is_ours(folder / "recipe.yaml"):
+        held.append("recipe.yaml")
+    held += [path.name for path in list_checkpoints(folder)]
+    if held:
+        raise UserError(
+            f"output_dir = {folder}: holds another run ({', '.join(held)}); give another --output_dir, or remove it"
+        )
+
+
+def is_ours(recipe_file: Path) -> bool:
+    """Whether this is the recipe.yaml that a run wrote."""
+    try:
+        return recipe_file.read_text(encoding="utf-8").startswith(RECIPE_HEADER)
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def wait_for_other_run(recipe: Recipe) -> None:
+    """Lock the folder of a run that is gone on with, so that its last checkpoint is there; the first process.
+
+    Raises:
+        UserError: another process is at it.
+    """
+    if is_ours(recipe.output_dir / "recipe.yaml"):
+        try:
+            _lock(recipe.output_dir / ".lock")
+        except OSError as error:
+            raise UserError(f"output_dir = {recipe.output_dir}: cannot write there: {error.strerror}") from error
+
+
+def claim_output_dir(recipe: Recipe, checkpoint: Checkpoint | None) -> None:
+    """Make the output folder ours for as long as this process lives, clear away what a killed run left, and write the
+    resolved recipe; the first process.
+
+    metrics.jsonl and bad_steps.jsonl keep their lines up to the checkpoint's step, also those of another folder's run.
+
+    Raises:
+        UserError: it cannot be written, or another process is at it.
+    """
+    folder = recipe.output_dir
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _lock(folder / ".lock")
+        for name in remove_leftovers(folder):
+            say(f"removed {name}, which an interrupted run had not finished")
+        for path in list_checkpoints(folder) if checkpoint else []:
+            if checkpoint.path.parent == folder and step_of(path) > checkpoint.step:
+                aside = path.with_name(f"{path.name}.set-aside")
+                shutil.rmtree(aside, ignore_errors=True)  # of the same step, of the time before
+                path.rename(aside)
+                say(f"{path} was passed over, and is now {aside.name}")
+        write_whole(folder / "recipe.yaml", RECIPE_HEADER + recipe.to_yaml())
+        for file in (folder / "metrics.jsonl", folder / "bad_steps.jsonl"):
+            source = file if checkpoint is None or file.exists() else checkpoint.path.parent / file.name
+            if source.exists():
+                # Not splitlines: what bad_steps.jsonl quotes may hold U+2028. A full disk may have cut a character.
+                lines = source.read_text(encoding="utf-8", errors="replace").split("\n") if checkpoint else []
+                write_whole(file, "".join(f"{line}\n" for line in lines if _is_before(line, checkpoint)))
+    except OSError as error:
+        raise UserError(f"output_dir = {folder}: cannot write there: {error.strerror}") from error
+
+
+def _lock(path: Path) -> None:
+    """Lock a file until this process ends: two runs in one folder would each remove the other's checkpoints.
+
+    A POSIX lock, which the system gives back when the process dies, and which NFS knows.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)  # never closed: that would give the lock back
+    until = time.monotonic() + PATIENCE
+    while True:
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except (BlockingIOError, PermissionError) as error:
+            if time.monotonic() > until:
+                raise UserError(f"output_dir = {path.parent}: another process is training there") from error
+        except OSError:  # a file system without locks
+            return
+        time.sleep(0.2)
+
+
+def _is_before(line: str, checkpoint: Checkpoint) -> bool:
+    """Whether a line was written before a checkpoint, which may have left the evaluation of its step to do."""
+    try:
+        metrics = json.loads(line)
+    except ValueError:  # the last line of a run that was killed while writing it
+        return False
+    due = checkpoint.state["evaluation_due"] and metrics["step"] == checkpoint.step and "eval_loss" in metrics
+    return metrics["step"] <= checkpoint.step and not due

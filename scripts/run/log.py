@@ -1,0 +1,173 @@
+"""What a run leaves behind while it trains: metrics.jsonl, training.png, the progress bar, Weights & Biases."""
+
+import functools
+import json
+import math
+import os
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from recipe.keys import Recipe
+from run.progress import Progress
+from utils.errors import UserError
+from utils.launch import say
+
+
+class RunLog:
+    """Writes one line of metrics at a time; does nothing on any process but the first.
+
+    metrics.jsonl is the record; the curves and the wandb run are made from the same lines.
+    """
+
+    def __init__(self, recipe: Recipe, progress: Progress, main_process: bool):
+        """
+        Args:
+            progress: where the run begins; its wandb_id becomes that of the run in which it is logged.
+        """
+        self.path = recipe.output_dir / "metrics.jsonl"
+        self.main_process = main_process
+        self.wandb = _start_wandb(recipe, progress.wandb_id) if main_process and recipe.log_wandb else None
+        if self.wandb:
+            progress.wandb_id = self.wandb.id
+        self.progress = tqdm(
+            total=progress.total_steps,
+            initial=progress.step,
+            desc="training",
+            unit="step",
+            disable=not main_process,
+            smoothing=0.1,
+        )
+
+    def write(self, metrics: dict[str, Any]) -> None:
+        """Append one line; floats are kept in full, so that a line can be compared with a repeat of the run.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        if not self.main_process:
+            return
+        # JSON knows no infinity, which the gradient norm is where fp16 overflows.
+        line = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line, allow_nan=False) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot write: {error.strerror}; the checkpoints are whole") from error
+        if self.wandb:
+            # The step as a metric of its own: wandb drops rows whose `step=` lies behind what it has seen.
+            self.wandb.log(metrics)
+        shown = {"loss": "loss", "learning_rate": "rate", "tokens_per_second": "tok/s", "mfu": "MFU"}
+        postfix = {label: f"{metrics[key]:.4g}" for key, label in shown.items() if key in metrics}
+        if postfix:
+            self.progress.set_postfix(postfix)
+
+    def show_evaluation(self, step: int, results: dict[str, float]) -> None:
+        """Print an evaluation under the progress bar: a line for each data set, and one for all."""
+        if not self.main_process:
+            return
+        names = [key.removesuffix("_loss").removeprefix("eval").removeprefix("_") for key in results if "_loss" in key]
+        width = max((len(name) for name in names), default=0)
+        with self.progress.external_write_mode():
+            print(f"\nvalidation after step {step:,}")
+            for name in names:
+                key = f"eval_{name}" if name else "eval"
+                loss, accuracy = results[f"{key}_loss"], results[f"{key}_accuracy"]
+                print(f"  {name or 'all':<{width}}  loss {loss:.4f}  token accuracy {accuracy:.2%}", flush=True)
+        self.draw()
+
+    def draw(self) -> None:
+        """Draw the curves so far, so that a run that is stopped has them too."""
+        if self.main_process:
+            try:
+                plot(self.path, self.path.with_name("training.png"))
+            except OSError as error:  # no reason to stop: what does not come back if it is not written says so itself
+                say(f"\ntraining.png could not be drawn: {error.strerror}")
+
+    def close(self) -> None:
+        """Draw the curves for the last time and end the wandb run."""
+        self.progress.close()
+        self.draw()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def _start_wandb(recipe: Recipe, run_id: str | None):
+    import wandb
+
+    folder = recipe.output_dir / recipe.log_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    start = functools.partial(
+        wandb.init,
+        project=recipe.wandb_project,
+        name=recipe.output_dir.resolve().name,
+        id=run_id,
+        resume="allow",
+        dir=folder,
+        config=recipe.model_dump(mode="json"),
+        settings=wandb.Settings(silent=True),
+    )
+    reason = ""
+    try:
+        # WANDB_MODE wins; verify=False: a key is enough here, whether the server takes it shows at the start.
+        if "WANDB_MODE" not in os.environ and not wandb.login(prompt=False, verify=False):
+            raise wandb.UsageError("nobody is logged in")
+        run = start()
+    except wandb.Error as error:  # that, a node without the internet, or a key that the server refuses
+        reason = f"{str(error).splitlines()[0]}, "
+        run = start(mode="offline")
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    if run.offline:
+        say(f"wandb: {reason}logging offline to {Path(run.dir).parent} (wandb sync uploads it)")
+    elif not run.disabled:
+        say(f"wandb: {run.url}")
+    return run
+
+
+def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """Every metric of a metrics.jsonl as its (step, value) points."""
+    curves: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    for line in path.read_text(encoding="utf-8").splitlines():
+        metrics = json.loads(line)
+        for name, value in metrics.items():
+            if name != "step" and isinstance(value, (int, float)):
+                curves[name].append((metrics["step"], value))
+    return curves
+
+
+def plot(metrics: Path, image: Path) -> None:
+    """Draw metrics.jsonl: training and validation loss, accuracy, learning rate and gradient norm, by step."""
+    if not metrics.exists():
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    curves = read_metrics(metrics)
+    panels = [
+        ("training loss", lambda name: name == "loss" or name.startswith("loss_")),
+        ("validation loss", lambda name: name.startswith("eval_") and name.endswith("loss")),
+        ("validation accuracy", lambda name: name.startswith("eval_") and name.endswith("accuracy")),
+        ("learning rate", lambda name: name == "learning_rate"),
+        ("gradient norm", lambda name: name == "grad_norm"),
+        ("tokens a second", lambda name: name == "tokens_per_second"),
+    ]
+    figure, axes = plt.subplots(2, 3, figsize=(15, 8), constrained_layout=True)
+    datasets = sorted(name.removeprefix("loss_") for name in curves if name.startswith("loss_"))
+    for axis, (title, belongs) in zip(axes.flat, panels, strict=True):
+        for name in sorted(filter(belongs, curves)):
+            dataset = name.removeprefix("eval_").removeprefix("loss_").removesuffix("_loss").removesuffix("_accuracy")
+            style = {"color": "black", "linewidth": 2, "label": "all"}
+            if dataset in datasets:  # of one colour in every panel
+                style = {"color": f"C{datasets.index(dataset)}", "linewidth": 1, "label": dataset}
+            axis.plot(*zip(*curves[name], strict=True), marker=".", **style)
+        axis.set(title=title, xlabel="optimizer step")
+        axis.grid(alpha=0.3)
+        if len(axis.lines) > 1:
+            axis.legend(fontsize="small")
+    figure.savefig(image, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,108 @@
+"""Before weights are loaded: whether memory and disk will do, and what looks wrong though it works."""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PretrainedConfig
+
+from data.mix import Mix
+from recipe.keys import Recipe
+from run.progress import Progress
+from run.retention import check_disk, steps_between_checkpoints
+from training.epochs import training_rows
+from training.memory import check_memory
+from training.model import count_parameters
+from training.plan import MicroBatch, largest_micro_batches, steps_per_epoch
+from utils.launch import num_processes, say
+
+# Rates of full fine-tuning over which a pretrained model of that many parameters usually loses what it knows: several
+# times those of huggingface/alignment-handbook (1e-3 for SmolLM2 135M and 360M, 3e-4 for 1.7B, 2e-5 for SmolLM3 3B and
+# Zephyr 7B) and InstructGPT (about 1e-5 for 1.3B and 6B). LoRA's usual 2e-4 is over it from 3 billion on.
+HIGHEST_RATES = ((1e9, 3e-3), (3e9, 1e-3), (math.inf, 1e-4))  # under so many parameters, the rate
+LOWEST_RATE = 2e-7  # a tenth of the lowest published one known to us, Tulu 3's 2e-6 for 70B
+CUT_SHARE = 0.2  # of the training conversations
+
+
+def preflight(
+    recipe: Recipe,
+    config: PretrainedConfig,
+    mix: Mix,
+    dtype: torch.dtype,
+    deepspeed: dict[str, Any] | None,
+    progress: Progress,
+) -> tuple[MicroBatch, MicroBatch | None] | None:
+    """Check memory and disk, and say what looks wrong, before weights are loaded.
+
+    Args:
+        deepspeed: the engine's complete config; None without it.
+        progress: where the run begins.
+
+    Returns:
+        The largest micro-batches that are to come, of training and of evaluation; None when no step is left.
+
+    Raises:
+        UserError: the run cannot work.
+    """
+    processes, total_steps = num_processes(), progress.total_steps
+    parameters, epoch_steps = count_parameters(recipe, config), steps_per_epoch(mix, recipe, processes)
+    if not progress.steps_left:
+        return None
+    largest = largest_micro_batches(mix, recipe, processes, progress.steps_left, progress.position)
+    zero = deepspeed and deepspeed["zero_optimization"]
+    check_memory(recipe, config, parameters, zero, dtype, largest[0].shape)
+    check_disk(recipe, parameters, dtype, deepspeed is not None, epoch_steps, total_steps, progress.step)
+    for warning in recipe_warnings(recipe, config, mix, parameters, epoch_steps, total_steps):
+        say(f"warning: {warning}")
+    return largest
+
+
+def recipe_warnings(
+    recipe: Recipe,
+    config: PretrainedConfig,
+    mix: Mix,
+    num_parameters: int,
+    epoch_steps: int,
+    total_steps: int,
+) -> list[str]:
+    """What looks wrong though it works, each as a line with the remedy."""
+    found = []
+    if recipe.warmup_steps >= total_steps:
+        found.append(f"warmup_steps = {recipe.warmup_steps}: as long as the run ({total_steps:,} steps): give fewer")
+    every = steps_between_checkpoints(recipe, epoch_steps)
+    if recipe.save_strategy == "no":
+        found.append("save_strategy = no: nothing to go on from after a crash: give steps or epoch")
+    elif every > total_steps:
+        found.append(
+            f"the first checkpoint would come at step {every:,}, the run ends at {total_steps:,}: "
+            "give save_strategy: steps and a smaller save_steps"
+        )
+    if recipe.save_only_model and recipe.save_strategy != "no":
+        found.append("save_only_model = true: nothing to go on from after a crash: give keep_trainer_state: 1 instead")
+    if not len(mix.validation):
+        found.append("nothing is held out, so that nothing shows overfitting: give a data set a val_split")
+    elif recipe.eval_steps > total_steps:
+        found.append(
+            f"eval_steps = {recipe.eval_steps}: the run has {total_steps:,} steps and is evaluated only at its end: "
+            "give fewer"
+        )
+    lengths = mix.train.lengths[training_rows(mix, recipe, 0)]
+    cut = (lengths > recipe.max_length).mean()
+    if cut > CUT_SHARE:
+        lost = np.maximum(lengths - recipe.max_length, 0).sum() / lengths.sum()
+        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+        remedy = "that is all of the model's positions" if positions == recipe.max_length else "give more"
+        found.append(
+            f"max_length = {recipe.max_length}: {cut:.0%} of the training conversations are cut, {lost:.0%} of their "
+            f"tokens left out in each epoch: {remedy}"
+        )
+    highest = next(rate for parameters, rate in HIGHEST_RATES if num_parameters < parameters)
+    if not recipe.from_scratch and not LOWEST_RATE <= recipe.learning_rate <= highest:
+        found.append(
+            f"learning_rate = {recipe.learning_rate:g}: pretrained models of this size ({num_parameters / 1e9:.2g} "
+            f"billion parameters) are fine-tuned at {LOWEST_RATE:g} to {highest:g}: check it"
+        )
+    if recipe.dtype == "fp16" and not recipe.from_scratch and config.dtype == torch.bfloat16:
+        found.append("dtype = fp16: the model's weights are bf16, whose range fp16 lacks: give dtype: bf16")
+    return found

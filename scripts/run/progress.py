@@ -1,0 +1,72 @@
+"""Where a run stands, and what is due there."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+from recipe.keys import Recipe
+from training.epochs import Position
+
+
+class Due(NamedTuple):
+    """What is to be done after a step."""
+
+    log: bool
+    evaluate: bool
+    save: bool
+
+
+@dataclass
+class Progress:
+    """The one owner of what changes with every step, and of what a checkpoint has to remember of it.
+
+    Attributes:
+        step: optimizer steps made.
+        position: how far it has come in the data.
+        results: of the last whole evaluation, by the names of metrics.jsonl.
+        evaluation_due: an evaluation of this step was begun and not ended.
+        wandb_id: of its run in Weights & Biases; None without one.
+        total_steps, epoch_conversations, held_out: of the plan: the last step, the conversations of an epoch, and
+            whether there is a validation split.
+    """
+
+    total_steps: int
+    epoch_conversations: int
+    held_out: bool
+    step: int = 0
+    position: Position = field(default_factory=Position)
+    results: dict[str, float] = field(default_factory=dict)
+    evaluation_due: bool = False
+    wandb_id: str | None = None
+
+    @property
+    def steps_left(self) -> int:
+        return max(0, self.total_steps - self.step)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every step and every evaluation is made, so that only the final model is left to write."""
+        return not self.steps_left and not self.evaluation_due
+
+    def advance(self, position: Position) -> None:
+        """A step is made, after which the data stand at `position`."""
+        self.step, self.position = self.step + 1, position
+
+    def due(self, recipe: Recipe) -> Due:
+        """What the step just made calls for."""
+        step, last = self.step, not self.steps_left
+        every = {"epoch": self.position.conversations == 0, "steps": step % recipe.save_steps == 0, "no": False}
+        return Due(
+            log=step == 1 or step % recipe.logging_steps == 0 or last,
+            evaluate=self.held_out and (step % recipe.eval_steps == 0 or last),
+            save=every[recipe.save_strategy],
+        )
+
+    def where(self) -> dict[str, float]:
+        """How a line of metrics.jsonl begins."""
+        epoch = self.position.epoch + self.position.conversations / self.epoch_conversations
+        return {"step": self.step, "epoch": round(epoch, 4)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint, as JSON takes it."""
+        kept = ("step", "results", "evaluation_due", "wandb_id")
+        return {name: getattr(self, name) for name in kept} | {"position": asdict(self.position)}

@@ -1,0 +1,149 @@
+"""What a run says on the screen before its first step and after its last: the plan, the first batch, a few replies."""
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from data.dialogue import render_scored
+from data.mix import Mix
+from recipe.keys import Recipe
+from run.health import StepHealth
+from run.log import read_metrics
+from run.progress import Progress
+from run.retention import list_checkpoints
+from run.stats import TrainingStats
+from training.batches import Batches
+from training.collate import Batch
+from training.engine import Engine
+from training.epochs import epoch_plan, training_rows
+from training.optimizer import shortest_warmup
+from training.plan import (
+    MicroBatch,
+    accumulation_steps,
+    describe_packing,
+    describe_step,
+    packs_per_step,
+    steps_per_epoch,
+)
+
+SHOWN_CHARACTERS = 1200  # of each conversation of the first batch
+
+
+def describe_run(engine: Engine, dtype: torch.dtype, mix: Mix, recipe: Recipe, total_steps: int) -> None:
+    """Print what is about to run: the mix, the batch in all its factors, the steps and the learning rate's curve."""
+    accelerator = engine.accelerator
+    rows = training_rows(mix, recipe, 0)
+    targets = mix.train.targets[rows].sum()
+    print(f"\n{'data set':<32}{'train':>10}{'validation':>12}{'tokens':>14}{'scored':>9}{'of targets':>12}")
+    for index, name in enumerate(mix.names):
+        own = rows[mix.train.dataset[rows] == index]
+        tokens, scored = mix.train.lengths[own].sum(), mix.train.targets[own].sum()
+        held_out = (mix.validation.dataset == index).sum()
+        shares = f"{scored / max(1, tokens):>9.0%}{scored / max(1, targets):>12.1%}"
+        print(f"{name:<32}{len(own):>10,}{held_out:>12,}{tokens:>14,}{shares}")
+    over = (mix.train.lengths[rows] > recipe.max_length).sum()
+    print(f"{over:,} training conversations are longer than max_length {recipe.max_length:,} and are cut in each epoch")
+
+    warmup = shortest_warmup(recipe.warmup_steps)
+    parameters = sum(parameter.numel() for parameter in engine.model.parameters())
+    precision = str(dtype).removeprefix("torch.")
+    processes, micro = accelerator.num_processes, recipe.per_device_train_batch_size
+    accumulated, note = accumulation_steps(recipe, processes), ""
+    if "gradient_accumulation_steps" in recipe.model_fields_set and accumulated != recipe.gradient_accumulation_steps:
+        note = f" (by global_batch_size; gradient_accumulation_steps = {recipe.gradient_accumulation_steps} yields)"
+    what = "packs" if recipe.packing else "conversations"
+    if recipe.packing:
+        print(describe_packing(mix, recipe, processes))
+    print(
+        f"{parameters:,} parameters, {precision}, {accelerator.distributed_type.value} on {accelerator.device.type}\n"
+        f"{processes} process(es) x {micro} {what} x {accumulated} accumulated = "
+        f"{describe_step(recipe, processes)}{note}\n"
+        f"{steps_per_epoch(mix, recipe, processes):,} steps an epoch, {total_steps:,} in all; "
+        f"the rate rises to {recipe.learning_rate:g} in "
+        f"{warmup:,} steps, then falls to 0",
+        flush=True,
+    )
+
+
+def describe_rehearsal(
+    largest: tuple[MicroBatch, MicroBatch | None], seconds: float, batches: Batches, device: torch.device, steps: int
+) -> None:
+    """Print what the largest micro-batches took, and about how long the run will take at that pace.
+
+    Args:
+        largest: as `preflight` returns them.
+        seconds: of the training micro-batch.
+        steps: that are left.
+    """
+    mix, recipe = batches.mix, batches.recipe
+    train, held_out = largest
+    shapes = [f"training {train.describe()}"] + ([f"evaluation {held_out.describe()}"] if held_out else [])
+    memory = ""
+    if device.type == "cuda":
+        memory = f", at most {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on this GPU"
+    plan = epoch_plan(mix, recipe, 0)
+    tokens = np.minimum(mix.train.lengths[plan.rows], recipe.max_length).sum() / len(plan)
+    tokens *= packs_per_step(recipe, batches.num_processes) / batches.num_processes * steps
+    hours = seconds * tokens / train.tokens / 3600
+    took = f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:,.1f} minutes"
+    print(f"the largest micro-batches run ({', '.join(shapes)}){memory}; training will take very roughly {took}")
+
+
+def show_first_batch(batch: Batch, tokenizer) -> None:
+    """Print the conversations of a batch as the model sees them, the scored part marked."""
+    print("\nthe first batch, what is learnt between [[ and ]]:")
+    for ids, scored in batch.conversations():
+        text = render_scored(tokenizer, ids, scored)
+        cut = f" ... ({len(text):,} characters)" if len(text) > SHOWN_CHARACTERS else ""
+        print(f"--- {len(ids):,} tokens, {int(scored.sum()):,} scored\n{text[:SHOWN_CHARACTERS]}{cut}", flush=True)
+
+
+def end_report(recipe: Recipe, progress: Progress, stats: TrainingStats, health: StepHealth) -> dict:
+    """Print what a run has come to, over all its starts, and return it for run.json."""
+    step, total_steps = progress.step, progress.total_steps
+    curve = read_metrics(recipe.output_dir / "metrics.jsonl").get("eval_loss", [])
+    best = min(curve, key=lambda point: point[1], default=None)
+    report = {
+        "steps": step,
+        "tokens": stats.tokens,
+        "seconds": {what: round(seconds, 1) for what, seconds in stats.clock.seconds.items()},
+        "skipped_steps": health.skipped,
+        "bad_steps": health.bad,
+        "best_eval_loss": best and {"step": best[0], "loss": best[1]},
+    }
+    total = sum(stats.clock.seconds.values())
+    shares = ", ".join(f"{what} {seconds / max(1e-9, total):.0%}" for what, seconds in stats.clock.seconds.items())
+    print(f"\n{step:,} of {total_steps:,} steps, {stats.tokens:,} tokens, {total:,.0f} s ({shares})")
+    if health.skipped:
+        print(f"{health.skipped:,} steps left out, {health.bad:,} of them for a loss or gradient that was no number")
+    if best:
+        print(f"best validation loss {best[1]:.4f}, after step {best[0]:,}")
+    kept = ", ".join(path.name for path in list_checkpoints(recipe.output_dir)) or "none"
+    what = "the model, its card, " if step == total_steps else "start the same command again to go on; "
+    print(f"in {recipe.output_dir}: {what}metrics.jsonl, training.png, run.json; checkpoints: {kept}", flush=True)
+    return report
+
+
+@torch.no_grad()
+def show_replies(model: PreTrainedModel, tokenizer, mix: Mix, recipe: Recipe) -> None:
+    """Print greedy replies to held-out prompts of each data set, and the share that ended by itself."""
+    model.eval()
+    if model.config._attn_implementation == "flash_attention_2":  # which takes no fp32 weights outside of autocast
+        model.set_attn_implementation("sdpa")
+    room = min(256, recipe.max_length // 2)  # for the reply; a longer prompt loses its start, not its question
+    assistant = tokenizer.convert_tokens_to_ids("<|assistant|>")
+    ended = asked = 0
+    print("\nreplies to held-out prompts:")
+    for index, name in enumerate(mix.names):
+        for row in (mix.validation.dataset == index).nonzero()[0][: recipe.sample_replies]:
+            ids = mix.validation.tokens(row)[0]
+            prompt = ids[: (ids == assistant).nonzero()[0][-1] + 1][room - recipe.max_length :]
+            prompt = torch.from_numpy(prompt.astype("int64"))[None].to(model.device)
+            output = model.generate(
+                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=room, do_sample=False
+            )
+            reply = output[0, prompt.shape[1] :]
+            asked += 1
+            ended += int(reply[-1] == tokenizer.eos_token_id)
+            print(f"--- {name}\n{tokenizer.decode(prompt[0])}[[{tokenizer.decode(reply)}]]", flush=True)
+    print(f"\n{ended} of {asked} replies ended by themselves ({ended / max(1, asked):.0%})", flush=True)

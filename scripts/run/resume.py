@@ -1,0 +1,192 @@
+"""Going on where a run was stopped: from which checkpoint, whether it is this run's, and putting all back."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from data.mix import Mix
+from recipe.keys import Recipe
+from run.checkpoint import Checkpoint, read_checkpoint
+from run.folder import RECIPE_HEADER, is_ours, refuse_other_run
+from run.health import StepHealth
+from run.progress import Progress
+from run.record_file import read_record
+from run.retention import list_checkpoints, step_of
+from run.stats import TrainingStats
+from sources.options import keys_that_change
+from training.engine import Engine
+from training.epochs import Position, training_rows
+from training.optimizer import set_schedule
+from training.optimizer_state import load_loss_scale, load_optimizer, load_random_state, loss_scale_state
+from training.plan import packs_per_step, steps_left
+from utils.errors import UserError
+from utils.launch import num_processes, say
+
+
+def find_checkpoint(recipe: Recipe, allow_changes: bool) -> Checkpoint | None:
+    """The checkpoint that a run goes on from, None to begin; every process finds the same, and nothing is changed.
+
+    Raises:
+        UserError: output_dir holds another run, or the one asked for cannot be gone on from.
+    """
+    folder, asked = recipe.output_dir, recipe.resume_from_checkpoint
+    own = list_checkpoints(folder)
+    if asked not in ("auto", "never"):
+        path = Path(asked)
+        is_own = path.resolve().parent == folder.resolve()
+        newer = [other.name for other in own if is_own and step_of(other) > step_of(path)]
+        if newer:
+            raise UserError(
+                f"resume_from_checkpoint = {asked}: {folder} holds newer ones ({', '.join(newer)}): "
+                "move them away, or give another --output_dir"
+            )
+        if is_own or not own:
+            if not is_own and not _same_run_without_checkpoint(recipe):
+                refuse_other_run(recipe)
+            return _checked(read_checkpoint(path), recipe, allow_changes)
+    if asked == "never":
+        refuse_other_run(recipe)
+        return None
+    for path in reversed(own):
+        try:
+            checkpoint = read_checkpoint(path)
+        except UserError as problem:
+            say(f"passed over: {problem}")
+            continue
+        return _checked(checkpoint, recipe, allow_changes)
+    if own or not _same_run_without_checkpoint(recipe):
+        refuse_other_run(recipe)
+    return None
+
+
+def _same_run_without_checkpoint(recipe: Recipe) -> bool:
+    """Whether output_dir holds this very run, killed before its first checkpoint: then it begins again."""
+    folder = recipe.output_dir
+    if os.path.lexists(folder / "config.json") or not is_ours(folder / "recipe.yaml"):
+        return False
+    return (folder / "recipe.yaml").read_text(encoding="utf-8") == RECIPE_HEADER + recipe.to_yaml()
+
+
+def _checked(checkpoint: Checkpoint, recipe: Recipe, allow_changes: bool) -> Checkpoint:
+    state = checkpoint.state
+    changed = changed_keys(recipe_of(state["recipe"]), recipe, state["num_processes"])
+    if changed and not allow_changes:
+        raise UserError(
+            f"{checkpoint.path} belongs to another recipe: {'; '.join(changed)}. "
+            "Give another --output_dir, or go on with the changes by --allow_changes"
+        )
+    for change in changed:
+        say(f"changed: {change}")
+    return checkpoint
+
+
+def changed_keys(then: Recipe, now: Recipe, num_processes: int) -> list[str]:
+    """What a recipe changes of an earlier one, as far as it matters: `key: then, now`.
+
+    Args:
+        num_processes: of the earlier run.
+    """
+    differing = {key for key in Recipe.model_fields if getattr(then, key) != getattr(now, key)}
+    changed = differing & keys_that_change("training", Recipe)
+    # How a step is cut is free, but for what depends on the micro-batch: sorted by length, or averaged by it.
+    by_micro_batch = now.sort_by_length or now.loss_normalization == "micro_batch"
+    same_step = packs_per_step(then, num_processes) == packs_per_step(now, num_processes)
+    if not same_step or (by_micro_batch and "per_device_train_batch_size" in differing):
+        changed |= differing & keys_that_change("step", Recipe)
+    lines = [f"{key}: {getattr(then, key)} then, {getattr(now, key)} now" for key in sorted(changed)]
+    old_mix, new_mix = (
+        {
+            f"datasets.{name}.{key}": value
+            for name, options in recipe.datasets.chosen().items()
+            for key, value in options.model_dump(include=keys_that_change("training", type(options))).items()
+        }
+        for recipe in (then, now)
+    )
+    for key in old_mix | new_mix:
+        old, new = old_mix.get(key, "not in the mix"), new_mix.get(key, "not in the mix")
+        lines += [f"{key}: {old} then, {new} now"] if old != new else []
+    return lines
+
+
+def recipe_of(values: dict[str, Any]) -> Recipe:
+    """The recipe that a run has written down, without keys that are no more."""
+    return Recipe.model_validate({key: value for key, value in values.items() if key in Recipe.model_fields})
+
+
+def is_finished(recipe: Recipe) -> bool:
+    """Whether this very run has come to its end in output_dir."""
+    record = recipe.output_dir / "run.json"
+    if recipe.resume_from_checkpoint == "never" or not record.exists():
+        return False
+    run = read_record(record)
+    return run["status"] == "finished" and not changed_keys(recipe_of(run["recipe"]), recipe, run["num_processes"])
+
+
+def check_data(checkpoint: Checkpoint, mix: Mix, allow_changes: bool) -> None:
+    """See that the prepared data are what the run was trained on.
+
+    Raises:
+        UserError: they are not, unless changes are allowed.
+    """
+    then, now = checkpoint.state["data"], mix.fingerprints
+    changed = [name for name in then | now if then.get(name) != now.get(name)]
+    if not changed:
+        return
+    what = f"the data of {', '.join(changed)} are not those that {checkpoint.path} was trained on"
+    if not allow_changes:
+        raise UserError(f"{what}: give another --output_dir, or go on with --allow_changes")
+    say(what)
+
+
+def starting_point(checkpoint: Checkpoint | None, mix: Mix, recipe: Recipe) -> Progress:
+    """Where the run begins or goes on, and where it ends."""
+    plan = {"epoch_conversations": len(training_rows(mix, recipe, 0)), "held_out": len(mix.validation) > 0}
+    stood = {"step": 0, "position": Position()}
+    if checkpoint:
+        kept = ("step", "results", "evaluation_due", "wandb_id")
+        stood = {name: checkpoint.state[name] for name in kept} | {"position": checkpoint.position}
+        if checkpoint.position.conversations >= len(training_rows(mix, recipe, checkpoint.position.epoch)):
+            stood["position"] = Position(checkpoint.position.epoch + 1)  # of a mix that was made smaller
+    left = steps_left(mix, recipe, num_processes(), stood["position"])
+    return Progress(total_steps=recipe.max_steps or stood["step"] + left, **plan, **stood)
+
+
+def run_state(recipe: Recipe, mix: Mix, engine: Engine, progress: Progress, health: StepHealth) -> dict[str, Any]:
+    """Where a run stands after a step, for `state.json`."""
+    return {
+        **progress.state_dict(),
+        "num_processes": engine.accelerator.num_processes,
+        "recipe": recipe.values(),
+        "data": mix.fingerprints,
+        "health": health.state_dict(),
+        "loss_scale": loss_scale_state(engine.accelerator),
+    }
+
+
+def restore(checkpoint: Checkpoint, recipe: Recipe, engine: Engine, stats: TrainingStats, health: StepHealth) -> None:
+    """Put everything but the model's weights, which are loaded from the checkpoint, where it was after that step."""
+    state, accelerator = checkpoint.state, engine.accelerator
+    processes = accelerator.num_processes
+    health.load_state_dict(state["health"])
+    updates = checkpoint.step - health.skipped
+    folder = checkpoint.path / "trainer_state"
+    load_optimizer(folder, accelerator, engine.language_model, engine.optimizer, updates)
+    load_loss_scale(accelerator, state["loss_scale"])
+    set_schedule(engine.scheduler, updates)
+    say(f"going on from {checkpoint.path}, after step {checkpoint.step:,}")
+    if processes == state["num_processes"]:
+        own = checkpoint.process_state(accelerator.process_index)
+        stats.load_state_dict([own["stats"]])
+        load_random_state(own["random"])
+        return
+    everyone = [checkpoint.process_state(process)["stats"] for process in range(state["num_processes"])]
+    stats.load_state_dict(everyone, with_sums=accelerator.is_main_process)
+    before = packs_per_step(recipe_of(state["recipe"]), state["num_processes"])
+    now = packs_per_step(recipe, processes)
+    what = "packs" if recipe.packing else "conversations"
+    steps = (
+        f"{now} {what} in a step, as before"
+        if now == before
+        else f"{now} {what} in a step where there were {before} (global_batch_size keeps their number)"
+    )
+    say(f"written by {state['num_processes']} process(es), {processes} now: {steps}; random states begin anew")

@@ -1,0 +1,130 @@
+"""Which checkpoints are kept, and the disk that they take."""
+
+import math
+import re
+import shutil
+from collections import deque
+from pathlib import Path
+
+import torch
+
+from recipe.keys import Recipe
+from training.memory import show_bytes
+from utils.errors import UserError
+from utils.launch import say
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoint-<step> folders of a run, by step."""
+    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer steps that a checkpoint's name tells; 0 for a folder of another name."""
+    number = checkpoint.name.rpartition("-")[2]
+    return int(number) if number.isdecimal() else 0
+
+
+def kept(recipe: Recipe) -> tuple[float, float]:
+    """How many checkpoints are kept, and how many of the newest with what resuming needs."""
+    most = recipe.save_total_limit or math.inf
+    return most, min(most, recipe.keep_trainer_state or math.inf)
+
+
+def prune(recipe: Recipe, newest: Path) -> None:
+    """Remove the oldest checkpoints, and the trainer_state of the older ones; never the newest, which was verified."""
+    checkpoints = [newest, *(path for path in reversed(list_checkpoints(recipe.output_dir)) if path != newest)]
+    most, most_states = kept(recipe)
+    for age, path in reversed([*enumerate(checkpoints)]):
+        if age >= most:
+            remove_folder(path)
+        elif age >= most_states and (path / "trainer_state").exists():
+            remove_folder(path / "trainer_state")
+
+
+def remove_folder(folder: Path, hidden: str | None = None) -> None:
+    """Remove a folder, which first gets a hidden name: half of one is not to pass for a whole one."""
+    hidden = folder.with_name(hidden or f".{folder.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    shutil.rmtree(folder.rename(hidden))
+
+
+def checkpoint_bytes(num_parameters: int, dtype: torch.dtype, deepspeed: bool) -> tuple[int, int]:
+    """Bytes of a checkpoint: its model, and its trainer_state (Adam's moments, and the fp32 weights if the model has
+    none: training/optimizer_state.py)."""
+    half = deepspeed and dtype != torch.float32
+    return num_parameters * (2 if half else 4), num_parameters * (12 if half else 8)
+
+
+def disk_peak(recipe: Recipe, model: int, state: int, epoch_steps: int, total_steps: int, start_step: int = 0) -> int:
+    """Bytes that the checkpoints to come and the final model will take at most, beyond what is used now.
+
+    Those that are in output_dir already count as room when save_total_limit or keep_trainer_state removes them.
+
+    Args:
+        model, state: bytes of a checkpoint's model and of its trainer_state.
+        start_step: of the checkpoint that the run goes on from.
+    """
+    models, states = deque(), deque()
+    for path in list_checkpoints(recipe.output_dir):
+        states.append(_folder_bytes(path / "trainer_state"))
+        models.append(_folder_bytes(path) - states[-1])
+    every = steps_between_checkpoints(recipe, epoch_steps)
+    most, most_states = kept(recipe)
+    used = peak = 0
+    for _ in range(int(total_steps // every - start_step // every)):
+        models.append(model)
+        states.append(state)
+        used += model + state
+        peak = max(peak, used)  # the oldest go when the new one is whole, so there is one more for a moment
+        while len(models) > most:
+            used -= models.popleft()
+        while len(states) > most_states:
+            used -= states.popleft()
+    return max(peak, used + model)
+
+
+def check_disk(
+    recipe: Recipe,
+    num_parameters: int,
+    dtype: torch.dtype,
+    deepspeed: bool,
+    epoch_steps: int,
+    total_steps: int,
+    start_step: int = 0,
+) -> None:
+    """Print the size of a checkpoint, and the room that the run will need beside what is free.
+
+    Args:
+        start_step: of the checkpoint that the run goes on from.
+
+    Raises:
+        UserError: the disk of output_dir has less.
+    """
+    model, state = checkpoint_bytes(num_parameters, dtype, deepspeed)
+    state = 0 if recipe.save_only_model else state
+    peak = disk_peak(recipe, model, state, epoch_steps, total_steps, start_step)
+    folder = next(path for path in (recipe.output_dir, *recipe.output_dir.absolute().parents) if path.exists())
+    free = shutil.disk_usage(folder).free
+    parts = f" (model {show_bytes(model)}, what resuming needs {show_bytes(state)})" if state else ""
+    say(
+        f"disk: a checkpoint takes {show_bytes(model + state)}{parts}; the run needs up to {show_bytes(peak)} of the "
+        f"{show_bytes(free)} that are free at {folder}"
+    )
+    if peak > free:
+        keys = ("save_steps", "save_total_limit", "keep_trainer_state", "save_only_model")
+        values = ", ".join(f"{key} = {str(getattr(recipe, key)).lower()}" for key in keys)
+        raise UserError(
+            f"output_dir = {recipe.output_dir}: checkpoints of {show_bytes(model + state)} and the final model take "
+            f"{show_bytes(peak)}, {show_bytes(free)} are free: keep less ({values}), or take another disk"
+        )
+
+
+def steps_between_checkpoints(recipe: Recipe, epoch_steps: int) -> float:
+    """Optimizer steps; infinity where none is written."""
+    return {"epoch": epoch_steps, "steps": recipe.save_steps, "no": math.inf}[recipe.save_strategy]
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,0 +1,147 @@
+"""A run from its folder to its end: the one owner of where it stands, what it counts, and what it leaves."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from data.mix import Mix
+from recipe.keys import Recipe
+from run.checkpoint import Checkpoint, save_checkpoint, save_final_model
+from run.folder import claim_output_dir, wait_for_other_run
+from run.health import StepHealth, one_line_at_minimum_scale
+from run.log import RunLog
+from run.model_card import write_model_card
+from run.progress import Progress
+from run.record import begin_record
+from run.record_file import update_status
+from run.report import end_report
+from run.resume import check_data, find_checkpoint, restore, run_state, starting_point
+from run.stats import Clock, TrainingStats
+from training.batches import Batches
+from training.engine import Engine
+from training.flops import ModelFlops, peak_flops
+from training.optimizer_state import loss_scale
+from utils.launch import process_index
+
+
+class Run:
+    """One start of a run.
+
+    Attributes:
+        checkpoint: that it goes on from; None from its beginning.
+        progress: where it stands.
+        clock, stats, health: what its time goes into, what its steps add up to, and what went wrong in them.
+    """
+
+    def __init__(self, recipe: Recipe, checkpoint: Checkpoint | None):
+        self.recipe, self.checkpoint = recipe, checkpoint
+        self.record = recipe.output_dir / "run.json"
+        self.clock = Clock()
+
+    def plan(self, mix: Mix, dtype: torch.dtype, allow_changes: bool, reproduced: Path | None) -> Progress:
+        """From which step to which it goes with these data, written to run.json with all that a repeat needs.
+
+        Args:
+            reproduced: the record of an earlier run that this one repeats.
+
+        Raises:
+            UserError: the data are not those that the checkpoint was trained on.
+        """
+        if self.checkpoint:
+            check_data(self.checkpoint, mix, allow_changes)
+        self.mix = mix
+        self.progress = starting_point(self.checkpoint, mix, self.recipe)
+        if process_index() == 0:
+            earlier = reproduced or (self.record if self.checkpoint and self.record.exists() else None)
+            begin_record(self.record, self.recipe, mix, dtype, earlier)
+        return self.progress
+
+    def attach(self, engine: Engine, batches: Batches, dtype: torch.dtype) -> None:
+        """What makes its steps from now on, and counts them."""
+        self.engine, self.batches = engine, batches
+        self.main_process = engine.accelerator.is_main_process
+        device, flops = engine.accelerator.device, ModelFlops(engine.language_model)
+        self.stats = TrainingStats(self.mix, device, self.clock, flops, peak_flops(device, dtype))
+        bad_steps_file = self.recipe.output_dir / "bad_steps.jsonl" if self.main_process else None
+        self.health = StepHealth(self.recipe.max_bad_steps, bad_steps_file)
+
+    def start(self) -> None:
+        """Put all but the weights where the checkpoint has it, and open metrics.jsonl and the progress bar."""
+        if self.checkpoint:
+            restore(self.checkpoint, self.recipe, self.engine, self.stats, self.health)
+        self.log = RunLog(self.recipe, self.progress, self.main_process)
+
+    # ---- A step ----
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Around an optimizer step."""
+        with self.clock.spend("training"), one_line_at_minimum_scale():
+            yield
+
+    def end_step(self, position, grad_norm: float, updated: bool) -> None:
+        """A step is made, or was left out; the data stand at `position` now.
+
+        Raises:
+            UserError: on the first process (SystemExit on the others): too many steps went wrong.
+        """
+        self.health.judge(grad_norm, updated, self)
+        self.progress.advance(position)
+        self.log.progress.update()
+
+    def write_metrics(self, learning_rate: float, grad_norm: float) -> None:
+        """A line of metrics.jsonl for the steps since the last one. Every process calls this."""
+        metrics = self.stats.close(self.engine.accelerator) | {"learning_rate": learning_rate, "grad_norm": grad_norm}
+        scale = loss_scale(self.engine.accelerator)
+        self.log.write(self.progress.where() | metrics | self.health.metrics(metrics.get("loss"), scale))
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Around an evaluation, which is due until `write_evaluation` has its results."""
+        self.progress.evaluation_due = True
+        self.log.progress.set_description("evaluating")
+        with self.clock.spend("evaluation"):
+            yield
+        self.log.progress.set_description("training")
+
+    def write_evaluation(self, results: dict[str, float]) -> None:
+        """The results of an evaluation, for metrics.jsonl, the curves, the screen and the model card."""
+        self.progress.results, self.progress.evaluation_due = results, False
+        self.log.write(self.progress.where() | results)
+        self.log.show_evaluation(self.progress.step, results)
+
+    def save(self, tokenizer) -> None:
+        """Write a checkpoint. Every process calls this."""
+        with self.clock.spend("saving"):
+            state = run_state(self.recipe, self.mix, self.engine, self.progress, self.health)
+            save_checkpoint(self.engine, tokenizer, self.recipe, state, self.stats)
+
+    # ---- The end ----
+
+    def end(self, tokenizer, stopped: bool) -> None:
+        """Write the final model and its card, unless the run was stopped; say what it came to."""
+        self.log.close()
+        if not self.main_process:
+            return
+        if not stopped:
+            with self.clock.spend("saving"):
+                save_final_model(self.engine.language_model, tokenizer, self.recipe.output_dir)
+            write_model_card(self.recipe, tokenizer, self.progress, self.stats.tokens)
+        report = end_report(self.recipe, self.progress, self.stats, self.health)
+        update_status(self.record, "interrupted" if stopped else "finished", report=report)
+
+
+def open_run(recipe: Recipe, allow_changes: bool) -> Run:
+    """Find the checkpoint that a run goes on from, and make its folder ours, before anything heavy. Every process.
+
+    Raises:
+        UserError: the folder holds another run, or another process is at it.
+    """
+    if process_index() == 0:
+        wait_for_other_run(recipe)
+    checkpoint = find_checkpoint(recipe, allow_changes)
+    if process_index() == 0:
+        claim_output_dir(recipe, checkpoint)
+    return Run(recipe, checkpoint)

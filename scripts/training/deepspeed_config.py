@@ -1,0 +1,125 @@
+"""DeepSpeed's config: found, every `auto` filled from the recipe, and refused where it contradicts it.
+
+The recipe owns every number. Accelerate (1.15) fills only some `auto` values itself: betas and eps stop it, and
+`gradient_clipping` silently becomes 1.0; so all of them are filled here, before it looks.
+"""
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DeepSpeedPlugin
+
+from recipe.keys import Recipe
+from training.optimizer import shortest_warmup
+from training.plan import accumulation_steps
+from utils.errors import UserError
+from utils.files import read_json
+from utils.launch import launcher_plugin, num_processes, say
+
+ACCELERATE_CONFIG = "the accelerate config"
+
+
+def find_config(recipe: Recipe) -> tuple[dict[str, Any], str] | None:
+    """The DeepSpeed config that this run uses and where it comes from; None for a run without DeepSpeed.
+
+    The accelerate config's plugin wins over the recipe's `deepspeed_config`.
+
+    Raises:
+        UserError: the file is missing or not JSON, or the accelerate config asks for FSDP.
+    """
+    plugin = launcher_plugin()
+    if plugin == "deepspeed" and recipe.deepspeed_config:
+        say(f"the accelerate config brings {plugin}: it wins over the recipe's deepspeed_config")
+    if plugin == "fsdp":
+        # run/checkpoint.py saves from one process, which under FSDP holds only its shard.
+        raise UserError("the accelerate config asks for FSDP, which is not supported yet: use DDP or DeepSpeed ZeRO-2")
+    path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") if plugin else recipe.deepspeed_config
+    if path is None:
+        return None
+    if path == "none":  # the accelerate config spells the plugin out, without a JSON file
+        return DeepSpeedPlugin().deepspeed_config, ACCELERATE_CONFIG
+    config = read_json(Path(path), "DeepSpeed config")
+    if not isinstance(config, dict):
+        raise UserError(f"deepspeed_config: {path}: not a JSON object")
+    return config, path
+
+
+def fill_config(
+    config: dict[str, Any], source: str, recipe: Recipe, total_steps: int | None, dtype: torch.dtype
+) -> dict[str, Any]:
+    """A copy of the config with every `auto` filled from the recipe.
+
+    A config without an optimizer or scheduler section gets the seed's (AdamW, WarmupDecayLR).
+
+    Args:
+        total_steps: None where it is not known yet, as in a dry run by epochs.
+
+    Raises:
+        UserError: a fixed value contradicts the recipe (both are named), an `auto` that nothing here can fill, or a
+            ZeRO stage that sft.py cannot run.
+    """
+    config = copy.deepcopy(config)
+    micro_batch, accumulation = recipe.per_device_train_batch_size, accumulation_steps(recipe, num_processes())
+    filled = {  # DeepSpeed's key: the recipe's key, the value
+        "fp16.enabled": (f"enabled for {dtype}", dtype == torch.float16),
+        "bf16.enabled": (f"enabled for {dtype}", dtype == torch.bfloat16),
+        # As in fp16 and fp32: a step whose gradient norm is no finite number leaves the weights as they are.
+        "bf16.check_grad_overflow": ("bad steps are left out", True),
+        "optimizer.type": ("the optimizer of every run", "AdamW"),
+        "optimizer.params.lr": ("learning_rate", recipe.learning_rate),
+        "optimizer.params.betas": ("adam_beta1, adam_beta2", [recipe.adam_beta1, recipe.adam_beta2]),
+        "optimizer.params.eps": ("adam_epsilon", recipe.adam_epsilon),
+        "optimizer.params.weight_decay": ("weight_decay", recipe.weight_decay),
+        "scheduler.type": ("the schedule of every run", "WarmupDecayLR"),
+        "scheduler.params.warmup_min_lr": ("the start of warm-up", 0.0),
+        "scheduler.params.warmup_max_lr": ("learning_rate", recipe.learning_rate),
+        "scheduler.params.warmup_num_steps": ("warmup_steps", shortest_warmup(recipe.warmup_steps)),
+        "scheduler.params.total_num_steps": ("the steps of this run", total_steps),
+        "gradient_accumulation_steps": ("gradient_accumulation_steps", accumulation),
+        "gradient_clipping": ("max_grad_norm", recipe.max_grad_norm),
+        "train_micro_batch_size_per_gpu": ("per_device_train_batch_size", micro_batch),
+        "train_batch_size": ("conversations a step", micro_batch * accumulation * num_processes()),
+    }
+    for key, (ours, value) in filled.items():
+        section, name = _section(config, source, key)
+        present = section.get(name, "auto")
+        if value is not None and present != "auto" and present != value:
+            remedy = "remove it" if source == ACCELERATE_CONFIG else 'write "auto" there'
+            raise UserError(f"{source}: {key} = {present} contradicts the recipe: {ours} = {value}; {remedy}")
+        section[name] = value
+    stage = _section(config, source, "zero_optimization.stage")[0].get("stage", 0)
+    if stage not in (1, 2):  # 3 leaves no process with whole weights to save, 0 tells no gradient norm
+        raise UserError(f"{source}: zero_optimization.stage = {stage}: stages 1 and 2 are supported")
+    left = [key for key in _autos(config) if key != "zero_optimization.reduce_bucket_size"]  # which Accelerate fills
+    if left:
+        raise UserError(f"{source}: {', '.join(left)} = auto: no key of the recipe says this; give a value")
+    return config
+
+
+def _section(config: dict[str, Any], source: str, key: str) -> tuple[dict[str, Any], str]:
+    """The innermost dict that holds a dotted key, created where it is missing, and the key's name in it."""
+    *parents, name = key.split(".")
+    for parent in parents:
+        config = config.setdefault(parent, {})
+        if not isinstance(config, dict):
+            raise UserError(f"{source}: {key.rpartition('.')[0]} = {config}: not a JSON object")
+    return config, name
+
+
+def _autos(config: dict[str, Any], prefix: str = "") -> list[str]:
+    keys = []
+    for key, value in config.items():
+        if isinstance(value, dict):
+            keys += _autos(value, f"{prefix}{key}.")
+        elif value == "auto":
+            keys.append(prefix + key)
+    return keys
+
+
+def deepspeed_config(recipe: Recipe, total_steps: int | None, dtype: torch.dtype) -> dict[str, Any] | None:
+    """The complete config of this run's engine; None for a run without DeepSpeed.  Raises: UserError as its parts."""
+    found = find_config(recipe)
+    return found and fill_config(*found, recipe, total_steps, dtype)

@@ -1,0 +1,218 @@
+"""The training loss: cross-entropy at the scored positions only, without ever holding all their logits.
+
+Logits for 4 x 4096 tokens of StableLM's vocabulary are 3.3 GB in fp32, and as much again for their gradient. So the
+model's body runs as usual, the hidden states of the scored positions are picked out, and the output layer is applied to
+them in chunks. A chunk's gradient is computed beside its loss, in the memory of its logits: they are made once. (Making
+them again took 29 % longer for a step of the small model of `scripts/benchmark.py train`, on a CPU.)
+
+In fp16 they are made twice: its gradients are only kept from underflow by the loss scale, which comes in the backward
+pass. Every path goes through `cross_entropy`, the one function from logits to losses and gradients.
+
+On a CUDA GPU Liger's Triton kernel does its work, where the package is installed (requirements-cuda.txt): it reads half
+precision twice and writes it once, where PyTorch's operations go over it in fp32 as well. Liger's fused linear
+cross-entropy is the loop here around the same kernel, but waits for the device at each call to count the targets, and
+gives the sum or the losses, not both (0.8.5).
+"""
+
+import importlib.metadata
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from packaging.version import Version
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from recipe.keys import Recipe
+from training.collate import Batch
+from utils.launch import has_gpu, say, training_dtype
+
+LOGITS_BUDGET = 256 * 2**20  # bytes of fp32 logits held at a time
+# The kernel is no public interface of Liger: its place and arguments may change with the second number.
+LIGER_VERSIONS = Version("0.8.5"), Version("0.9")
+
+
+class ScoredLoss(torch.nn.Module):
+    """A causal LM whose forward returns the loss of every scored token.
+
+    It is what `Accelerator.prepare` wraps, so that DDP and DeepSpeed see every parameter used inside one forward. What
+    a recipe says of the loss of a token is read here; how a step averages the losses is seen in sft.py.
+    """
+
+    def __init__(self, model: PreTrainedModel, recipe: Recipe):
+        super().__init__()
+        self.model = model
+        if has_gpu() and training_dtype(recipe.dtype) != torch.float16:
+            say(f"cross-entropy: {choose_kernel('cuda')[1]}")
+
+    @property
+    def config(self):
+        """The model's config, which Accelerate looks at under DeepSpeed."""
+        return self.model.config
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Score a batch.
+
+        Returns:
+            total: fp32 scalar, the sum of the losses, to be differentiated.
+            losses: fp32 [scored tokens], in the order of `batch.scored`, for the record.
+            predictions: int64 [scored tokens], the likeliest token of each position; None while training.
+        """
+        hidden = self.model.base_model(**batch.model_inputs(), use_cache=False).last_hidden_state
+        hidden = hidden.flatten(0, 1).index_select(0, batch.scored)
+        head = self.model.get_output_embeddings()
+        # At least one chunk, even an empty one: a batch without targets has a gradient too, of zeros.
+        rows = max(1, LOGITS_BUDGET // (4 * self.config.get_text_config().vocab_size))
+        if not self.training:
+            return _evaluate(head, hidden, batch.targets, rows)
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
+        if dtype == torch.float16 or not isinstance(head, torch.nn.Linear):
+            return _made_twice(head, hidden, batch.targets, rows)
+        bias = None if head.bias is None else head.bias.to(dtype)
+        total, losses = _MadeOnce.apply(hidden.to(dtype), head.weight.to(dtype), bias, batch.targets, rows)
+        return total, losses, None
+
+
+# ---- The paths from hidden states to losses ----
+
+
+def _evaluate(head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor, rows: int):
+    losses, predictions = [], []
+    for chunk, target in zip(hidden.split(rows), targets.split(rows), strict=True):
+        logits = head(chunk)
+        predictions.append(logits.argmax(-1))
+        losses.append(cross_entropy(logits, target))
+    losses = torch.cat(losses)
+    return losses.sum(), losses, torch.cat(predictions)
+
+
+def _made_twice(head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor, rows: int):
+    def losses_of(chunk: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return _OfLogits.apply(head(chunk), target)
+
+    chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
+    losses = torch.cat([checkpoint(losses_of, *chunk, use_reentrant=False) for chunk in chunks])
+    return losses.sum(), losses.detach(), None
+
+
+class _OfLogits(torch.autograd.Function):
+    """The cross-entropy of each row, fp32, of logits from any output layer."""
+
+    @staticmethod
+    def forward(ctx, logits, targets):
+        ctx.save_for_backward(logits, targets)
+        return cross_entropy(logits, targets)
+
+    @staticmethod
+    def backward(ctx, factors):
+        logits, targets = ctx.saved_tensors
+        gradient = logits.clone()
+        cross_entropy(gradient, targets, factors)
+        return gradient, None
+
+
+class _MadeOnce(torch.autograd.Function):
+    """The sum of the cross-entropies of hidden @ weight.T + bias, and each of them.
+
+    Only the sum can be differentiated: its gradients are ready after the forward pass, up to the one factor that the
+    backward pass brings. The losses and the weight's gradient are summed in fp32, whatever the dtype.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, rows):
+        losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        of_hidden, of_bias = torch.empty_like(hidden), None if bias is None else torch.zeros_like(bias).float()
+        of_weight = torch.zeros_like(weight, dtype=torch.float32)
+        for start in range(0, len(targets), rows):
+            part = slice(start, start + rows)
+            of_logits = F.linear(hidden[part], weight, bias)  # logits, until the next line
+            losses[part] = cross_entropy(of_logits, targets[part], 1.0)
+            if bias is not None:
+                of_bias += of_logits.sum(0, dtype=torch.float32)
+            of_hidden[part] = of_logits @ weight
+            if weight.dtype == torch.float32:
+                of_weight.addmm_(of_logits.T, hidden[part])
+            else:
+                of_weight += of_logits.T @ hidden[part]
+        ctx.save_for_backward(of_hidden, of_weight.to(weight.dtype), None if bias is None else of_bias.to(bias.dtype))
+        ctx.mark_non_differentiable(losses)
+        return losses.sum(), losses
+
+    @staticmethod
+    def backward(ctx, factor, _):
+        # In place: a second backward pass over the same forward would find them changed, and says so.
+        gradients = [gradient if gradient is None else gradient.mul_(factor) for gradient in ctx.saved_tensors]
+        return *gradients, None, None
+
+
+# ---- From logits to losses and gradients ----
+
+
+def cross_entropy(
+    logits: torch.Tensor, targets: torch.Tensor, factors: torch.Tensor | float | None = None
+) -> torch.Tensor:
+    """The cross-entropy of each row, and in the memory of the logits its gradient.
+
+    Args:
+        logits: [rows, vocabulary], contiguous, fp32 or half precision; the softmax is computed in fp32 either way.
+        targets: int64 [rows], each under vocabulary.
+        factors: `logits` becomes the gradient of the losses multiplied by these, fp32 [rows], or by 1.0; None leaves
+            it as it is.
+
+    Returns: the losses, fp32 [rows], not multiplied.
+    """
+    on_half = logits.dtype == torch.float16  # multiplied in fp32, before a small share of it rounds to 0
+    kernel = with_pytorch if factors is None or on_half else choose_kernel(logits.device.type)[0]
+    return kernel(logits, targets, factors)
+
+
+@cache
+def choose_kernel(device: str) -> tuple:
+    """What does the above on a device of this type, and its name, for CUDA with the reason where it is not Liger's."""
+    if device != "cuda":
+        return with_pytorch, "PyTorch's operations"
+    try:
+        installed = Version(importlib.metadata.version("liger-kernel"))
+    except importlib.metadata.PackageNotFoundError:
+        return with_pytorch, "PyTorch's operations; not Liger's kernel: it is not installed (requirements-cuda.txt)"
+    if not LIGER_VERSIONS[0] <= installed < LIGER_VERSIONS[1]:
+        needed = f"{installed} is installed, not from {LIGER_VERSIONS[0]} on and under {LIGER_VERSIONS[1]}"
+        return with_pytorch, f"PyTorch's operations; not Liger's kernel: {needed}"
+    return with_liger, f"Liger's kernel ({installed})"
+
+
+def with_pytorch(
+    logits: torch.Tensor, targets: torch.Tensor, factors: torch.Tensor | float | None = 1.0
+) -> torch.Tensor:
+    """`cross_entropy` anywhere."""
+    if factors is None:
+        return -torch.log_softmax(logits.float(), -1).gather(1, targets[:, None])[:, 0]
+    shares = logits.float()  # of fp32 the logits themselves: on a CPU, more memory is what would take the time
+    torch.log_softmax(shares, -1, out=shares)
+    losses = -shares.gather(1, targets[:, None])[:, 0]
+    shares.exp_()  # softmax, less 1 at the target
+    shares.scatter_add_(1, targets[:, None], shares.new_full((1, 1), -1).expand(len(targets), 1))
+    _multiply(shares, factors)
+    if shares is not logits:
+        logits.copy_(shares)
+    return losses
+
+
+def with_liger(logits: torch.Tensor, targets: torch.Tensor, factors: torch.Tensor | float = 1.0) -> torch.Tensor:
+    """`cross_entropy` with the kernel that Liger's fused linear cross-entropy is made of."""
+    from liger_kernel.ops.backends._triton.cross_entropy import cross_entropy_loss_and_grad_triton
+
+    class_weights, ignored, z_loss, label_smoothing, softcap = None, -100, 0.0, 0.0, None
+    counts = 1, 1.0, 0.0  # of targets and of class weights, by which only a mean is divided
+    wanted = False, False, False, True  # z loss, accuracy, predictions, gradient
+    losses = cross_entropy_loss_and_grad_triton(
+        *(logits, targets, class_weights, ignored, z_loss, label_smoothing, "sum", softcap), *counts, *wanted
+    )[0]
+    _multiply(logits, factors)
+    return losses
+
+
+def _multiply(gradient: torch.Tensor, factors: torch.Tensor | float) -> None:
+    if isinstance(factors, torch.Tensor):  # else 1, and one pass over the logits less
+        gradient.mul_(factors[:, None])

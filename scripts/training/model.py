@@ -1,0 +1,196 @@
+"""The model and its tokenizer: loaded or built, made ready for the chat tokens."""
+
+import re
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+
+from data.dialogue import prepare_tokenizer
+from recipe.keys import Recipe
+from training.attention import choose_attention, keep_attention
+from training.collate import end_to_end
+from training.pretrained import load_pretrained
+from utils.errors import UserError, reason
+from utils.launch import say
+
+# Config keys of models that change the logits after the output layer, which training/loss.py applies by itself. Weights
+# can be too small for `check_output_layer` to see a cap.
+LOGIT_TRANSFORM = re.compile(r"logits?_(soft)?_?(cap|scal)|lm_head_mult")
+
+
+def load_tokenizer(recipe: Recipe):
+    """The tokenizer of model_name with the chat tokens and the chat template.
+
+    Raises:
+        UserError: it cannot be found, or lacks what a chat model needs.
+    """
+    tokenizer = _load(AutoTokenizer, recipe)
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(f"model_name = {recipe.model_name}: its tokenizer has no tokenizer.json (a fast tokenizer)")
+    return prepare_tokenizer(tokenizer)
+
+
+def load_config(recipe: Recipe) -> PretrainedConfig:
+    """The model's config, with the recipe's GELU. What can be known of it without loading weights is checked here.
+
+    Raises:
+        UserError: it cannot be found, is no causal LM's, max_length is over what its positions allow,
+            attn_implementation cannot run here, or its weights are cut off.
+    """
+    config = _load(AutoConfig, recipe)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions and recipe.max_length > positions:
+        raise UserError(f"max_length = {recipe.max_length}: {recipe.model_name} has {positions} positions")
+    for name, value in config.get_text_config().to_dict().items():
+        if LOGIT_TRANSFORM.search(name) and value not in (None, 1, 1.0):
+            raise UserError(f"model_name = {recipe.model_name}: models with {name} are not supported")
+    if recipe.fuse_gelu and getattr(config, "hidden_act", None) == "gelu":
+        # Saved with the checkpoint, so that it is used as it was trained.
+        config.hidden_act = "gelu_pytorch_tanh"
+    choose_attention(recipe, config)
+    _check_weight_files(recipe)
+    return config
+
+
+def count_parameters(recipe: Recipe, config: PretrainedConfig) -> int:
+    """The model's parameters, counted on one built without memory for its weights.
+
+    Raises:
+        UserError: no model can be built of its config.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.trust_remote_code)
+    except Exception as error:  # ZeroDivisionError for no heads, KeyError for an unknown activation, and so on
+        raise UserError(
+            f"model_name = {recipe.model_name}: no causal language model can be made of its config: {reason(error)}"
+        ) from error
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def load_model(
+    recipe: Recipe, config: PretrainedConfig, tokenizer, dtype: torch.dtype, checkpoint: Path | None = None
+) -> PreTrainedModel:
+    """The model, its embedding resized to the next multiple of 16 over the tokenizer, ready for training.
+
+    Args:
+        dtype: of the weights: fp32 for autocast (fp32 master weights), the half precision for DeepSpeed's engine,
+            which keeps fp32 masters of its own.
+        checkpoint: the folder whose weights the run goes on from; None for those of model_name.
+
+    Raises:
+        UserError: the weights cannot be found, are damaged, or not those that the config calls for.
+    """
+    if checkpoint:
+        model = load_pretrained(AutoModelForCausalLM, str(checkpoint), "", recipe.trust_remote_code, dtype=dtype)
+    elif recipe.from_scratch:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=recipe.trust_remote_code)
+    else:
+        # safetensors where there are any; a .bin is loaded by torch with weights_only, which transformers insists on.
+        model = _load(AutoModelForCausalLM, recipe, config=config, dtype=dtype)
+    model.eval()  # no dropout in the checks
+    check_output_layer(model, recipe.model_name)
+    if recipe.padding_free:
+        check_padding_free(model, recipe.model_name)
+    # As the original: StableLM's 50,432 rows become 50,288 for 50,282 tokens.
+    model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=16)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return ready_for_training(model, recipe)
+
+
+def ready_for_training(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
+    """The model with the attention, the gradient checkpointing and the compiled layers that the recipe asks for."""
+    attention, reasons = choose_attention(recipe, model.config)
+    name = "sdpa_by_conversation" if attention == "sdpa" and recipe.padding_free else attention
+    if name != "sdpa" or recipe.attn_implementation:  # else a model without SDPA keeps what it has
+        _set_attention(model, name)
+    say(f"attention: {'; '.join([model.config._attn_implementation, *reasons])}")
+    if recipe.gradient_checkpointing:
+        # The non-reentrant kind, which DDP needs.
+        keep = partial(create_selective_checkpoint_contexts, keep_attention)
+        model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": keep})
+    if recipe.torch_compile:
+        for layer in model.modules():
+            if type(layer).__name__ in model._no_split_modules:
+                layer.compile(dynamic=True)
+    return model
+
+
+def _set_attention(model: PreTrainedModel, name: str) -> None:
+    try:
+        model.set_attn_implementation(name)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"attention: this model cannot use {name}: {reason(error)}") from error
+
+
+def _check_weight_files(recipe: Recipe) -> None:
+    """Read the headers of a folder's safetensors, which say how long each file has to be."""
+    for path in [] if recipe.from_scratch else sorted(Path(recipe.model_name).glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"model_name = {recipe.model_name}: {path}: cut off or damaged: {error}") from error
+
+
+def _load(auto_class, recipe: Recipe, **kwargs):
+    who = f"model_name = {recipe.model_name}"
+    return load_pretrained(auto_class, recipe.model_name, who, recipe.trust_remote_code, **kwargs)
+
+
+@torch.no_grad()
+def check_output_layer(model: PreTrainedModel, name: str) -> None:
+    """Refuse a model whose logits are not its output layer's of its body's hidden states, as training/loss.py has them.
+
+    Raises:
+        UserError: they differ on eight tokens (a scaled, capped or deeper head), or are not finite.
+    """
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ids = (torch.arange(8, device=model.device) * 997 % vocabulary)[None]
+    try:
+        logits = model(input_ids=ids, use_cache=False).logits
+        ours = model.get_output_embeddings()(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    except (AttributeError, TypeError, RuntimeError) as error:
+        raise UserError(f"model_name = {name}: not a model that can be trained here: {reason(error)}") from error
+    if not logits.isfinite().all():
+        raise UserError(f"model_name = {name}: its weights give logits that are not finite numbers")
+    if not torch.allclose(ours.float(), logits.float(), rtol=1e-2, atol=1e-2 * float(logits.abs().max())):
+        raise UserError(f"model_name = {name}: its logits are not those of its output layer alone: not supported")
+
+
+@torch.no_grad()
+def check_padding_free(model: PreTrainedModel, name: str) -> None:
+    """Refuse a model in which conversations laid end to end see each other, or their positions.
+
+    Raises:
+        UserError: the second of two conversations moves with the first, or differs from what it is alone.
+    """
+    first, second = (torch.arange(n) * 997 % model.get_input_embeddings().num_embeddings for n in (5, 7))
+
+    def hidden_states(*conversations: torch.Tensor) -> torch.Tensor:
+        """Of the last conversation, after the last layer."""
+        inputs = end_to_end([*conversations]).to(model.device).model_inputs()
+        return model.base_model(**inputs, use_cache=False).last_hidden_state[0, -len(conversations[-1]) :].float()
+
+    try:
+        model.set_attn_implementation("sdpa_by_conversation")  # all that runs on the CPU, where the model still is
+        alone, together, beside_another = (
+            hidden_states(second),
+            hidden_states(first, second),
+            hidden_states(first.flip(0), second),
+        )
+    except (AttributeError, TypeError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"model_name = {name}: it takes no padding-free batches ({reason(error)}): give padding_free: false"
+        ) from error
+    largest = float(alone.abs().max())
+    rounding = 8 * torch.finfo(model.dtype).eps  # in a mixture of experts the others change the shape of the products
+    if (together - alone).abs().max() > 1e-2 * largest or (together - beside_another).abs().max() > rounding * largest:
+        raise UserError(
+            f"model_name = {name}: in it, conversations laid end to end see each other: give padding_free: false"
+        )

@@ -1,0 +1,110 @@
+"""Files: read whole, or refused in one line; written whole, or not at all; told apart by their contents."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from utils.errors import UserError
+
+BLOCKS, BLOCK_BYTES = 64, 64 * 1024
+
+
+def read_text(path: Path, what: str = "file") -> str:
+    """A text file in UTF-8, a byte order mark left out.
+
+    Args:
+        what: it is, for the message.
+
+    Raises:
+        UserError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: cannot read this {what}: {error.strerror} (looked in {Path.cwd()})") from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"{path} line {line}: not UTF-8, as a {what} has to be") from None
+
+
+def parse_json(text: str, source: str | Path, line: int | None = None) -> Any:
+    """The value of a JSON text.
+
+    Args:
+        line: of `source`, where the text is this one line of it.
+
+    Raises:
+        UserError: it is none, with the place.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"{source} line {line or error.lineno}, column {error.colno}"
+        raise UserError(f"{place}: JSON does not parse: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # a number of more than 4,300 digits, thousands of brackets
+        place = f"{source} line {line}" if line else source
+        raise UserError(f"{place}: JSON does not parse: {error}") from None
+
+
+def read_json(path: Path, what: str = "file") -> Any:
+    """The value of a JSON file.  Raises: UserError as `read_text` and `parse_json`."""
+    return parse_json(read_text(path, what), path)
+
+
+def write_whole(path: Path, text: str, errors: str = "strict") -> None:
+    """Write a file so that the old or the new one is there, whole, whenever the machine stops.
+
+    Args:
+        errors: what to do with half of a surrogate pair, as `str.encode` takes it.
+
+    Raises:
+        OSError: it cannot be written; what was there before is as it was.
+    """
+    work = path.with_name(f".{path.name}")
+    try:
+        with open(work, "w", encoding="utf-8", errors=errors) as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(work, path)
+    finally:
+        work.unlink(missing_ok=True)
+    flush(path.parent)  # the new name, too
+
+
+def flush(*paths: Path) -> None:
+    """Wait until files, and the names in folders, are on the disk."""
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Size in bytes, and a BLAKE2b hash of its contents, of a large file's of a sample (`sampled`)."""
+    digest = hashlib.blake2b(digest_size=10)
+    for block in sampled(path):
+        digest.update(block)
+    return {"bytes": path.stat().st_size, "fingerprint": digest.hexdigest()}
+
+
+def sampled(path: Path) -> Iterator[bytes]:
+    """The contents of a file of up to 4 MiB; of a larger one 64 blocks of 64 KiB, evenly spaced from its first byte to
+    its last.
+
+    A change that leaves the size and misses every block goes unseen; training changes nearly every weight, a cut or
+    exchanged file most bytes. So the fingerprint of 16 GB of weights reads 4 MiB a file instead of 16 GB.
+    """
+    size = path.stat().st_size
+    with open(path, "rb", buffering=0) as file:
+        if size <= BLOCKS * BLOCK_BYTES:
+            yield file.read()
+            return
+        for block in range(BLOCKS):
+            file.seek(block * (size - BLOCK_BYTES) // (BLOCKS - 1))
+            yield file.read(BLOCK_BYTES)

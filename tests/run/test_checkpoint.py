@@ -1,0 +1,304 @@
+"""Checkpoints: whole ones or none, the newest kept, what resuming needs in the newest of them; the model card.
+
+Which of them a run goes on from is tests/test_resume.py; what a killed process leaves is tests/test_faults.py.
+"""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator
+from mixes import make_progress
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from data.dialogue import CHAT_TOKENS, prepare_tokenizer
+from recipe.keys import Recipe
+from run import checkpoint
+from run.checkpoint import FORMAT, read_checkpoint, remove_leftovers, save_checkpoint, save_final_model
+from run.model_card import write_model_card
+from run.retention import list_checkpoints
+from run.stats import Clock, TrainingStats
+from training.engine import Engine
+from training.epochs import Position
+from training.optimizer import make_optimizer
+from utils.errors import UserError
+
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hello"},
+    {"role": "assistant", "content": "Hi"},
+    {"role": "user", "content": "Bye"},
+]
+
+
+def make_recipe(folder: Path, **keys) -> Recipe:
+    return Recipe.model_validate({"model_name": "none", "output_dir": str(folder), "datasets": ["vicuna"], **keys})
+
+
+@pytest.fixture
+def tokenizer(tiny_model):
+    return prepare_tokenizer(AutoTokenizer.from_pretrained(tiny_model))
+
+
+@pytest.fixture
+def model(tiny_model, tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=16)
+    return model
+
+
+@pytest.fixture
+def save(tmp_path, model, tokenizer):
+    """Save a step as a process alone does."""
+    accelerator = Accelerator(cpu=True)
+    optimizer, _ = make_optimizer(model, make_recipe(tmp_path), 10, deepspeed=False)
+    engine = Engine(accelerator, model, model, accelerator.prepare(optimizer), None)
+    stats = TrainingStats(SimpleNamespace(names=["vicuna"]), torch.device("cpu"), Clock())
+
+    def save(step: int, **keys) -> Path:
+        state = {"step": step, "position": {"epoch": 2, "conversations": 30}, "num_processes": 1}
+        save_checkpoint(engine, tokenizer, make_recipe(tmp_path, **keys), state, stats)
+        return tmp_path / f"checkpoint-{step}"
+
+    return save
+
+
+def steps(folder: Path) -> list[int]:
+    return [int(path.name.split("-")[1]) for path in list_checkpoints(folder)]
+
+
+# ---- checkpoints ----
+
+
+def test_a_checkpoint_loads_as_it_stands(save, model, tokenizer):
+    folder = save(7)
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
+    loaded, loaded_tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    saved = model.state_dict()
+    assert saved.keys() == loaded.state_dict().keys()
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in loaded.state_dict().items())
+    assert loaded_tokenizer.get_vocab() == tokenizer.get_vocab()
+    assert loaded_tokenizer.convert_tokens_to_ids(list(CHAT_TOKENS)) == tokenizer.convert_tokens_to_ids(
+        list(CHAT_TOKENS)
+    )
+    eos = tokenizer.eos_token
+    assert loaded_tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True) == (
+        f"<|system|>Be brief.{eos}<|prompter|>Hello{eos}<|assistant|>Hi{eos}<|prompter|>Bye{eos}<|assistant|>"
+    )
+    assert loaded_tokenizer.pad_token_id == tokenizer.pad_token_id
+
+
+def test_it_says_where_the_run_stands_and_what_belongs_to_it(save):
+    """And nothing in it is a pickle."""
+    folder = save(7)
+    found = read_checkpoint(folder)
+    assert (found.step, found.position) == (7, Position(2, 30))
+    assert found.state["format"] == FORMAT
+    files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    assert files.pop("trainer_state/state.json") > 0
+    assert found.state["files"] == files
+    assert {path.suffix for path in folder.rglob("*") if path.is_file()} <= {".safetensors", ".json", ".jinja"}
+    assert found.process_state(0)["stats"]["tokens"] == 0
+
+
+def test_a_model_in_several_files(save, monkeypatch, model):
+    monkeypatch.setattr(checkpoint, "MODEL_PART", "100KB")
+    folder = save(3)
+    parts = sorted(folder.glob("model-*.safetensors"))
+    assert len(parts) > 2
+    loaded = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
+    parts[1].write_bytes(parts[1].read_bytes()[:-1])
+    with pytest.raises(UserError, match=f"not whole: {parts[1].name}"):
+        read_checkpoint(folder)
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(1, [1000]), (2, [200, 1000]), (4, [20, 100, 200, 1000]), (None, None)])
+def test_the_newest_checkpoints_are_kept(save, tmp_path, limit, kept):
+    every = [3, 20, 100, 200, 1000]  # by step, not by name or by time
+    for step in every:
+        save(step, save_total_limit=limit)
+    assert steps(tmp_path) == (kept or every)
+    assert not list(tmp_path.glob(".checkpoint-*"))
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_the_one_just_written_is_never_removed(save, tmp_path, limit):
+    """As after a run was taken back to an earlier step."""
+    for step in (10, 20):
+        save(step, save_total_limit=None)
+    save(5, save_total_limit=limit)
+    assert steps(tmp_path) == [[5], [5, 20]][limit - 1]
+    before = (tmp_path / "checkpoint-5" / "trainer_state" / "state.json").stat().st_ino
+    save(5, save_total_limit=limit)  # over itself
+    assert (tmp_path / "checkpoint-5" / "trainer_state" / "state.json").stat().st_ino != before
+    assert steps(tmp_path) == [[5], [5, 20]][limit - 1]
+    read_checkpoint(tmp_path / "checkpoint-5")
+
+
+@pytest.mark.parametrize(("keep", "kept"), [(1, [40]), (2, [30, 40]), (None, [20, 30, 40])])
+def test_the_newest_keep_what_resuming_needs(save, tmp_path, keep, kept):
+    for step in (10, 20, 30, 40):
+        save(step, save_total_limit=3, keep_trainer_state=keep)
+    assert steps(tmp_path) == [20, 30, 40]
+    with_state = [path for path in list_checkpoints(tmp_path) if (path / "trainer_state").exists()]
+    assert [int(path.name.split("-")[1]) for path in with_state] == kept
+    for path in list_checkpoints(tmp_path):
+        AutoModelForCausalLM.from_pretrained(path)
+        assert {each.name for each in path.glob(".*")} == set()
+
+
+def test_the_model_alone(save):
+    folder = save(3, save_only_model=True)
+    assert not (folder / "trainer_state").exists()
+    AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(UserError, match="holds no trainer_state/, so that no run can go on from it"):
+        read_checkpoint(folder)
+
+
+@pytest.mark.parametrize("broken", ["model", "tokenizer", "optimizer"])
+@pytest.mark.parametrize(
+    "problem",
+    [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device (os error 28)")],
+    ids=["Python", "Rust"],
+)
+def test_a_save_that_fails_leaves_no_checkpoint(save, tmp_path, model, tokenizer, monkeypatch, broken, problem):
+    save(1, save_total_limit=1)
+
+    def fail(folder, *_, **__):
+        Path(folder).mkdir(exist_ok=True)
+        (Path(folder) / "model.safetensors").write_bytes(b"half")
+        raise problem
+
+    with monkeypatch.context() as patch:
+        if broken == "optimizer":
+            patch.setattr(checkpoint, "save_optimizer", fail)
+        else:
+            patch.setattr(model if broken == "model" else tokenizer, "save_pretrained", fail)
+        with pytest.raises(UserError, match=r"checkpoint-2 could not be written: .*No space left on device") as error:
+            save(2, save_total_limit=1)
+    assert "the checkpoints before it are whole" in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]  # whole, and the half of it gone
+    read_checkpoint(tmp_path / "checkpoint-1")
+    save(2, save_total_limit=1)
+    assert steps(tmp_path) == [2]
+
+
+def test_an_error_that_is_not_the_disks_is_not_taken_for_one(save, tmp_path, model, monkeypatch):
+    monkeypatch.setattr(model, "save_pretrained", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        save(2)
+    assert steps(tmp_path) == []
+
+
+def test_what_does_not_pass_the_check_gets_no_name(save, tmp_path, monkeypatch):
+    """The model's file lost its end after it was written, say."""
+    save(1, save_total_limit=1)
+    save_model = checkpoint.save_model
+
+    def write_badly(model, tokenizer, folder):
+        save_model(model, tokenizer, folder)
+        (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
+
+    monkeypatch.setattr(checkpoint, "save_model", write_badly)
+    with pytest.raises(UserError, match="not whole"):
+        save(2, save_total_limit=1)
+    assert steps(tmp_path) == [1]
+    read_checkpoint(tmp_path / "checkpoint-1")
+
+
+def test_a_checkpoint_half_removed_does_not_keep_its_name(save, tmp_path, monkeypatch):
+    save(1, save_total_limit=1)
+
+    def killed(folder, *_, **__):
+        if Path(folder).exists():
+            (Path(folder) / "config.json").unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save(2, save_total_limit=1)
+    assert steps(tmp_path) == [2]
+    assert remove_leftovers(tmp_path) == [".checkpoint-1"]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+
+
+def test_leftovers_are_removed_and_named(save, tmp_path):
+    whole = save(3)
+    (whole / ".trainer_state").mkdir()
+    for name in (".checkpoint-4", ".final", "checkpoint-final", "notes"):
+        (tmp_path / name).mkdir()
+    assert sorted(remove_leftovers(tmp_path)) == [".checkpoint-4", ".final", "checkpoint-3/.trainer_state"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-final", "notes"]
+    read_checkpoint(whole)
+
+
+def test_other_folders_are_no_checkpoints(tmp_path):
+    for name in ("checkpoint-3", ".checkpoint-4", "checkpoint-final", "checkpoint-5.set-aside", "my-checkpoint-6"):
+        (tmp_path / name).mkdir()
+    assert steps(tmp_path) == [3]
+
+
+# ---- the final model ----
+
+
+def test_the_final_model_has_the_form_of_a_checkpoint(save, tmp_path, model, tokenizer):
+    folder, final = save(1, save_only_model=True), tmp_path / "final"
+    final.mkdir()
+    save_final_model(model, tokenizer, final)
+    assert {path.name for path in final.iterdir()} == {path.name for path in folder.iterdir()}
+
+
+def test_a_final_model_that_cannot_be_written(tmp_path, model, tokenizer, monkeypatch):
+    """What was there, of a run that is trained on, stays."""
+    save_final_model(model, tokenizer, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail(folder):
+        (folder / "tokenizer.json").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tokenizer, "save_pretrained", fail)
+    with pytest.raises(UserError, match=r"the final model could not be written: .*No space left on device"):
+        save_final_model(model, tokenizer, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+# ---- the card ----
+
+
+def card_of(recipe: Recipe, tokenizer, results: dict) -> tuple[dict, str]:
+    """The card's front matter and text."""
+    recipe.output_dir.mkdir(exist_ok=True)
+    progress = make_progress(12_000, step=12_000, results=results)
+    write_model_card(recipe, tokenizer, progress, tokens=3_456_789)
+    _, head, text = (recipe.output_dir / "README.md").read_text().split("---\n", 2)
+    return yaml.safe_load(head), text
+
+
+def test_the_model_card(tmp_path, tokenizer):
+    recipe = make_recipe(
+        tmp_path / "my_model", model_name="stabilityai/stablelm-base-alpha-7b", datasets=["oasst_export", "vicuna"]
+    )
+    results = {"eval_vicuna_loss": 0.98765, "eval_vicuna_accuracy": 0.7654, "eval_loss": 1.0, "eval_accuracy": 0.7}
+    head, text = card_of(recipe, tokenizer, results)
+    assert head["base_model"] == "stabilityai/stablelm-base-alpha-7b"
+    assert (head["library_name"], head["pipeline_tag"]) == ("transformers", "text-generation")
+    assert "# my_model\n" in text
+    assert "12,000 steps on 3,456,789 tokens" in text
+    assert "| vicuna | 0.9877 | 76.54% |" in text
+    assert "| oasst_export |" not in text  # nothing of it was held out
+    assert f"<|prompter|>What is a meme?{tokenizer.eos_token}<|assistant|>" in text
+
+
+@pytest.mark.parametrize("keys", [{"from_scratch": True, "model_name": "someone/model"}, {"model_name": "."}])
+def test_a_base_model_that_is_not_on_the_hub_is_not_linked(tmp_path, tokenizer, keys):
+    head, text = card_of(make_recipe(tmp_path / "out", **keys), tokenizer, {})
+    assert "base_model" not in head
+    assert ("random weights" in text) == bool(keys.get("from_scratch"))
+    assert "No conversation was held out." in text
+    assert "|---" not in text

@@ -1,0 +1,428 @@
+"""What a run leaves behind while it trains: the numbers, metrics.jsonl, the curves, Weights & Biases."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT
+from interruption import MEASURED, metrics, run_here, small_recipe
+from mixes import make_progress
+
+from recipe.keys import Recipe
+from run.checkpoint import read_checkpoint
+from run.log import RunLog, plot, read_metrics
+from run.stats import Clock, TrainingStats
+from training.collate import Batch
+from training.memory import peak_memory
+
+MIX = SimpleNamespace(names=["first", "second", "third"])
+
+
+def make_recipe(folder: Path, **keys) -> Recipe:
+    values = {"model_name": "none", "output_dir": str(folder), "datasets": ["vicuna"], "log_wandb": False}
+    return Recipe.model_validate(values | keys)
+
+
+@pytest.fixture
+def log(tmp_path):
+    log = RunLog(make_recipe(tmp_path), make_progress(3), main_process=True)
+    yield log
+    log.progress.close()
+
+
+def micro_batch(datasets: list[int], lengths: list[int]) -> Batch:
+    dataset = torch.tensor(datasets, dtype=torch.int64)
+    ids = torch.zeros(1, sum(lengths), dtype=torch.int64)
+    return Batch(ids, scored=dataset, targets=dataset, dataset=dataset, lengths=tuple(lengths))
+
+
+# ---- the numbers ----
+
+
+def alone(tensor: torch.Tensor) -> torch.Tensor:
+    """Accelerator.reduce on one process."""
+    return tensor
+
+
+@pytest.fixture
+def clock():
+    """The seconds of a run, set by hand."""
+    return Clock()
+
+
+def make_stats(clock: Clock, steps: list[list[tuple]] = (), peak: float | None = None) -> TrainingStats:
+    """With these micro-batches of each step: data sets, lengths, losses, the micro-batch's share of the step's loss.
+
+    A token takes 100 FLOPs, and the device can do `peak` a second.
+    """
+    flops = SimpleNamespace(of=lambda batch: 100 * sum(batch.lengths))
+    stats = TrainingStats(MIX, torch.device("cpu"), clock, flops, peak)
+    for step in steps:
+        for datasets, lengths, losses, loss in step:
+            stats.add(micro_batch(datasets, lengths), torch.tensor(losses), torch.tensor(loss))
+        stats.end_step()
+    return stats
+
+
+STEPS = [
+    [([0, 0, 1], [7, 5], [1.0, 2.0, 6.0], 1.5), ([1], [4], [2.0], 0.5)],
+    [([1, 0], [3], [1.0, 0.5], 3.0), ([], [], [], 0.0)],  # one of its micro-batches is empty
+]
+ALONE = SimpleNamespace(reduce=alone, num_processes=1)
+
+
+def test_stats_against_a_hand_computation(clock):
+    stats = make_stats(clock, STEPS, peak=1000)
+    clock.seconds |= {"training": 3.0, "data": 2.0, "evaluation": 40.0, "saving": 9.0}  # these two are no training
+    assert without_memory(stats.close(ALONE)) == {
+        "loss": pytest.approx((1.5 + 0.5 + 3.0) / 2),  # the mean over the steps of each step's loss
+        "loss_first": pytest.approx((1.0 + 2.0 + 0.5) / 3),
+        "share_first": pytest.approx(3 / 6),
+        "loss_second": pytest.approx((6.0 + 2.0 + 1.0) / 3),
+        "share_second": pytest.approx(3 / 6),
+        "tokens": 19,
+        "tokens_per_second": pytest.approx(19 / 5),
+        "tokens_per_second_per_device": pytest.approx(19 / 5),
+        "data_wait_share": pytest.approx(2 / 5),
+        "mfu": pytest.approx(19 * 100 / 5 / 1000),
+    }
+    # After a line everything but the count of tokens starts anew.
+    stats.add(micro_batch([2], [6]), torch.tensor([4.0], requires_grad=True), torch.tensor(4.0))
+    stats.end_step()
+    clock.seconds["training"] += 0.75
+    clock.seconds["data"] += 0.25
+    assert without_memory(stats.close(ALONE)) == {
+        "loss": 4.0,
+        "loss_third": 4.0,
+        "share_third": 1.0,
+        "tokens": 25,
+        "tokens_per_second": 6.0,
+        "tokens_per_second_per_device": 6.0,
+        "data_wait_share": 0.25,
+        "mfu": 0.6,
+    }
+
+
+def without_memory(metrics: dict[str, float]) -> dict[str, float]:
+    """And that it is there, in GiB: of this process, which has loaded PyTorch."""
+    assert 0.1 < metrics.pop("peak_memory_gib") < 100
+    return metrics
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_peak_memory_is_what_the_process_held_at_most():
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    assert peak_memory(torch.device("cpu")) == pytest.approx(int(lines["VmHWM"].split()[0]) * 1024, rel=0.01)
+
+
+def test_without_a_known_peak_no_utilisation_is_made_up(clock):
+    assert "mfu" not in make_stats(clock, STEPS).close(ALONE)
+
+
+def test_stats_add_up_over_processes(clock):
+    shares = ([0, 1], [5], [1.0, 2.0], 0.6), ([1], [3], [5.0], 1.4)
+    both = [make_stats(clock, [[batch]], peak=100) for batch in shares]
+    clock.seconds["training"] += 2
+    sent = []
+    both[1].close(SimpleNamespace(reduce=lambda tensor: sent.append(tensor) or tensor, num_processes=2))
+    together = SimpleNamespace(reduce=lambda tensor: tensor + sent[0], num_processes=2)
+    assert without_memory(both[0].close(together)) == {
+        "loss": pytest.approx(2.0),  # each process holds its share of the step's loss
+        "loss_first": 1.0,
+        "share_first": pytest.approx(1 / 3),
+        "loss_second": 3.5,
+        "share_second": pytest.approx(2 / 3),
+        "tokens": 8,
+        "tokens_per_second": 4.0,
+        "tokens_per_second_per_device": 2.0,
+        "data_wait_share": 0.0,
+        "mfu": 8 * 100 / 2 / (2 * 100),
+    }
+
+
+def test_counts_stay_exact_over_many_tokens(clock):
+    stats = make_stats(clock)
+    stats.sums[-1] = 2**24  # where fp32 stops counting
+    stats.add(micro_batch([0], [1]), torch.ones(1), torch.tensor(1.0))
+    stats.end_step()
+    assert stats.close(ALONE)["tokens"] == 2**24 + 1
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_step_that_is_left_out_does_not_count(clock, loss):
+    stats = make_stats(clock, STEPS[:1], peak=1000)
+    stats.add(micro_batch([0], [40]), torch.tensor([loss]), torch.tensor(loss))
+    assert str(stats.step_loss(ALONE)) == str(loss)
+    stats.end_step(counts=False)
+    expected = make_stats(clock, STEPS[:1], peak=1000)
+    assert without_memory(stats.close(ALONE)) == without_memory(expected.close(ALONE))
+    stats.end_step(counts=False)
+    assert set(stats.close(ALONE)) == {"tokens"} | MEASURED  # no step, no loss
+
+
+def test_the_sums_go_on_where_they_were(clock):
+    whole = make_stats(clock, STEPS, peak=1000)
+    first = make_stats(clock, STEPS[:1])
+    clock.seconds["data"] += 2
+    state = json.loads(json.dumps(first.state_dict()))
+    resumed = make_stats(Clock(), peak=1000)
+    resumed.load_state_dict([state])
+    assert resumed.clock.seconds == clock.seconds
+    resumed.clock.seconds["training"] += 2
+    clock.seconds["training"] += 2
+    for datasets, lengths, losses, loss in STEPS[1]:
+        resumed.add(micro_batch(datasets, lengths), torch.tensor(losses), torch.tensor(loss))
+    resumed.end_step()
+    found = without_memory(resumed.close(ALONE))
+    assert found == without_memory(whole.close(ALONE))
+    assert (found["tokens_per_second"], found["data_wait_share"], found["mfu"]) == (19 / 4, 0.5, 0.475)
+
+
+def test_a_checkpoint_from_before_these_were_counted_can_be_gone_on_from(clock):
+    clock.seconds["data"] += 2
+    state = make_stats(clock, STEPS[:1]).state_dict()
+    del state["waited"], state["flops"]
+    resumed = make_stats(Clock())
+    resumed.load_state_dict([state])
+    resumed.clock.seconds["training"] += 2
+    assert resumed.close(ALONE)["data_wait_share"] == 0
+
+
+def test_another_number_of_processes_takes_over_all_sums(clock):
+    """The first of them; with the others' it would count twice."""
+    states = [make_stats(clock, [[batch]]).state_dict() for batch in STEPS[0]]
+    assert [state["flops"] for state in states] == [1200, 400]
+    first, second = make_stats(Clock()), make_stats(Clock())
+    first.load_state_dict(states)
+    second.load_state_dict(states, with_sums=False)
+    expected = make_stats(clock, STEPS[:1])
+    assert torch.equal(first.sums, expected.sums)
+    assert (second.sums == 0).all()
+    assert (first.flops, second.flops) == (1600, 0)
+    assert first.steps == second.steps == 1
+    other_mix = TrainingStats(SimpleNamespace(names=["first"]), torch.device("cpu"), Clock())
+    other_mix.load_state_dict(states)  # sums of other data sets say nothing
+    assert (other_mix.sums == 0).all()
+
+
+def test_the_clock_counts_what_it_is_told():
+    clock = Clock()
+    with clock.spend("saving"):
+        time.sleep(0.05)
+
+    def batches():
+        for number in range(3):
+            time.sleep(0.03)
+            yield number
+
+    for _ in clock.waiting(batches()):
+        time.sleep(0.05)
+    assert clock.seconds["saving"] == pytest.approx(0.05, abs=0.045)
+    assert clock.seconds["data"] == pytest.approx(0.09, abs=0.045)  # not what the loop did with them
+    assert clock.seconds["training"] == clock.seconds["evaluation"] == 0
+
+
+# ---- metrics.jsonl and the curves ----
+
+
+def test_lines_are_json_in_full_precision_and_come_back(log, tmp_path):
+    lines = [
+        {"step": 1, "epoch": 0.1, "loss": 1 / 3, "learning_rate": 1e-5, "grad_norm": 2.0},
+        {"step": 2, "epoch": 0.2, "loss": 0.1 + 0.2, "learning_rate": 2e-5, "grad_norm": float("inf")},
+        {"step": 2, "epoch": 0.2, "eval_vicuna_loss": 0.5, "eval_loss": float("nan")},
+    ]
+    for line in lines:
+        log.write(line)
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    written = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    parsed = [json.loads(line, parse_constant=refuse) for line in written]
+    assert parsed == [lines[0], lines[1] | {"grad_norm": None}, lines[2] | {"eval_loss": None}]
+    curves = read_metrics(tmp_path / "metrics.jsonl")
+    assert curves["loss"] == [(1, 1 / 3), (2, 0.1 + 0.2)]
+    assert curves["grad_norm"] == [(1, 2.0)]
+    assert "step" not in curves
+
+
+def test_other_processes_write_nothing(tmp_path, capsys):
+    log = RunLog(make_recipe(tmp_path, log_wandb=True), make_progress(3), main_process=False)
+    log.write({"step": 1, "loss": 1.0})
+    log.show_evaluation(1, {"eval_loss": 1.0, "eval_accuracy": 0.5})
+    log.close()
+    assert not list(tmp_path.iterdir())
+    assert capsys.readouterr() == ("", "")
+
+
+def test_an_evaluation_is_shown_data_set_by_data_set(log, capsys):
+    log.show_evaluation(
+        1200, {"eval_vicuna_loss": 1.25, "eval_vicuna_accuracy": 0.5, "eval_loss": 2, "eval_accuracy": 1}
+    )
+    assert [" ".join(line.split()) for line in capsys.readouterr().out.strip().splitlines()] == [
+        "validation after step 1,200",
+        "vicuna loss 1.2500 token accuracy 50.00%",
+        "all loss 2.0000 token accuracy 100.00%",
+    ]
+
+
+LINES = [
+    {"step": 1, "epoch": 0.1, "loss": 2.0, "loss_vicuna": 2.0, "learning_rate": 0.0, "grad_norm": 0.5, "tokens": 9},
+    {"step": 2, "epoch": 0.2, "loss": 1.5, "loss_vicuna": 1.5, "learning_rate": 1e-5, "grad_norm": 1.0, "tokens": 18},
+    {"step": 2, "epoch": 0.2, "eval_vicuna_loss": 1.0, "eval_vicuna_accuracy": 0.5, "eval_loss": 1.0},
+]
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_the_curves(tmp_path, count):
+    metrics, image = tmp_path / "metrics.jsonl", tmp_path / "training.png"
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in LINES[:count]))
+    plot(metrics, image)
+    assert image.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert image.stat().st_size > 10_000
+
+
+def test_no_metrics_no_curves(tmp_path):
+    plot(tmp_path / "metrics.jsonl", tmp_path / "training.png")
+    assert not list(tmp_path.iterdir())
+
+
+# ---- Weights & Biases ----
+
+
+@pytest.fixture
+def nobody(tmp_path, monkeypatch):
+    """Nobody is logged in: an empty home folder and no setting of wandb's."""
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_DIR", "NETRC", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    yield
+    import wandb
+
+    wandb.teardown()  # it reads the environment once
+
+
+@pytest.mark.usefixtures("nobody")
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({}, "nobody is logged in, "),
+        ({"WANDB_MODE": "offline"}, ""),
+        ({"WANDB_API_KEY": "short"}, "WANDB_API_KEY invalid"),
+        ({"WANDB_API_KEY": "0" * 40}, "Timed out, "),
+    ],
+    ids=["nobody", "asked", "bad key", "no network"],
+)
+def test_wandb_logs_offline_and_says_where(tmp_path, capsys, monkeypatch, environment, reason):
+    import wandb
+
+    def no_network(mode=None, **kwargs):
+        if mode is None and "WANDB_API_KEY" in environment:  # wandb itself tries for a minute and a half
+            raise wandb.errors.CommError("Timed out\nConsider increasing the timeout")
+        return init(mode=mode, **kwargs)
+
+    init = wandb.init
+    monkeypatch.setattr(wandb, "init", no_network)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    log = RunLog(
+        make_recipe(tmp_path / "out", log_wandb=True, log_dir="wandb_files"), make_progress(2), main_process=True
+    )
+    (tmp_path / "out").mkdir(exist_ok=True)
+    for line in LINES:
+        log.write(line)
+    log.close()
+    (run,) = (tmp_path / "out" / "wandb_files" / "wandb").glob("offline-run-*")
+    assert list(run.glob("*.wandb"))
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert said.startswith("wandb: ")
+    assert reason in said
+    assert said.endswith(f"logging offline to {run} (wandb sync uploads it)")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "out"]
+
+
+def records(run: Path) -> list:
+    """What wandb has written down of an offline run, as it would upload it.
+
+    Seven bytes, then LevelDB's log format: blocks of 32 KiB, made of chunks, each a checksum, its length and its kind
+    (1: a whole record; 2, 3, 4: the first, a middle, the last part of one).
+    """
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (file,) = run.glob("*.wandb")
+    data, at, record, found = file.read_bytes(), 7, b"", []
+    while at + 7 <= len(data):
+        left = 2**15 - at % 2**15
+        if left < 7:
+            at += left
+            continue
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        record += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            found.append(Record.FromString(record))
+            record = b""
+    return found
+
+
+@pytest.mark.usefixtures("nobody")
+def test_a_resumed_run_is_the_same_run_of_wandb(tmp_path, tiny_model, monkeypatch):
+    """Its rows have the step as a metric of their own, so that none is dropped for lying behind."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    recipe, output = small_recipe(tmp_path, tiny_model, log_wandb=True), tmp_path / "out"
+    assert run_here(recipe, output_dir=output, steps=8).returncode == 75
+    wandb_id = read_checkpoint(output / "checkpoint-8").state["wandb_id"]
+    assert run_here(recipe, output_dir=output).returncode == 0
+    runs = sorted((output / "base" / "wandb").glob("offline-run-*"), key=lambda path: path.stat().st_mtime)
+    assert len(runs) == 2
+    steps = []
+    for run in runs:
+        found = records(run)
+        assert {record.run.run_id for record in found if record.HasField("run")} == {wandb_id}
+        defined = [record.metric for record in found if record.HasField("metric")]
+        assert {(metric.name or metric.glob_name, metric.step_metric) for metric in defined} >= {
+            ("step", ""),
+            ("*", "step"),
+        }
+        for record in found:
+            if record.HasField("history"):
+                row = {item.key or ".".join(item.nested_key): item.value_json for item in record.history.item}
+                steps.append(int(row["step"]))
+    assert steps == [line["step"] for line in metrics(output)]
+
+
+@pytest.mark.usefixtures("nobody")
+def test_wandb_can_be_switched_off_from_outside(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    log = RunLog(make_recipe(tmp_path / "out", log_wandb=True), make_progress(2), main_process=True)
+    log.write(LINES[0])
+    log.close()
+    assert capsys.readouterr().out == ""
+
+
+def test_without_log_wandb_it_is_not_imported(tmp_path):
+    code = f"""
+import sys
+sys.path.insert(0, "scripts")
+sys.argv = ["sft.py"]
+import sft
+from recipe.keys import Recipe
+from run.log import RunLog
+from run.progress import Progress
+recipe = Recipe(model_name="none", output_dir={str(tmp_path)!r}, datasets=["vicuna"], log_wandb=False)
+log = RunLog(recipe, Progress(2, 10, True), True)
+log.write({{"step": 1, "loss": 1.0}})
+log.close()
+print([name for name in sys.modules if name.split(".")[0] == "wandb"])
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "[]"
+    assert "wandb" not in result.stderr.lower()

@@ -1,0 +1,481 @@
+"""Before a run: the largest micro-batches by brute force, the estimates against real runs, each refusal and warning."""
+
+import copy
+import gc
+import itertools
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from hypothesis import strategies as st
+from mixes import LAYOUTS, PAD, given, make_mix, make_recipe, mixes_and_recipes, processes_of_runs
+from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
+
+from data.mix import Mix
+from recipe.load import load_recipe
+from run.preflight import recipe_warnings
+from run.retention import check_disk, checkpoint_bytes, disk_peak
+from training.batches import Batches
+from training.collate import Batch, collate
+from training.epochs import Position, epoch_plan
+from training.loss import ScoredLoss
+from training.memory import check_memory, estimate_memory
+from training.model import load_model
+from training.plan import largest_micro_batches, packs_per_step
+from utils.errors import UserError
+
+NEOX = GPTNeoXConfig(
+    vocab_size=4096,
+    hidden_size=256,
+    num_hidden_layers=8,
+    num_attention_heads=4,
+    intermediate_size=1024,
+    hidden_act="gelu_pytorch_tanh",
+    rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+    tie_word_embeddings=False,
+)
+LLAMA = LlamaConfig(
+    vocab_size=4096,
+    hidden_size=256,
+    num_hidden_layers=8,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=704,
+    tie_word_embeddings=True,
+)
+# The seed's model: 7.87 billion parameters.
+SEED = GPTNeoXConfig(
+    vocab_size=50432,
+    hidden_size=6144,
+    num_hidden_layers=16,
+    num_attention_heads=48,
+    intermediate_size=24576,
+    tie_word_embeddings=False,
+)
+SEED_PARAMETERS = 7_868_755_968
+
+
+# ---- the largest micro-batches ----
+
+
+def tokens(batch: Batch) -> int:
+    """Padding included; 0 of a micro-batch that only fills up a round."""
+    return batch.input_ids.numel() if batch.lengths else 0
+
+
+@given(mixes_and_recipes(), processes_of_runs, st.integers(1, 12), st.integers(0, 2), st.data())
+def test_largest_micro_batches_by_brute_force(mix_and_recipe, processes, steps, epoch, data):
+    mix, recipe = mix_and_recipe
+    start = Position(epoch, int(data.draw(st.sampled_from(epoch_plan(mix, recipe, epoch).bounds[:-1]))))
+    train, validation = largest_micro_batches(mix, recipe, processes, steps, start)
+
+    plan = [
+        batch
+        for process in range(processes)
+        for _, batches in itertools.islice(Batches(mix, recipe, process, processes, PAD).training_steps(start), steps)
+        for batch in batches
+    ]
+    found = collate(mix.train, train.rows, recipe, PAD, train.epoch)
+    assert tuple(found.input_ids.shape) == train.shape
+    assert tokens(found) == train.tokens == max(map(tokens, plan))
+    assert any(torch.equal(found.input_ids, batch.input_ids) for batch in plan)
+
+    held_out = [
+        batch
+        for dataset in range(len(mix.names))
+        for process in range(processes)
+        for batch in Batches(mix, recipe, process, processes, PAD).validation(dataset)
+    ]
+    found_validation = collate(mix.validation, validation.rows, recipe, PAD, validation.epoch)
+    assert tokens(found_validation) == max(map(tokens, held_out))
+    assert any(torch.equal(found_validation.input_ids, batch.input_ids) for batch in held_out)
+
+    if mix.train.lengths.max() <= recipe.max_length:  # else scored tokens depend on the random windows
+        for chosen, batches in ((found, plan), (found_validation, held_out)):
+            as_large = [batch for batch in batches if tokens(batch) == tokens(chosen)]
+            assert len(chosen.targets) == max(len(batch.targets) for batch in as_large)
+
+
+def test_steps_of_a_global_batch_start_micro_batches_of_their_own():
+    """Steps of 5 in micro-batches of 4: 4 and 1, never 4 over the border of two steps."""
+    mix = make_mix([[3] * 20])
+    keys = {"per_device_train_batch_size": 4, "global_batch_size": 5}
+    for free, four, one in ((True, (1, 12), (1, 3)), (False, (4, 3), (1, 3))):
+        recipe = make_recipe(padding_free=free, **keys)
+        assert largest_micro_batches(mix, recipe, 1, 1, Position(0, 15))[0].shape == four
+        assert largest_micro_batches(mix, recipe, 1, 1, Position(0, 19))[0].shape == one
+
+
+@pytest.mark.parametrize(
+    ("layout", "described"),
+    [
+        ("padding-free", "3 conversations, 80 tokens"),
+        ("padded", "3 conversations, 120 tokens of 40 each, padded"),
+        ("packed", "3 conversations, 80 tokens"),
+    ],
+)
+def test_the_largest_micro_batch_in_words(layout, described):
+    recipe = make_recipe(per_device_train_batch_size=3, max_length=40, **LAYOUTS[layout])
+    assert largest_micro_batches(make_mix([[60, 10, 30]]), recipe, 1, 1, Position())[0].describe() == described
+    alone = largest_micro_batches(make_mix([[60]]), recipe, 1, 1, Position())[0]
+    assert alone.describe() == "1 conversation, 40 tokens"
+
+
+def test_nothing_held_out():
+    mix = make_mix([[3, 4]])
+    mix = Mix(mix.names, mix.train, mix.validation.select(np.zeros(0, dtype=np.int64)))
+    assert largest_micro_batches(mix, make_recipe(), 1, 1, Position())[1] is None
+
+
+def test_largest_micro_batches_of_a_hundred_thousand_conversations_are_found_at_once():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(10, 3000, 100_000)
+    column = np.zeros(len(lengths), dtype=np.int64)
+    split = type(make_mix([[2]]).train)(column, np.arange(len(lengths)), lengths, lengths // 2, [])
+    mix = Mix(["oasst_export"], split, split.select(np.arange(2000)))
+    keys = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_length": 2048}
+    for layout in LAYOUTS:
+        started = time.perf_counter()
+        train, validation = largest_micro_batches(mix, make_recipe(**keys, **LAYOUTS[layout]), 4, 4 * 3125, Position())
+        assert time.perf_counter() - started < (4 if layout == "packed" else 2)  # four epochs, each packed anew
+        assert train.shape == ((4, 2048) if layout == "padded" else (1, 4 * 2048))
+        assert validation.shape == ((2, 2048) if layout == "padded" else (1, 2 * 2048))
+
+
+# ---- memory ----
+
+
+def estimate(config, dtype=torch.float32, shape=(2, 512), zero=None, processes=1, gpu=False, **keys) -> dict[str, int]:
+    return estimate_memory(make_recipe(**keys), config, count(config), processes, zero, dtype, shape, gpu)
+
+
+def count(config) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+
+
+class NoTokenizer:
+    """As much of one as `load_model` asks for: it leaves a model's embedding as it is."""
+
+    eos_token_id, pad_token_id = 0, 1
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+
+def make_scored_loss(config, dtype: torch.dtype = torch.float32, **keys) -> ScoredLoss:
+    """Random weights, made ready for training as sft.py does it."""
+    recipe = make_recipe(from_scratch=True, **keys)
+    return ScoredLoss(load_model(recipe, copy.deepcopy(config), NoTokenizer(config.vocab_size), dtype), recipe).train()
+
+
+def make_batch(vocabulary: int, shape: tuple[int, int], padding_free: bool) -> Batch:
+    """Random tokens, every one scored; padding-free two conversations, padded the last row half padding."""
+    ids, real = torch.randint(0, vocabulary, shape), torch.ones(shape, dtype=torch.int64)
+    if padding_free:
+        lengths = shape[1] // 4, shape[1] - shape[1] // 4
+        places = torch.cat([torch.arange(length) for length in lengths])[None]
+        layout = {"position_ids": places, "boundaries": torch.tensor([0, *lengths]).cumsum(0).int()}
+    else:
+        lengths = *[shape[1]] * (shape[0] - 1), shape[1] // 2
+        real[-1, shape[1] // 2 :] = 0
+        places, layout = torch.arange(shape[1]).expand(shape), {"attention_mask": real}
+    is_target = ((places > 0) & (real == 1)).flatten()
+    scored = is_target[1:].nonzero().squeeze(1)
+    return Batch(ids, scored, ids.flatten()[scored + 1], torch.zeros_like(scored), lengths, **layout)
+
+
+SHAPES = {True: (1, 512), False: (2, 256)}  # by padding_free
+
+
+@pytest.mark.parametrize("padding_free", [True, False], ids=["padding-free", "padded"])
+@pytest.mark.parametrize("config", [NEOX, LLAMA], ids=["neox", "llama"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+def test_activations_are_what_is_held_for_the_backward_pass(config, precision, checkpointing, padding_free):
+    """Every tensor of that time, counted by storage; the estimate has to be at or a little over it."""
+    shape, half = SHAPES[padding_free], precision != "fp32"
+    dtype = torch.bfloat16 if half else torch.float32
+    keys = {"padding_free": padding_free, "gradient_checkpointing": checkpointing}
+    scored_loss = make_scored_loss(config, dtype if precision == "bf16" else torch.float32, **keys)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in scored_loss.parameters()}
+    before = {id(tensor) for tensor in tensors_in_python()}
+    kept = []  # so that no address is used twice
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
+        result = scored_loss(make_batch(config.vocab_size, shape, padding_free))
+    # Attention's results, which gradient checkpointing keeps, do not pass the hooks.
+    kept += [tensor for tensor in tensors_in_python() if id(tensor) not in before]
+    # Autocast's copies of the weights, and the output layer's gradient, are no activations.
+    matrices = [tuple(parameter.shape) for parameter in scored_loss.parameters() if parameter.ndim == 2]
+    of_weights = {each for rows, columns in matrices for each in ((rows, columns), (columns, rows))}
+    storages = [tensor.untyped_storage() for tensor in kept if tuple(tensor.shape) not in of_weights]
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages if storage.data_ptr() not in weights}
+    saved = sum(sizes.values())
+    del result
+
+    zero = {"stage": 2} if precision == "bf16" else None
+    estimated = estimate(config, dtype, shape, zero, **keys)["activations"]
+    # Under gradient checkpointing one layer is done again at a time.
+    one_layer = 0
+    if checkpointing:
+        whole = estimate(config, dtype, shape, zero, padding_free=padding_free)["activations"]
+        one_layer = whole / config.num_hidden_layers
+    assert saved <= estimated
+    assert estimated <= 1.4 * (saved + one_layer)
+
+
+def tensors_in_python() -> list[torch.Tensor]:
+    return [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
+
+
+MEASURE = """
+import sys
+import torch
+from test_preflight import LLAMA, NEOX, SHAPES, make_batch, make_scored_loss
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+def train(model, batch):
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+    for _ in range(2):  # Adam's moments are there from the second step on, and gradients from the second micro-batch
+        (model(batch)[0] / len(batch.targets)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+torch.set_num_threads(1)
+config = {"neox": NEOX, "llama": LLAMA}[sys.argv[1]]
+keys = {"padding_free": sys.argv[2] == "True", "gradient_checkpointing": sys.argv[3] == "True"}
+rows, length = SHAPES[keys["padding_free"]]
+# So that libraries and their buffers are there.
+train(make_scored_loss(config, **keys), make_batch(config.vocab_size, (rows, 8), keys["padding_free"]))
+before = resident()
+train(make_scored_loss(config, **keys), make_batch(config.vocab_size, (rows, 2 * length), keys["padding_free"]))
+peak = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(peak - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize(
+    ("name", "padding_free", "checkpointing"),
+    [("neox", True, False), ("neox", False, False), ("llama", True, True)],
+)
+def test_estimate_against_the_memory_of_a_real_process(name, padding_free, checkpointing):
+    """Peak resident memory of a fresh process, all blocks given back at once (else glibc keeps a quarter more)."""
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE, name, str(padding_free), str(checkpointing)],
+        cwd=ROOT,
+        env={
+            "PYTHONPATH": f"{ROOT / 'scripts'}:{ROOT / 'tests'}",
+            "MALLOC_MMAP_THRESHOLD_": "65536",
+            "OMP_NUM_THREADS": "1",
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    measured = int(run.stdout.split()[-1])  # after what load_model says
+    rows, length = SHAPES[padding_free]
+    keys = {"padding_free": padding_free, "gradient_checkpointing": checkpointing}
+    parts = estimate({"neox": NEOX, "llama": LLAMA}[name], shape=(rows, 2 * length), **keys)
+    assert 0.9 * measured < sum(parts.values()) < 1.4 * measured
+
+
+def test_zero_accounting_of_the_seeds_run():
+    """The ZeRO paper's bytes a parameter: 2 + 2 + 12, sharded by stage; engine buckets of 1e9 fp16 gradients beside."""
+    zero = {"stage": 2, "reduce_bucket_size": 1e9}
+    assert count(SEED) == SEED_PARAMETERS
+    parts = estimate(SEED, torch.float16, (4, 4096), zero, 4, gpu=True, gradient_checkpointing=True)
+    assert parts["weights"] == 2 * SEED_PARAMETERS
+    assert parts["gradients"] == 2 * SEED_PARAMETERS // 4 + 2 * 10**9
+    assert parts["optimizer"] == 12 * SEED_PARAMETERS // 4
+    stage_1 = estimate(SEED, torch.float16, (4, 4096), {**zero, "stage": 1}, 4, gpu=True)
+    assert stage_1["gradients"] == 2 * SEED_PARAMETERS + 2 * 10**9
+    assert stage_1["optimizer"] == parts["optimizer"]
+    plain = estimate(SEED, torch.float32, (4, 4096))
+    assert [plain[name] for name in ("weights", "gradients", "optimizer")] == [
+        size * SEED_PARAMETERS for size in (4, 4, 8)
+    ]
+    # 16 layers x 4 x 4096 tokens x 6144 x 2 bytes twice, between layers and of attention, and one layer: it fits four
+    # GPUs of 80 GB.
+    assert 6.4e9 < parts["activations"] < 16e9
+    assert sum(parts.values()) < 80e9
+
+
+def check(config, parameters, zero=None, shape=(2, 512), dtype=torch.float32, **keys) -> None:
+    check_memory(make_recipe(**keys), config, parameters, zero, dtype, shape)
+
+
+def test_memory_of_this_machine(capsys):
+    check(NEOX, count(NEOX), shape=(1, 8))
+    assert "memory, estimated: " in capsys.readouterr().out
+    check(NEOX, count(NEOX), shape=(10**6, 10**4), per_device_train_batch_size=10**6)
+    warning = capsys.readouterr().out.splitlines()[-1]
+    assert warning.startswith("warning: ")
+    assert "gradient_checkpointing: true" in warning
+    assert "per_device_train_batch_size" in warning
+    with pytest.raises(UserError, match=r"no GPU here.*10000\.0 billion.*GiB.*smaller model"):
+        check(NEOX, 10**13)
+
+
+def test_memory_of_gpus(monkeypatch, capsys):
+    """With the GPU's size made up: there is none where CI runs."""
+    monkeypatch.setattr("training.memory.has_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * 2**30))
+    zero = {"stage": 2, "reduce_bucket_size": 1e9}
+    seed = {"shape": (4, 4096), "dtype": torch.float16, "gradient_checkpointing": True}
+    with pytest.raises(UserError, match=r"each GPU has 80 GiB: 4 such GPUs would hold it"):
+        check(SEED, SEED_PARAMETERS, zero, **seed)
+    with pytest.raises(UserError, match=r"4 such GPUs and deepspeed_config: ds_configs/zero2.json would hold it"):
+        check(SEED, SEED_PARAMETERS, **seed)
+    with pytest.raises(UserError, match=r"take a smaller model$"):
+        check(SEED, 10**12, zero, **seed)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    capsys.readouterr()
+    check(SEED, SEED_PARAMETERS, zero, **seed)
+    assert "warning" not in capsys.readouterr().out
+    check(SEED, SEED_PARAMETERS, zero, **{**seed, "gradient_checkpointing": False})
+    assert "warning: by this estimate memory will run out" in capsys.readouterr().out
+
+
+# ---- disk ----
+
+
+def naive_peak(held: list[list[int]], saves: int, model: int, state: int, limit: int | None, keep: int | None) -> int:
+    """The same as `disk_peak`, a checkpoint after the other: [bytes of the model, bytes of its state]."""
+    begin, sizes = sum(map(sum, held)), []
+    for _ in range(saves):
+        held = [*held, [model, state]]
+        sizes.append(sum(map(sum, held)))
+        held = held[-limit:] if limit else held
+        for old in held[:-keep] if keep else []:
+            old[1] = 0
+    return max([*sizes, sum(map(sum, held)) + model]) - begin
+
+
+@given(st.integers(1, 40), st.integers(1, 15), st.none() | st.integers(1, 5), st.none() | st.integers(1, 5), st.data())
+def test_disk_peak(total_steps, save_steps, limit, keep, data):
+    start_step = data.draw(st.integers(0, total_steps))
+    recipe = make_recipe(save_steps=save_steps, save_total_limit=limit, keep_trainer_state=keep)
+    saves = sum(step % save_steps == 0 for step in range(start_step + 1, total_steps + 1))
+    assert disk_peak(recipe, 7, 20, 10, total_steps, start_step) == naive_peak([], saves, 7, 20, limit, keep)
+
+
+@pytest.mark.parametrize(("strategy", "saves"), [("no", 0), ("epoch", 3), ("steps", 2)])
+def test_save_strategies(strategy, saves):
+    recipe = make_recipe(save_strategy=strategy, save_steps=15, save_total_limit=None, keep_trainer_state=None)
+    assert disk_peak(recipe, 7, 20, 10, 39) == saves * 27 + 7
+
+
+def test_checkpoints_that_are_there_are_used_room_until_they_are_removed(tmp_path):
+    for step in (10, 20):
+        (tmp_path / f"checkpoint-{step}" / "trainer_state").mkdir(parents=True)
+        (tmp_path / f"checkpoint-{step}" / "model.safetensors").write_bytes(b"x" * 70)
+        (tmp_path / f"checkpoint-{step}" / "trainer_state" / "optimizer.safetensors").write_bytes(b"x" * 200)
+    recipe = make_recipe(output_dir=tmp_path, save_steps=10, save_total_limit=2, keep_trainer_state=1)
+    # The third comes beside the two, then the first goes and the second loses its state.
+    assert disk_peak(recipe, 70, 200, 10, 30, start_step=20) == 270
+    # Nothing is to come but the final model.
+    assert disk_peak(recipe, 70, 200, 10, 20, start_step=20) == 70
+
+
+def test_disk_is_refused_with_the_keys_that_help(tmp_path, capsys):
+    recipe = make_recipe(output_dir=tmp_path / "not" / "yet", save_steps=10)
+    check_disk(recipe, 1_000_000, torch.float32, False, 10, 100)
+    line = capsys.readouterr().out
+    # 5 models of 4 MB and 3 states of 8 at the fullest moment.
+    assert "a checkpoint takes 11.4 MiB (model 3.81 MiB, what resuming needs 7.63 MiB)" in line
+    assert "up to 42 MiB of the" in line
+    with pytest.raises(UserError, match=r"output_dir = .*save_total_limit = 4, keep_trainer_state = 2"):
+        check_disk(recipe, 10**16, torch.float32, False, 10, 100)
+
+
+@pytest.mark.parametrize("how", ["python", "zero2x2"])
+def test_a_checkpoint_has_the_size_that_was_announced(run_sft, how):
+    """fp32 alone; under ZeRO-2 in bf16, cut over two processes."""
+    keys = ("--max_steps", 1, "--save_steps", 1, "--eval_steps", 100, "--warmup_steps", 0, "--sample_replies", 0)
+    dtype = torch.float32
+    if how == "zero2x2":
+        keys, dtype = (*keys, "--dtype", "bf16"), torch.bfloat16
+    run = run_sft("recipes/demo.yaml", *keys, launch=how)
+    folder = run.output_dir / "checkpoint-1"
+    parameters = count(AutoConfig.from_pretrained(folder))
+    model, state = checkpoint_bytes(parameters, dtype, how == "zero2x2")
+    assert sum(path.stat().st_size for path in folder.glob("*.safetensors")) == pytest.approx(model, rel=0.02)
+    written = sum(path.stat().st_size for path in (folder / "trainer_state").glob("*.safetensors"))
+    assert written == pytest.approx(state, rel=0.02)
+
+
+# ---- warnings ----
+
+RUN = {"parameters": 7e9, "epoch_steps": 400, "total_steps": 1200, "config": SEED}
+USUAL = {"warmup_steps": 100, "eval_steps": 100, "save_steps": 500, "learning_rate": 1e-5, "max_length": 100}
+
+
+def warn(mix: Mix | None = None, run: dict | None = None, **keys) -> list[str]:
+    mix = mix or make_mix([[50] * 79 + [100] * 20 + [101]])
+    about = RUN | (run or {})
+    names = ("parameters", "epoch_steps", "total_steps")
+    recipe = make_recipe(**(USUAL | keys))
+    return recipe_warnings(recipe, about["config"], mix, *(about[name] for name in names))
+
+
+def test_a_usual_run_has_no_warning():
+    assert warn() == []
+    assert warn(run={"parameters": 135e6}, learning_rate=3e-4) == []
+    assert warn(from_scratch=True, learning_rate=3e-3) == []
+
+
+@pytest.mark.parametrize(
+    ("run", "keys", "parts"),
+    [
+        ({}, {"warmup_steps": 1200}, ["warmup_steps = 1200", "1,200 steps"]),
+        ({}, {"save_steps": 1201}, ["first checkpoint", "1,201", "smaller save_steps"]),
+        ({"total_steps": 300}, {"save_strategy": "epoch"}, ["first checkpoint", "400", "save_strategy: steps"]),
+        ({}, {"save_strategy": "no"}, ["save_strategy = no", "crash"]),
+        ({}, {"save_only_model": True}, ["save_only_model", "keep_trainer_state: 1"]),
+        ({}, {"eval_steps": 1201}, ["eval_steps = 1201", "only at its end"]),
+        ({}, {"max_length": 50}, ["max_length = 50", "21% of the training conversations", "17% of their tokens"]),
+        ({}, {"learning_rate": 2e-4}, ["learning_rate = 0.0002", "7 billion"]),
+        ({}, {"learning_rate": 1e-8}, ["learning_rate = 1e-08"]),
+        ({"config": GPTNeoXConfig(dtype=torch.bfloat16)}, {"dtype": "fp16"}, ["fp16", "give dtype: bf16"]),
+    ],
+)
+def test_warnings(run, keys, parts):
+    (line,) = warn(run=run, **keys)
+    assert all(part in line for part in parts), line
+    assert "\n" not in line
+
+
+def test_nothing_held_out_is_warned_of():
+    mix = make_mix([[50] * 10])
+    mix = Mix(mix.names, mix.train, mix.validation.select(np.zeros(0, dtype=np.int64)))
+    (line,) = warn(mix, eval_steps=10**6)
+    assert "val_split" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "processes", "conversations"), [("stablelm7b_oasst", 4, 32), ("smollm2_135m_oasst", 1, 32), ("demo", 1, 8)]
+)
+def test_the_recipes_that_ship_have_no_warning_and_the_batch_that_they_speak_of(name, processes, conversations):
+    recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml")
+    parameters = SEED_PARAMETERS if name.startswith("stablelm") else 135_000_000
+    mix = make_mix([[100] * 10] * len(recipe.datasets.chosen()))
+    assert recipe_warnings(recipe, SEED, mix, parameters, 3000, 12000) == []
+    assert packs_per_step(recipe, processes) == conversations

@@ -1,0 +1,166 @@
+"""Signals: the step is finished, all is saved and the exit status says so; a second one ends at once; nobody is left.
+
+That the run then goes on as if nothing had been, and that one process's signal stops all, is tests/test_resume.py.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ROOT, launch_command
+from interruption import metrics, run_here, small_recipe
+
+from run.checkpoint import read_checkpoint
+from run.retention import list_checkpoints
+
+WAITS = """
+import sys, time
+sys.path.insert(0, "scripts")
+from run.stopping import StopSignal
+stop = StopSignal()
+if "defer" in sys.argv:
+    stop.defer()
+print("ready", flush=True)
+time.sleep(60)
+for _ in range(600):
+    time.sleep(0.1)
+"""
+
+
+@pytest.fixture
+def start():
+    """Start a command with a group of its own; whatever is left of it at the end is killed."""
+    started: list[psutil.Process] = []
+
+    def start(*command, **environment) -> subprocess.Popen:
+        process = subprocess.Popen(
+            list(map(str, command)),
+            cwd=ROOT,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(psutil.Process(process.pid))
+        return process
+
+    yield start
+    for process in started:
+        with suppress(psutil.NoSuchProcess):
+            for child in [*process.children(recursive=True), process]:
+                child.kill()
+
+
+def waits(start, *arguments) -> subprocess.Popen:
+    """A process that only hears signals, ready to."""
+    process = start(sys.executable, "-c", WAITS, *arguments)
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def wait_until(condition, seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+# ---- what a signal does ----
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_before_there_is_something_to_save_it_ends_at_once(start, name):
+    process = waits(start)
+    process.send_signal(getattr(signal, name))
+    assert process.communicate(timeout=30)[0] == f"{name}: stopped before the first step, nothing to save\n"
+    assert process.returncode == 75
+
+
+def test_the_second_signal_ends_at_once_unless_it_is_the_same_request(start):
+    process = waits(start, "defer")
+    process.send_signal(signal.SIGINT)  # a terminal's Ctrl-C reaches the process by itself,
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)  # and through its launcher
+    time.sleep(2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=5) == 128 + signal.SIGTERM
+    assert process.stdout.read() == "\nSIGINT: saving after this step (a second signal ends at once)\n"
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_each_signal_saves_after_the_step(tmp_path, tiny_model, name):
+    run = run_here(small_recipe(tmp_path, tiny_model), output_dir=tmp_path / "output", steps=2, by=name)
+    assert run.returncode == 75
+    assert f"\n{name}: saving after this step" in run.stderr
+    assert "2 of 20 steps" in run.stdout
+    assert read_checkpoint(tmp_path / "output" / "checkpoint-2").step == 2
+
+
+# ---- whom it is sent to ----
+
+
+def long_run(tmp_path: Path, tiny_model: Path) -> list:
+    """A run's arguments that lasts until it is told to stop."""
+    recipe = small_recipe(tmp_path, tiny_model, max_steps=100_000, logging_steps=1, eval_steps=100_000)
+    return ["scripts/sft.py", recipe, "--save_strategy", "no", "--output_dir", tmp_path / "output"]
+
+
+def is_training(tmp_path: Path):
+    return lambda: (tmp_path / "output" / "metrics.jsonl").exists() and len(metrics(tmp_path / "output")) > 3
+
+
+def saved(tmp_path: Path) -> bool:
+    """Whether there is one checkpoint, whole, of the step that metrics.jsonl ends with."""
+    (path,) = list_checkpoints(tmp_path / "output")
+    return read_checkpoint(path).step == metrics(tmp_path / "output")[-1]["step"]
+
+
+def test_the_launcher_of_one_process_is_killed(tmp_path, tiny_model, start):
+    """The worker, which nobody would hear of any more, saves and ends too."""
+    launcher = start(*launch_command("cpu"), *long_run(tmp_path, tiny_model))
+    wait_until(is_training(tmp_path))
+    (worker,) = psutil.Process(launcher.pid).children()
+    launcher.kill()
+    psutil.wait_procs([worker], timeout=60)
+    assert not worker.is_running()
+    assert saved(tmp_path)
+    assert "SIGTERM: saving after this step" in launcher.communicate(timeout=10)[0]
+
+
+def test_slurm_warns_every_process_of_a_job(tmp_path, tiny_model, start):
+    """`sbatch --signal=USR1@300` reaches the launcher too, which would die of it where it is not told to ignore it."""
+    command = " ".join(map(str, [*launch_command("ddp2"), *long_run(tmp_path, tiny_model)]))
+    script = start("bash", "-c", f"trap '' USR1; {command}; echo launcher ended with $?")
+    wait_until(is_training(tmp_path))
+    for process in [psutil.Process(script.pid), *psutil.Process(script.pid).children(recursive=True)]:
+        process.send_signal(signal.SIGUSR1)
+    output = script.communicate(timeout=120)[0]
+    assert "SIGUSR1: saving after this step" in output
+    assert "launcher ended with 1" in output
+    assert saved(tmp_path)
+
+
+def test_while_data_are_prepared(tmp_path, tiny_model, start):
+    """One of two processes prepares them and the other waits for it; both end, and what was half done is removed."""
+    arguments = long_run(tmp_path, tiny_model)
+    data = tmp_path / "sums.jsonl"
+    data.write_text(data.read_text() * 10_000)
+    run = start(*launch_command("ddp2"), *arguments)
+    prepared = tmp_path / "cache" / "prepared"
+    wait_until(lambda: [path for path in prepared.glob(".sums-*/examples.arrow") if path.stat().st_size])
+    workers = psutil.Process(run.pid).children(recursive=True)
+    run.send_signal(signal.SIGTERM)
+    output = run.communicate(timeout=60)[0]
+    assert "SIGTERM: stopped before the first step, nothing to save" in output
+    assert "Traceback" not in output.partition("torch/distributed")[0]
+    assert psutil.wait_procs(workers, timeout=10)[1] == []
+    assert not list(prepared.glob(".sums-*"))
+    assert not list_checkpoints(tmp_path / "output")

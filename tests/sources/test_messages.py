@@ -1,0 +1,211 @@
+"""Chat data of one's own: every form it comes in, what is learnt of it, and its place in a recipe."""
+
+import gzip
+import json
+from types import SimpleNamespace
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from conftest import ROOT
+from transformers import AutoTokenizer
+
+from data.dialogue import prepare_tokenizer
+from data.mix import prepare_mix
+from data.reading import Reading
+from recipe.keys import Recipe
+from recipe.load import load_recipe
+from sources.registry import find_source
+from training.epochs import training_rows
+from utils.errors import UserError
+
+OPTIONS = {"val_split": 0, "max_val_set": None, "on_bad_records": "error", "hub_name": None, "files": None}
+
+
+def read(tmp_path, *rows):
+    """The conversations of these rows as (role, content) pairs, and what was dropped."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reading = Reading("mine", SimpleNamespace(**OPTIONS), [path], 1)
+    return [[(m.role, m.content) for m in conversation.messages] for conversation in reading], dict(reading.dropped)
+
+
+def chat(*texts, roles=("user", "assistant")):
+    return [{"role": roles[place % 2], "content": text} for place, text in enumerate(texts)]
+
+
+PAIR = [("user", "q"), ("assistant", "a")]
+SYSTEM = {"role": "system", "content": "s"}
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"messages": chat("q", "a"), "prompt": "of ultrachat, beside them"}, PAIR),
+        (
+            {"messages": [SYSTEM, *chat("q", "a", "r", "b")]},
+            [("system", "s"), *PAIR, ("user", "r"), ("assistant", "b")],
+        ),
+        ({"messages": chat("q", "a"), "system": "s"}, [("system", "s"), *PAIR]),
+        ({"messages": [SYSTEM, *chat("q", "a")], "system": "another"}, [("system", "s"), *PAIR]),
+        ({"messages": chat("q", "a"), "system_prompt": " "}, PAIR),
+        ({"messages": chat("q", "a", "unanswered")}, PAIR),
+        ({"messages": chat("", "a")}, [("user", ""), ("assistant", "a")]),
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, PAIR),
+        ({"conversations": chat("q", "a", roles=("prompter", "Assistant"))}, PAIR),
+        ({"conversation": [{"from": "user", "value": "q"}, {"from": "model", "value": "a"}]}, PAIR),
+        ({"instruction": "q", "input": "", "output": "a"}, PAIR),
+        ({"instruction": "q", "input": "p", "output": "a"}, [("user", "q\n\np"), ("assistant", "a")]),
+        ({"INSTRUCTION": "q", "RESPONSE": "a", "SOURCE": "x"}, PAIR),
+        ({"instruction": "q", "context": None, "response": "a"}, PAIR),
+        ({"prompt": "q", "completion": "a"}, PAIR),
+        ({"question": "q", "answer": "a", "system": "s"}, [("system", "s"), *PAIR]),
+    ],
+)
+def test_forms(tmp_path, row, expected):
+    assert read(tmp_path, row) == ([expected], {})
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([], "does not start with a user's message"),
+        ([SYSTEM], "does not start with a user's message"),
+        (chat("a", "q", roles=("assistant", "user")), "does not start with a user's message"),
+        ([*chat("q", "a"), SYSTEM], "system message that is not the first"),
+        ([*chat("q"), *chat("q", "a")], "do not take turns"),
+        ([*chat("q", "a"), *chat("b", roles=("assistant",))], "do not take turns"),
+        (chat("q"), "without a reply"),
+        (chat("q", " \n"), "an empty reply"),
+        (chat("q", None), "an empty reply"),
+        ([*chat("q"), {"role": "tool", "content": "x"}], "a speaker other than system, user and assistant"),
+    ],
+)
+def test_dropped_with_a_reason(tmp_path, messages, reason):
+    conversations, dropped = read(tmp_path, {"messages": messages}, {"messages": chat("q", "a")})
+    assert conversations == [PAIR]
+    ((said, count),) = dropped.items()
+    assert (reason in said, count) == (True, 1)
+
+
+@pytest.mark.parametrize(
+    ("row", "part"),
+    [
+        ({"text": "x"}, "no field 'messages', 'conversations', or 'instruction' with 'output' .* fields there: text"),
+        ({"prompt": "q"}, "no field 'messages'"),
+        ({"messages": "q"}, "field 'messages' is a string, not a list"),
+        ({"messages": ["q"]}, "an entry of 'messages' is not an object"),
+        ({"messages": [{"role": "user"}]}, "no field 'messages.content'; fields there: role"),
+        ({"messages": [{"content": "q"}]}, "no field 'messages.role'; fields there: content"),
+        ({"messages": [{"role": "user", "content": ["q"]}]}, "'messages.content' is a list, not a string"),
+        ({"messages": [{"role": "user", "content": "q", "train": "no"}]}, "'messages.train' is a string"),
+        ({"prompt": "q", "output": "\udc80"}, "'output' holds half of a surrogate pair"),
+        ({"prompt": 3, "output": "a"}, "'prompt' is a number, not a string"),
+    ],
+)
+def test_bad_records(tmp_path, row, part):
+    with pytest.raises(UserError, match=rf"\A[^\n]*rows.jsonl, record 2: [^\n]*{part}[^\n]*\Z"):
+        read(tmp_path, {"prompt": "q", "output": "a"}, row)
+
+
+# ---- In a recipe ----
+
+
+@pytest.fixture
+def prepare(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(ROOT / "recipes" / "demo_data" / "model"))
+
+    def run(*datasets):
+        keys = {"model_name": "none", "output_dir": "out", "cache_dir": tmp_path / "cache", "datasets": list(datasets)}
+        recipe = Recipe.model_validate(keys)
+        return recipe, prepare_mix(recipe, tokenizer), tokenizer
+
+    return run
+
+
+def write_all(folder, rows):
+    """The same rows in every kind of file."""
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "a.jsonl").write_text(lines)
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (folder / "c.json").write_text(json.dumps(rows))
+    (folder / "d.json.gz").write_bytes(gzip.compress(json.dumps(rows).encode()))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "e.parquet")
+    return ["a.jsonl", "b.jsonl.gz", "c.json", "d.json.gz", "e.parquet"]
+
+
+def test_several_in_one_mix_from_every_kind_of_file(tmp_path, prepare):
+    files = write_all(tmp_path, [{"messages": chat(f"question {n}", f"reply {n}")} for n in range(20)])
+    own = {f"chats-{place}": {"source": "messages", "input_file_path": file} for place, file in enumerate(files)}
+    (tmp_path / "dolly15k.jsonl").write_text('{"instruction": "q", "context": "", "response": "a"}\n')
+    recipe, mix, _ = prepare(
+        *({name: options} for name, options in own.items()),
+        {"messages": {"input_file_path": files[0], "fraction": 0.5}},
+        {"dolly15k": {"input_file_path": "dolly15k.jsonl"}},
+    )
+    assert mix.names == ["dolly15k", "messages", *own]
+    first = mix.train.select(mix.train.dataset == 1)
+    assert len(first) == 16
+    assert (mix.validation.dataset == 1).sum() == 4
+    for index in range(2, 7):
+        same = mix.train.select(mix.train.dataset == index)
+        assert [same.messages(row) for row in range(16)] == [first.messages(row) for row in range(16)]
+    assert (mix.train.dataset[training_rows(mix, recipe, 0)] == 1).sum() == 8
+
+
+def test_train_false_is_not_scored(tmp_path, prepare):
+    messages = chat("one", "two", "three", "four", "five", "six")
+    messages[1]["train"], messages[5]["train"] = False, True
+    rows = [{"messages": messages}, {"messages": [*chat("q"), {"role": "assistant", "content": "a", "train": False}]}]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, mix, tokenizer = prepare({"messages": {"input_file_path": "x.jsonl", "val_split": 0}})
+    assert len(mix.train) == 1
+    ids, scored = mix.train.tokens(0)
+    assert tokenizer.decode(ids[scored]) == "four<|endoftext|><|prompter|>six<|endoftext|>"
+    assert mix.reports["messages"]["dropped"] == {"conversation with no scored token": 1}
+    assert mix.train.messages(0) == chat("one", "two", "three", "four", "five", "six")
+
+
+BASE = "model_name: m\noutput_dir: o\n"
+
+
+def load(tmp_path, datasets, overrides=None):
+    (tmp_path / "r.yaml").write_text(BASE + "datasets:\n" + datasets)
+    return load_recipe(tmp_path / "r.yaml", overrides)
+
+
+def test_names_overrides_and_round_trip(tmp_path):
+    mix = "- mine: {source: messages, input_file_path: x.jsonl}\n- messages: {hub_name: org/chats, files: '*.json'}\n"
+    recipe = load(tmp_path, mix + "- vicuna\n", {"datasets.mine.fraction": "0.5", "datasets.messages.size": "3"})
+    chosen = recipe.datasets.chosen()
+    assert list(chosen) == ["vicuna", "messages", "mine"]
+    assert (chosen["mine"].fraction, chosen["messages"].size) == (0.5, 3)
+    assert find_source("messages", chosen["messages"]).hub.repo == "org/chats"
+    assert find_source("mine", chosen["mine"]).hub.repo is None
+    (tmp_path / "again.yaml").write_text(recipe.to_yaml())
+    assert load_recipe(tmp_path / "again.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("mix", "parts"),
+    [
+        ("- vicunna\n", ["line 4: unknown key datasets.vicunna: did you mean vicuna?", "`source: messages`"]),
+        ("- vicunna: {fraction: 0.5}\n", ["line 4: unknown key datasets.vicunna: did you mean vicuna?"]),
+        ("- mine: {source: mesages, input_file_path: x}\n", ["datasets.mine.source = mesages", "'messages'"]),
+        ("- mine: {source: messages}\n", ["datasets.mine: give input_file_path or hub_name"]),
+        ("- messages\n", ["datasets.messages: give input_file_path or hub_name"]),
+        ("- mine: {source: messages, input_file_path: x, files: y}\n", ["datasets.mine: files is a pattern"]),
+        ("- mine: {source: messages, input_file_path: x, fractoin: 1}\n", ["datasets.mine.fractoin", "fraction?"]),
+        ("- messages: {input_file_path: x, hub_nam: y}\n", ["datasets.messages.hub_nam", "hub_name?"]),
+        ("- a/b: {source: messages, input_file_path: x}\n", ["'a/b' is no name for a data set"]),
+        ("- a.b: {source: messages, input_file_path: x}\n", ["'a.b' is no name for a data set"]),
+        ("- vicuna: {source: messages, input_file_path: x}\n", ["unknown key datasets.vicuna.source"]),
+    ],
+)
+def test_refused(tmp_path, mix, parts):
+    with pytest.raises(UserError) as error:
+        load(tmp_path, mix)
+    assert "\n" not in str(error.value)
+    for part in parts:
+        assert part in str(error.value)

@@ -16,13 +16,14 @@ import argparse
 from recipe.command_line import parse_with_recipe, recipe_parser
 from recipe.keys import Recipe
 from recipe.load import load_recipe
+from utils.command_line import positive
 from utils.errors import UserError, one_line_errors
 
 
 def arguments() -> tuple[argparse.Namespace, Recipe]:
     """This script's own options, and the recipe with what is left of the command line."""
     parser = recipe_parser(__doc__)
-    parser.add_argument("--show", type=int, default=0, metavar="N", help="print N examples of each data set")
+    parser.add_argument("--show", type=positive, default=0, metavar="N", help="print N examples of each data set")
     parser.add_argument("--dataset", metavar="NAME", help="of this data set only")
     parser.add_argument("--show_batch", action="store_true", help="print the first training batch")
     parser.add_argument("--export", metavar="FILE", help="write every example, a JSON object a line")

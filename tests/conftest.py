@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forking import run_forked
 
 # Under `pytest -n 2` each worker keeps to its own core, and so does what it starts: two runs of two threads on two
 # cores hold each other up.
@@ -43,6 +44,11 @@ def launch_command(launch: str) -> list[str]:
     return [*LAUNCH[launch], *port]
 
 
+def launcher_options(launch: str) -> list[str] | None:
+    """What follows `accelerate launch` there; None without it."""
+    return None if launch == "python" else launch_command(launch)[len(ACCELERATE) :]
+
+
 class Run:
     """A finished script: its exit status, what it printed, and the metrics it left."""
 
@@ -70,15 +76,24 @@ def run_script(
     check: bool = True,
     env: dict | None = None,
     script: str = "scripts/sft.py",
+    real: bool = False,
 ) -> Run:
-    """Run a script as a user would, with no hub; unless `check` is off it has to succeed."""
-    command = [*launch_command(launch), script, *map(str, arguments)]
+    """Run a script with no hub; unless `check` is off it has to succeed.
+
+    Args:
+        real: start it by the very command that a user types; else sooner, by forking (tests/forking.py).
+    """
+    arguments = [*map(str, arguments)]
     if script == "scripts/sft.py" and not {"--output_dir", "--help"} & set(arguments):
-        command += ["--output_dir", str(output_dir)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", **(env or {})}
-    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+        arguments += ["--output_dir", str(output_dir)]
+    if real or env:
+        command = [*launch_command(launch), script, *arguments]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", **(env or {})}
+        process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    else:
+        process = run_forked(launcher_options(launch), script, arguments, ROOT)
     if check and process.returncode:
-        pytest.fail(f"{' '.join(command)}\n{process.stdout[-3000:]}\n{process.stderr[-6000:]}")
+        pytest.fail(f"{script} {' '.join(arguments)}\n{process.stdout[-3000:]}\n{process.stderr[-6000:]}")
     return Run(process, output_dir)
 
 

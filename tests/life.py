@@ -9,7 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
-from conftest import ROOT, launch_command
+from conftest import ROOT, launch_command, launcher_options
+from forking import start_forked, status_of
 
 LIFE_SECONDS = 900  # of a start, until the end of the last process; 10 to 30 s where cores are idle
 POLL_SECONDS = 0.001
@@ -103,6 +104,42 @@ class Life:
             assert self.age() < LIFE_SECONDS, f"still there: {alive}\n{self.printed()[-3000:]}"
             time.sleep(0.02)
         self.returncode = self.launcher.wait()
+        return self.returncode
+
+
+class ForkedLife(Life):
+    """The same of processes that `forking.py` starts, where it is not the launcher that matters."""
+
+    def __init__(self, arguments: list, output_dir: Path, launch: str, env: dict[str, str], log: Path):
+        self.output_dir, self.log = output_dir, log
+        self.started = time.monotonic()
+        self.returncode = None
+        self.checkpoint = newest_step(output_dir)
+        self._launcher = launcher_options(launch)
+        arguments = [*map(str, arguments), "--output_dir", str(output_dir)]
+        with open(log, "wb") as file:
+            self._forked = start_forked(self._launcher, "scripts/sft.py", arguments, ROOT, env, file, file)
+        self._known = {psutil.Process(process.pid) for process in self._forked}
+
+    def __exit__(self, *_) -> None:
+        for process in self._forked:
+            process.kill()
+            process.join()
+
+    def processes(self) -> list[psutil.Process]:
+        return sorted(filter(_is_alive, self._known), key=lambda process: process.pid)
+
+    def workers(self) -> list[psutil.Process]:
+        return self.processes()
+
+    def is_over(self) -> bool:
+        return not any(process.is_alive() for process in self._forked)
+
+    def wait(self) -> int:
+        while not self.is_over():
+            assert self.age() < LIFE_SECONDS, f"still there\n{self.printed()[-3000:]}"
+            time.sleep(0.02)
+        self.returncode = status_of(self._forked, self._launcher)
         return self.returncode
 
 

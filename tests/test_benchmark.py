@@ -114,7 +114,7 @@ def test_our_contender_under_bf16_and_gradient_checkpointing():
         (["scaling", "--conversations", "9"], "--conversations is for train"),
         (["attention", "--rounds", "2"], "--rounds is for data, train, scaling"),
         (["attention", "--json", "nowhere/x.json"], "no folder nowhere"),
-        (["scaling", "--rounds", "0"], "--rounds 0: at least 1"),
+        (["scaling", "--rounds", "0"], "--rounds: 0 is no whole number of at least 1"),
         (["train", "--gpu", "3b", "--conversations", "9"], "--gpu makes its own"),
     ],
 )

@@ -16,7 +16,12 @@ DATASETS = ["oasst_export", "vicuna", "dolly15k", "grade_school_math_instruction
 def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     return run_script(
-        "recipes/demo.yaml", "--cache_dir", folder / "cache", launch="bare", output_dir=folder / "demo_output"
+        "recipes/demo.yaml",
+        "--cache_dir",
+        folder / "cache",
+        launch="bare",
+        output_dir=folder / "demo_output",
+        real=True,
     )
 
 

@@ -114,8 +114,8 @@ def test_dropping_what_cannot_be_checked_is_refused(prepare):
     ("arguments", "named"),
     [
         (["--dataset", "vicunna"], "--dataset vicunna"),
-        (["--show", "many"], "--show takes a number"),
-        (["--dry_run"], "--dry_run is sft.py's"),
+        (["--show", "many"], "--show: many is no whole number"),
+        (["--dry_run"], "unknown key dry_run"),
         (["--learning_rte", "1"], "did you mean learning_rate"),
     ],
 )

@@ -219,11 +219,11 @@ def test_the_settings_of_published_reports():
         ("a.txt", "\n \n", "it holds no prompts"),
         ("a.json", "[]", "it holds no prompts"),
         ("a.jsonl", "", "it holds no prompts"),
-        ("a.json", '["a",\n "b"', "a.json, line 2: not valid JSON"),
+        ("a.json", '["a",\n "b"', "a.json line 2, column 5: JSON does not parse"),
         ("a.json", '["a", 3]', "prompt 2: neither a text nor"),
         ("a.json", '["a", ""]', "prompt 2: message 1: its content is empty"),
         ("a.jsonl", '"a"\n\n{"messages": []}\n', "line 3: neither a text nor"),
-        ("a.jsonl", '"a"\nplain text\n', "line 2: not valid JSON: Expecting value at column 1"),
+        ("a.jsonl", '"a"\nplain text\n', "a.jsonl line 2, column 1: JSON does not parse: Expecting value"),
         ("a.jsonl", '{"prompt": "a"}\n', "line 1: neither a text nor"),
         (
             "a.jsonl",
@@ -238,8 +238,8 @@ def test_the_settings_of_published_reports():
         ("a.jsonl", '{"messages": [{"role": "assistant", "content": "a"}]}', "its last message is not the user's"),
         ("a.jsonl", '"half a pair \\ud83d"', "half of a surrogate pair"),
         ("a.jsonl", b'"a"\n"\xff"\n', "line 2: not UTF-8"),
-        ("a.jsonl", "[" * 100_000, "line 1: not usable JSON"),
-        ("a.jsonl", None, "cannot be read: No such file"),
+        ("a.jsonl", "[" * 100_000, "a.jsonl: JSON does not parse"),
+        ("a.jsonl", None, "cannot read this file: No such file"),
     ],
 )
 def test_bad_prompts(tmp_path, name, content, message):

@@ -5,6 +5,7 @@ The recipe owns every number. Accelerate (1.15) fills only some `auto` values it
 """
 
 import copy
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def find_config(recipe: Recipe) -> tuple[dict[str, Any], str] | None:
         return None
     if path == "none":  # the accelerate config spells the plugin out, without a JSON file
         return DeepSpeedPlugin().deepspeed_config, ACCELERATE_CONFIG
-    config = read_json(Path(path), "DeepSpeed config")
+    config = read_json(Path(path), "deepspeed_config")
     if not isinstance(config, dict):
         raise UserError(f"deepspeed_config: {path}: not a JSON object")
     return config, path
@@ -105,7 +106,7 @@ def _section(config: dict[str, Any], source: str, key: str) -> tuple[dict[str, A
     for parent in parents:
         config = config.setdefault(parent, {})
         if not isinstance(config, dict):
-            raise UserError(f"{source}: {key.rpartition('.')[0]} = {config}: not a JSON object")
+            raise UserError(f"{source}: {key.rpartition('.')[0]} = {json.dumps(config)}: not a JSON object")
     return config, name
 
 

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from utils.errors import UserError, reason
 
-KINDS = {AutoConfig: "config", AutoTokenizer: "tokenizer", AutoModelForCausalLM: "model"}
+KINDS = {AutoConfig: "config", AutoTokenizer: "tokenizer", AutoModelForCausalLM: "weights"}
 
 
 def load_pretrained(auto_class: Any, name: str, who: str = "", trust_remote_code: bool = False, **kwargs: Any) -> Any:

@@ -9,6 +9,7 @@ import sys
 from datetime import timedelta
 from typing import NoReturn
 
+import psutil
 import torch
 import transformers
 from accelerate import Accelerator
@@ -77,17 +78,30 @@ def set_up_process() -> None:
     transformers.utils.logging.disable_progress_bar()
     if not has_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # Accelerate imports DeepSpeed in passing, which would guess
-        # `accelerate launch` sets one thread each unless told otherwise.
-        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        affinity = getattr(os, "sched_getaffinity", None)  # what taskset or a container leaves; Linux only
-        cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // local_processes))
+        if not _user_chose_threads():
+            local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+            affinity = getattr(os, "sched_getaffinity", None)  # what taskset or a container leaves; Linux only
+            cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+            torch.set_num_threads(max(1, cores // local_processes))
         # By default glibc hands every large block back to the system and fetches it again, page by page and zeroed:
         # 160,000 page faults a step of the small model of `scripts/benchmark.py train`, which took a fifth longer.
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
         if mallopt:
             mallopt(M_MMAP_THRESHOLD, 2**30) or mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that older ones take
             mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def _user_chose_threads() -> bool:
+    """Whether OMP_NUM_THREADS, which PyTorch has followed already, is the user's word.
+
+    `accelerate launch` puts 1 there for whoever has said nothing; its own environment shows whether anybody has.
+    """
+    if os.environ.get("OMP_NUM_THREADS") != "1" or "ACCELERATE_MIXED_PRECISION" not in os.environ:
+        return "OMP_NUM_THREADS" in os.environ
+    try:
+        return "OMP_NUM_THREADS" in psutil.Process().parent().environ()
+    except (psutil.Error, AttributeError):  # another user's process, or none
+        return False
 
 
 def process_group_options(deepspeed: bool) -> list[InitProcessGroupKwargs]:

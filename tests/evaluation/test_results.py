@@ -119,7 +119,7 @@ def with_too_many_tokens(folder):
         (without_tokenizer, "tokenizer"),
         (with_other_tokens, r"lacks the chat tokens <\|human\|>"),
         (with_broken_template, "chat template does not work"),
-        (with_damaged_weights, "no usable model"),
+        (with_damaged_weights, "no usable weights"),
         (with_too_many_tokens, "its embedding"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from conftest import ROOT
 from fault_injection import WAYS, CutOff, SmallDisk, cut_off_at, fail_at, has_begun, kill_at, places
 from interruption import metrics
-from life import Life, newest_step
+from life import ForkedLife, Life, newest_step
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -44,8 +44,8 @@ AT_START = ["SIGKILL all", "SIGTERM all"]  # a launcher killed alone there leave
 class Training:
     """A run to be disturbed and the same one untouched, both with caches of their own."""
 
-    def __init__(self, folder: Path, launch: str, max_steps: int):
-        self.launch = launch
+    def __init__(self, folder: Path, launch: str, max_steps: int, kind: type[Life] = Life):
+        self.launch, self.kind = launch, kind
         self.output_dir, self.untouched_dir = folder / "run", folder / "untouched"
         self.cache = folder / "cache"
         self.arguments = [*RUN, "--max_steps", max_steps, "--cache_dir", self.cache]
@@ -59,7 +59,7 @@ class Training:
             assert life.wait() == 0, life.printed()[-3000:]
 
     def start(self, *more, output_dir: Path | None = None) -> Life:
-        return Life([*self.arguments, *more], output_dir or self.output_dir, self.launch, self.env, self.log)
+        return self.kind([*self.arguments, *more], output_dir or self.output_dir, self.launch, self.env, self.log)
 
     def go_to_the_end(self) -> None:
         with self.start() as life:
@@ -231,7 +231,7 @@ def saved(step: int):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("launch", ["python", "zero2x2"])
 def test_a_failing_disk_is_one_line_and_the_run_goes_on_when_it_is_mended(tmp_path, disk, launch):
-    training = Training(tmp_path, launch, max_steps=14)
+    training = Training(tmp_path, launch, max_steps=14, kind=ForkedLife)
     training.output_dir = disk.folder / "run"
 
     def fails(where, how, *more) -> str:

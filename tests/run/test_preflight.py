@@ -281,7 +281,7 @@ def test_estimate_against_the_memory_of_a_real_process(name, padding_free, check
         [sys.executable, "-c", MEASURE, name, str(padding_free), str(checkpointing)],
         cwd=ROOT,
         env={
-            "PYTHONPATH": f"{ROOT / 'scripts'}:{ROOT / 'tests'}",
+            "PYTHONPATH": f"{ROOT / 'scripts'}:{ROOT / 'tests'}:{ROOT / 'tests' / 'run'}",
             "MALLOC_MMAP_THRESHOLD_": "65536",
             "OMP_NUM_THREADS": "1",
         },
@@ -471,7 +471,8 @@ def test_nothing_held_out_is_warned_of():
 
 
 @pytest.mark.parametrize(
-    ("name", "processes", "conversations"), [("stablelm7b_oasst", 4, 32), ("smollm2_135m_oasst", 1, 32), ("demo", 1, 8)]
+    ("name", "processes", "conversations"),
+    [("stablelm7b_oasst", 4, 32), ("smollm2_135m_oasst", 1, 32), ("demo", 1, 16)],
 )
 def test_the_recipes_that_ship_have_no_warning_and_the_batch_that_they_speak_of(name, processes, conversations):
     recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml")

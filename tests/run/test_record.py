@@ -21,8 +21,8 @@ from conftest import ROOT
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from interruption import metrics
+from random_recipes import recipes
 from safetensors.torch import load_file
-from test_recipe import recipes
 from transformers import AutoTokenizer
 
 from data.dialogue import prepare_tokenizer
@@ -30,9 +30,10 @@ from data.mix import Mix, prepare_mix
 from recipe.keys import Recipe
 from recipe.load import load_recipe
 from run.command_line import read_command_line
-from run.record import describe_git, differences, fingerprint_file, start_record
+from run.record import describe_git, differences, start_record
 from run.record_file import FORMAT, REDACTED, read_record, redact, update_status, write_record
 from utils.errors import UserError
+from utils.files import fingerprint
 
 COMMIT = "2b7e151628aed2a6abf7158809cf4f3c762e7160"
 quick = settings(
@@ -118,7 +119,7 @@ def test_only_the_launchers_variables(recipe, mix, monkeypatch):
         "ACCELERATE_USE_DEEPSPEED": "true",
         "WORLD_SIZE": "2",
     }
-    assert record["deepspeed_config"] == fingerprint_file(ROOT / "ds_configs/zero2.json")
+    assert record["deepspeed_config"] == fingerprint(ROOT / "ds_configs/zero2.json")
     assert "swordfish" not in json.dumps(record)
 
 
@@ -146,24 +147,24 @@ def test_fingerprint_of_a_file(tmp_path, size, data):
         assert starts[-1] + 65536 == size
         blocks = [content[start : start + 65536] for start in starts]
     expected = hashlib.blake2b(b"".join(blocks), digest_size=10).hexdigest()
-    assert fingerprint_file(path) == {"bytes": size, "fingerprint": expected}
+    assert fingerprint(path) == {"bytes": size, "fingerprint": expected}
     if size:
         place = data.draw(st.integers(0, size - 1) if size <= 4 * 2**20 else st.sampled_from([0, size - 1]))
         content[place] ^= 1
         path.write_bytes(content)
-        assert fingerprint_file(path)["fingerprint"] != expected
+        assert fingerprint(path)["fingerprint"] != expected
 
 
 def test_fingerprint_of_16_gigabytes_is_quick(tmp_path):
     with open(tmp_path / "weights", "wb") as file:
         file.truncate(16 * 10**9)  # without the disk space
     start = time.perf_counter()
-    before = fingerprint_file(tmp_path / "weights")
+    before = fingerprint(tmp_path / "weights")
     assert time.perf_counter() - start < 1
     with open(tmp_path / "weights", "r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"x")
-    assert fingerprint_file(tmp_path / "weights") != before
+    assert fingerprint(tmp_path / "weights") != before
 
 
 def test_git(tmp_path):

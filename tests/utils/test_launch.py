@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SHARED
 
 RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.yaml"))
 DEMO_DATA = {
@@ -16,7 +16,6 @@ DEMO_DATA = {
     "grade_school_math_instructions": "grade_school_math.jsonl",
     "code_alpaca": "code_alpaca.json",
 }
-SHARED = ROOT.parent / "shared"
 REAL_DATA = {
     "oasst_export": "oasst_trees.jsonl.gz",
     "vicuna": "sharegpt_vicuna.json.gz",
@@ -47,7 +46,9 @@ def test_two_steps(run_sft, tiny_model, tmp_path, recipe, launch):
     own = [] if recipe == "demo.yaml" else inputs(DEMO_DATA, ROOT / "recipes" / "demo_data")
     own += [] if recipe == "demo.yaml" else ["--model_name", tiny_model, "--max_length", 128]
     small = ["--max_steps", 2, "--logging_steps", 1, "--gradient_accumulation_steps", 2, "--log_wandb", "false"]
-    run = run_sft(f"recipes/{recipe}", *own, *small, "--cache_dir", tmp_path / "cache", launch=launch)
+    run = run_sft(
+        f"recipes/{recipe}", *own, *small, "--cache_dir", tmp_path / "cache", launch=launch, real=recipe == "demo.yaml"
+    )
     processes = 2 if launch.endswith("2") else 1
     assert f"\n{processes} process(es) x" in run.stdout
     assert ("DEEPSPEED on cpu" in run.stdout) == (launch == "zero2x2" or recipe == "stablelm7b_oasst.yaml")
@@ -68,6 +69,7 @@ def test_the_main_job_on_real_data(run_sft, tmp_path, launch):
         *["--model_name", tmp_path / "tiny", "--cache_dir", SHARED / "data", "--log_wandb", "false", *short],
         *inputs(REAL_DATA, Path()),
         launch=launch,
+        real=True,
     )
     assert "DEEPSPEED on cpu" in run.stdout
     losses = run.curve("loss")

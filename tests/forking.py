@@ -1,0 +1,142 @@
+"""Scripts in processes of their own that start sooner: forked from one that has imported what scripts import.
+
+A start of sft.py takes 5 CPU seconds of imports, under `accelerate launch` with two processes three times that; forked,
+a tenth of a second. The environment is the one that `accelerate launch` would give each process, by its own code. What
+it does beyond that (watching processes, passing signals on) is left to the tests that start it for real.
+"""
+
+import atexit
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+import time
+from functools import cache
+from multiprocessing import forkserver, reduction
+from pathlib import Path
+
+import pytest
+
+CONTEXT = multiprocessing.get_context("forkserver")
+HERE = Path(__file__).parent
+PATIENCE = 60.0  # seconds for the other processes, once one has failed
+
+
+def run_forked(
+    launcher: list[str] | None, script: str, arguments: list[str], folder: Path
+) -> subprocess.CompletedProcess:
+    """Run a script as `python SCRIPT` or `accelerate launch ... SCRIPT` would, within `folder`.
+
+    Args:
+        launcher: what follows `accelerate launch`; None for a process without it.
+    """
+    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+        processes = start_forked(launcher, script, arguments, folder, {}, stdout, stderr)
+        _wait(processes)
+        said = []
+        for file in (stdout, stderr):
+            file.seek(0)
+            said.append(file.read().decode())
+    return subprocess.CompletedProcess([script, *arguments], status_of(processes, launcher), *said)
+
+
+def start_forked(
+    launcher: list[str] | None, script: str, arguments: list[str], folder: Path, env: dict[str, str], stdout, stderr
+) -> list[multiprocessing.Process]:
+    """The processes of a script, writing to these files.
+
+    Args:
+        env: further variables; those that are read when a library is imported come too late.
+    """
+    _start_server()
+    environments = [dict(os.environ)] if launcher is None else _environments(launcher, script)
+    processes = []
+    for environment in environments:
+        files = [_Descriptor(file) for file in (stdout, stderr)]
+        processes.append(CONTEXT.Process(target=_run, args=(script, arguments, environment | env, folder, *files)))
+        processes[-1].start()
+    return processes
+
+
+def status_of(processes: list, launcher: list[str] | None) -> int:
+    """The exit status; `accelerate launch` makes 1 of every one that is not 0."""
+    failed = next((process.exitcode for process in processes if process.exitcode), 0)
+    return failed if launcher is None else int(failed != 0)
+
+
+@cache
+def _start_server() -> None:
+    """The process that the others are forked from; what it preloads it finds by PYTHONPATH only (Python 3.11)."""
+    CONTEXT.set_forkserver_preload(["preloaded"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), str(HERE.parent / "scripts")]))
+        forkserver.ensure_running()
+
+
+def _environments(launcher: list[str], script: str) -> list[dict[str, str]]:
+    """Of each process, by the code of `accelerate launch` and the variables of `torchrun`."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import (
+        prepare_deepspeed_cmd_env,
+        prepare_multi_gpu_env,
+        prepare_simple_launcher_cmd_env,
+    )
+
+    arguments, defaults, precision = _validate_launch_command(launch_command_parser().parse_args([*launcher, script]))
+    if arguments.use_deepspeed and not arguments.cpu:
+        fields = [*defaults.deepspeed_config] + ["mixed_precision"] * precision
+        arguments.deepspeed_fields_from_accelerate_config = ",".join(fields)
+        _, environment = prepare_deepspeed_cmd_env(arguments)
+    elif arguments.multi_gpu and not arguments.cpu:
+        environment = prepare_multi_gpu_env(arguments)
+    else:
+        _, environment = prepare_simple_launcher_cmd_env(arguments)
+        return [environment]
+    count = int(arguments.num_processes)
+    environment = {**os.environ, **environment, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": arguments.main_process_port}
+    environment |= {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "OMP_NUM_THREADS": "1"}
+    ranks = [{**environment, "RANK": rank, "LOCAL_RANK": rank} for rank in range(count)]
+    return [{name: str(value) for name, value in rank.items()} for rank in ranks]
+
+
+class _Descriptor:
+    """An open file as the forked process gets it."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return _detached, (reduction.DupFd(self.file.fileno()),)
+
+
+def _detached(duplicate) -> int:
+    return duplicate.detach()
+
+
+def _run(script, arguments, environment, folder, stdout, stderr) -> None:
+    """In the forked process: become the script."""
+    for file, descriptor in ((stdout, 1), (stderr, 2)):
+        os.dup2(file, descriptor)
+    sys.stdout.reconfigure(line_buffering=True)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    sys.argv = [script, *arguments]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # which multiprocessing leaves out
+
+
+def _wait(processes: list) -> None:
+    """Until all have ended; a process whose fellow has failed is given a while to notice."""
+    deadline = None
+    while any(process.is_alive() for process in processes):
+        if deadline is None and any(process.exitcode for process in processes):
+            deadline = time.monotonic() + PATIENCE
+        if deadline is not None and time.monotonic() > deadline:
+            for process in processes:
+                process.terminate()
+        time.sleep(0.01)

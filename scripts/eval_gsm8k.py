@@ -55,7 +55,7 @@ from evaluation.generation import encode_chat, generate
 from evaluation.intervals import wilson
 from evaluation.results import Evaluation, load_metric, metric, start_processes
 from recipe.keys import Recipe
-from sources.record import Record
+from sources.source import Record
 from training.contamination import BENCHMARKS, contaminated_rows, without_contamination
 from training.model import load_tokenizer
 from utils.launch import process_index, say

@@ -64,7 +64,7 @@ from evaluation.chat_model import load_chat_tokenizer
 from evaluation.intervals import RESAMPLES, interval, item_columns, resampled_sums
 from evaluation.results import Evaluation, metric, start_processes
 from recipe.keys import Recipe
-from sources.options import keys_that_change
+from sources.source import keys_that_change
 from training.batches import Batches
 from training.collate import cut
 from training.loss import ScoredLoss

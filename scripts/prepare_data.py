@@ -57,9 +57,15 @@ from training.contamination import (
     load_benchmark,
     without_contamination,
 )
-from training.epochs import epoch_plan, training_rows
 from training.model import load_tokenizer
-from training.plan import accumulation_steps, describe_packing, describe_step, steps_per_epoch
+from training.plan import (
+    accumulation_steps,
+    describe_packing,
+    describe_step,
+    epoch_plan,
+    steps_per_epoch,
+    training_rows,
+)
 from utils.launch import num_processes
 from utils.tables import make_console, make_table
 

@@ -164,8 +164,8 @@ def test_the_last_window_of_an_epoch_makes_a_correct_step(
     """Seven conversations in steps of six: the second step of each epoch holds one, and one process has nothing."""
     from data.mix import prepare_mix
     from recipe.load import load_recipe
-    from training.epochs import training_rows
     from training.model import load_tokenizer
+    from training.plan import training_rows
 
     options = {"per_device_train_batch_size": micro_batch, "gradient_accumulation_steps": accumulation}
     options |= {"num_train_epochs": 3, "datasets.code_alpaca.size": 3}

@@ -84,11 +84,10 @@ def train_ours(values: dict) -> dict:
     from training.batches import Batches, prefetched
     from training.collate import collate
     from training.engine import prepare_engine, start_accelerator
-    from training.epochs import Position
     from training.flops import ModelFlops, peak_flops
     from training.loss import choose_kernel
     from training.model import ready_for_training
-    from training.plan import MicroBatch
+    from training.plan import MicroBatch, Position
     from utils.launch import set_up_process, training_dtype
 
     work = Work(**values)

@@ -38,8 +38,8 @@ def recipe_work(recipe: Recipe, conversations: int) -> dict[str, Work]:
     """The first conversations of a recipe's first epoch on the small model."""
     from data.mix import prepare_mix
     from training.collate import cut
-    from training.epochs import training_rows
     from training.model import load_tokenizer
+    from training.plan import training_rows
 
     mix = prepare_mix(recipe, load_tokenizer(recipe))
     rows = training_rows(mix, recipe, 0)[:conversations]

@@ -32,9 +32,8 @@ from data.files import source_files
 from data.reading import TRAIN, VALIDATION, Reading
 from data.text_encoder import TextEncoder, fast_text_encoder
 from recipe.keys import Recipe
-from sources.options import DatasetOptions, keys_that_change
 from sources.registry import SOURCES
-from sources.source import Conversation
+from sources.source import Conversation, DatasetOptions, keys_that_change
 from utils.errors import UserError
 from utils.files import read_json
 

@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 
 from data.records import read_records
-from sources.record import Record
 from sources.registry import find_source
-from sources.source import Conversation, Source
+from sources.source import Conversation, Record, Source
 from utils.errors import UserError
 
 TRAIN, VALIDATION, LEFT_OUT = range(3)  # left out by max_val_set

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from sources.record import kind_of
+from sources.source import kind_of
 from utils.errors import UserError
 
 CHUNK_BYTES = 1 << 20

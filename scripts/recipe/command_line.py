@@ -10,8 +10,8 @@ import yaml
 
 from recipe.keys import IGNORED, Datasets, Recipe
 from recipe.load import nearest
-from sources.options import DatasetOptions
 from sources.registry import SOURCES
+from sources.source import DatasetOptions
 from utils.command_line import OneLineParser
 from utils.errors import UserError
 

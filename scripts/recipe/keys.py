@@ -17,7 +17,8 @@ import yaml
 from pydantic import ConfigDict, Field, create_model, model_validator
 
 from sources.messages import MessagesOptions
-from sources.options import (
+from sources.registry import SOURCES
+from sources.source import (
     DatasetOptions,
     NonNegativeFloat,
     NonNegativeInt,
@@ -26,7 +27,6 @@ from sources.options import (
     WholeNumber,
     key,
 )
-from sources.registry import SOURCES
 
 DATASET_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")  # part of a folder's name, of metrics and of options
 

@@ -25,8 +25,8 @@ from recipe.keys import Recipe
 from run.retention import prune, remove_folder
 from run.stats import TrainingStats
 from training.engine import Engine
-from training.epochs import Position
 from training.optimizer_state import random_state, save_optimizer
+from training.plan import Position
 from utils.errors import UserError
 from utils.files import flush, read_json
 from utils.launch import stop_all

@@ -11,10 +11,9 @@ from data.mix import Mix
 from recipe.keys import Recipe
 from run.progress import Progress
 from run.retention import check_disk, steps_between_checkpoints
-from training.epochs import training_rows
 from training.memory import check_memory
 from training.model import count_parameters
-from training.plan import MicroBatch, largest_micro_batches, steps_per_epoch
+from training.plan import MicroBatch, largest_micro_batches, steps_per_epoch, training_rows
 from utils.launch import num_processes, say
 
 # Rates of full fine-tuning over which a pretrained model of that many parameters usually loses what it knows: several

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from recipe.keys import Recipe
-from training.epochs import Position
+from training.plan import Position
 
 
 class Due(NamedTuple):

@@ -15,15 +15,16 @@ from run.stats import TrainingStats
 from training.batches import Batches
 from training.collate import Batch
 from training.engine import Engine
-from training.epochs import epoch_plan, training_rows
 from training.optimizer import shortest_warmup
 from training.plan import (
     MicroBatch,
     accumulation_steps,
     describe_packing,
     describe_step,
+    epoch_plan,
     packs_per_step,
     steps_per_epoch,
+    training_rows,
 )
 
 SHOWN_CHARACTERS = 1200  # of each conversation of the first batch

@@ -13,12 +13,11 @@ from run.progress import Progress
 from run.record_file import read_record
 from run.retention import list_checkpoints, step_of
 from run.stats import TrainingStats
-from sources.options import keys_that_change
+from sources.source import keys_that_change
 from training.engine import Engine
-from training.epochs import Position, training_rows
 from training.optimizer import set_schedule
 from training.optimizer_state import load_loss_scale, load_optimizer, load_random_state, loss_scale_state
-from training.plan import packs_per_step, steps_left
+from training.plan import Position, packs_per_step, steps_left, training_rows
 from utils.errors import UserError
 from utils.launch import num_processes, say
 

@@ -7,10 +7,17 @@ import re
 from collections import Counter
 from typing import Any, Literal
 
-from sources.filter_phrases import has_no_filter_phrase
-from sources.options import PREPARED, DatasetOptions, key
-from sources.record import Record
-from sources.source import Conversation, HubSource, Source, pair
+from sources.source import (
+    PREPARED,
+    Conversation,
+    DatasetOptions,
+    HubSource,
+    Record,
+    Source,
+    has_no_filter_phrase,
+    key,
+    pair,
+)
 
 REFERENCE_MARKS = re.compile(r"\[\d+(?:,\s*\d+)*?\]|\[citation needed\]|\[[a-zA-Z]\]")  # [3], [1, 2], [a]
 

@@ -6,9 +6,7 @@ By the rules of Open-Assistant's model_training (custom_datasets/instruction.py)
 from collections import Counter
 from typing import Any
 
-from sources.filter_phrases import has_no_filter_phrase
-from sources.record import Record
-from sources.source import Conversation, HubSource, Source, pair
+from sources.source import Conversation, HubSource, Record, Source, has_no_filter_phrase, pair
 
 
 def read_math(record: Record, options: Any, dropped: Counter, rng_seed: int) -> list[Conversation] | None:

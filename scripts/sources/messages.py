@@ -27,9 +27,7 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from sources.options import PREPARED, DatasetOptions, key
-from sources.record import Record
-from sources.source import Conversation, HubSource, Message, Source
+from sources.source import PREPARED, Conversation, DatasetOptions, HubSource, Message, Record, Source, key
 
 ROLES = {
     "system": "system",

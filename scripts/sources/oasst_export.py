@@ -13,9 +13,7 @@ from typing import Any
 
 from pydantic import field_validator
 
-from sources.options import PREPARED, DatasetOptions, PositiveInt, key
-from sources.record import Record
-from sources.source import Conversation, HubSource, Message, Source
+from sources.source import PREPARED, Conversation, DatasetOptions, HubSource, Message, PositiveInt, Record, Source, key
 
 # ISO 639-1, and those of Open-Assistant's trees that name a country.
 LANGUAGE_CODES = (

@@ -1,12 +1,146 @@
-"""What a source is: where its data are, how a record is read, and what a conversation looks like."""
+"""What a source is made of: the options a recipe can give, a record of its file, conversations, and where it all is."""
 
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from sources.options import DatasetOptions
-from sources.record import Record
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from utils.errors import UserError
+
+CHANGES = ("data", "training", "step", "evaluation")
+
+
+def key(default: Any, meaning: str, changes: str = "training", **limits: Any) -> Any:
+    """A key of a recipe, for a pydantic schema.
+
+    Args:
+        default: `...` for a key that has to be given.
+        meaning: the line that --help shows.
+        changes: what another value changes, words of `CHANGES`:
+            data        what is prepared of the data files, and so made anew;
+            training    what is learnt or when, so that a run cannot go on with it;
+            step        how the work of a step is cut up: it can, as long as the step itself stays the same;
+            evaluation  the figures of an evaluation of the same weights.
+        limits: pydantic's, such as `gt=0`.
+    """
+    assert set(changes.split()) <= set(CHANGES), changes
+    return Field(default, description=meaning, json_schema_extra={"changes": changes.split()}, **limits)
+
+
+def keys_that_change(what: str, schema: type[BaseModel]) -> set[str]:
+    """The keys of a schema of which another value changes the data, the training, the step or the evaluation."""
+    return {name for name, field in schema.model_fields.items() if what in field.json_schema_extra["changes"]}
+
+
+def _hexadecimal_too(value: Any) -> Any:
+    """0xa1221f97, which pydantic does not read by itself; what is no number is left for it to refuse."""
+    try:
+        return int(value, 0) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+WholeNumber = Annotated[int, BeforeValidator(_hexadecimal_too)]
+PositiveInt = Annotated[WholeNumber, Field(gt=0, lt=2**31)]
+NonNegativeInt = Annotated[WholeNumber, Field(ge=0, lt=2**31)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class Schema(BaseModel):
+    """Keys that are checked: an unknown one is refused, and so is a text that no file could hold."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _writable_text(cls, value: Any) -> Any:
+        """Every text ends in a file name or a file: refuse what neither can hold."""
+        if isinstance(value, str) and ("\0" in value or value.encode(errors="replace").decode() != value):
+            raise ValueError("holds a character that UTF-8 files and file names cannot hold")
+        return value
+
+
+PREPARED = "data training evaluation"  # what most options of a data set change
+
+
+class DatasetOptions(Schema):
+    """What every data set of the mix can be given. Where its files are changes nothing: what is in them counts."""
+
+    input_file_path: str | None = key(None, "data file: as given, under cache_dir, or on the hub", "")
+    revision: str | None = key(None, "commit, tag or branch of the hub data set; null: its newest", "")
+    val_split: float = key(0.2, "share held out for validation", PREPARED, ge=0, lt=1)
+    max_val_set: PositiveInt | None = key(None, "at most this many validation conversations", PREPARED)
+    fraction: Share | None = key(None, "share of the training rows used, drawn anew each epoch")
+    size: PositiveInt | None = key(None, "number of training rows used, drawn anew each epoch")
+    on_bad_records: Literal["error", "skip"] = key(
+        "error", "what to do at a damaged record: stop, or go on and report how many", PREPARED
+    )
+
+    @model_validator(mode="after")
+    def _one_size(self):
+        if self.fraction is not None and self.size is not None:
+            raise ValueError("give fraction or size, not both")
+        return self
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record of a data file with its place, so that an error can name it."""
+
+    values: dict[str, Any]
+    path: Path
+    number: int  # in its file
+    index: int  # over all files, from 1
+
+    def get(self, name: str, kind: type = str, nullable: bool = False) -> Any:
+        return required_field(self.values, name, kind, self.path, self.number, nullable=nullable)
+
+    def inside(self, values: Any, where: str, name: str, kind: type = str, nullable: bool = False) -> Any:
+        """A field of something within the record, e.g. of one message of a tree."""
+        if not isinstance(values, dict):
+            raise self.error(f"an entry of {where!r} is not an object")
+        return required_field(values, name, kind, self.path, self.number, where, nullable)
+
+    def error(self, what: str) -> UserError:
+        return UserError(f"{self.path}, record {self.number}: {what}")
+
+
+def kind_of(value: Any) -> str:
+    names = {str: "a string", dict: "an object", list: "a list", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
+
+
+def required_field(
+    record: dict[str, Any], name: str, kind: type, path: Path, number: int, inside: str = "", nullable: bool = False
+) -> Any:
+    """`record[name]`, checked to be a `kind` (str, dict, list, bool).
+
+    Args:
+        inside: what the record is within its file's record, e.g. "METADATA", for the message.
+        nullable: let null through, as None; the field must be there all the same.
+    Raises: UserError naming file, record number and field, and the fields that are there; also for a string with half
+        of a surrogate pair (`\\ud83d` alone), which JSON can write but no UTF-8 text, hence no tokenizer, can hold.
+    """
+    full = f"{inside}.{name}" if inside else name
+    if name not in record:
+        there = ", ".join(map(str, record)) or "none"
+        raise UserError(f"{path}, record {number}: no field {full!r}; fields there: {there}")
+    value = record[name]
+    if value is None and nullable:
+        return None
+    if not isinstance(value, kind):
+        raise UserError(f"{path}, record {number}: field {full!r} is {kind_of(value)}, not {kind_of(kind())}")
+    if kind is str and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{path}, record {number}: field {full!r} holds half of a surrogate pair") from None
+    return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,3 +203,23 @@ class Source:
     options: type[DatasetOptions] = DatasetOptions
     split: Literal["train_test_split", "random_split"] = "train_test_split"
     shuffled: bool = False
+
+
+# By which the original dropped rows of dolly15k, grade_school_math_instructions and code_alpaca.
+FILTER_PHRASES_FILE = Path(__file__).with_name("filter_phrases.txt")
+
+
+@cache
+def filter_phrases() -> tuple[str, ...]:
+    """In lower case, without those that hold another; a blank at the end counts: "As an AI " is not in "As an AIDE"."""
+    phrases = {line.lower() for line in FILTER_PHRASES_FILE.read_text(encoding="utf-8").split("\n") if line}
+    return tuple(one for one in sorted(phrases) if not any(other in one for other in phrases - {one}))
+
+
+def has_no_filter_phrase(question: str, answer: str, dropped: Counter) -> bool:
+    text = f"{question}\n{answer}".lower()  # no phrase holds a newline
+    for phrase in filter_phrases():  # a plain loop: `any` over a generator took a sixth of all preparation
+        if phrase in text:
+            dropped["row with a filter phrase"] += 1
+            return False
+    return True

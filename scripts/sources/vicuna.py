@@ -9,8 +9,7 @@ import re
 from collections import Counter
 from typing import Any
 
-from sources.record import Record
-from sources.source import Conversation, HubSource, Source, pair
+from sources.source import Conversation, HubSource, Record, Source, pair
 
 FILLERS = ("...", "Please continue", "Go on", "")  # an empty human message becomes one of these
 MAX_CHARACTERS = 32 * 1024  # of a message

@@ -13,8 +13,15 @@ import torch
 from data.mix import Mix, Split
 from recipe.keys import Recipe
 from training.collate import Batch, collate
-from training.epochs import Position, epoch_plan
-from training.plan import MicroBatch, accumulation_steps, micro_batch_starts, packs_per_step, validation_rows
+from training.plan import (
+    MicroBatch,
+    Position,
+    accumulation_steps,
+    epoch_plan,
+    micro_batch_starts,
+    packs_per_step,
+    validation_rows,
+)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 
 from data.mix import Split
 from recipe.keys import Recipe
-from training.epochs import WINDOW, random_stream
+from training.plan import WINDOW, random_stream
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,7 @@ from data.files import find_data_file, locate_data_file
 from data.mix import Mix, Split
 from data.records import read_records
 from recipe.keys import Recipe
-from sources.record import required_field
-from sources.source import HubSource
+from sources.source import HubSource, required_field
 from utils.errors import UserError
 from utils.launch import say
 

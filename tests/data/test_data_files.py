@@ -21,9 +21,8 @@ from hypothesis import strategies as st
 from data import records
 from data.files import find_data_file, locate_data_file
 from data.records import read_records
-from sources.record import required_field
 from sources.registry import SOURCES, find_source
-from sources.source import HubSource
+from sources.source import HubSource, required_field
 from utils.errors import UserError
 
 HUB = HubSource("someone/some-data", ("train.json", "data/train-*.parquet"), hint="try the twin")

@@ -16,7 +16,7 @@ from run.command_line import read_command_line
 from sources.dolly15k import DollyOptions
 from sources.messages import MessagesOptions
 from sources.oasst_export import OasstOptions
-from sources.options import DatasetOptions
+from sources.source import DatasetOptions
 from utils.errors import UserError
 
 BASE = "model_name: m\noutput_dir: o\ndatasets: [vicuna]\n"

@@ -22,8 +22,8 @@ from run.model_card import write_model_card
 from run.retention import list_checkpoints
 from run.stats import Clock, TrainingStats
 from training.engine import Engine
-from training.epochs import Position
 from training.optimizer import make_optimizer
+from training.plan import Position
 from utils.errors import UserError
 
 CHAT = [

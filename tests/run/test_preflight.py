@@ -22,11 +22,10 @@ from run.preflight import recipe_warnings
 from run.retention import check_disk, checkpoint_bytes, disk_peak
 from training.batches import Batches
 from training.collate import Batch, collate
-from training.epochs import Position, epoch_plan
 from training.loss import ScoredLoss
 from training.memory import check_memory, estimate_memory
 from training.model import load_model
-from training.plan import largest_micro_batches, packs_per_step
+from training.plan import Position, epoch_plan, largest_micro_batches, packs_per_step
 from utils.errors import UserError
 
 NEOX = GPTNeoXConfig(

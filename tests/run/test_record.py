@@ -113,7 +113,7 @@ def test_only_the_launchers_variables(recipe, mix, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "swordfish")
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     record = start_record(recipe, mix, 2, torch.float32)
-    assert record["command"]["arguments"] == ["scripts/sft.py", "my.yaml"]
+    assert record["command"].keys() == {"folder", "launcher"}
     assert record["command"]["launcher"] == {
         "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(ROOT / "ds_configs/zero2.json"),
         "ACCELERATE_USE_DEEPSPEED": "true",
@@ -279,7 +279,9 @@ def test_refuses_what_is_no_record(tmp_path):
         read_record(tmp_path)
     for content in (b"", b"{", b"\x80\x81", b"[" * 100_000, b'{"format": 1' + b"0" * 5000 + b"}"):
         path.write_bytes(content)
-        with refuse("run.json: not a record of a run: JSON does not parse"):
+        with pytest.raises(
+            UserError, match=r"run\.json(: JSON does not parse| line 1(: not UTF-8|, .*JSON does not parse))"
+        ):
             read_record(path)
     for values in (None, [], 1, {}, {"format": 1}, {"format": "1", "recipe": {}}, {"format": 1, "recipe": []}):
         path.write_text(json.dumps(values))
@@ -490,7 +492,7 @@ def test_reproduce_refuses(written, recipe, tmp_path):
         ([*reproduce, str(tmp_path / "recipe.yaml")], ["brings its recipe: leave out", "recipe.yaml"]),
         ([str(tmp_path / "recipe.yaml"), *reproduce], ["brings its recipe: leave out", "recipe.yaml"]),
         (["--reproduce", str(tmp_path / "none.json")], ["none.json: cannot read"]),
-        (["--reproduce", str(tmp_path / "recipe.yaml")], ["recipe.yaml: not a record of a run"]),
+        (["--reproduce", str(tmp_path / "recipe.yaml")], ["recipe.yaml line 1, column 1: JSON does not parse"]),
         ([*reproduce, "--learning_rate", "-1"], ["command line: learning_rate = -1"]),
         ([*reproduce, "--datasets.mine.size", "1"], ["mine is not in this recipe's mix"]),
         (["--reproducee", str(written)], ["unknown key reproducee", "did you mean reproduce?"]),

@@ -16,7 +16,7 @@ from data.reading import Reading
 from recipe.keys import Recipe
 from recipe.load import load_recipe
 from sources.registry import find_source
-from training.epochs import training_rows
+from training.plan import training_rows
 from utils.errors import UserError
 
 OPTIONS = {"val_split": 0, "max_val_set": None, "on_bad_records": "error", "hub_name": None, "files": None}

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from data.reading import TRAIN, VALIDATION, Reading
-from sources.filter_phrases import filter_phrases
 from sources.registry import SOURCES
+from sources.source import filter_phrases
 from sources.vicuna import FILLERS
 from utils.errors import UserError
 

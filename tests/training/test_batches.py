@@ -28,14 +28,16 @@ from data.mix import Mix
 from recipe.keys import Recipe
 from training.batches import Batches, deal, prefetched
 from training.collate import Batch
-from training.epochs import Position, epoch_plan, training_rows
 from training.plan import (
+    Position,
     accumulation_steps,
     describe_packing,
     describe_step,
+    epoch_plan,
     packs_per_step,
     steps_left,
     steps_per_epoch,
+    training_rows,
 )
 
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import strategies as st
 from mixes import given
 
-from training.epochs import best_fit_decreasing
+from training.plan import best_fit_decreasing
 
 
 @st.composite

@@ -24,7 +24,7 @@ from sft import train_step
 from training.batches import Batches
 from training.collate import Batch, cut
 from training.engine import Engine
-from training.epochs import Position, training_rows
+from training.plan import Position, training_rows
 
 IMPLEMENTATION = {"padded": "sdpa", "padding-free": "sdpa_by_conversation", "packed": "sdpa_by_conversation"}
 

@@ -62,12 +62,12 @@ def main(options, recipe: Recipe, stop: StopSignal) -> None:
     # ---- Plan and checks, before anything large is loaded ----
     progress = run.plan(mix, dtype, options.allow_changes, options.reproduce)
     deepspeed = deepspeed_config(recipe, progress.total_steps, dtype)
-    largest = preflight(recipe, config, mix, dtype, deepspeed, progress)
+    largest_batches = preflight(recipe, config, mix, dtype, deepspeed, progress)
 
     # ---- Model. Autocast wants fp32 weights, DeepSpeed the dtype it trains in: it keeps fp32 masters itself ----
     accelerator = start_accelerator(recipe, dtype, deepspeed, progress.step)
-    trained = run.checkpoint.path if run.checkpoint else None
-    language_model = load_model(recipe, config, tokenizer, dtype if deepspeed else torch.float32, trained)
+    weights_from = run.checkpoint.path if run.checkpoint else None  # else from model_name
+    language_model = load_model(recipe, config, tokenizer, dtype if deepspeed else torch.float32, weights_from)
     engine = prepare_engine(accelerator, language_model, recipe, progress.total_steps)
     batches = Batches(mix, recipe, accelerator.process_index, accelerator.num_processes, tokenizer.pad_token_id)
     run.attach(engine, batches, dtype)
@@ -77,9 +77,9 @@ def main(options, recipe: Recipe, stop: StopSignal) -> None:
         describe_run(engine, dtype, mix, recipe, progress.total_steps)
         show_first_batch(next(batches.training_steps(progress.position))[1][0], tokenizer)
     if progress.steps_left:
-        seconds = rehearse(engine, batches, largest, run.stats)
+        seconds = rehearse(engine, batches, largest_batches, run.stats)
         if accelerator.is_main_process:
-            describe_rehearsal(largest, seconds, batches, accelerator.device, progress.steps_left)
+            describe_rehearsal(largest_batches, seconds, batches, accelerator.device, progress.steps_left)
 
     # ---- The loop ----
     run.start()
@@ -156,12 +156,12 @@ def train_step(engine: Engine, micro_batches, recipe: Recipe, stats, rehearsal=F
     return grad_norm, updated
 
 
-def rehearse(engine: Engine, batches: Batches, largest, stats) -> float:
+def rehearse(engine: Engine, batches: Batches, largest_batches, stats) -> float:
     """Run the plan's largest micro-batches, so that memory runs out now and not six hours in; nothing is changed.
 
     Returns the seconds of a training micro-batch. Raises UserError where the GPU's memory is too small.
     """
-    train, held_out = largest
+    train, held_out = largest_batches
     # Twice where gradients accumulate: the second time they are in memory while it runs.
     count = min(2, batches.accumulated)
     batch, started = batches.of(train), time.perf_counter()
@@ -175,7 +175,7 @@ def rehearse(engine: Engine, batches: Batches, largest, stats) -> float:
                 engine.model(batches.of(held_out).to(engine.accelerator.device))
             engine.model.train()
     except torch.OutOfMemoryError as error:
-        shapes = " or ".join(each.describe() for each in largest if each)
+        shapes = " or ".join(each.describe() for each in largest_batches if each)
         raise UserError(
             f"the GPU's memory is too small for the run's largest micro-batches ({shapes}): give a smaller "
             "per_device_train_batch_size (global_batch_size keeps the step as it is) or per_device_eval_batch_size, "

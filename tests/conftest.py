@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from forking import run_forked
 
+import utils  # noqa: F401, before torch is loaded: how long its threads spin
+
 # Under `pytest -n 2` each worker keeps to its own core, and so does what it starts: two runs of two threads on two
 # cores hold each other up.
 if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):

@@ -61,8 +61,8 @@ class Progress:
             save=every[recipe.save_strategy],
         )
 
-    def where(self) -> dict[str, float]:
-        """How a line of metrics.jsonl begins."""
+    def as_metrics(self) -> dict[str, float]:
+        """The step and the epoch, with which a line of metrics.jsonl begins."""
         epoch = self.position.epoch + self.position.conversations / self.epoch_conversations
         return {"step": self.step, "epoch": round(epoch, 4)}
 

@@ -95,7 +95,7 @@ class Run:
         """A line of metrics.jsonl for the steps since the last one. Every process calls this."""
         metrics = self.stats.close(self.engine.accelerator) | {"learning_rate": learning_rate, "grad_norm": grad_norm}
         scale = loss_scale(self.engine.accelerator)
-        self.log.write(self.progress.where() | metrics | self.health.metrics(metrics.get("loss"), scale))
+        self.log.write(self.progress.as_metrics() | metrics | self.health.metrics(metrics.get("loss"), scale))
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -109,7 +109,7 @@ class Run:
     def write_evaluation(self, results: dict[str, float]) -> None:
         """The results of an evaluation, for metrics.jsonl, the curves, the screen and the model card."""
         self.progress.results, self.progress.evaluation_due = results, False
-        self.log.write(self.progress.where() | results)
+        self.log.write(self.progress.as_metrics() | results)
         self.log.show_evaluation(self.progress.step, results)
 
     def save(self, tokenizer) -> None:

@@ -67,9 +67,8 @@ def start_accelerator(
     Raises:
         UserError: the processes do not find each other, or stand at different steps.
     """
-    half = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, "no")
     accelerator = Accelerator(
-        mixed_precision=half,
+        mixed_precision={torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, "no"),
         gradient_accumulation_steps=accumulation_steps(recipe, num_processes()) if deepspeed else 1,  # it asks
         cpu=not has_gpu() and deepspeed is None,
         deepspeed_plugin=_deepspeed_plugin(deepspeed) if deepspeed else None,

@@ -5,8 +5,10 @@ are launched.
 """
 
 import json
+import os
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from run.checkpoint import FORMAT, read_checkpoint
 from run.folder import RECIPE_HEADER, claim_output_dir
 from run.resume import changed_keys, find_checkpoint
 from run.retention import list_checkpoints
+from run.run import Run
 from utils.errors import UserError
 
 FIXTURES = ROOT / "tests" / "fixtures"  # of every format so far; make_checkpoint.py there says what they hold
@@ -101,6 +104,38 @@ def test_an_interrupted_run_is_the_same_run(tmp_path, recipe, whole, stops):
     run = run_here(recipe, output_dir=tmp_path)
     assert run.returncode == 0, run.stderr
     assert_same_end(tmp_path, whole)
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_a_signal_when_nothing_is_left_but_the_final_model_changes_nothing(
+    tmp_path, model, recipe, whole, held_out, monkeypatch
+):
+    """It comes after the last evaluation, or where nothing is held out in the last step."""
+    if held_out:
+        write_evaluation = Run.write_evaluation
+
+        def and_a_signal(self, results):
+            write_evaluation(self, results)
+            if not self.progress.steps_left:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        monkeypatch.setattr(Run, "write_evaluation", and_a_signal)
+        run = run_here(recipe, output_dir=tmp_path / "run")
+        assert_same_end(tmp_path / "run", whole)
+        assert [path.name for path in list_checkpoints(tmp_path / "run")] == [
+            "checkpoint-5",
+            "checkpoint-10",
+            "checkpoint-15",
+            "checkpoint-20",
+        ]
+    else:
+        nothing = [option for name in ("sums", "words") for option in (f"--datasets.{name}.val_split", 0)]
+        run = run_here(small_recipe(tmp_path, model), *nothing, "--max_steps", 4, output_dir=tmp_path / "run", steps=4)
+        assert list_checkpoints(tmp_path / "run") == []
+    assert run.returncode == 0, run.stderr
+    assert "SIGTERM: saving after this step" in run.stderr
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"
+    assert (tmp_path / "run" / "model.safetensors").exists()
 
 
 def test_from_the_end_of_an_epoch(tmp_path, recipe, whole):

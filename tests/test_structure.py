@@ -17,20 +17,13 @@ MODULES = sorted(path for room in FLOORS for path in (SCRIPTS / room).glob("*.py
 
 
 def imports_of(path: Path) -> set[str]:
-    """The dotted names of the modules that a file imports, wherever in it; but those for type checkers only."""
+    """The dotted names of the modules that a file imports, wherever in it."""
     found = set()
-
-    def visit(node: ast.AST) -> None:
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            return
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             found.update([node.module, *(f"{node.module}.{alias.name}" for alias in node.names)])
-        for child in ast.iter_child_nodes(node):
-            visit(child)
-
-    visit(ast.parse(path.read_text(encoding="utf-8")))
     return found
 
 

@@ -6,17 +6,18 @@ import statistics
 from collections import deque
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from data.mix import Mix
+from run.progress import Progress
+from run.stats import TrainingStats
+from training.batches import Batches
+from training.engine import Engine
 from training.optimizer_state import loss_scale
 from utils.errors import UserError
 from utils.launch import stop_all
-
-if TYPE_CHECKING:
-    from run.run import Run
 
 WINDOW = 100  # steps whose median gradient norm is the usual one, and lines of metrics likewise for the loss
 ENOUGH = 20  # of them before anything is called a spike
@@ -47,28 +48,31 @@ class StepHealth:
         self.norms: deque[float] = deque(maxlen=WINDOW)
         self.losses: deque[float] = deque(maxlen=WINDOW)
 
-    def judge(self, grad_norm: float, updated: bool, run: "Run") -> None:
+    def judge(
+        self, made: tuple[float, bool], progress: Progress, stats: TrainingStats, engine: Engine, batches: Batches
+    ) -> None:
         """Count the step that was just made, or left out. Every process calls this.
 
         Args:
-            grad_norm, updated: of the step, as `train_step` of sft.py returns them.
-            run: as it stood before the step.
+            made: its gradient norm and whether the weights were updated, as `train_step` of sft.py returns them.
+            progress: before the step.
 
         Raises:
             UserError: on the first process (SystemExit on the others): too many steps went wrong.
         """
-        accelerator, stats, progress = run.engine.accelerator, run.stats, run.progress
+        grad_norm, updated = made
         if updated:
             stats.end_step()
             self.good_step(grad_norm)
             return
+        accelerator = engine.accelerator
         loss = stats.step_loss(accelerator)
         overflow = accelerator.mixed_precision == "fp16" and math.isfinite(loss)  # which its scaler answers by itself
         stats.end_step(counts=overflow)
         if overflow:
             self.overflow(loss_scale(accelerator))
         else:
-            self.bad_step(progress.step + 1, loss, grad_norm, run.mix, run.batches.step_rows(progress.position))
+            self.bad_step(progress.step + 1, loss, grad_norm, batches.mix, batches.step_rows(progress.position))
 
     def good_step(self, grad_norm: float) -> None:
         """The weights were updated."""

@@ -87,7 +87,7 @@ class Run:
         Raises:
             UserError: on the first process (SystemExit on the others): too many steps went wrong.
         """
-        self.health.judge(grad_norm, updated, self)
+        self.health.judge((grad_norm, updated), self.progress, self.stats, self.engine, self.batches)
         self.progress.advance(position)
         self.log.progress.update()
 

@@ -1,12 +1,13 @@
 """Every shipped recipe through every shipped accelerate config that a CPU can run: a dry run, then two real steps."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SHARED
+from conftest import ROOT, SHARED, launch_command
 
 RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.yaml"))
 DEMO_DATA = {
@@ -77,3 +78,58 @@ def test_the_main_job_on_real_data(run_sft, tmp_path, launch):
     assert losses[-1] < losses[0] - 0.3
     assert {f"eval_{name}_loss" for name in REAL_DATA} <= run.metrics()[-1].keys()
     assert json.loads((run.output_dir / "config.json").read_text())["vocab_size"] == 50288
+
+
+# ---- CPU threads ----
+
+THREADS = """
+import os, sys
+os.sched_setaffinity(0, range(os.cpu_count()))  # PyTorch takes no more threads than there are cores
+os.sched_getaffinity = lambda _: range(8)  # as on a machine of eight cores, whatever this one is
+sys.path.insert(0, "scripts")
+from utils.launch import set_up_process
+set_up_process()
+import torch
+print("threads", torch.get_num_threads())
+"""
+
+
+@pytest.mark.parametrize(
+    ("launch", "said", "threads"),
+    [
+        ("python", None, 8),
+        ("python", "1", 1),
+        ("python", "2", 2),
+        ("ddp2", None, 4),
+        ("ddp2", "1", 1),  # which is also what the launcher puts there when nobody says anything
+        ("ddp2", "2", 2),
+    ],
+)
+def test_omp_num_threads_is_the_users(tmp_path, monkeypatch, launch, said, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if said:
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+    script = tmp_path / "threads.py"
+    script.write_text(THREADS)
+    run = subprocess.run([*launch_command(launch), str(script)], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.split().count(str(threads)) == (2 if launch == "ddp2" else 1), run.stdout
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "scripts").glob("*.py")))
+def test_waiting_threads_soon_sleep_in_every_script(script):
+    """OpenMP reads it when torch is loaded, so it has to be there before."""
+    code = (
+        "import builtins, os, runpy, sys\n"
+        "load = builtins.__import__\n"
+        "def checked(name, *args, **kwargs):\n"
+        "    if name.partition('.')[0] == 'torch':\n"
+        "        assert os.environ.get('GOMP_SPINCOUNT') == '1000'\n"
+        "        raise SystemExit(0)\n"
+        "    return load(name, *args, **kwargs)\n"
+        "builtins.__import__ = checked\n"
+        f"sys.path.insert(0, 'scripts')\nrunpy.run_path('scripts/{script}', run_name='imported')\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0 or script == "make_demo_data.py", run.stderr[-2000:]

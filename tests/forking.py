@@ -21,7 +21,8 @@ import pytest
 
 CONTEXT = multiprocessing.get_context("forkserver")
 HERE = Path(__file__).parent
-PATIENCE = 60.0  # seconds for the other processes, once one has failed
+SECONDS = 600.0  # for a script
+GRACE = 30.0  # seconds from SIGTERM to SIGKILL, once one of several has failed
 
 
 def run_forked(
@@ -34,7 +35,7 @@ def run_forked(
     """
     with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
         processes = start_forked(launcher, script, arguments, folder, {}, stdout, stderr)
-        _wait(processes)
+        wait_for_all(processes, SECONDS)
         said = []
         for file in (stdout, stderr):
             file.seek(0)
@@ -130,13 +131,17 @@ def _run(script, arguments, environment, folder, stdout, stderr) -> None:
         atexit._run_exitfuncs()  # which multiprocessing leaves out
 
 
-def _wait(processes: list) -> None:
-    """Until all have ended; a process whose fellow has failed is given a while to notice."""
-    deadline = None
+def wait_for_all(processes: list, seconds: float) -> None:
+    """Wait until all have ended; where one fails the others are ended, as `torchrun` does it."""
+    begun, failed = time.monotonic(), None
     while any(process.is_alive() for process in processes):
-        if deadline is None and any(process.exitcode for process in processes):
-            deadline = time.monotonic() + PATIENCE
-        if deadline is not None and time.monotonic() > deadline:
+        now = time.monotonic()
+        assert now - begun < seconds, "a forked script has not come to its end"
+        if failed is None and any(process.exitcode for process in processes):
+            failed = now
             for process in processes:
                 process.terminate()
+        if failed is not None and now - failed > GRACE:
+            for process in processes:
+                process.kill()
         time.sleep(0.01)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 from conftest import ROOT, launch_command, launcher_options
-from forking import start_forked, status_of
+from forking import start_forked, status_of, wait_for_all
 
 LIFE_SECONDS = 900  # of a start, until the end of the last process; 10 to 30 s where cores are idle
 POLL_SECONDS = 0.001
@@ -136,9 +136,7 @@ class ForkedLife(Life):
         return not any(process.is_alive() for process in self._forked)
 
     def wait(self) -> int:
-        while not self.is_over():
-            assert self.age() < LIFE_SECONDS, f"still there\n{self.printed()[-3000:]}"
-            time.sleep(0.02)
+        wait_for_all(self._forked, LIFE_SECONDS)
         self.returncode = status_of(self._forked, self._launcher)
         return self.returncode
 

@@ -34,6 +34,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.table import Column as TableColumn
 from rich.table import Table
 
 from evaluation.intervals import RESAMPLES, paired_differences
@@ -53,11 +54,8 @@ class Column:
 
 def main(options) -> None:
     columns = [column for path in options.paths for column in read_columns(Path(path))]
-    rows, notes = table_rows(columns)
-    if options.markdown:
-        print_markdown(columns, rows, notes)
-    else:
-        print_table(columns, rows, notes)
+    show = print_markdown if options.markdown else print_table
+    show(columns, *table_rows(columns))
     if options.plot:
         plot(columns, Path(options.plot))
 
@@ -72,18 +70,16 @@ def read_columns(path: Path) -> list[Column]:
         UserError: there is nothing there, no result, or a file that is no result.
     """
     if path.is_file():
-        files = read_results([path], strict=True)
-        return [as_column(str(path), path.parent, files)]
+        return [as_column(path, path.parent, read_results([path], strict=True))]
     if not path.is_dir():
         raise UserError(f"{path}: no such file or folder")
-    folders = [*path.glob("checkpoint-*"), path]
     found = []
-    for folder in folders:
+    for folder in [*path.glob("checkpoint-*"), path]:
         files = read_results(sorted((folder / "eval").glob("*.json")))
         if not files and folder == path:  # a folder of --output
             files = read_results(sorted(path.glob("*.json")))
         if files:
-            found.append(as_column(str(folder), folder.parent if folder != path else path, files))
+            found.append(as_column(folder, path, files))
     if not found:
         raise UserError(f"{path}: no results; run an eval script on it first")
     return sorted(found, key=lambda column: (column.step is None, column.step or 0, column.name == str(path)))
@@ -101,9 +97,8 @@ def read_results(paths: list[Path], strict: bool = False) -> dict[str, dict]:
     return files
 
 
-def as_column(name: str, run: Path, files: dict[str, dict]) -> Column:
-    step = next((file["checkpoint"]["step"] for file in files.values()), None)
-    return Column(name, str(run), step, files)
+def as_column(path: Path, run: Path, files: dict[str, dict]) -> Column:
+    return Column(str(path), str(run), next(iter(files.values()))["checkpoint"]["step"], files)
 
 
 # ---- Comparing ----
@@ -171,9 +166,7 @@ def describe_difference(first: dict, other: dict, pair: tuple | None) -> str:
 
 
 def figure(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4f}"
+    return "" if value is None else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4f}"
 
 
 def column_titles(columns: list[Column]) -> list[str]:
@@ -195,18 +188,13 @@ def legend(rows, notes: list[str]) -> list[str]:
 
 
 def print_table(columns: list[Column], rows, notes: list[str]) -> None:
-    table = Table()
-    table.add_column("evaluation")
-    table.add_column("metric")
-    for title in column_titles(columns):
-        table.add_column(title, justify="right")
+    titles = [TableColumn(title, justify="right") for title in column_titles(columns)]
+    table = Table("evaluation", "metric", *titles)
     last = None
     for evaluation, metric, cells in rows:
         if last not in (None, evaluation):
             table.add_section()
-        texts = [
-            f"{figure(cell.value)}{'*' * cell.best}" + f"\n{cell.difference}" * bool(cell.difference) for cell in cells
-        ]
+        texts = [f"{figure(cell.value)}{'*' * cell.best}\n{cell.difference}".rstrip("\n") for cell in cells]
         table.add_row(evaluation if evaluation != last else "", metric, *texts)
         last = evaluation
     console = make_console(pipe_width=60 + 40 * len(columns))
@@ -223,10 +211,8 @@ def print_markdown(columns: list[Column], rows, notes: list[str]) -> None:
     print(line(["---", "---", *["---:"] * len(columns)]))
     for evaluation, metric, cells in rows:
         values = [f"**{figure(cell.value)}**" if cell.best else figure(cell.value) for cell in cells]
-        texts = [
-            value + f"<br>{cell.difference}" * bool(cell.difference) for value, cell in zip(values, cells, strict=True)
-        ]
-        print(line([evaluation, metric, *texts]))
+        texts = [f"{value}<br>{cell.difference}" for value, cell in zip(values, cells, strict=True)]
+        print(line([evaluation, metric, *(text.removesuffix("<br>") for text in texts)]))
     print()
     for text in legend(rows, notes):
         print(text.replace("* best", "**bold**: best", 1) + "  ")
@@ -238,10 +224,7 @@ def plot(columns: list[Column], path: Path) -> None:
     Raises:
         UserError: no run has results at two steps.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     panels: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
     runs = dict.fromkeys(column.run for column in columns)
@@ -255,16 +238,14 @@ def plot(columns: list[Column], path: Path) -> None:
         raise UserError("--plot: needs results at two steps of a run, evaluate more of its checkpoints")
     across = min(3, len(panels))
     down = math.ceil(len(panels) / across)
-    figure, axes = pyplot.subplots(down, across, figsize=(6 * across, 4.5 * down), squeeze=False, layout="constrained")
-    for axis in axes.flat[len(panels) :]:
-        axis.set_visible(False)
-    for axis, (title, lines) in zip(axes.flat, panels.items(), strict=False):
+    figure = Figure((6 * across, 4.5 * down), layout="constrained")
+    for place, (title, lines) in enumerate(panels.items(), 1):
+        axis = figure.add_subplot(down, across, place)
         for label, points in lines.items():
-            points.sort(key=lambda point: point[0])
-            steps = [step for step, _ in points]
+            steps, results = zip(*sorted(points, key=lambda point: point[0]), strict=True)
             whole = label.startswith("all")
-            axis.plot(steps, [point["value"] for _, point in points], marker="o", lw=2.5 if whole else 1, label=label)
-            bounds = [(point.get("low"), point.get("high")) for _, point in points]
+            axis.plot(steps, [result["value"] for result in results], marker="o", lw=2.5 if whole else 1, label=label)
+            bounds = [(result.get("low"), result.get("high")) for result in results]
             if whole and not any(None in ends for ends in bounds):
                 axis.fill_between(steps, *zip(*bounds, strict=True), alpha=0.2)
         axis.set(title=title, xlabel="step")
@@ -274,7 +255,6 @@ def plot(columns: list[Column], path: Path) -> None:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:
         raise UserError(f"--plot {path}: cannot be written: {error}") from error
-    pyplot.close(figure)
     print(f"curves: {path}")
 
 

@@ -199,8 +199,7 @@ def print_table(columns: list[Column], rows, notes: list[str]) -> None:
         last = evaluation
     console = make_console(pipe_width=60 + 40 * len(columns))
     console.print(table)
-    for line in legend(rows, notes):
-        console.print(line)
+    console.print("\n".join(legend(rows, notes)), soft_wrap=True)
 
 
 def print_markdown(columns: list[Column], rows, notes: list[str]) -> None:

@@ -47,7 +47,7 @@ import numpy as np
 import pyarrow.compute as pc
 from rich.text import Text
 
-from data.mix import Mix, Split, prepare_mix
+from data.mix import Mix, prepare_mix
 from training.collate import collate, cut, window_start
 from training.contamination import (
     BENCHMARKS,
@@ -91,43 +91,31 @@ def main(options: argparse.Namespace, recipe: Recipe) -> None:
 def print_tables(mix: Mix, recipe: Recipe) -> None:
     """What was read, dropped and kept of each data set; how long it is, and what it adds to an epoch."""
     read = make_table("rows", "data set", "read", "dropped", "train", "validation", "turns", "an epoch", "of targets")
-    long = make_table(
-        "tokens of the training conversations", "data set", "tokens", "scored", "p50", "p90", "p99", "max"
-    )
-    long.add_column(f"over {recipe.max_length:,}", justify="right")
-    long.add_column("lost", justify="right")
+    title, cut_off = "tokens of the training conversations", f"over {recipe.max_length:,}"
+    long = make_table(title, "data set", "tokens", "scored", "p50", "p90", "p99", "max", cut_off, "lost")
     rows = training_rows(mix, recipe, epoch=0)
-    all_targets = mix.train.targets[rows].sum()
     for index, name in enumerate(mix.names):
         own, drawn = np.flatnonzero(mix.train.dataset == index), rows[mix.train.dataset[rows] == index]
-        lengths, report = mix.train.lengths[own], mix.reports[name]
-        read.add_row(
-            name,
-            f"{report['rows_read']:,}",
-            f"{sum(report['dropped'].values()):,}",
-            f"{len(own):,}",
-            f"{(mix.validation.dataset == index).sum():,}",
-            f"{turns(mix.train, own):,}",
-            f"{len(drawn):,}",
-            f"{mix.train.targets[drawn].sum() / all_targets:.1%}",
-        )
-        long.add_row(
-            name,
-            f"{lengths.sum():,}",
-            f"{mix.train.targets[own].sum() / lengths.sum():.0%}",
-            *(f"{value:,.0f}" for value in np.percentile(lengths, [50, 90, 99, 100])),
-            f"{(lengths > recipe.max_length).sum():,}",
-            f"{np.maximum(lengths - recipe.max_length, 0).sum() / lengths.sum():.1%}",
-        )
+        report, held_out = mix.reports[name], (mix.validation.dataset == index).sum()
+        messages = mix.train.tables[index]["messages"].take(mix.train.position[own])
+        turns = pc.sum(pc.list_value_length(messages)).as_py() or 0
+        counts = report["rows_read"], sum(report["dropped"].values()), len(own), held_out, turns, len(drawn)
+        share = mix.train.targets[drawn].sum() / mix.train.targets[rows].sum()
+        read.add_row(name, *(f"{count:,}" for count in counts), f"{share:.1%}")
+
+        lengths, scored = mix.train.lengths[own], mix.train.targets[own].sum() / mix.train.lengths[own].sum()
+        percentiles = (f"{value:,.0f}" for value in np.percentile(lengths, [50, 90, 99, 100]))
+        over = lengths[lengths > recipe.max_length] - recipe.max_length
+        lost = f"{over.sum() / lengths.sum():.1%}"
+        long.add_row(name, f"{lengths.sum():,}", f"{scored:.0%}", *percentiles, f"{len(over):,}", lost)
     console.print(read)
     for name in mix.names:
         report = mix.reports[name]
         for reason, count in report["dropped"].items():
             console.print(f"{name}: dropped {count:,} {reason}")
         if report["bad_records"]:
-            console.print(
-                f"{name}: {report['bad_records']:,} bad records left out, first: {report['first_bad_record']}"
-            )
+            count, first = report["bad_records"], report["first_bad_record"]
+            console.print(f"{name}: {count:,} bad records left out, first: {first}")
     console.print(long)
 
     processes, steps = num_processes(), steps_per_epoch(mix, recipe, num_processes())
@@ -159,14 +147,6 @@ def print_overlaps(what: str, found: Overlaps, mix: Mix) -> None:
     console.print(f"contamination: {len(found):,} {what}{exact}", style="bold red" if counts else None)
     for sample in found.samples():
         console.print(f"  {sample}", style="dim")
-
-
-def turns(split: Split, rows: np.ndarray) -> int:
-    """Messages of the given examples, which are of one data set."""
-    if not len(rows):
-        return 0
-    messages = split.tables[split.dataset[rows[0]]]["messages"]
-    return int(pc.sum(pc.list_value_length(messages.take(split.position[rows]))).as_py())
 
 
 def render(tokenizer, ids: np.ndarray, scored: np.ndarray) -> Text:
@@ -218,11 +198,7 @@ def export(mix: Mix, recipe: Recipe, file: Path) -> None:
     input_ids[i], the model shifts).
     """
     try:
-        with (
-            gzip.open(file, "wt", encoding="utf-8")
-            if file.suffix == ".gz"
-            else open(file, "w", encoding="utf-8") as out
-        ):
+        with (gzip.open if file.suffix == ".gz" else open)(file, "wt", encoding="utf-8") as out:
             for name, split in (("train", mix.train), ("validation", mix.validation)):
                 for row in range(len(split)):
                     ids, scored = cut(split, row, recipe, epoch=None)
@@ -241,24 +217,20 @@ def export(mix: Mix, recipe: Recipe, file: Path) -> None:
 
 def plot_lengths(mix: Mix, recipe: Recipe, file: Path) -> None:
     """Draw a histogram of each data set's lengths, with max_length."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(len(mix.names), 1, figsize=(10, 2.2 * len(mix.names)), sharex=True, squeeze=False)
+    figure = Figure((10, 2.2 * len(mix.names)), layout="tight")
+    axes = figure.subplots(len(mix.names), sharex=True, squeeze=False)
     bins = np.geomspace(1, mix.train.lengths.max() + 1, 80)
     for index, (name, axis) in enumerate(zip(mix.names, axes[:, 0], strict=True)):
         axis.hist(mix.train.lengths[mix.train.dataset == index], bins=bins)
         axis.axvline(recipe.max_length, color="black", linestyle="--", linewidth=1)
         axis.set(title=name, xscale="log", ylabel="conversations")
     axes[-1, 0].set_xlabel(f"tokens (dashed: max_length {recipe.max_length:,})")
-    figure.tight_layout()
     try:
         figure.savefig(file, dpi=110)
     except (OSError, ValueError) as error:
         raise UserError(f"--plot {file}: cannot write there: {error}") from error
-    plt.close(figure)
     console.print(f"histograms written to {file}")
 
 

@@ -95,22 +95,16 @@ def main(options, checkpoint, recipe: Recipe | None) -> None:
         say(f"contamination: {contamination.get('verdict')}")
 
     # One item for each problem, named so that results of two checkpoints on the same problem can be compared.
-    prompts = {}
     earlier = [turn for example in examples for turn in as_turns(example)]
-    for number, problem in enumerate(problems):
-        ids = encode_chat(tokenizer, [*earlier, *as_turns(problem)[:1]])
-        prompts[f"{number} {fingerprint([problem])}"] = ids
+    prompts = {
+        f"{number} {fingerprint([problem])}": encode_chat(tokenizer, [*earlier, as_turns(problem)[0]])
+        for number, problem in enumerate(problems)
+    }
     mine = evaluation.share(sorted(prompts, key=lambda key: -len(prompts[key])))
     started, tokens = time.perf_counter(), 0
     with tqdm(total=len(mine), desc="solving", unit="problem", disable=not accelerator.is_main_process) as progress:
-        replies = generate(
-            model,
-            tokenizer,
-            [prompts[key] for key in mine],
-            {"max_new_tokens": options.max_new_tokens},
-            options.batch_size or BATCH_SIZE,
-        )
-        for place, reply in replies:
+        asked, most = [prompts[key] for key in mine], {"max_new_tokens": options.max_new_tokens}
+        for place, reply in generate(model, tokenizer, asked, most, options.batch_size or BATCH_SIZE):
             tokens += reply.tokens
             evaluation.add(mine[place], {"reply": reply.text, "tokens": reply.tokens, "ended": reply.ended})
             progress.update()
@@ -118,10 +112,8 @@ def main(options, checkpoint, recipe: Recipe | None) -> None:
 
     written = evaluation.gather()
     items = {key: {**problem, **written[key]} for key, problem in zip(prompts, problems, strict=True)}
-    scores = final_number.compute(
-        predictions=[item["reply"] for item in items.values()],
-        references=[item["answer"] for item in items.values()],
-    )
+    replies, answers = ([item[field] for item in items.values()] for field in ("reply", "answer"))
+    scores = final_number.compute(predictions=replies, references=answers)
     in_training = contamination.get("problems") or []
     for place, item in enumerate(items.values()):
         item |= {"number": scores["numbers"][place], "correct": scores["correct"][place]}
@@ -183,19 +175,16 @@ def find_contamination(recipe: Recipe | None, checkpoint, problems: list[dict[st
         found = contaminated_rows(mix.train, [problem["question"] for problem in problems])
     except UserError as error:
         suspect = WITH_TEST_PROBLEMS in recipe.datasets.chosen() and not recipe.drop_contaminated
-        verdict = (
-            f"the checkpoint was trained on {WITH_TEST_PROBLEMS}, whose published file holds GSM8K's test problems"
-            if suspect
-            else "not known whether the training mix holds these problems"
-        )
+        verdict = "not known whether the training mix holds these problems"
+        if suspect:
+            published = f"{WITH_TEST_PROBLEMS}, whose published file holds GSM8K's test problems"
+            verdict = f"the checkpoint was trained on {published}"
         return {"contaminated": suspect or None, "verdict": f"{verdict} (could not look: {error})", "problems": None}
     places = sorted(set(found.others.tolist()))
-    verdict = (
-        f"the training mix holds {len(places):,} of these {len(problems):,} problems, in {len(found):,} conversations: "
-        "on them the score shows memory, not skill"
-        if places
-        else "no conversation of the training mix holds one of these problems"
-    )
+    verdict = "no conversation of the training mix holds one of these problems"
+    if places:
+        held = f"{len(places):,} of these {len(problems):,} problems, in {len(found):,} conversations"
+        verdict = f"the training mix holds {held}: on them the score shows memory, not skill"
     return {"contaminated": bool(places), "verdict": verdict, "problems": places}
 
 
@@ -204,15 +193,12 @@ def find_contamination(recipe: Recipe | None, checkpoint, problems: list[dict[st
 
 def summarize(items: list[dict]) -> dict[str, dict]:
     """Exact match, that of the problems that are not in training where some are; and what the replies are like."""
-    parts = [
-        ("exact_match", "correct", "higher", {}),
-        ("no_number", "no_number", "lower", {}),
-        ("ended", "ended", "higher", {}),
-    ]
+    parts = {"exact_match": ("correct", "higher", {})}
     if 0 < sum(item["in_training"] for item in items) < len(items):
-        parts.insert(1, ("exact_match/not in training", "correct", "higher", {"in_training": False}))
+        parts["exact_match/not in training"] = ("correct", "higher", {"in_training": False})
+    parts |= {"no_number": ("no_number", "lower", {}), "ended": ("ended", "higher", {})}
     results = {}
-    for name, field, better, where in parts:
+    for name, (field, better, where) in parts.items():
         chosen = [item[field] for item in items if where.items() <= item.items()]
         share, bounds = sum(chosen) / len(chosen), wilson(sum(chosen), len(chosen))
         results[name] = metric(share, bounds, better, len(chosen), ratio=[field, None], where=where)

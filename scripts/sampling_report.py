@@ -39,12 +39,10 @@ def arguments():
     parser.add_argument("--num_samples", type=positive, default=2, metavar="N", help="of each prompt and setting (2)")
     parser.add_argument("--seed", type=int, default=42, metavar="N", help="of the samples (42)")
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N prompts")
-    parser.add_argument(
-        "--html", nargs="+", metavar=("FILE", "REPORT"), help="write a page of these and the new report"
-    )
-    if sys.argv[1:2] == ["--html"]:
-        return parser.parse_args(["", *sys.argv[1:]])  # no CHECKPOINT: a page of reports that exist
-    return parser.parse_args()
+    page_help = "write a page of these and the new report"
+    parser.add_argument("--html", nargs="+", metavar=("FILE", "REPORT"), help=page_help)
+    no_checkpoint = [""] if sys.argv[1:2] == ["--html"] else []  # a page of reports that exist
+    return parser.parse_args([*no_checkpoint, *sys.argv[1:]])
 
 
 if __name__ == "__main__":
@@ -66,6 +64,7 @@ if __name__ == "__main__":
 import hashlib
 import json
 from collections import defaultdict
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
@@ -114,37 +113,31 @@ def main(options, checkpoint, prompts: list[list[dict]], configs: dict[str, dict
     total = sum(map(len, shares.values()))
     with tqdm(total=total, desc="sampling", unit="reply", disable=not accelerator.is_main_process) as progress:
         for config, mine in shares.items():
-            replies = generate(
-                model,
-                tokenizer,
-                [ids[items[key][1]] for key in mine],
-                settings[config],
-                options.batch_size or BATCH_SIZE,
-                [sample_seed(options.seed, config, prompts[items[key][1]], items[key][2]) for key in mine],
-            )
-            for place, reply in replies:
-                evaluation.add(mine[place], {"text": reply.text, "tokens": reply.tokens, "ended": reply.ended})
+            asked = [ids[items[key][1]] for key in mine]
+            chances = [[options.seed, config, prompts[items[key][1]], items[key][2]] for key in mine]
+            seeds = [int(digest(value), 16) for value in chances]
+            batch_size = options.batch_size or BATCH_SIZE
+            for place, reply in generate(model, tokenizer, asked, settings[config], batch_size, seeds):
+                evaluation.add(mine[place], asdict(reply))
                 progress.update()
 
     replies = evaluation.gather()
     outputs = defaultdict(list)
     for key, (config, place, _) in items.items():
         outputs[config, place].append(replies[key]["text"] + tokenizer.eos_token * replies[key]["ended"])
+    answered = []
+    for place, messages in enumerate(prompts):
+        results = [
+            {"sampling_config": config, "sampling_params": params, "outputs": outputs[config, place]}
+            for config, params in configs.items()
+        ]
+        answered.append({"prompt": as_text(messages), "results": results})
+    arguments = report_arguments(options, accelerator, model, tokenizer)
     report = {
         "model_name": checkpoint.name,
         "date": datetime.now(UTC).replace(tzinfo=None).isoformat(),
-        "args": report_arguments(options, accelerator, model, tokenizer)
-        | {"fingerprint": evaluation.fingerprint, "versions": versions()},
-        "prompts": [
-            {
-                "prompt": as_text(messages),
-                "results": [
-                    {"sampling_config": config, "sampling_params": params, "outputs": outputs[config, place]}
-                    for config, params in configs.items()
-                ],
-            }
-            for place, messages in enumerate(prompts)
-        ],
+        "args": arguments | {"fingerprint": evaluation.fingerprint, "versions": versions()},
+        "prompts": answered,
     }
     if accelerator.is_main_process:
         print_table({config: [replies[key] for key in items if items[key][0] == config] for config in configs})
@@ -159,14 +152,8 @@ def as_settings(params: dict[str, Any]) -> dict[str, Any]:
 
     num_beams 1 is no beam search; a temperature and the like do nothing to a greedy reply, in transformers too.
     """
-    settings = {name: value for name, value in params.items() if (name, value) != ("num_beams", 1)}
-    if not settings.get("do_sample"):
-        settings = {name: value for name, value in settings.items() if name not in WARPERS}
-    return settings
-
-
-def sample_seed(seed: int, config: str, messages: list[dict], number: int) -> int:
-    return int(digest([seed, config, messages, number]), 16)
+    off = () if params.get("do_sample") else WARPERS
+    return {name: value for name, value in params.items() if (name, value) != ("num_beams", 1) and name not in off}
 
 
 def digest(value: Any) -> str:

@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
 LEARNING_RATE, BETAS, EPSILON, MAX_GRAD_NORM = 1e-4, (0.9, 0.95), 1e-8, 2.0
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,25 @@ class Work:
     dtype: str = "fp32"
     gradient_checkpointing: bool = False
 
+    @property
+    def per_step(self) -> int:
+        """Conversations a step."""
+        return self.batch * self.accumulation
+
+    def settings(self) -> dict:
+        """By the names that a recipe and TRL share."""
+        return {
+            "max_length": self.max_length,
+            "per_device_train_batch_size": self.batch,
+            "gradient_accumulation_steps": self.accumulation,
+            "gradient_checkpointing": self.gradient_checkpointing,
+            "learning_rate": LEARNING_RATE,
+            "adam_beta1": BETAS[0],
+            "adam_beta2": BETAS[1],
+            "adam_epsilon": EPSILON,
+            "max_grad_norm": MAX_GRAD_NORM,
+        }
+
     def conversations(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """input_ids and scored of each."""
         with np.load(self.data) as arrays:
@@ -43,40 +65,28 @@ class Work:
 
 
 def _model(work: Work):
-    import torch
-    from transformers import AutoModelForCausalLM, GPTNeoXConfig
-
     torch.manual_seed(0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # on a CPU a 3B's weights take a minute to draw
+    with DEVICE:  # on a CPU a 3B's weights take a minute to draw
         return AutoModelForCausalLM.from_config(GPTNeoXConfig(**work.config), dtype=torch.float32)
 
 
 def _result(work: Work, ends: list[float], losses: list[float], settings: dict) -> dict:
-    """The figures of a contender.
-
-    Args:
-        ends: when each step ended, in seconds.
-    """
-    import torch
-
+    """The figures of a contender; `ends`: when each step ended, in seconds."""
     from training.memory import peak_memory
 
-    per_step = work.batch * work.accumulation
-    timed = work.conversations()[work.warm_up * per_step :]
+    timed = work.conversations()[work.warm_up * work.per_step :]
     return {
         "seconds": ends[-1] - ends[work.warm_up - 1],
         "conversations": len(timed),
         "tokens": sum(len(ids) for ids, _ in timed),
         "losses": losses,
-        "peak_memory": peak_memory(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        "peak_memory": peak_memory(DEVICE),
         "settings": settings,
     }
 
 
 def train_ours(values: dict) -> dict:
     """sft.py's own step, batches and loss, after the rehearsal with which it starts."""
-    import torch
-
     import sft
     from data.mix import Mix
     from recipe.keys import Recipe
@@ -91,24 +101,8 @@ def train_ours(values: dict) -> dict:
     from utils.launch import set_up_process, training_dtype
 
     work = Work(**values)
-    recipe = Recipe.model_validate(
-        {
-            "model_name": "none",
-            "output_dir": "nothing",
-            "datasets": ["vicuna"],
-            "max_length": work.max_length,
-            "per_device_train_batch_size": work.batch,
-            "gradient_accumulation_steps": work.accumulation,
-            "max_grad_norm": MAX_GRAD_NORM,
-            "learning_rate": LEARNING_RATE,
-            "adam_beta1": BETAS[0],
-            "adam_beta2": BETAS[1],
-            "adam_epsilon": EPSILON,
-            "dtype": work.dtype,
-            "use_flash_attention": True,
-            "gradient_checkpointing": work.gradient_checkpointing,
-        }
-    )
+    values = {"model_name": "none", "output_dir": "nothing", "datasets": ["vicuna"], "use_flash_attention": True}
+    recipe = Recipe.model_validate(values | work.settings() | {"dtype": work.dtype})
     set_up_process()
     accelerator = start_accelerator(recipe, training_dtype(recipe.dtype), deepspeed=None)
     engine = prepare_engine(accelerator, ready_for_training(_model(work), recipe), recipe, total_steps=1)
@@ -124,19 +118,14 @@ def train_ours(values: dict) -> dict:
     largest = MicroBatch(largest, epoch=0, shape=(1, int(split.lengths[largest].sum())))
     sft.rehearse(engine, Batches(mix, recipe, 0, 1, pad_token_id=0), (largest, None), stats)
 
-    per_step = work.batch * work.accumulation
-    steps = (
-        (
-            Position(0, first + per_step),
-            [
-                collate(split, rows, recipe, 0, epoch=0)
-                for rows in micro_batches[first // work.batch :][: work.accumulation]
-            ],
-        )
-        for first in range(0, len(split), per_step)
-    )
+    def steps():  # collated as they are asked for, which is part of the work
+        for first in range(0, len(micro_batches), work.accumulation):
+            own = micro_batches[first : first + work.accumulation]
+            position = Position(0, (first + work.accumulation) * work.batch)
+            yield position, [collate(split, rows, recipe, 0, epoch=0) for rows in own]
+
     ends, losses, counted = [], [], []
-    for _, batches in prefetched(steps, accelerator.device):
+    for _, batches in prefetched(steps(), accelerator.device):
         sft.train_step(engine, batches, recipe, stats)
         losses.append(stats.step_loss(accelerator))
         counted.append(stats.flops_of_step)
@@ -150,31 +139,27 @@ def train_ours(values: dict) -> dict:
 
 def train_bare(values: dict) -> dict:
     """A plain PyTorch loop as one would first write it: padded batches, the model's own loss from all logits."""
-    import torch
-
     work = Work(**values)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = _model(work).to(device).train()
+    model = _model(work).train()
     if work.gradient_checkpointing:
         model.activation_checkpointing_enable()
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, BETAS, EPSILON, weight_decay=0.0, fused=True)
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(work.dtype)
     conversations, ends, losses = work.conversations(), [], []
-    per_step = work.batch * work.accumulation
-    for first in range(0, len(conversations), per_step):
-        step = conversations[first : first + per_step]
+    for first in range(0, len(conversations), work.per_step):
+        step = conversations[first : first + work.per_step]
         scored_tokens, loss_of_step = sum(int(scored.sum()) for _, scored in step), 0.0
-        for start in range(0, per_step, work.batch):
+        for start in range(0, work.per_step, work.batch):
             micro_batch = step[start : start + work.batch]
             shape = len(micro_batch), max(len(ids) for ids, _ in micro_batch)
-            ids, labels = torch.zeros(shape, dtype=torch.int64), torch.full(shape, -100)
-            mask = torch.zeros(shape, dtype=torch.int64)
+            ids, mask = torch.zeros((2, *shape), dtype=torch.int64)
+            labels = torch.full(shape, -100)
             for row, (tokens, scored) in enumerate(micro_batch):
                 tokens = torch.from_numpy(tokens.astype(np.int64))
                 ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, 1
                 labels[row, : len(tokens)] = tokens.where(torch.from_numpy(scored), -100)
-            ids, mask, labels = (tensor.to(device) for tensor in (ids, mask, labels))
-            with torch.autocast(device.type, half, enabled=half is not None):
+            ids, mask, labels = (tensor.to(DEVICE) for tensor in (ids, mask, labels))
+            with torch.autocast(DEVICE.type, half, enabled=half is not None):
                 loss = model(
                     input_ids=ids, attention_mask=mask, labels=labels, num_items_in_batch=scored_tokens, use_cache=False
                 ).loss
@@ -194,13 +179,15 @@ def train_trl(values: dict, padding_free: bool) -> dict:
 
     Liger has nothing for GPT-NeoX (0.8.5), and TRL 1.16 refuses its fused loss beside its own.
     """
-    import torch
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
     from transformers.utils import is_flash_attn_2_available
     from trl import SFTConfig, SFTTrainer
 
     work, gpu = Work(**values), torch.cuda.is_available()
+    shared = work.settings()
+    if padding_free:
+        shared["max_length"] = None  # they are cut already, which it asks to be told
     model = _model(work)
     if gpu and is_flash_attn_2_available():
         model.set_attn_implementation("flash_attention_2")
@@ -220,35 +207,22 @@ def train_trl(values: dict, padding_free: bool) -> dict:
         tokenizer = AutoTokenizer.from_pretrained(Path(__file__).parents[2] / "recipes" / "demo_data" / "model")
         arguments = SFTConfig(
             output_dir=folder,
-            per_device_train_batch_size=work.batch,
-            gradient_accumulation_steps=work.accumulation,
             num_train_epochs=1,
-            max_length=None if padding_free else work.max_length,  # they are cut already, which it asks to be told
             padding_free=padding_free,
             train_sampling_strategy="sequential",
-            learning_rate=LEARNING_RATE,
             lr_scheduler_type="constant",
-            adam_beta1=BETAS[0],
-            adam_beta2=BETAS[1],
-            adam_epsilon=EPSILON,
-            max_grad_norm=MAX_GRAD_NORM,
             bf16=work.dtype == "bf16",
             fp16=work.dtype == "fp16",
-            gradient_checkpointing=work.gradient_checkpointing,
             use_cpu=not gpu,
             dataloader_pin_memory=gpu,
             logging_steps=1,
             save_strategy="no",
             report_to=[],
             disable_tqdm=True,
+            **shared,
         )
-        trainer = SFTTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=Dataset.from_list(rows),
-            processing_class=tokenizer,
-            callbacks=[Ends()],
-        )
+        data = Dataset.from_list(rows)
+        trainer = SFTTrainer(model, arguments, train_dataset=data, processing_class=tokenizer, callbacks=[Ends()])
         trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     settings = {
@@ -266,13 +240,8 @@ def split_in_memory(conversations: list[tuple[np.ndarray, np.ndarray]]):
 
     from data.mix import SCHEMA, Split
 
-    columns = {
-        "messages": [[] for _ in conversations],
-        "input_ids": [ids for ids, _ in conversations],
-        "scored": [scored for _, scored in conversations],
-        "length": [len(ids) for ids, _ in conversations],
-        "targets": [int(scored.sum()) for _, scored in conversations],
-    }
-    count = np.arange(len(conversations))
-    lengths, targets = np.array(columns["length"]), np.array(columns["targets"])
-    return Split(np.zeros_like(count), count, lengths, targets, [pa.table(columns, schema=SCHEMA)])
+    ids, scored = zip(*conversations, strict=True)
+    lengths, targets = np.array([*map(len, ids)]), np.array([own.sum() for own in scored])
+    columns = [[[] for _ in ids], ids, scored, lengths, targets]
+    dataset, position = np.zeros_like(lengths), np.arange(len(ids))
+    return Split(dataset, position, lengths, targets, [pa.table(columns, schema=SCHEMA)])

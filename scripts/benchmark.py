@@ -83,16 +83,13 @@ def main() -> None:
     elif options.what == "train":
         from benchmarking.train import benchmark_train, gpu_works, recipe_work, train_table
 
-        if options.gpu:
-            works = gpu_works(options.gpu, options.layers)
-        else:
+        if not options.gpu:
             options.conversations = options.conversations or 160
-            works = recipe_work(recipe, options.conversations)
-        figures, tables = {}, []
+        works = gpu_works(options.gpu, options.layers) if options.gpu else recipe_work(recipe, options.conversations)
+        figures = {}
         for what, work in works.items():
             figures[what] = benchmark_train(work, options.rounds)
-            tables.append(f"{what}:\n\n{train_table(figures[what])}")
-            table = "\n\n".join(tables)
+            table = "\n\n".join(f"{name}:\n\n{train_table(measured)}" for name, measured in figures.items())
             write_json(options, table, figures)  # before the next, for which time may not suffice
     elif options.what == "scaling":
         from benchmarking.scaling import benchmark_scaling, plot_scaling, scaling_table

@@ -52,20 +52,15 @@ def benchmark_attention(gpu: str | None, layers: int | None) -> dict[str, list[f
         except (RuntimeError, ImportError, ValueError) as error:
             found[label] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             continue
-        found[label] = [
-            float((output - expected).norm() / expected.norm())
-            for output, expected in zip(outputs, reference, strict=True)
-        ]
+        pairs = zip(outputs, reference, strict=True)
+        found[label] = [float((output - expected).norm() / expected.norm()) for output, expected in pairs]
     return found
 
 
 @torch.no_grad()
 def layer_outputs(model, conversations: list[torch.Tensor], laid: bool) -> list[torch.Tensor]:
-    """What comes out of each layer, fp32 [tokens, hidden] on the CPU, over all conversations.
-
-    Args:
-        laid: end to end in one row; else one conversation after the other.
-    """
+    """What comes out of each layer, fp32 [tokens, hidden] on the CPU, over all conversations: `laid` end to end in one
+    row, or one after the other."""
     outputs: list[list[torch.Tensor]] = [[] for _ in model.base_model.layers]
     hooks = [
         layer.register_forward_hook(lambda _, __, output, own=own: own.append(output[0].float().cpu()))
@@ -86,10 +81,8 @@ def attention_table(figures: dict[str, list[float] | str]) -> str:
     ran = {label: errors for label, errors in figures.items() if not isinstance(errors, str)}
     depth = len(next(iter(ran.values())))
     shown = sorted({0, depth // 4, depth // 2, 3 * depth // 4, depth - 1})
-    lines = [
-        f"| attention, dtype | {' | '.join(f'layer {layer + 1}' for layer in shown)} |",
-        "|---" * (len(shown) + 1) + "|",
-    ]
+    titles = " | ".join(f"layer {layer + 1}" for layer in shown)
+    lines = [f"| attention, dtype | {titles} |", "|---" * (len(shown) + 1) + "|"]
     lines += [f"| {label} | {' | '.join(f'{errors[layer]:.1e}' for layer in shown)} |" for label, errors in ran.items()]
     lines += [f"\n{label}: {reason}" for label, reason in figures.items() if isinstance(reason, str)]
     return "\n".join(lines)

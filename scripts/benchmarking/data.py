@@ -1,10 +1,10 @@
 """`benchmark.py data`: preparing a mix, next to TRL's preparation of the same conversations."""
 
 import os
-import statistics
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 
 import yaml
 from tqdm import tqdm
@@ -27,12 +27,11 @@ def measure_ours(recipe_file: str) -> dict:
     mix = prepare_mix(recipe, tokenizer)
     first = time.perf_counter() - started
     tokens = int(mix.train.lengths.sum() + mix.validation.lengths.sum())
-    conversations = len(mix.train) + len(mix.validation)
+    work = {"conversations": len(mix.train) + len(mix.validation), "tokens": tokens}
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         prepare_mix(recipe.model_copy(update={"cache_dir": Path(folder)}), tokenizer)
         seconds = time.perf_counter() - started
-    work = {"conversations": conversations, "tokens": tokens}
     return {"seconds": seconds, "first_seconds": first, **work, "libraries": libraries}
 
 
@@ -56,15 +55,8 @@ def measure_trl(recipe_file: str, processes: int | None = None) -> dict:
 
     def construct(chosen: list[dict]) -> float:
         with tempfile.TemporaryDirectory() as folder:
-            settings = SFTConfig(
-                output_dir=folder,
-                max_length=recipe.max_length,
-                assistant_only_loss=True,
-                dataset_num_proc=processes,
-                report_to=[],
-                use_cpu=True,
-                bf16=False,
-            )
+            preparation = {"max_length": recipe.max_length, "assistant_only_loss": True, "dataset_num_proc": processes}
+            settings = SFTConfig(output_dir=folder, report_to=[], use_cpu=True, bf16=False, **preparation)
             data = Dataset.from_list(chosen)
             started = time.perf_counter()
             SFTTrainer(model=model, args=settings, train_dataset=data, processing_class=tokenizer)
@@ -84,7 +76,9 @@ def benchmark_data(recipe: Recipe, rounds: int) -> dict[str, list[dict]]:
     """The figures of every round; each starts with nothing prepared."""
     from data.files import source_files
 
-    figures: dict[str, list[dict]] = {name: [] for name in ("cold", "cached", "trl", "trl_all_cores")}
+    measures = {"cold": measure_ours, "trl": measure_trl, "cached": measure_ours}  # "cached" finds what "cold" leaves
+    measures["trl_all_cores"] = measure_trl_all_cores
+    figures: dict[str, list[dict]] = {name: [] for name in measures}
     values = yaml.safe_load(recipe.to_yaml())
     for entry in values["datasets"]:  # the files where they are, since cache_dir becomes an empty folder
         ((name, given),) = entry.items()
@@ -93,12 +87,7 @@ def benchmark_data(recipe: Recipe, rounds: int) -> dict[str, list[dict]]:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "recipe.yaml")
             file.write_text(yaml.safe_dump({**values, "cache_dir": folder}))
-            for name, measure in (
-                ("cold", measure_ours),
-                ("trl", measure_trl),
-                ("cached", measure_ours),
-                ("trl_all_cores", measure_trl_all_cores),
-            ):
+            for name, measure in measures.items():
                 figures[name].append(in_a_process(measure, str(file)))
     return figures
 
@@ -117,15 +106,12 @@ def data_table(figures: dict[str, list[dict]]) -> str:
     }
     lines = ["| preparation | conversations a second (range) | tokens a second |", "|---|---|---|"]
     for label, (name, which) in labels.items():
-        seen = rates(name, "conversations", which)
-        tokens = statistics.median(rates(name, "tokens", which))
-        lines.append(
-            f"| {label} | {statistics.median(seen):,.0f} ({min(seen):,.0f} to {max(seen):,.0f}) | {tokens:,.0f} |"
-        )
-    best = max(("trl", "trl_all_cores"), key=lambda name: statistics.median(rates(name, "tokens")))
-    ratio = statistics.median(a / b for a, b in zip(rates("cold", "tokens"), rates(best, "tokens"), strict=True))
-    start = statistics.median(figure["first_seconds"] for figure in figures["cached"])
-    imports = statistics.median(figure["libraries"] for figure in figures["cached"])
+        seen, tokens = rates(name, "conversations", which), median(rates(name, "tokens", which))
+        lines.append(f"| {label} | {median(seen):,.0f} ({min(seen):,.0f} to {max(seen):,.0f}) | {tokens:,.0f} |")
+    best = max(("trl", "trl_all_cores"), key=lambda name: median(rates(name, "tokens")))
+    ratio = median(a / b for a, b in zip(rates("cold", "tokens"), rates(best, "tokens"), strict=True))
+    start = median(figure["first_seconds"] for figure in figures["cached"])
+    imports = median(figure["libraries"] for figure in figures["cached"])
     work = figures["cold"][0]
     lines += [
         "",

@@ -37,11 +37,8 @@ def machine() -> dict[str, str | int]:
     """What the figures were measured on, and with which libraries."""
     import torch
 
-    found = {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-    }
+    found = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    found["python"] = platform.python_version()
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
     packages = "torch transformers accelerate tokenizers fastokens datasets trl flash-attn liger-kernel"

@@ -1,8 +1,8 @@
 """`benchmark.py scaling`: how this trainer's cost grows with max_length and with the conversations in a micro-batch."""
 
-import statistics
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 
 from tqdm import tqdm
 
@@ -36,10 +36,8 @@ def benchmark_scaling(gpu: str | None, layers: int | None, rounds: int) -> dict[
 
 def _medians(seen: list[dict]) -> tuple[float, float]:
     """Tokens a second, and GiB."""
-    return (
-        statistics.median(figure["tokens"] / figure["seconds"] for figure in seen),
-        statistics.median(figure["peak_memory"] for figure in seen) / 2**30,
-    )
+    tokens = median(figure["tokens"] / figure["seconds"] for figure in seen)
+    return tokens, median(figure["peak_memory"] for figure in seen) / 2**30
 
 
 def scaling_table(figures: dict[str, dict[int, list[dict]]]) -> str:
@@ -48,35 +46,27 @@ def scaling_table(figures: dict[str, dict[int, list[dict]]]) -> str:
     for what, by_value in figures.items():
         lines = [f"| {what} | tokens a second | peak memory |", "|---|---|---|"]
         for value, seen in by_value.items():
-            if not seen:
-                lines.append(f"| {value:,} | failed | |")
-                continue
-            tokens, memory = _medians(seen)
-            lines.append(f"| {value:,} | {tokens:,.0f} | {memory:.2f} GiB |")
+            shown = "{:,.0f} | {:.2f} GiB |".format(*_medians(seen)) if seen else "failed | |"
+            lines.append(f"| {value:,} | {shown}")
         tables.append("\n".join(lines))
     return "\n\n".join(tables)
 
 
 def plot_scaling(figures: dict[str, dict[int, list[dict]]], file: Path) -> None:
     """Draw both tables, tokens a second and memory, over logarithmic axes."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(figures), figsize=(11, 4), constrained_layout=True)
-    for axis, (what, by_value) in zip(axes, figures.items(), strict=True):
+    figure = Figure((11, 4), layout="constrained")
+    for axis, (what, by_value) in zip(figure.subplots(1, len(figures)), figures.items(), strict=True):
         by_value = {value: seen for value, seen in by_value.items() if seen}
         tokens, memory = zip(*map(_medians, by_value.values()), strict=True)
         axis.plot(list(by_value), tokens, marker="o", color="C0")
         axis.set_xscale("log", base=2)
         axis.set_xticks(list(by_value), [f"{value:,}" for value in by_value])
-        axis.set_ylim(0, 1.1 * max(tokens))
-        axis.set(xlabel=what, ylabel="tokens a second")
+        axis.set(xlabel=what, ylabel="tokens a second", ylim=(0, 1.1 * max(tokens)))
         beside = axis.twinx()
         beside.plot(list(by_value), memory, marker="s", color="C1")
-        beside.set_ylim(0, 1.1 * max(memory))
+        beside.set(ylim=(0, 1.1 * max(memory)))
         beside.set_ylabel("peak memory, GiB", color="C1")
         axis.grid(alpha=0.3)
     figure.savefig(file, dpi=110)
-    plt.close(figure)

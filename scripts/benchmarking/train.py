@@ -2,9 +2,9 @@
 
 import atexit
 import os
-import statistics
 import tempfile
 from dataclasses import asdict
+from statistics import median
 
 import numpy as np
 
@@ -123,33 +123,29 @@ def train_table(figures: dict[str, list[dict]]) -> str:
         "| trainer | conversations a second (range) | real tokens a second | peak memory | MFU | losses apart by |",
         "|---|---|---|---|---|---|",
     ]
-    ours = figures["this collection"]
+    ours, ratios = figures["this collection"], [""]
     ours_ran = not any("failed" in figure for figure in ours)
-    ratios = [""]
     for name, seen in figures.items():
-        if any("failed" in figure for figure in seen):
-            lines.append(f"| {name} | {next(f['failed'] for f in seen if 'failed' in f)} | | | | |")
+        if failed := [figure["failed"] for figure in seen if "failed" in figure]:
+            lines.append(f"| {name} | {failed[0]} | | | | |")
             continue
         rates = [figure["conversations"] / figure["seconds"] for figure in seen]
-        tokens = statistics.median(figure["tokens"] / figure["seconds"] for figure in seen)
-        memory = statistics.median(figure["peak_memory"] for figure in seen) / 2**30
+        tokens = median(figure["tokens"] / figure["seconds"] for figure in seen)
+        memory = median(figure["peak_memory"] for figure in seen) / 2**30
         mfu = apart = ""
         if ours_ran:
             if peak := ours[0]["peak_flops"]:
-                mfu = f"{statistics.median(ours[0]['flops'] / f['seconds'] / peak for f in seen):.1%}"
+                mfu = f"{median(ours[0]['flops'] / figure['seconds'] / peak for figure in seen):.1%}"
             off = max(abs(a - b) / b for a, b in zip(seen[0]["losses"], ours[0]["losses"], strict=True))
             apart = f"{off:.1g}"
-        lines.append(
-            f"| {name} | {statistics.median(rates):.2f} ({min(rates):.2f} to {max(rates):.2f}) | {tokens:,.0f} | "
-            f"{memory:.2f} GiB | {mfu} | {apart} |"
-        )
+        spread = f"{median(rates):.2f} ({min(rates):.2f} to {max(rates):.2f})"
+        lines.append(f"| {name} | {spread} | {tokens:,.0f} | {memory:.2f} GiB | {mfu} | {apart} |")
         if ours_ran and seen is not ours:
-            faster = statistics.median(b["seconds"] / a["seconds"] for a, b in zip(ours, seen, strict=True))
-            less = statistics.median(a["peak_memory"] / b["peak_memory"] for a, b in zip(ours, seen, strict=True))
+            faster = median(b["seconds"] / a["seconds"] for a, b in zip(ours, seen, strict=True))
+            less = median(a["peak_memory"] / b["peak_memory"] for a, b in zip(ours, seen, strict=True))
             ratios.append(f"{faster:.1f} times {name}, with {less:.0%} of its peak memory.\n")
-    lines += [*ratios] + [
-        f"- {name}: {', '.join(f'{key} {value}' for key, value in seen[0]['settings'].items())}"
-        for name, seen in figures.items()
-        if "settings" in seen[0]
-    ]
+    lines += ratios
+    for name, (first, *_) in figures.items():
+        if "settings" in first:
+            lines.append(f"- {name}: {', '.join(f'{key} {value}' for key, value in first['settings'].items())}")
     return "\n".join(lines)

@@ -31,9 +31,8 @@ def arguments():
     checkpoint = find_model(options.checkpoint)
     recipe_file = options.recipe or checkpoint.recipe_file
     if recipe_file is None:
-        raise UserError(
-            f"{checkpoint.name}: no recipe.yaml beside it: give --recipe FILE, which says on what to evaluate"
-        )
+        lacks = "no recipe.yaml beside it: give --recipe FILE, which says on what to evaluate"
+        raise UserError(f"{checkpoint.name}: {lacks}")
     if options.dtype:
         overrides["dtype"] = options.dtype
     if options.batch_size:
@@ -79,16 +78,14 @@ def main(options, checkpoint, recipe: Recipe) -> None:
     set_up_process()
     if not options.recipe:
         load_chat_tokenizer(checkpoint)  # a run's checkpoint has all of it, or is damaged
-    recipe = recipe.model_copy(
-        update={"model_name": checkpoint.name, "from_scratch": False, "gradient_checkpointing": False}
-    )
+    instead = {"model_name": checkpoint.name, "from_scratch": False, "gradient_checkpointing": False}
+    recipe = recipe.model_copy(update=instead)
     config, tokenizer = load_config(recipe), load_tokenizer(recipe)
     # Data first, as in sft.py: no process group exists yet that could time out.
     mix = prepare_mix(recipe, tokenizer)
     if not len(mix.validation):
-        raise UserError(
-            "the recipe holds out no conversation (val_split 0 everywhere): there is nothing to evaluate on"
-        )
+        nothing = "the recipe holds out no conversation (val_split 0 everywhere)"
+        raise UserError(f"{nothing}: there is nothing to evaluate on")
 
     # As in sft.py: fp32 weights under autocast, or weights in half precision as DeepSpeed left them.
     dtype = training_dtype(recipe.dtype)
@@ -106,12 +103,12 @@ def main(options, checkpoint, recipe: Recipe) -> None:
     evaluation = Evaluation(accelerator, checkpoint, "loss", settings, options.output)
     own_tokens = AutoTokenizer.from_pretrained(checkpoint.name).get_vocab()
     if missing := [token for token in CHAT_TOKENS if token not in own_tokens]:
-        evaluation.warn(
-            f"it lacks {' '.join(missing)}: added with embeddings that were never trained, as sft.py starts"
-        )
+        lacks = " ".join(missing)
+        evaluation.warn(f"it lacks {lacks}: added with embeddings that were never trained, as sft.py starts")
 
     conversations = describe_conversations(mix, recipe)
-    measure(evaluation, ScoredLoss(model, recipe).eval(), mix, recipe, tokenizer, conversations)
+    rows = [conversation["row"] for key, conversation in conversations.items() if key not in evaluation.done]
+    measure(evaluation, ScoredLoss(model, recipe).eval(), mix, recipe, tokenizer, rows)
     measured = evaluation.gather()
     items = {key: conversation | measured[key] for key, conversation in conversations.items()}
     results, table = summarize(list(items.values()), mix.names, recipe)
@@ -175,13 +172,10 @@ def languages(recipe: Recipe) -> dict[tuple[str, str], str]:
 
 
 @torch.inference_mode()
-def measure(
-    evaluation: Evaluation, model: ScoredLoss, mix: Mix, recipe: Recipe, tokenizer, conversations: dict
-) -> None:
-    """Add to the evaluation, for each conversation that is not done: `loss`, summed over its scored tokens, `correct`,
+def measure(evaluation: Evaluation, model: ScoredLoss, mix: Mix, recipe: Recipe, tokenizer, rows: list[int]) -> None:
+    """Add to the evaluation, for each conversation of these rows: `loss`, summed over its scored tokens, `correct`,
     how many of them the model finds likeliest, and `targets`, how many there are; and the three of each turn."""
     accelerator = evaluation.accelerator
-    rows = [conversation["row"] for key, conversation in conversations.items() if key not in evaluation.done]
     left = replace(mix, validation=mix.validation.select(np.array(rows, dtype=np.int64)))
     batches = Batches(left, recipe, accelerator.process_index, accelerator.num_processes, tokenizer.pad_token_id)
     assistant = tokenizer.convert_tokens_to_ids(ASSISTANT)
@@ -196,12 +190,12 @@ def measure(
             parts = zip(conversations, losses.double().cpu().split(sizes), right.split(sizes), strict=True)
             for (ids, is_target), loss, correct in parts:
                 turn = np.minimum(np.cumsum(ids == assistant)[is_target], LAST_TURN)
-                sums = {"loss": loss.numpy(), "correct": correct.numpy(), "targets": np.ones(len(turn))}
-                result = {field: float(values.sum()) for field, values in sums.items()}
-                for number in np.unique(turn).tolist():
-                    result |= {
-                        f"{field}_turn_{number}": float(values[turn == number].sum()) for field, values in sums.items()
-                    }
+                chosen = {"": turn >= 0} | {f"_turn_{number}": turn == number for number in np.unique(turn).tolist()}
+                result = {}
+                for ending, own in chosen.items():
+                    result[f"loss{ending}"] = float(loss.numpy()[own].sum())
+                    result[f"correct{ending}"] = float(correct.numpy()[own].sum())
+                    result[f"targets{ending}"] = float(own.sum())
                 evaluation.add(conversation_key(name, ids, is_target), result)
             progress.update(min(len(batch.lengths) * accelerator.num_processes, len(rows) - progress.n))
     progress.close()
@@ -212,37 +206,34 @@ def measure(
 
 def summarize(items: list[dict], names: list[str], recipe: Recipe) -> tuple[dict[str, dict], Table]:
     """The figures of all, of each data set, language and turn, with their intervals; and the table of them."""
-    parts = {"all": ("", {})}  # the ending of the items' fields, and which items
-    parts |= {name: ("", {"dataset": name}) for name in names}
-    parts |= {
-        f"language {lang}": ("", {"lang": lang}) for lang in sorted({item.get("lang") for item in items} - {None})
-    }
+    # For each part the ending of the items' fields, and which items.
+    parts = {"all": ("", {})} | {name: ("", {"dataset": name}) for name in names}
+    for lang in sorted({item["lang"] for item in items if "lang" in item}):
+        parts[f"language {lang}"] = "", {"lang": lang}
     if recipe.label_masking:  # else a prompt counts, too, with the reply before it
-        parts |= {
-            f"turn {turn}{' on' * (turn == LAST_TURN)}": (f"_turn_{turn}", {}) for turn in range(1, LAST_TURN + 1)
-        }
-    fields = {
-        label: [f"{field}{ending}" for field in ("loss", "correct", "targets")] for label, (ending, _) in parts.items()
-    }
-    columns = {label: item_columns(items, fields[label], where) for label, (_, where) in parts.items()}
-    columns = {label: part for label, part in columns.items() if part[:, 2].any()}
+        for turn in range(1, LAST_TURN + 1):
+            parts[f"turn {turn}{' on' * (turn == LAST_TURN)}"] = f"_turn_{turn}", {}
+    columns = {}
+    for label, (ending, where) in parts.items():
+        part = item_columns(items, [f"loss{ending}", f"correct{ending}", f"targets{ending}"], where)
+        if part[:, 2].any():
+            columns[label] = part
     drawn = resampled_sums(items, np.concatenate(list(columns.values()), axis=1), recipe.rng_seed)
 
     results: dict[str, dict] = {}
-    columns_shown = "conversations", "tokens", "loss", "95 %", "perplexity", "token accuracy", "95 %"
-    table = make_table("validation split", "", *columns_shown)
+    titles = ("conversations", "tokens", "loss", "95 %", "perplexity", "token accuracy", "95 %")
+    table = make_table("validation split", "", *titles)
     for number, (label, part) in enumerate(columns.items()):
         (loss, correct, targets), samples = part.sum(0), drawn[:, 3 * number : 3 * number + 3].T
         with np.errstate(invalid="ignore", divide="ignore"):  # a resample may hold no conversation of a small part
             losses, shares = interval(samples[0] / samples[2]), interval(samples[1] / samples[2])
         count = sum(item["times"] for item, scored in zip(items, part[:, 2], strict=True) if scored)
-        suffix = "" if label == "all" else f"/{label}"
-        of_loss, of_correct, of_targets = fields[label]
-        of = {"ratio": [of_loss, of_targets], "where": parts[label][1]}
+        suffix, (ending, where) = "" if label == "all" else f"/{label}", parts[label]
+        of = {"ratio": [f"loss{ending}", f"targets{ending}"], "where": where}
         exp = tuple(bound and perplexity(bound) for bound in losses)
         results[f"loss{suffix}"] = metric(loss / targets, losses, "lower", count, targets=int(targets), **of)
         results[f"perplexity{suffix}"] = metric(perplexity(loss / targets), exp, "lower", count, exp=True, **of)
-        of = {**of, "ratio": [of_correct, of_targets]}
+        of = {"ratio": [f"correct{ending}", f"targets{ending}"], "where": where}
         results[f"accuracy{suffix}"] = metric(correct / targets, shares, "higher", count, **of)
         table.add_row(
             label,

@@ -21,7 +21,7 @@ import os
 
 from evaluation.model import evaluation_parser, find_model
 from utils.command_line import positive
-from utils.errors import UserError, one_line_errors
+from utils.errors import UserError, one_line_errors, reason
 
 MODES = {"on": ["chat"], "off": ["plain"], "both": ["chat", "plain"]}
 
@@ -105,10 +105,8 @@ def main(options, checkpoint) -> None:
         found = simple_evaluate(lm, tasks=tasks, apply_chat_template=mode == "chat", **asked)
         first_prompts[mode], prompts[mode] = lm.first_prompts(), lm.prompts.hexdigest()
         for task, count in lm.cut.items():
-            evaluation.warn(
-                f"{task} ({mode}): {count:,} of {lm.requests[task]:,} requests are longer than the model's "
-                f"{lm.max_length:,} positions and lost their beginning"
-            )
+            cut = f"{count:,} of {lm.requests[task]:,} requests are longer than the model's {lm.max_length:,} positions"
+            evaluation.warn(f"{task} ({mode}): {cut} and lost their beginning")
         if found is None:  # lm_eval gives it to the first process
             continue
         items |= as_items(found.pop("samples"), mode)
@@ -158,20 +156,15 @@ def load_tasks(specs: list[str]) -> tuple[TaskManager, list]:
     tasks = []
     for name in dict.fromkeys(names):
         if name not in manager.task_index and not Path(name).is_file():
-            near = difflib.get_close_matches(name, manager.all_tasks, n=4)
-            hint = (
-                f"nearest: {', '.join(near)}"
-                if near
-                else "`lm_eval ls tasks` lists them, a file of yours is named by path"
-            )
+            near = ", ".join(difflib.get_close_matches(name, manager.all_tasks, n=4))
+            hint = f"nearest: {near}" if near else "`lm_eval ls tasks` lists them, a file of yours is named by path"
             raise UserError(f"--tasks {name}: lm_eval knows no such task; {hint}")
         try:
             loaded = manager.load(name)
             tasks += list(loaded["groups"].values())[:1] or list(loaded["tasks"].values())  # a group comes first
             everything = manager.load(tasks)["tasks"]
         except Exception as error:  # of YAML, of datasets, of the hub, of the functions that a task names
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"--tasks {name}: cannot be loaded: {type(error).__name__}: {reason}") from error
+            raise UserError(f"--tasks {name}: cannot be loaded: {reason(error)}") from error
     for name, task in everything.items():
         if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
             raise UserError(f"--tasks {name}: runs code that the model writes, or has images or sound: not run here")
@@ -208,15 +201,12 @@ def as_results(found: dict, mode: str, tasks: dict, items: dict[str, dict]) -> d
     for task, name, filter_name, value, stderr in scores(found):
         better = {True: "higher", False: "lower"}.get(found["higher_is_better"].get(task, {}).get(name))
         bounds = (value - 1.96 * stderr, value + 1.96 * stderr) if stderr is not None else (None, None)
-        where = {"dataset": f"{task} ({mode})"}
-        own = [item for item in items.values() if where.items() <= item.items()]
-        field = label(name, filter_name)
+        field, dataset, count = label(name, filter_name), f"{task} ({mode})", found["results"][task].get("sample_len")
+        own = [item for item in items.values() if item["dataset"] == dataset]
         more = {}
         if task in tasks and tasks[task].aggregation().get(name) is mean and all(field in item for item in own):
-            more = {"ratio": [field, None], "where": where}
-        results[f"{task}/{field} ({mode})"] = metric(
-            value, bounds, better, found["results"][task].get("sample_len"), **more
-        )
+            more = {"ratio": [field, None], "where": {"dataset": dataset}}
+        results[f"{task}/{field} ({mode})"] = metric(value, bounds, better, count, **more)
     return results
 
 

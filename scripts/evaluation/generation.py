@@ -9,19 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from jinja2 import TemplateError
-from transformers import GenerationConfig, PreTrainedModel
-from transformers.generation import (
-    EpsilonLogitsWarper,
-    LogitsProcessor,
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
-)
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from data.dialogue import ASSISTANT, CHAT_TEMPLATE, encode
 from sources.source import Conversation, Message
@@ -30,12 +21,12 @@ from utils.errors import UserError
 # Sampling settings by their names in transformers, applied in its order. None has a default: transformers' own top_k
 # of 50 is not applied unless it is given.
 WARPERS = {
-    "temperature": TemperatureLogitsWarper,
-    "top_k": TopKLogitsWarper,
-    "top_p": TopPLogitsWarper,
-    "min_p": MinPLogitsWarper,
-    "typical_p": TypicalLogitsWarper,
-    "epsilon_cutoff": EpsilonLogitsWarper,
+    "temperature": transformers.TemperatureLogitsWarper,
+    "top_k": transformers.TopKLogitsWarper,
+    "top_p": transformers.TopPLogitsWarper,
+    "min_p": transformers.MinPLogitsWarper,
+    "typical_p": transformers.TypicalLogitsWarper,
+    "epsilon_cutoff": transformers.EpsilonLogitsWarper,
 }
 # Those that also a greedy reply may have; transformers applies them.
 OTHER_SETTINGS = ("min_new_tokens", "repetition_penalty", "no_repeat_ngram_size")
@@ -101,10 +92,8 @@ def generate(
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
     if positions and order and len(prompts[order[0]]) + config.max_new_tokens > positions:
-        raise UserError(
-            f"a prompt of {len(prompts[order[0]]):,} tokens and max_new_tokens = {config.max_new_tokens:,} are over "
-            f"the model's {positions:,} positions"
-        )
+        together = f"a prompt of {len(prompts[order[0]]):,} tokens and max_new_tokens = {config.max_new_tokens:,}"
+        raise UserError(f"{together} are over the model's {positions:,} positions")
     while order:
         batch = order[:batch_size]
         streams = [seeds[place] for place in batch] if settings.get("do_sample") else None
@@ -134,15 +123,11 @@ def _read_settings(settings: dict[str, Any], ends: GenerationConfig) -> tuple[Ge
     warpers = {name: settings[name] for name in WARPERS if name in settings}
     if warpers and not settings.get("do_sample"):
         raise UserError(f"{', '.join(warpers)}: only with do_sample: true; without it the reply is greedy")
+    chosen = {name: settings[name] for name in ("max_new_tokens", *OTHER_SETTINGS) if name in settings}
+    chosen |= {"eos_token_id": ends.eos_token_id, "pad_token_id": ends.pad_token_id}
     try:
-        others = {name: settings[name] for name in OTHER_SETTINGS if name in settings}
-        config = GenerationConfig(
-            max_new_tokens=settings["max_new_tokens"],
-            eos_token_id=ends.eos_token_id,
-            pad_token_id=ends.pad_token_id,
-            do_sample=False,  # sampling is `OwnStreams`, which finds the likeliest after adding noise
-            **others,
-        )
+        # Sampling is `OwnStreams`, which finds the likeliest after adding noise.
+        config = GenerationConfig(**chosen, do_sample=False)
         return config, [WARPERS[name](value) for name, value in warpers.items()]
     except (ValueError, TypeError) as error:
         raise UserError(f"sampling settings: {' '.join(str(error).split())}") from error
@@ -157,22 +142,14 @@ def _generate_batch(model, tokenizer, prompts, config, warpers, seeds) -> list[R
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
     processors = LogitsProcessorList(warpers + ([OwnStreams(seeds, model.device)] if seeds is not None else []))
-    output = model.generate(
-        ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        generation_config=config,
-        logits_processor=processors,
-    )
-    return [_reply(tokenizer, row, config.eos_token_id) for row in output[:, width:].tolist()]
-
-
-def _reply(tokenizer, ids: list[int], ends: list[int]) -> Reply:
-    end = next((place for place, token in enumerate(ids) if token in ends), None)
-    return Reply(
-        text=tokenizer.decode(ids[:end], skip_special_tokens=False),
-        tokens=len(ids) if end is None else end + 1,
-        ended=end is not None,
-    )
+    ids, mask = ids.to(model.device), mask.to(model.device)
+    output = model.generate(ids, attention_mask=mask, generation_config=config, logits_processor=processors)
+    replies = []
+    for row in output[:, width:].tolist():
+        end = next((place for place, token in enumerate(row) if token in config.eos_token_id), None)
+        text = tokenizer.decode(row[:end], skip_special_tokens=False)
+        replies.append(Reply(text, tokens=len(row) if end is None else end + 1, ended=end is not None))
+    return replies
 
 
 class OwnStreams(LogitsProcessor):

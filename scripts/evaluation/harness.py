@@ -44,10 +44,8 @@ class SharedModel(HFLM):
     def generate_until(self, requests, disable_tqdm=False):
         for request in requests:
             if (wanted := self.new_tokens(request.args[1])) >= self.max_length:
-                raise UserError(
-                    f"{request.task_name}: generates up to {wanted:,} tokens, but the model has {self.max_length:,} "
-                    "positions: set max_gen_toks in the generation_kwargs of its YAML"
-                )
+                few = f"generates up to {wanted:,} tokens, but the model has {self.max_length:,} positions"
+                raise UserError(f"{request.task_name}: {few}: set max_gen_toks in the generation_kwargs of its YAML")
         return self.share("generate_until", requests)
 
     def share(self, kind: str, requests: list) -> list:

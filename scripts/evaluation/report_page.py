@@ -48,10 +48,8 @@ def make_page(reports: list[SamplingReport]) -> str:
     """The page's text."""
     data = json.dumps(page_data(reports), ensure_ascii=False, separators=(",", ":"))
     style, script = (TEMPLATE.with_suffix(suffix).read_text(encoding="utf-8") for suffix in (".css", ".js"))
-    policy = (
-        f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
-        "base-uri 'none'; form-action 'none'"
-    )
+    allowed = f"style-src '{_hash(style)}'; script-src '{_hash(script)}'"
+    policy = f"default-src 'none'; {allowed}; base-uri 'none'; form-action 'none'"
     page = TEMPLATE.read_text(encoding="utf-8")
     parts = {"policy": html.escape(policy), "style": style, "script": script, "data": data.translate(ESCAPES)}
     for name, part in parts.items():  # the data last, so that nothing in it is taken for a name

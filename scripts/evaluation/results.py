@@ -95,21 +95,16 @@ class Evaluation:
         self.warnings: list[str] = []
         self._started = time.perf_counter()
         self._new: dict[str, Any] = {}
-        shared = [None, None]
-        if accelerator.is_main_process:
-            shared = [fingerprint(checkpoint), None]
-            self._stem = self._part_stem(shared[0])
-            shared[1] = self._collect_parts()
-        self.fingerprint, self.done = broadcast_object_list(shared)
-        self._stem = self._part_stem(self.fingerprint)
+        main = accelerator.is_main_process
+        [self.fingerprint] = broadcast_object_list([fingerprint(checkpoint) if main else None])
+        # Part files of other weights or settings have other names, so that none is mixed in.
+        depends_on = json.dumps([self.fingerprint, settings], sort_keys=True).encode()
+        digest = hashlib.blake2b(depends_on, digest_size=4).hexdigest()
+        self._stem = f"{self.path.with_suffix('')}-{digest}.partial-"
+        [self.done] = broadcast_object_list([self._collect_parts() if main else None])
         self._part = open(f"{self._stem}{accelerator.process_index}.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         if self.done:
             say(f"going on with an interrupted evaluation: {len(self.done):,} items are done")
-
-    def _part_stem(self, model: str) -> str:
-        """Part files of other weights or settings have other names, so that none is mixed in."""
-        text = json.dumps([model, self.settings], sort_keys=True)
-        return f"{self.path.with_suffix('')}-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}.partial-"
 
     def _parts(self) -> list[Path]:
         stem = Path(self._stem)
@@ -131,9 +126,8 @@ class Evaluation:
                 if part != first:
                     part.unlink()
         except OSError as error:
-            raise UserError(
-                f"{self.path}: cannot write there ({error.strerror}); give --output FILE.json or FOLDER"
-            ) from error
+            problem = f"cannot write there ({error.strerror}); give --output FILE.json or FOLDER"
+            raise UserError(f"{self.path}: {problem}") from error
         return done
 
     def share(self, keys: list[str]) -> list[str]:
@@ -164,13 +158,10 @@ class Evaluation:
             results: see the top of this file.
             more: further keys of the file: items, and what only this evaluation has.
         """
+        checkpoint = {"name": self.checkpoint.name, "step": self.checkpoint.step, "fingerprint": self.fingerprint}
         held = {
             "name": self.name,
-            "checkpoint": {
-                "name": self.checkpoint.name,
-                "step": self.checkpoint.step,
-                "fingerprint": self.fingerprint,
-            },
+            "checkpoint": checkpoint,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(time.perf_counter() - self._started, 1),
             "resumed_items": len(self.done),
@@ -238,6 +229,5 @@ def load_metric(name: str) -> "evaluate.Metric":
     try:
         return evaluate.load(str(METRICS / name), keep_in_memory=True)
     except OSError as error:
-        raise UserError(
-            f"evaluate cannot keep its modules (set HF_HOME to a folder that can be written): {error}"
-        ) from error
+        problem = "evaluate cannot keep its modules (set HF_HOME to a folder that can be written)"
+        raise UserError(f"{problem}: {error}") from error

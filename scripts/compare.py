@@ -64,11 +64,7 @@ def main(options) -> None:
 
 
 def read_columns(path: Path) -> list[Column]:
-    """The checkpoints of an argument that have results.
-
-    Raises:
-        UserError: there is nothing there, no result, or a file that is no result.
-    """
+    """Those of an argument that have results.  Raises: UserError for nothing there, no result, a file that is none."""
     if path.is_file():
         return [as_column(path, path.parent, read_results([path], strict=True))]
     if not path.is_dir():
@@ -220,8 +216,7 @@ def print_markdown(columns: list[Column], rows, notes: list[str]) -> None:
 def plot(columns: list[Column], path: Path) -> None:
     """Draw every metric over the steps: a panel for each kind, in it a line for each part and run.
 
-    Raises:
-        UserError: no run has results at two steps.
+    Raises: UserError where no run has results at two steps.
     """
     from matplotlib.figure import Figure
 

@@ -131,8 +131,7 @@ def main(options, checkpoint, recipe: Recipe | None) -> None:
 def read_problems(paths: list[Path], final_number: evaluate.Metric) -> list[dict[str, str]]:
     """Problems as {"question", "answer"}.
 
-    Raises:
-        UserError: a file is damaged, lacks a field, or has an answer without a number.
+    Raises: UserError where a file is damaged, lacks a field, or has an answer without a number.
     """
     problems = []
     for path in paths:

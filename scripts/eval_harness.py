@@ -128,8 +128,7 @@ def main(options, checkpoint) -> None:
 def load_tasks(specs: list[str]) -> tuple[TaskManager, list]:
     """lm_eval's index of tasks, and those that were asked for, with their data.
 
-    Raises:
-        UserError: a task is not known, is damaged, has no data here, or is of a kind that is not run.
+    Raises: UserError where a task is not known, is damaged, has no data here, or is of a kind that is not run.
     """
     names, folders, all_known = [], [], False
     for spec in specs:

@@ -31,13 +31,9 @@ def fingerprint(checkpoint: EvaluatedModel) -> str:
 
 
 def load_chat_tokenizer(checkpoint: EvaluatedModel, template: bool = True):
-    """The tokenizer of a chat model, with its own chat template.
+    """The tokenizer of a chat model; without `template` also that of a base model, which is only given plain text.
 
-    Args:
-        template: False takes that of a base model too, which is only given plain text.
-
-    Raises:
-        UserError: there is none, it has no chat template or eos token, or lacks tokens that the template writes.
+    Raises: UserError for none, one without chat template or eos token, or without tokens that the template writes.
     """
     tokenizer = load_pretrained(AutoTokenizer, checkpoint.name)
     if tokenizer.eos_token_id is None:
@@ -67,8 +63,7 @@ def load_chat_model(checkpoint: EvaluatedModel, device: torch.device, dtype: str
 
     Returns: (model, tokenizer). The model's generation_config names pad and end tokens and nothing else, so that no
         sampling default of the checkpoint's is mixed into the settings of an evaluation.
-    Raises:
-        UserError: anything is missing or damaged.
+    Raises: UserError where anything is missing or damaged.
     """
     tokenizer = load_chat_tokenizer(checkpoint, template)
     wanted = DTYPES[dtype] if dtype else "auto" if has_gpu() else torch.float32

@@ -34,17 +34,11 @@ OTHER_SETTINGS = ("min_new_tokens", "repetition_penalty", "no_repeat_ngram_size"
 
 @dataclass(frozen=True)
 class Reply:
-    """What the model wrote.
+    """What the model wrote."""
 
-    Attributes:
-        text: decoded, with control tokens it may hold, without the one that ended it.
-        tokens: how many were generated, the one that ended it counted.
-        ended: whether the model ended it by itself; else max_new_tokens were used up.
-    """
-
-    text: str
-    tokens: int
-    ended: bool
+    text: str  # decoded, with control tokens it may hold, without the one that ended it
+    tokens: int  # how many were generated, the one that ended it counted
+    ended: bool  # whether the model ended it by itself; else max_new_tokens were used up
 
 
 def encode_chat(tokenizer, messages: list[dict[str, str]]) -> list[int]:
@@ -53,8 +47,7 @@ def encode_chat(tokenizer, messages: list[dict[str, str]]) -> list[int]:
     In this collection's format the contents are plain text, as in training: a control token written out in a message
     stays text. Other templates are applied as transformers does it.
 
-    Raises:
-        UserError: the template refuses the conversation.
+    Raises: UserError where the template refuses the conversation.
     """
     if tokenizer.chat_template != CHAT_TEMPLATE:
         try:
@@ -84,9 +77,8 @@ def generate(
         seeds: one for each prompt, of its random stream; needed when sampling.
 
     Yields: (place in `prompts`, reply), batch by batch.
-    Raises:
-        UserError: a setting that does not exist or has an impossible value, a prompt that leaves no room for
-            max_new_tokens in the model's positions, or no memory for a single prompt.
+    Raises: UserError for a setting that does not exist or has an impossible value, a prompt that leaves no room for
+        max_new_tokens in the model's positions, or no memory for a single prompt.
     """
     config, warpers = _read_settings(settings, model.generation_config)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -46,10 +46,7 @@ def resampled_sums(items: Sequence[dict], columns: np.ndarray, seed: int) -> np.
 
 
 def paired_differences(first: dict, other: dict, seed: int = 0) -> dict[str, tuple[float, tuple, int]]:
-    """How much more each metric is in another result than in the first, over the items that both have.
-
-    Args:
-        first, other: result files (`evaluation/results.py`).
+    """How much more each metric is in another result file than in the first, over the items that both have.
 
     Returns: {metric: (difference, ends of its interval, items)} of each metric that both keep by item.
     """

@@ -16,17 +16,11 @@ from utils.errors import UserError
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """A model to evaluate.
+    """A model to evaluate."""
 
-    Attributes:
-        name: its folder or hub name, as given.
-        recipe_file: the recipe of the run that wrote it, or None.
-        step: optimizer steps it was trained for, or None where that is not known.
-    """
-
-    name: str
-    recipe_file: Path | None = None
-    step: int | None = None
+    name: str  # its folder or hub name, as given
+    recipe_file: Path | None = None  # of the run that wrote it
+    step: int | None = None  # optimizer steps it was trained for, None where that is not known
 
     @property
     def folder(self) -> Path | None:
@@ -37,8 +31,7 @@ class EvaluatedModel:
 def find_model(name: str) -> EvaluatedModel:
     """The model of this folder or hub name, and the recipe beside it.
 
-    Raises:
-        UserError: a folder that is not a model's; a path that is neither a folder nor can be a hub name.
+    Raises: UserError for a folder that is not a model's, or a path that is neither a folder nor can be a hub name.
     """
     folder = Path(name)
     if not os.path.isdir(folder):
@@ -65,11 +58,7 @@ def _last_step(metrics: Path) -> int | None:
 
 
 def evaluation_parser(usage: str) -> OneLineParser:
-    """The arguments that all evaluation scripts have in common; a script adds its own.
-
-    Args:
-        usage: the script's docstring.
-    """
+    """The arguments that all evaluation scripts have in common; a script, whose docstring is `usage`, adds its own."""
     parser = OneLineParser(usage)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a model (a run's checkpoint), or hub name")
     parser.add_argument("--output", metavar="PATH", help=".json file or folder of the result; else CHECKPOINT/eval")

@@ -19,8 +19,7 @@ def read_prompts(path: Path) -> list[list[dict[str, str]]]:
 
     A .txt file has one a line. In a JSON list, or JSON Lines, a prompt is a text or {"messages": [...]}.
 
-    Raises:
-        UserError: with the line, what is no prompt; there is none.
+    Raises: UserError with the line of what is no prompt, or where there is none.
     """
     text = read_text(path)
     if path.suffix == ".txt":
@@ -79,8 +78,7 @@ class _SettingsFile(BaseModel):
 def read_configs(path: Path) -> dict[str, dict[str, Any]]:
     """Sampling settings by name, those of `default` filled in; `generate` checks what they say.
 
-    Raises:
-        UserError: another format, a name that is missing or given twice.
+    Raises: UserError for another format, a name that is missing or given twice.
     """
     file = _validated(_SettingsFile, path, "a file of sampling settings")
     configs: dict[str, dict[str, Any]] = {}

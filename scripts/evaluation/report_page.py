@@ -31,11 +31,7 @@ def check_can_write(path: Path, reports: list[str]) -> None:
 
 
 def write_page(path: Path, reports: list[SamplingReport]) -> None:
-    """Write the page whole or not at all.
-
-    Raises:
-        UserError: it cannot be written.
-    """
+    """Write the page whole or not at all.  Raises: UserError where it cannot be written."""
     try:
         # JSON may write half of a surrogate pair, UTF-8 cannot: it becomes \udxxx again, as it was in the report.
         write_whole(path, make_page(reports), errors="backslashreplace")

@@ -46,8 +46,7 @@ def start_processes(mixed_precision: str = "no") -> Accelerator:
 
     A DeepSpeed or FSDP plugin of the accelerate config is left out: it shards what training holds.
 
-    Raises:
-        UserError: the processes do not find each other.
+    Raises: UserError where the processes do not find each other.
     """
     if plugin := launcher_plugin():
         say(f"the accelerate config's {plugin} is not used: each process evaluates with a whole model")
@@ -86,9 +85,7 @@ class Evaluation:
             name: of the result, the last part of its file's name.
             settings: all that results depend on, as JSON; not the batch size or the number of processes.
             output: file (.json) or folder of the result in place of CHECKPOINT/eval.
-
-        Raises:
-            UserError: the result could not be written.
+        Raises: UserError where the result could not be written.
         """
         self.accelerator, self.checkpoint, self.name, self.settings = accelerator, checkpoint, name, settings
         self.path = result_path(checkpoint, name, output)
@@ -152,11 +149,9 @@ class Evaluation:
         self.warnings.append(message)
 
     def write(self, results: dict[str, dict[str, Any]], **more: Any) -> None:
-        """Write the result file and remove the part files. Every process calls this.
+        """Write the result file and remove the part files; `more`: items, and what only this evaluation has.
 
-        Args:
-            results: see the top of this file.
-            more: further keys of the file: items, and what only this evaluation has.
+        Every process calls this.
         """
         checkpoint = {"name": self.checkpoint.name, "step": self.checkpoint.step, "fingerprint": self.fingerprint}
         held = {
@@ -193,8 +188,7 @@ def _line(key: str, result: Any) -> str:
 def result_path(checkpoint: EvaluatedModel, name: str, output: str | None) -> Path:
     """Where a result goes: CHECKPOINT/eval/<name>.json, or `output` (a .json file, else a folder).
 
-    Raises:
-        UserError: a hub model without `output`.
+    Raises: UserError for a hub model without `output`.
     """
     if output:
         return Path(output) if output.endswith(".json") else Path(output) / f"{name}.json"
@@ -221,8 +215,7 @@ def device_name(device: torch.device) -> str:
 def load_metric(name: str) -> "evaluate.Metric":
     """A metric of scripts/metrics/ by name; nothing is looked up on the hub.
 
-    Raises:
-        UserError: `evaluate` copies its modules into HF_HOME, which cannot be written.
+    Raises: UserError where HF_HOME cannot be written, into which `evaluate` copies its modules.
     """
     import evaluate  # and datasets with it, two seconds of work that most scripts do without
 

@@ -48,8 +48,11 @@ class Column:
 
     name: str
     run: str
-    step: int | None
     files: dict[str, dict]
+
+    @property
+    def step(self) -> int | None:
+        return next(iter(self.files.values()))["checkpoint"]["step"]
 
 
 def main(options) -> None:
@@ -66,7 +69,7 @@ def main(options) -> None:
 def read_columns(path: Path) -> list[Column]:
     """Those of an argument that have results.  Raises: UserError for nothing there, no result, a file that is none."""
     if path.is_file():
-        return [as_column(path, path.parent, read_results([path], strict=True))]
+        return [Column(str(path), str(path.parent), read_results([path], strict=True))]
     if not path.is_dir():
         raise UserError(f"{path}: no such file or folder")
     found = []
@@ -75,7 +78,7 @@ def read_columns(path: Path) -> list[Column]:
         if not files and folder == path:  # a folder of --output
             files = read_results(sorted(path.glob("*.json")))
         if files:
-            found.append(as_column(folder, path, files))
+            found.append(Column(str(folder), str(path), files))
     if not found:
         raise UserError(f"{path}: no results; run an eval script on it first")
     return sorted(found, key=lambda column: (column.step is None, column.step or 0, column.name == str(path)))
@@ -91,10 +94,6 @@ def read_results(paths: list[Path], strict: bool = False) -> dict[str, dict]:
         elif strict:
             raise UserError(f"{path}: not a result file of the eval scripts")
     return files
-
-
-def as_column(path: Path, run: Path, files: dict[str, dict]) -> Column:
-    return Column(str(path), str(run), next(iter(files.values()))["checkpoint"]["step"], files)
 
 
 # ---- Comparing ----
@@ -133,13 +132,12 @@ def table_rows(columns: list[Column]) -> tuple[list[tuple[str, str, list[Cell]]]
 
 def differing_settings(evaluation: str, columns: list[Column]) -> list[str]:
     """A line for each column whose evaluation was not that of the first that has it."""
-    have = [column for column in columns if evaluation in column.files]
-    first, notes = have[0].files[evaluation]["settings"], []
-    for column in have[1:]:
+    first, *others = [column for column in columns if evaluation in column.files]
+    usual, notes = first.files[evaluation]["settings"], []
+    for column in others:
         settings = column.files[evaluation]["settings"]
-        keys = [key for key in {**first, **settings} if first.get(key) != settings.get(key)]
-        if keys:
-            notes.append(f"{evaluation}: {column.name} and {have[0].name} differ in {', '.join(keys)}")
+        if keys := [key for key in {**usual, **settings} if usual.get(key) != settings.get(key)]:
+            notes.append(f"{evaluation}: {column.name} and {first.name} differ in {', '.join(keys)}")
     return notes
 
 

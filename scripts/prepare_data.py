@@ -48,24 +48,9 @@ import pyarrow.compute as pc
 from rich.text import Text
 
 from data.mix import Mix, prepare_mix
+from training import contamination, plan
 from training.collate import collate, cut, window_start
-from training.contamination import (
-    BENCHMARKS,
-    Overlaps,
-    contaminated_rows,
-    duplicated_rows,
-    load_benchmark,
-    without_contamination,
-)
 from training.model import load_tokenizer
-from training.plan import (
-    accumulation_steps,
-    describe_packing,
-    describe_step,
-    epoch_plan,
-    steps_per_epoch,
-    training_rows,
-)
 from utils.launch import num_processes
 from utils.tables import make_console, make_table
 
@@ -76,7 +61,7 @@ def main(options: argparse.Namespace, recipe: Recipe) -> None:
     tokenizer = load_tokenizer(recipe)
     mix = prepare_mix(recipe, tokenizer)
     print_contamination(mix, recipe)
-    mix = without_contamination(mix, recipe)
+    mix = contamination.without_contamination(mix, recipe)
     print_tables(mix, recipe)
     if options.show:
         show_examples(mix, recipe, tokenizer, options.show, options.dataset)
@@ -93,7 +78,7 @@ def print_tables(mix: Mix, recipe: Recipe) -> None:
     read = make_table("rows", "data set", "read", "dropped", "train", "validation", "turns", "an epoch", "of targets")
     title, cut_off = "tokens of the training conversations", f"over {recipe.max_length:,}"
     long = make_table(title, "data set", "tokens", "scored", "p50", "p90", "p99", "max", cut_off, "lost")
-    rows = training_rows(mix, recipe, epoch=0)
+    rows = plan.training_rows(mix, recipe, epoch=0)
     for index, name in enumerate(mix.names):
         own, drawn = np.flatnonzero(mix.train.dataset == index), rows[mix.train.dataset[rows] == index]
         report, held_out = mix.reports[name], (mix.validation.dataset == index).sum()
@@ -118,30 +103,29 @@ def print_tables(mix: Mix, recipe: Recipe) -> None:
             console.print(f"{name}: {count:,} bad records left out, first: {first}")
     console.print(long)
 
-    processes, steps = num_processes(), steps_per_epoch(mix, recipe, num_processes())
+    processes, steps = num_processes(), plan.steps_per_epoch(mix, recipe, num_processes())
     tokens = np.minimum(mix.train.lengths[rows], recipe.max_length).sum()
-    console.print(
-        f"an epoch: {len(rows):,} conversations, {tokens:,} tokens, {steps:,} steps, {describe_step(recipe, processes)}"
-        f" ({processes} process(es) x {recipe.per_device_train_batch_size} x {accumulation_steps(recipe, processes)})"
-    )
+    factors = recipe.per_device_train_batch_size, plan.accumulation_steps(recipe, processes)
+    step = f"{plan.describe_step(recipe, processes)} ({processes} process(es) x {factors[0]} x {factors[1]})"
+    console.print(f"an epoch: {len(rows):,} conversations, {tokens:,} tokens, {steps:,} steps, {step}")
     if recipe.packing:
-        console.print(describe_packing(mix, recipe, processes))
+        console.print(plan.describe_packing(mix, recipe, processes))
 
 
 def print_contamination(mix: Mix, recipe: Recipe) -> None:
     """Whether benchmark test items, or validation conversations, stand in the training split; a few of them as text."""
-    for name in BENCHMARKS:
-        questions = load_benchmark(name, recipe.cache_dir)
+    for name in contamination.BENCHMARKS:
+        questions = contamination.load_benchmark(name, recipe.cache_dir)
         if isinstance(questions, str):
             console.print(f"contamination: not checked for {name}: {questions}")
         else:
-            found = contaminated_rows(mix.train, questions)
+            found = contamination.contaminated_rows(mix.train, questions)
             print_overlaps(f"training conversations with questions of {name} ({len(questions):,} items)", found, mix)
-    found = duplicated_rows(mix.validation, mix.train)
+    found = contamination.duplicated_rows(mix.validation, mix.train)
     print_overlaps("validation conversations that also stand in training", found, mix)
 
 
-def print_overlaps(what: str, found: Overlaps, mix: Mix) -> None:
+def print_overlaps(what: str, found: contamination.Overlaps, mix: Mix) -> None:
     counts = ", ".join(f"{count:,} in {name}" for name, count in zip(mix.names, found.counts, strict=True) if count)
     exact = f" ({int(found.exact.sum()):,} exact; {counts})" if counts else ""
     console.print(f"contamination: {len(found):,} {what}{exact}", style="bold red" if counts else None)
@@ -174,7 +158,7 @@ def show_examples(mix: Mix, recipe: Recipe, tokenizer, count: int, dataset: str 
 def show_batch(mix: Mix, recipe: Recipe, tokenizer) -> None:
     """Print the first micro-batch of the first process: where each conversation is from, its window, its positions, its
     tokens; and what is padding."""
-    rows = epoch_plan(mix, recipe, epoch=0).of_packs(0, recipe.per_device_train_batch_size)
+    rows = plan.epoch_plan(mix, recipe, epoch=0).of_packs(0, recipe.per_device_train_batch_size)
     batch = collate(mix.train, rows, recipe, tokenizer.pad_token_id, epoch=0)
     shape = "{} row(s) of {:,} tokens".format(*batch.input_ids.shape)
     padding = batch.input_ids.numel() - sum(batch.lengths)

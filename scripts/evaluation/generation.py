@@ -12,6 +12,7 @@ import torch
 import transformers
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from jinja2 import TemplateError
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from data.dialogue import ASSISTANT, CHAT_TEMPLATE, encode
@@ -89,14 +90,13 @@ def generate(
     while order:
         batch = order[:batch_size]
         streams = [seeds[place] for place in batch] if settings.get("do_sample") else None
-        replies, no_memory = None, False
+        replies = None
         try:
             replies = _generate_batch(model, tokenizer, [prompts[place] for place in batch], config, warpers, streams)
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
-            no_memory = True
-        if no_memory:  # here, where the error no longer holds on to the batch's tensors
+        if replies is None:  # here, where the error no longer holds on to the batch's tensors
             clear_device_cache(garbage_collection=True)
             if len(batch) == 1:
                 raise UserError(f"not enough memory for one prompt of {len(prompts[batch[0]]):,} tokens")
@@ -127,17 +127,14 @@ def _read_settings(settings: dict[str, Any], ends: GenerationConfig) -> tuple[Ge
 
 @torch.inference_mode()
 def _generate_batch(model, tokenizer, prompts, config, warpers, seeds) -> list[Reply]:
-    width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), tokenizer.pad_token_id)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
+    left = {"batch_first": True, "padding_side": "left"}
+    ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], padding_value=tokenizer.pad_token_id, **left)
+    mask = pad_sequence([torch.ones(len(prompt), dtype=torch.int64) for prompt in prompts], **left)
     processors = LogitsProcessorList(warpers + ([OwnStreams(seeds, model.device)] if seeds is not None else []))
     ids, mask = ids.to(model.device), mask.to(model.device)
     output = model.generate(ids, attention_mask=mask, generation_config=config, logits_processor=processors)
     replies = []
-    for row in output[:, width:].tolist():
+    for row in output[:, ids.shape[1] :].tolist():
         end = next((place for place, token in enumerate(row) if token in config.eos_token_id), None)
         text = tokenizer.decode(row[:end], skip_special_tokens=False)
         replies.append(Reply(text, tokens=len(row) if end is None else end + 1, ended=end is not None))

@@ -51,17 +51,14 @@ def paired_differences(first: dict, other: dict, seed: int = 0) -> dict[str, tup
     Returns: {metric: (difference, ends of its interval, items)} of each metric that both keep by item.
     """
     keys = [key for key in first.get("items", {}) if key in other.get("items", {})]
-    metrics = [
-        name
-        for name, result in first["results"].items()
-        if result.get("ratio") and result["ratio"] == other["results"].get(name, {}).get("ratio")
-    ]
+    first_of, other_of = ({name: one.get("ratio") for name, one in file["results"].items()} for file in (first, other))
+    metrics = [name for name, ratio in first_of.items() if ratio and ratio == other_of.get(name)]
     if not keys or not metrics:
         return {}
     sides = [[result["items"][key] for key in keys] for result in (first, other)]
     columns = []
     for name in metrics:
-        ratio, where = first["results"][name]["ratio"], first["results"][name]["where"]
+        ratio, where = first_of[name], first["results"][name]["where"]
         # Taking part is for both to say: one checkpoint's training data may hold what the other's do not.
         both = np.logical_and(*(item_columns(items, [None], where) > 0 for items in sides))
         columns += [both * item_columns(items, ratio, where) for items in sides]

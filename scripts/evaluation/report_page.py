@@ -70,8 +70,12 @@ def page_data(reports: list[SamplingReport]) -> dict[str, Any]:
     configs: dict[str, int] = {}
     prompts: dict[tuple[str, int], list] = {}  # by text and how often its report had it before
     params: list[dict[str, str]] = []
+    models: list[dict[str, str]] = []
     for place, report in enumerate(reports):
         params.append({})
+        same = [other.model_name for other in reports[: place + 1]].count(report.model_name)
+        name = report.model_name + (f" ({same})" if same > 1 else "")
+        models.append({"name": name, "date": report.date[:16].replace("T", " "), "args": _as_text(report.args)})
         seen: Counter[str] = Counter()
         for entry in report.prompts:
             text = entry.prompt.strip()
@@ -81,14 +85,8 @@ def page_data(reports: list[SamplingReport]) -> dict[str, Any]:
                 config = configs.setdefault(result.sampling_config, len(configs))
                 params[place].setdefault(result.sampling_config, _as_text(result.sampling_params))
                 results.append([place, config, result.outputs])
-    names = [report.model_name for report in reports]
-    repeats = [names[:place].count(name) for place, name in enumerate(names)]
-    names = [f"{name} ({before + 1})" if before else name for name, before in zip(names, repeats, strict=True)]
     data = {
-        "models": [
-            {"name": name, "date": report.date[:16].replace("T", " "), "args": _as_text(report.args)}
-            for name, report in zip(names, reports, strict=True)
-        ],
+        "models": models,
         "configs": list(configs),
         "params": params,
         "prompts": [{"text": text, "results": results} for (text, _), results in prompts.items()],

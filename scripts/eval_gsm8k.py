@@ -39,8 +39,6 @@ if __name__ == "__main__":
     with one_line_errors():
         OPTIONS, CHECKPOINT, RECIPE = arguments()
 
-import hashlib
-import json
 import time
 from pathlib import Path
 
@@ -53,7 +51,7 @@ from data.records import read_records
 from evaluation.chat_model import load_chat_model
 from evaluation.generation import encode_chat, generate
 from evaluation.intervals import wilson
-from evaluation.results import Evaluation, load_metric, metric, start_processes
+from evaluation.results import Evaluation, digest, load_metric, metric, start_processes
 from recipe.keys import Recipe
 from sources.source import Record
 from training.contamination import BENCHMARKS, contaminated_rows, without_contamination
@@ -68,10 +66,9 @@ WITH_TEST_PROBLEMS = "grade_school_math_instructions"
 
 def main(options, checkpoint, recipe: Recipe | None) -> None:
     final_number = load_metric("final_number")
-    hub = BENCHMARKS["gsm8k_test"][0]
     cache_dir = recipe.cache_dir if recipe else Path(".cache")
-    problems = read_problems(find_data_file("gsm8k_test", options.data, cache_dir, None, hub), final_number)
-    problems = problems[: options.limit]
+    files = find_data_file("gsm8k_test", options.data, cache_dir, None, BENCHMARKS["gsm8k_test"][0])
+    problems = read_problems(files, final_number)[: options.limit]
     examples = read_problems([Path(options.examples)], final_number)[: options.few_shot] if options.examples else []
     if shown := {example["question"] for example in examples} & {problem["question"] for problem in problems}:
         raise UserError(f"{options.examples}: holds a problem that is asked: {shown.pop()[:80]}")
@@ -82,9 +79,9 @@ def main(options, checkpoint, recipe: Recipe | None) -> None:
     model, tokenizer = load_chat_model(checkpoint, accelerator.device, options.dtype)
     settings = {
         "problems": len(problems),
-        "data": fingerprint(problems),
+        "data": digest(problems),
         "few_shot": len(examples),
-        "examples": fingerprint(examples) if examples else None,
+        "examples": digest(examples) if examples else None,
         "max_new_tokens": options.max_new_tokens,
         "dtype": str(model.dtype).removeprefix("torch."),
     }
@@ -97,7 +94,7 @@ def main(options, checkpoint, recipe: Recipe | None) -> None:
     # One item for each problem, named so that results of two checkpoints on the same problem can be compared.
     earlier = [turn for example in examples for turn in as_turns(example)]
     prompts = {
-        f"{number} {fingerprint([problem])}": encode_chat(tokenizer, [*earlier, as_turns(problem)[0]])
+        f"{number} {digest([problem])}": encode_chat(tokenizer, [*earlier, as_turns(problem)[0]])
         for number, problem in enumerate(problems)
     }
     mine = evaluation.share(sorted(prompts, key=lambda key: -len(prompts[key])))
@@ -149,10 +146,6 @@ def read_problems(paths: list[Path], final_number: evaluate.Metric) -> list[dict
 
 def as_turns(problem: dict[str, str]) -> list[dict[str, str]]:
     return [{"role": "user", "content": problem["question"]}, {"role": "assistant", "content": problem["answer"]}]
-
-
-def fingerprint(problems: list[dict[str, str]]) -> str:
-    return hashlib.blake2b(json.dumps(problems).encode(), digest_size=8).hexdigest()
 
 
 def find_contamination(recipe: Recipe | None, checkpoint, problems: list[dict[str, str]]) -> dict:

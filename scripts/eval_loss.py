@@ -44,7 +44,6 @@ if __name__ == "__main__":
     with one_line_errors():
         OPTIONS, CHECKPOINT, RECIPE = arguments()
 
-import hashlib
 import math
 from dataclasses import replace
 
@@ -61,7 +60,7 @@ from data.mix import Mix, prepare_mix
 from data.reading import Reading
 from evaluation.chat_model import load_chat_tokenizer
 from evaluation.intervals import RESAMPLES, interval, item_columns, resampled_sums
-from evaluation.results import Evaluation, metric, start_processes
+from evaluation.results import Evaluation, digest, metric, start_processes
 from recipe.keys import Recipe
 from sources.source import keys_that_change
 from training.batches import Batches
@@ -137,19 +136,15 @@ def describe_conversations(mix: Mix, recipe: Recipe) -> dict[str, dict]:
             continue
         messages = mix.validation.messages(row)
         first = next(message["content"] for message in messages if message["role"] == "user")
-        found[key] = {"dataset": name, "row": row, "group": f"{name} {short_hash(first)}", "times": 1}
-        if lang := language_of.get((name, short_hash(repr(messages)))):
+        found[key] = {"dataset": name, "row": row, "group": f"{name} {digest(first)}", "times": 1}
+        if lang := language_of.get((name, digest(repr(messages)))):
             found[key]["lang"] = lang
     return found
 
 
 def conversation_key(name: str, ids: np.ndarray, scored: np.ndarray) -> str:
     """A name for a conversation that is the same in every run that scores the same tokens of it."""
-    return f"{name} {short_hash(ids.astype(np.int32).tobytes() + scored.astype(bool).tobytes())}"
-
-
-def short_hash(text: str | bytes) -> str:
-    return hashlib.blake2b(text.encode() if isinstance(text, str) else text, digest_size=8).hexdigest()
+    return f"{name} {digest(ids.astype(np.int32).tobytes() + scored.astype(bool).tobytes())}"
 
 
 def languages(recipe: Recipe) -> dict[tuple[str, str], str]:
@@ -164,7 +159,7 @@ def languages(recipe: Recipe) -> dict[tuple[str, str], str]:
         for conversation in Reading(name, options, source_files(name, recipe), recipe.rng_seed):
             spoken = [message.properties["lang"] for message in conversation.messages if "lang" in message.properties]
             if spoken:
-                found[name, short_hash(repr(conversation.as_dicts()))] = spoken[0]
+                found[name, digest(repr(conversation.as_dicts()))] = spoken[0]
     return found
 
 
@@ -229,22 +224,17 @@ def summarize(items: list[dict], names: list[str], recipe: Recipe) -> tuple[dict
             losses, shares = interval(samples[0] / samples[2]), interval(samples[1] / samples[2])
         count = sum(item["times"] for item, scored in zip(items, part[:, 2], strict=True) if scored)
         suffix, (ending, where) = "" if label == "all" else f"/{label}", parts[label]
+        mean, share = loss / targets, correct / targets
         of = {"ratio": [f"loss{ending}", f"targets{ending}"], "where": where}
         exp = tuple(bound and perplexity(bound) for bound in losses)
-        results[f"loss{suffix}"] = metric(loss / targets, losses, "lower", count, targets=int(targets), **of)
-        results[f"perplexity{suffix}"] = metric(perplexity(loss / targets), exp, "lower", count, exp=True, **of)
+        results[f"loss{suffix}"] = metric(mean, losses, "lower", count, targets=int(targets), **of)
+        results[f"perplexity{suffix}"] = metric(perplexity(mean), exp, "lower", count, exp=True, **of)
         of = {"ratio": [f"correct{ending}", f"targets{ending}"], "where": where}
-        results[f"accuracy{suffix}"] = metric(correct / targets, shares, "higher", count, **of)
-        table.add_row(
-            label,
-            f"{count:,}",
-            f"{int(targets):,}",
-            f"{loss / targets:.4f}",
-            "" if losses[0] is None else f"{losses[0]:.4f} to {losses[1]:.4f}",
-            f"{perplexity(loss / targets):,.2f}",
-            f"{correct / targets:.2%}",
-            "" if shares[0] is None else f"{shares[0]:.2%} to {shares[1]:.2%}",
-        )
+        results[f"accuracy{suffix}"] = metric(share, shares, "higher", count, **of)
+        counts = f"{count:,}", f"{int(targets):,}"
+        of_loss = "" if losses[0] is None else f"{losses[0]:.4f} to {losses[1]:.4f}"
+        of_share = "" if shares[0] is None else f"{shares[0]:.2%} to {shares[1]:.2%}"
+        table.add_row(label, *counts, f"{mean:.4f}", of_loss, f"{perplexity(mean):,.2f}", f"{share:.2%}", of_share)
     return results, table
 
 

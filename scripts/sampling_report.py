@@ -61,8 +61,6 @@ if __name__ == "__main__":
         PROMPTS = read_prompts(Path(OPTIONS.prompts))[: OPTIONS.limit]
         CONFIGS = read_configs(Path(OPTIONS.config))
 
-import hashlib
-import json
 from collections import defaultdict
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -74,7 +72,7 @@ from tqdm import tqdm
 from data.dialogue import CHAT_TEMPLATE
 from evaluation.chat_model import load_chat_model
 from evaluation.generation import WARPERS, encode_chat, generate
-from evaluation.results import Evaluation, device_name, start_processes, versions
+from evaluation.results import Evaluation, device_name, digest, start_processes, versions
 from utils.tables import make_console, make_table
 
 BATCH_SIZE = 16
@@ -91,7 +89,7 @@ def main(options, checkpoint, prompts: list[list[dict]], configs: dict[str, dict
             raise UserError(f"{options.config}: {config}: {error}") from None
     ids = [encode_chat(tokenizer, messages) for messages in prompts]
     depends_on = {
-        "prompts": digest(prompts),
+        "prompts": digest(prompts, 7),
         "settings": settings,
         "num_samples": options.num_samples,
         "seed": options.seed,
@@ -115,7 +113,7 @@ def main(options, checkpoint, prompts: list[list[dict]], configs: dict[str, dict
         for config, mine in shares.items():
             asked = [ids[items[key][1]] for key in mine]
             chances = [[options.seed, config, prompts[items[key][1]], items[key][2]] for key in mine]
-            seeds = [int(digest(value), 16) for value in chances]
+            seeds = [int(digest(value, 7), 16) for value in chances]  # 56 bits: a seed may have 63
             batch_size = options.batch_size or BATCH_SIZE
             for place, reply in generate(model, tokenizer, asked, settings[config], batch_size, seeds):
                 evaluation.add(mine[place], asdict(reply))
@@ -132,11 +130,10 @@ def main(options, checkpoint, prompts: list[list[dict]], configs: dict[str, dict
             for config, params in configs.items()
         ]
         answered.append({"prompt": as_text(messages), "results": results})
-    arguments = report_arguments(options, accelerator, model, tokenizer)
     report = {
         "model_name": checkpoint.name,
         "date": datetime.now(UTC).replace(tzinfo=None).isoformat(),
-        "args": arguments | {"fingerprint": evaluation.fingerprint, "versions": versions()},
+        "args": report_arguments(options, evaluation, model, tokenizer),
         "prompts": answered,
     }
     if accelerator.is_main_process:
@@ -156,10 +153,6 @@ def as_settings(params: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in params.items() if (name, value) != ("num_beams", 1) and name not in off}
 
 
-def digest(value: Any) -> str:
-    return hashlib.blake2b(json.dumps(value).encode(), digest_size=7).hexdigest()  # 56 bits: a seed may have 63
-
-
 def as_text(messages: list[dict]) -> str:
     """What stands in the report for a prompt, where only a text can stand."""
     if len(messages) == 1:
@@ -167,8 +160,9 @@ def as_text(messages: list[dict]) -> str:
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
 
-def report_arguments(options, accelerator, model, tokenizer) -> dict[str, Any]:
+def report_arguments(options, evaluation: Evaluation, model, tokenizer) -> dict[str, Any]:
     """`args` of the report: those of Open-Assistant's script, with what they come to here, and some more."""
+    accelerator = evaluation.accelerator
     return {
         "device": accelerator.device.type,
         "device_index": accelerator.device.index or 0,
@@ -189,6 +183,8 @@ def report_arguments(options, accelerator, model, tokenizer) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "device_name": device_name(accelerator.device),
         "processes": accelerator.num_processes,
+        "fingerprint": evaluation.fingerprint,
+        "versions": versions(),
     }
 
 

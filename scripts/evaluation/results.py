@@ -52,9 +52,8 @@ def start_processes(mixed_precision: str = "no") -> Accelerator:
         say(f"the accelerate config's {plugin} is not used: each process evaluates with a whole model")
         os.environ.pop(f"ACCELERATE_USE_{plugin.upper()}")
     set_up_process()
-    accelerator = Accelerator(
-        mixed_precision=mixed_precision, cpu=not has_gpu(), kwargs_handlers=process_group_options(deepspeed=False)
-    )
+    handlers = process_group_options(deepspeed=False)
+    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=not has_gpu(), kwargs_handlers=handlers)
     check_processes(accelerator)
     return accelerator
 
@@ -72,12 +71,7 @@ class Evaluation:
     """
 
     def __init__(
-        self,
-        accelerator: Accelerator,
-        checkpoint: EvaluatedModel,
-        name: str,
-        settings: dict[str, Any],
-        output: str | None = None,
+        self, accelerator: Accelerator, checkpoint: EvaluatedModel, name: str, settings: dict, output: str | None = None
     ):
         """Every process calls this, before the first item.
 
@@ -95,9 +89,8 @@ class Evaluation:
         main = accelerator.is_main_process
         [self.fingerprint] = broadcast_object_list([fingerprint(checkpoint) if main else None])
         # Part files of other weights or settings have other names, so that none is mixed in.
-        depends_on = json.dumps([self.fingerprint, settings], sort_keys=True).encode()
-        digest = hashlib.blake2b(depends_on, digest_size=4).hexdigest()
-        self._stem = f"{self.path.with_suffix('')}-{digest}.partial-"
+        depends_on = json.dumps([self.fingerprint, settings], sort_keys=True)
+        self._stem = f"{self.path.with_suffix('')}-{digest(depends_on, 4)}.partial-"
         [self.done] = broadcast_object_list([self._collect_parts() if main else None])
         self._part = open(f"{self._stem}{accelerator.process_index}.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         if self.done:
@@ -119,9 +112,8 @@ class Evaluation:
                         done[item["key"]] = item["result"]
             first = Path(f"{self._stem}0.jsonl")
             write_whole(first, "".join(_line(key, result) for key, result in done.items()))
-            for part in self._parts():
-                if part != first:
-                    part.unlink()
+            for part in {*self._parts()} - {first}:
+                part.unlink()
         except OSError as error:
             problem = f"cannot write there ({error.strerror}); give --output FILE.json or FOLDER"
             raise UserError(f"{self.path}: {problem}") from error
@@ -149,12 +141,9 @@ class Evaluation:
         self.warnings.append(message)
 
     def write(self, results: dict[str, dict[str, Any]], **more: Any) -> None:
-        """Write the result file and remove the part files; `more`: items, and what only this evaluation has.
-
-        Every process calls this.
-        """
+        """Write the result file and remove the part files; every process calls this.  `more`: items, and its own."""
         checkpoint = {"name": self.checkpoint.name, "step": self.checkpoint.step, "fingerprint": self.fingerprint}
-        held = {
+        content = {
             "name": self.name,
             "checkpoint": checkpoint,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -168,7 +157,7 @@ class Evaluation:
             "warnings": self.warnings,
             **more,
         }
-        self.write_file(held)
+        self.write_file(content)
 
     def write_file(self, content: dict[str, Any]) -> None:
         """`write` in a format of one's own: the whole result file as JSON. Every process calls one of the two."""
@@ -200,6 +189,13 @@ def result_path(checkpoint: EvaluatedModel, name: str, output: str | None) -> Pa
 def metric(value: float, bounds: tuple, better: str | None, n: int, **more: Any) -> dict[str, Any]:
     """An entry of `results`; bounds are the ends of its interval, or (None, None)."""
     return {"value": float(value), "low": bounds[0], "high": bounds[1], "better": better, "n": n, **more}
+
+
+def digest(value: Any, size: int = 8) -> str:
+    """A hash, of `size` bytes in hex digits, of bytes, of a text, or of the JSON of anything else."""
+    if not isinstance(value, bytes):
+        value = (value if isinstance(value, str) else json.dumps(value)).encode()
+    return hashlib.blake2b(value, digest_size=size).hexdigest()
 
 
 def versions() -> dict[str, str]:

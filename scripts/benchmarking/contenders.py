@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
 LEARNING_RATE, BETAS, EPSILON, MAX_GRAD_NORM = 1e-4, (0.9, 0.95), 1e-8, 2.0
@@ -19,22 +20,15 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 @dataclass(frozen=True)
 class Work:
-    """What a contender does.
+    """What a contender does; `data` is a .npz with `lengths` int64 [conversations], `input_ids` int32 [tokens] and
+    `scored` bool [tokens] of all of them, one after the other."""
 
-    Attributes:
-        config: arguments of GPTNeoXConfig.
-        data: a .npz with `lengths` int64 [conversations], `input_ids` int32 [tokens] and `scored` bool [tokens] of all
-            of them, one after the other.
-        batch, accumulation: conversations a micro-batch, micro-batches a step.
-        warm_up: steps before the clock starts.
-    """
-
-    config: dict
+    config: dict  # arguments of GPTNeoXConfig
     data: str
-    batch: int
-    accumulation: int
+    batch: int  # conversations a micro-batch
+    accumulation: int  # micro-batches a step
     max_length: int
-    warm_up: int = 1
+    warm_up: int = 1  # steps before the clock starts
     dtype: str = "fp32"
     gradient_checkpointing: bool = False
 
@@ -151,13 +145,11 @@ def train_bare(values: dict) -> dict:
         scored_tokens, loss_of_step = sum(int(scored.sum()) for _, scored in step), 0.0
         for start in range(0, work.per_step, work.batch):
             micro_batch = step[start : start + work.batch]
-            shape = len(micro_batch), max(len(ids) for ids, _ in micro_batch)
-            ids, mask = torch.zeros((2, *shape), dtype=torch.int64)
-            labels = torch.full(shape, -100)
-            for row, (tokens, scored) in enumerate(micro_batch):
-                tokens = torch.from_numpy(tokens.astype(np.int64))
-                ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, 1
-                labels[row, : len(tokens)] = tokens.where(torch.from_numpy(scored), -100)
+            tokens = [torch.from_numpy(own.astype(np.int64)) for own, _ in micro_batch]
+            scored = [torch.from_numpy(own) for _, own in micro_batch]
+            labels = [own.where(is_target, -100) for own, is_target in zip(tokens, scored, strict=True)]
+            ids, mask = pad_sequence(tokens, True), pad_sequence([torch.ones_like(own) for own in tokens], True)
+            labels = pad_sequence(labels, True, padding_value=-100)
             ids, mask, labels = (tensor.to(DEVICE) for tensor in (ids, mask, labels))
             with torch.autocast(DEVICE.type, half, enabled=half is not None):
                 loss = model(
@@ -185,9 +177,12 @@ def train_trl(values: dict, padding_free: bool) -> dict:
     from trl import SFTConfig, SFTTrainer
 
     work, gpu = Work(**values), torch.cuda.is_available()
-    shared = work.settings()
+    given = work.settings() | {"bf16": work.dtype == "bf16", "fp16": work.dtype == "fp16", "padding_free": padding_free}
     if padding_free:
-        shared["max_length"] = None  # they are cut already, which it asks to be told
+        given["max_length"] = None  # they are cut already, which it asks to be told
+    given |= {"num_train_epochs": 1, "train_sampling_strategy": "sequential", "lr_scheduler_type": "constant"}
+    given |= {"use_cpu": not gpu, "dataloader_pin_memory": gpu}
+    given |= {"logging_steps": 1, "save_strategy": "no", "report_to": [], "disable_tqdm": True}
     model = _model(work)
     if gpu and is_flash_attn_2_available():
         model.set_attn_implementation("flash_attention_2")
@@ -205,22 +200,7 @@ def train_trl(values: dict, padding_free: bool) -> dict:
 
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = AutoTokenizer.from_pretrained(Path(__file__).parents[2] / "recipes" / "demo_data" / "model")
-        arguments = SFTConfig(
-            output_dir=folder,
-            num_train_epochs=1,
-            padding_free=padding_free,
-            train_sampling_strategy="sequential",
-            lr_scheduler_type="constant",
-            bf16=work.dtype == "bf16",
-            fp16=work.dtype == "fp16",
-            use_cpu=not gpu,
-            dataloader_pin_memory=gpu,
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            **shared,
-        )
+        arguments = SFTConfig(output_dir=folder, **given)
         data = Dataset.from_list(rows)
         trainer = SFTTrainer(model, arguments, train_dataset=data, processing_class=tokenizer, callbacks=[Ends()])
         trainer.train()

@@ -17,51 +17,39 @@ LOCAL_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 
 
 def source_files(name: str, recipe: Recipe, download: bool = True) -> list[Path] | None:
-    """The files of a data set of the recipe's mix; None where they are not here and `download` is off.
-
-    Raises:
-        UserError: as `find_data_file`.
-    """
-    options, find = recipe.datasets.chosen()[name], find_data_file if download else locate_data_file
+    """`find_data_file` for a data set of the recipe's mix."""
+    options = recipe.datasets.chosen()[name]
     hub = find_source(name, options).hub
-    return find(name, options.input_file_path, recipe.cache_dir, options.revision, hub)
+    return find_data_file(name, options.input_file_path, recipe.cache_dir, options.revision, hub, download)
 
 
 def find_data_file(
-    dataset: str, input_file_path: str | None, cache_dir: Path, revision: str | None, hub: HubSource
-) -> list[Path]:
+    dataset: str, given: str | None, cache_dir: Path, revision: str | None, hub: HubSource, download: bool = True
+) -> list[Path] | None:
     """The files of a data set: a local one, or downloaded to the hub's default cache folder (works offline from it).
 
     A file named in the recipe is looked up as given (relative to the working directory), under `cache_dir`, then under
     that name in the hub repository. Without one: `cache_dir/<default file>`, `cache_dir/<dataset>.jsonl` and the other
     endings of `LOCAL_SUFFIXES`, then the default files of the hub repository.
 
-    Returns: one or more existing paths, sorted; only hub data in several parts has more than one.
+    Returns: one or more existing paths, sorted; only hub data in several parts has more than one. With `download` off
+        the network is left alone: None where the files are neither here nor in the hub's cache.
     Raises: UserError naming the data set, what was looked for and each place.
     """
-    local = local_candidates(dataset, input_file_path, cache_dir, hub)
+    local = local_candidates(dataset, given, cache_dir, hub)
     if found := next((path for path in local if os.path.isfile(path)), None):
         return [found]
     places = list(map(str, local))
-    if patterns := hub_patterns(input_file_path, hub):
-        files, problem = fetch_from_hub(hub.repo, patterns, revision, local_only=False)
+    if patterns := hub_patterns(given, hub):
+        files, problem = fetch_from_hub(hub.repo, patterns, revision, local_only=not download)
         if files:
             return files
         places.append(f"the hub's {hub.repo}" + (f" at revision {revision}" if revision else "") + f" ({problem})")
-    wanted = input_file_path or " or ".join(hub.files)
+    if not download:
+        return None
+    wanted = given or " or ".join(hub.files)
     hint = f"; {hub.hint}" if hub.hint else ""
     raise UserError(f"data set {dataset}: {wanted} not found; looked at {', '.join(places)}{hint}")
-
-
-def locate_data_file(
-    dataset: str, input_file_path: str | None, cache_dir: Path, revision: str | None, hub: HubSource
-) -> list[Path] | None:
-    """`find_data_file` without the network: the local or already cached paths, or None when a download is needed."""
-    for path in local_candidates(dataset, input_file_path, cache_dir, hub):
-        if os.path.isfile(path):
-            return [path]
-    patterns = hub_patterns(input_file_path, hub)
-    return (fetch_from_hub(hub.repo, patterns, revision, local_only=True)[0] or None) if patterns else None
 
 
 def local_candidates(dataset: str, input_file_path: str | None, cache_dir: Path, hub: HubSource) -> list[Path]:

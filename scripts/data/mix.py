@@ -15,7 +15,6 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,13 +32,14 @@ from data.reading import TRAIN, VALIDATION, Reading
 from data.text_encoder import TextEncoder, fast_text_encoder
 from recipe.keys import Recipe
 from sources.registry import SOURCES
-from sources.source import Conversation, DatasetOptions, keys_that_change
+from sources.source import Conversation, keys_that_change
 from utils.errors import UserError
 from utils.files import read_json
 
 ROOM = Path(__file__).parent
 ROWS_AT_A_TIME = 1000
 CHARACTERS_AT_A_TIME = 2**29  # of up to 4 bytes, since Arrow's texts lie at offsets of 32 bits
+ENCODING_KEYS = {"label_masking", "use_system_tag", "system_property_dropout", "system_add_length"}
 SCHEMA = pa.schema(
     {
         "messages": pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})),
@@ -120,20 +120,19 @@ def prepare_mix(recipe: Recipe, tokenizer) -> Mix:
     root = prepared_folder(recipe)
     tokenizer_json = tokenizer.backend_tokenizer.to_str().encode()
     paths, folders = {}, {}
-    chosen = recipe.datasets.chosen()
-    for name, options in chosen.items():
+    for name in recipe.datasets.chosen():
         paths[name] = source_files(name, recipe)
-        key = _cache_key(name, options, paths[name], recipe, tokenizer.eos_token, tokenizer_json)
+        key = _cache_key(name, paths[name], recipe, tokenizer.eos_token, tokenizer_json)
         folders[name] = root / f"{name}-{key}"
 
-    missing = [name for name in chosen if not folders[name].exists()]
+    missing = [name for name in folders if not folders[name].exists()]
     missing.sort(key=lambda name: sum(path.stat().st_size for path in paths[name]), reverse=True)
     with ThreadPoolExecutor(1) as thread:  # loads the encoder while the first data set, the largest, is read
         loading = thread.submit(fast_text_encoder, tokenizer) if missing else None
         for name in missing:
             with FileLock(f"{folders[name]}.lock"):
                 if not folders[name].exists():
-                    _prepare(folders[name], name, chosen[name], paths[name], recipe, tokenizer, loading)
+                    _prepare(folders[name], name, paths[name], recipe, tokenizer, loading)
 
     tables, codes, reports = [], [], {}
     for name, folder in folders.items():
@@ -158,19 +157,17 @@ def prepared_folder(recipe: Recipe) -> Path:
     return folder
 
 
-def _cache_key(
-    name: str, options: DatasetOptions, paths: list[Path], recipe: Recipe, eos: str, tokenizer_json: bytes
-) -> str:
+def _cache_key(name: str, paths: list[Path], recipe: Recipe, eos: str, tokenizer_json: bytes) -> str:
     """A hash of all that the prepared data depend on: files, tokenizer, rules and the code that applies them."""
     digest = hashlib.blake2b(digest_size=10)
     for path in [*paths, *code_files(name)]:
         try:
             with open(path, "rb") as file:
-                while block := file.read(2**20):
-                    digest.update(block)
+                digest.update(hashlib.file_digest(file, "blake2b").digest())
         except OSError as error:
             raise UserError(f"data set {name}: {path}: cannot read this file: {error.strerror}") from error
     digest.update(tokenizer_json)
+    options = recipe.datasets.chosen()[name]
     rules = {
         "dataset": name,
         "eos": eos,
@@ -189,16 +186,10 @@ def code_files(name: str) -> list[Path]:
 
 
 def _prepare(
-    folder: Path,
-    name: str,
-    options: DatasetOptions,
-    paths: list[Path],
-    recipe: Recipe,
-    tokenizer,
-    loading: Future[TextEncoder],
+    folder: Path, name: str, paths: list[Path], recipe: Recipe, tokenizer, loading: Future[TextEncoder]
 ) -> None:
     """Read, tokenize and split one data set into `folder`, which appears only when it is whole; under its lock."""
-    source = Reading(name, options, paths, recipe.rng_seed)
+    source = Reading(name, recipe.datasets.chosen()[name], paths, recipe.rng_seed)
     work = folder.with_name(f".{folder.name}")
     shutil.rmtree(work, ignore_errors=True)  # left by a run that was killed, since the lock is ours
     work.mkdir()
@@ -208,7 +199,15 @@ def _prepare(
     try:
         with pa.ipc.new_stream(work / "examples.arrow", SCHEMA) as writer:
             conversations, again = itertools.tee(source)  # encode reads ahead by one batch
-            examples = zip(conversations, _encode(again, recipe, tokenizer, loading), strict=True)
+            encoded = encode(
+                tokenizer,
+                again,
+                **recipe.model_dump(include=ENCODING_KEYS),
+                seed=recipe.rng_seed,
+                batch_size=ROWS_AT_A_TIME,
+                encode_texts=lambda texts: loading.result()(texts),
+            )
+            examples = zip(conversations, encoded, strict=True)
             while batch := list(itertools.islice(examples, ROWS_AT_A_TIME)):
                 teaches = [bool(scored.any()) for _, (_, scored) in batch]
                 batch = list(itertools.compress(batch, teaches))
@@ -244,52 +243,32 @@ def _prepare(
     )
 
 
-def _encode(
-    conversations: Iterable[Conversation], recipe: Recipe, tokenizer, loading: Future[TextEncoder]
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    return encode(
-        tokenizer,
-        conversations,
-        label_masking=recipe.label_masking,
-        use_system_tag=recipe.use_system_tag,
-        system_property_dropout=recipe.system_property_dropout,
-        system_add_length=recipe.system_add_length,
-        seed=recipe.rng_seed,
-        batch_size=ROWS_AT_A_TIME,
-        encode_texts=lambda texts: loading.result()(texts),
-    )
-
-
 def _record_batch(examples: list[tuple[Conversation, tuple[np.ndarray, np.ndarray]]]) -> pa.RecordBatch:
     """Rows of SCHEMA from conversations and what they were encoded to."""
     messages = [message for conversation, _ in examples for message in conversation.messages]
     fields = [texts([message.role for message in messages]), texts([message.content for message in messages])]
-    per_row = starts_of([len(conversation.messages) for conversation, _ in examples], np.int32)
+    turns = pa.StructArray.from_arrays(fields, fields=list(SCHEMA.field("messages").type.value_type))
+    per_row = numbers(starts_of([len(conversation.messages) for conversation, _ in examples], np.int32))
     lengths = [len(ids) for _, (ids, _) in examples]
     starts = numbers(starts_of(lengths, np.int64))
     input_ids, scored = (np.concatenate(parts) for parts in zip(*(encoded for _, encoded in examples), strict=True))
-    columns = {
-        "messages": pa.ListArray.from_arrays(
-            numbers(per_row),
-            pa.StructArray.from_arrays(fields, fields=list(SCHEMA.field("messages").type.value_type)),
-        ),
-        "input_ids": pa.LargeListArray.from_arrays(starts, numbers(input_ids)),
-        "scored": pa.LargeListArray.from_arrays(starts, numbers(scored)),
-        "length": numbers(np.array(lengths)),
-        "targets": numbers(np.array([int(np.count_nonzero(scored)) for _, (_, scored) in examples])),
-    }
-    return pa.record_batch(list(columns.values()), schema=SCHEMA)
+    columns = [
+        pa.ListArray.from_arrays(per_row, turns),
+        pa.LargeListArray.from_arrays(starts, numbers(input_ids)),
+        pa.LargeListArray.from_arrays(starts, numbers(scored)),
+        numbers(np.array(lengths)),
+        numbers(np.array([int(np.count_nonzero(scored)) for _, (_, scored) in examples])),
+    ]
+    return pa.record_batch(columns, schema=SCHEMA)
 
 
 def _split(tables: list[pa.Table], codes: list[np.ndarray], which: int) -> Split:
     positions = [np.flatnonzero(own == which) for own in codes]
     dataset = np.repeat(np.arange(len(tables)), [len(own) for own in positions])
     lengths, targets = (
-        np.concatenate([_column(table[column])[own] for table, own in zip(tables, positions, strict=True)])
-        for column in ("length", "targets")
+        np.concatenate(
+            [integers(table[name].combine_chunks())[own] for table, own in zip(tables, positions, strict=True)]
+        )
+        for name in ("length", "targets")
     )
     return Split(dataset, np.concatenate(positions), lengths, targets, tables)
-
-
-def _column(column: pa.ChunkedArray) -> np.ndarray:
-    return np.concatenate([np.empty(0, dtype=np.int64), *map(integers, column.chunks)])

@@ -124,7 +124,8 @@ class Reading:
 
 def _validation_places(split: str, count: int, val_split: float) -> np.ndarray:
     """Which of `count` units are held out; a share that rounds to nothing or everything holds out none or all."""
-    if count == 0 or val_split == 0:
+    fewest = 1 if split == "random_split" else 2  # scikit-learn holds out one of one and refuses to train on none
+    if count < fewest or val_split == 0:
         return np.empty(0, dtype=np.int64)
     if split == "random_split":
         import torch
@@ -133,7 +134,5 @@ def _validation_places(split: str, count: int, val_split: float) -> np.ndarray:
         sizes = [1.0 - val_split, val_split]
         held_out = torch.utils.data.random_split(range(count), sizes, generator=generator)[1].indices
         return np.array(held_out, dtype=np.int64)
-    if count == 1:
-        return np.empty(0, dtype=np.int64)  # scikit-learn holds out one of one and then refuses to train on none
     # What scikit-learn's train_test_split(shuffle=True) draws, without the second that importing it takes.
     return np.random.RandomState(SKLEARN_SEED).permutation(count)[: math.ceil(count * val_split)]

@@ -35,7 +35,7 @@ def read_records(path: Path, skip: Callable[[UserError], None] | None = None) ->
     """
     path = Path(path)
     number, whole = 0, False
-    problem: UserError | None = None  # the last one
+    problem = ended = None  # the last one that was skipped; what ended the reading
     try:
         for number, record in _read_parquet(path) if path.suffix == ".parquet" else _read_text(path):
             if isinstance(record, dict):
@@ -48,7 +48,6 @@ def read_records(path: Path, skip: Callable[[UserError], None] | None = None) ->
                 raise record
             problem = record
             skip(problem)
-        ended = None
     except EOFError:
         ended = UserError(f"{path}: cut off: the gzip data ends in the middle, after record {number}")
     except (gzip.BadGzipFile, zlib.error) as error:  # never skipped: it may have garbled what was read before it showed

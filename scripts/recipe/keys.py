@@ -18,15 +18,7 @@ from pydantic import ConfigDict, Field, create_model, model_validator
 
 from sources.messages import MessagesOptions
 from sources.registry import SOURCES
-from sources.source import (
-    DatasetOptions,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveInt,
-    Schema,
-    WholeNumber,
-    key,
-)
+from sources.source import DatasetOptions, NonNegativeFloat, NonNegativeInt, PositiveInt, Schema, WholeNumber, key
 
 DATASET_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")  # part of a folder's name, of metrics and of options
 
@@ -156,9 +148,7 @@ class Recipe(Schema):
     per_device_eval_batch_size: PositiveInt = key(2, "the same in evaluation", "")
     gradient_accumulation_steps: PositiveInt = key(32, "micro-batches per process and optimizer step", "step")
     global_batch_size: PositiveInt | None = key(
-        None,
-        "conversations a step over all processes: accumulation follows; null: the product of the three",
-        "step",
+        None, "conversations a step over all processes: accumulation follows; null: the product of the three", "step"
     )
     learning_rate: float = key(1e-5, "peak rate, reached after warm-up", ge=0, le=1)
     warmup_steps: NonNegativeInt = key(600, "optimizer steps of warm-up, along DeepSpeed's logarithm")
@@ -178,10 +168,7 @@ class Recipe(Schema):
         10, "stop after so many steps in a row whose loss or gradient was no finite number; each is left out", ""
     )
     resume_from_checkpoint: str = key(
-        "auto",
-        "auto: output_dir's newest whole checkpoint, if any; never; or a checkpoint's folder",
-        "",
-        min_length=1,
+        "auto", "auto: output_dir's newest whole checkpoint, if any; never; or a checkpoint's folder", "", min_length=1
     )
 
     output_dir: Path = key(..., "folder of the run: checkpoints, metrics, final model", "")

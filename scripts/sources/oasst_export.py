@@ -8,7 +8,6 @@ message. A last prompt without an answer is left out.
 import difflib
 from collections import Counter
 from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
 from pydantic import field_validator
@@ -51,16 +50,11 @@ def read_oasst(record: Record, options: Any, dropped: Counter, rng_seed: int) ->
         dropped["tree not ready for export"] += 1
     elif not prompt.get("review_result"):
         dropped["tree whose prompt was not accepted in review"] += 1
-    elif record.inside(prompt, "prompt", "lang") not in _languages(options.lang):
+    elif record.inside(prompt, "prompt", "lang") not in map(str.strip, options.lang.split(",")):
         dropped["tree in another language"] += 1
     else:
         return [Conversation(thread) for thread in _threads(record, [prompt], [], options.top_k, dropped)]
     return None
-
-
-@cache
-def _languages(lang: str) -> frozenset[str]:
-    return frozenset(code.strip() for code in lang.split(","))
 
 
 def _threads(

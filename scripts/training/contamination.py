@@ -26,11 +26,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data.files import find_data_file, locate_data_file
+from data.files import find_data_file
 from data.mix import Mix, Split
 from data.records import read_records
 from recipe.keys import Recipe
-from sources.source import HubSource, required_field
+from sources.source import HubSource, Record
 from utils.errors import UserError
 from utils.launch import say
 
@@ -49,11 +49,11 @@ BENCHMARKS = {"gsm8k_test": (HubSource("openai/gsm8k", ("main/test-*.parquet",))
 
 def load_benchmark(name: str, cache_dir: Path, download: bool = True) -> list[str] | str:
     """A benchmark's questions, or one line that says why they are not to be had (missing, unreachable, damaged)."""
-    (hub, field), find = BENCHMARKS[name], find_data_file if download else locate_data_file
+    hub, field = BENCHMARKS[name]
     questions = []
     try:
-        for path in find(name, None, cache_dir, None, hub) or []:
-            questions += [required_field(record, field, str, path, number) for number, record in read_records(path)]
+        for path in find_data_file(name, None, cache_dir, None, hub, download) or []:
+            questions += [Record(values, path, number, number).get(field) for number, values in read_records(path)]
     except UserError as error:
         return str(error)
     return questions or f"{name} is not on this machine"

@@ -19,10 +19,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data import records
-from data.files import find_data_file, locate_data_file
+from data.files import find_data_file
 from data.records import read_records
 from sources.registry import SOURCES, find_source
-from sources.source import HubSource, required_field
+from sources.source import HubSource, Record
 from utils.errors import UserError
 
 HUB = HubSource("someone/some-data", ("train.json", "data/train-*.parquet"), hint="try the twin")
@@ -235,18 +235,20 @@ def test_missing_file_and_folder(tmp_path):
 # ---- Fields ----
 
 
-def test_required_field():
-    record, where = {"a": "x", "b": None, "c": 1, "d": "\ud83d"}, ("file.jsonl", 7)
-    assert required_field(record, "a", str, *where) == "x"
-    assert required_field(record, "b", str, *where, nullable=True) is None
+def test_fields():
+    record = Record({"a": "x", "b": None, "c": 1, "d": "\ud83d"}, "file.jsonl", 7, 7)
+    assert record.get("a") == "x"
+    assert record.get("b", nullable=True) is None
     with refuse("file.jsonl", "record 7", "no field 'in.e'", "a, b, c, d"):
-        required_field(record, "e", str, *where, inside="in")
+        record.inside(record.values, "in", "e")
+    with refuse("file.jsonl", "record 7", "an entry of 'in' is not an object"):
+        record.inside(["e"], "in", "e")
     with refuse("file.jsonl", "record 7", "'b' is null, not a string"):
-        required_field(record, "b", str, *where)
+        record.get("b")
     with refuse("'c' is a number, not a list"):
-        required_field(record, "c", list, *where)
+        record.get("c", list)
     with refuse("'d'", "surrogate"):
-        required_field(record, "d", str, *where)
+        record.get("d")
 
 
 # ---- Finding ----
@@ -314,19 +316,19 @@ def test_nothing_found(tmp_path, hub):
 
 def test_locate_stays_off_the_network(tmp_path, hub):
     hub.down = True
-    assert locate_data_file("d", None, tmp_path, None, HUB) is None
-    assert locate_data_file("d", "/nowhere/x", tmp_path, None, HUB) is None
+    assert find_data_file("d", None, tmp_path, None, HUB, download=False) is None
+    assert find_data_file("d", "/nowhere/x", tmp_path, None, HUB, download=False) is None
     assert all(local_only for *_, local_only in hub.calls)
     hub.down, hub.files = False, ["train.json"]
-    assert locate_data_file("d", None, tmp_path, None, HUB) == [tmp_path / "hub/train.json"]
+    assert find_data_file("d", None, tmp_path, None, HUB, download=False) == [tmp_path / "hub/train.json"]
     path = write(tmp_path / "d.json", "[]")
-    assert locate_data_file("d", None, tmp_path, None, HUB) == [path]
+    assert find_data_file("d", None, tmp_path, None, HUB, download=False) == [path]
 
 
 def test_no_repository_no_hub(tmp_path, hub):
     with refuse("data set d", "x.jsonl not found"):
         find_data_file("d", "x.jsonl", tmp_path, None, HubSource(None, ()))
-    assert locate_data_file("d", "x.jsonl", tmp_path, None, HubSource(None, ())) is None
+    assert find_data_file("d", "x.jsonl", tmp_path, None, HubSource(None, ()), download=False) is None
     assert not hub.calls
 
 
@@ -338,14 +340,14 @@ import json, sys
 sys.path.insert(0, "scripts")
 from pathlib import Path
 from types import SimpleNamespace
-from data.files import find_data_file, locate_data_file
+from data.files import find_data_file
 from utils.errors import UserError
 from sources.registry import find_source
 for name, hub_name, files, path, revision in json.load(sys.stdin):
     hub = find_source(name, SimpleNamespace(hub_name=hub_name, files=files)).hub
     try:
         found = find_data_file(name, path, Path("none"), revision, hub)
-        assert locate_data_file(name, path, Path("none"), revision, hub) == found
+        assert find_data_file(name, path, Path("none"), revision, hub, download=False) == found
         print(json.dumps([str(path) for path in found]))
     except UserError as error:
         print(json.dumps(str(error)))

@@ -11,6 +11,7 @@ import platform
 import re
 import subprocess
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +59,14 @@ def start_record(recipe: Recipe, mix: Mix, num_processes: int, dtype: torch.dtyp
     Call it where the data are prepared and the Accelerator is not built yet: DeepSpeed and Accelerate then change the
     launcher's variables. The hardware is this machine's, the first of several.
     """
+    # Of all environment variables, what the launcher said is all that is recorded.
+    variables = sorted(os.environ.items())
+    launcher = {name: value for name, value in variables if re.match(r"ACCELERATE_|(LOCAL_)?WORLD_SIZE$", name)}
     record = {
         "format": FORMAT,
         "status": "running",
         "started": utc_now(),
-        "command": {"folder": os.getcwd(), "launcher": _launcher()},
+        "command": {"folder": os.getcwd(), "launcher": launcher},
         "recipe": yaml.safe_load(recipe.to_yaml()),
         "data": {name: _describe_data(name, index, recipe, mix) for index, name in enumerate(mix.names)},
         "model": _describe_model(recipe.model_name),
@@ -74,12 +78,6 @@ def start_record(recipe: Recipe, mix: Mix, num_processes: int, dtype: torch.dtyp
         "hardware": _describe_hardware(),
     }
     return redact(record)
-
-
-def _launcher() -> dict[str, str]:
-    """What the launcher said, of all environment variables the only ones that are recorded."""
-    environment = sorted(os.environ.items())
-    return {name: value for name, value in environment if re.match(r"ACCELERATE_|(LOCAL_)?WORLD_SIZE$", name)}
 
 
 def _describe_data(name: str, index: int, recipe: Recipe, mix: Mix) -> dict[str, Any]:
@@ -113,10 +111,8 @@ def _versions() -> dict[str, str]:
     """Of the packages that are installed, Python and the CUDA that torch was built for."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return versions | ({"CUDA": torch.version.cuda} if torch.version.cuda else {})
 
 
@@ -143,21 +139,16 @@ def describe_git(folder: Path) -> dict[str, Any] | None:
 def _describe_hardware() -> dict[str, Any]:
     affinity = getattr(os, "sched_getaffinity", None)  # what taskset or a container leaves; Linux only
     gpus = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count() if has_gpu() else 0)]
+    cpu = None
+    with suppress(OSError):
+        cpu = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), flags=re.MULTILINE)
     return {
         "platform": platform.platform(),
-        "CPU": _cpu_model(),
+        "CPU": cpu[1] if cpu else platform.processor() or platform.machine(),
         "cores": len(affinity(0)) if affinity else os.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
         "GPUs": [f"{gpu.name}, {gpu.total_memory / 2**30:.1f} GiB" for gpu in gpus],
     }
-
-
-def _cpu_model() -> str:
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), flags=re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 def differences(record: dict[str, Any], now: dict[str, Any]) -> list[str]:

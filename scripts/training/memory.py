@@ -85,12 +85,7 @@ def estimate_memory(
 
 
 def _activations_per_token(
-    recipe: Recipe,
-    config: PretrainedConfig,
-    num_parameters: int,
-    zero: dict[str, Any] | None,
-    element: int,
-    length: int,
+    recipe: Recipe, config: PretrainedConfig, num_parameters: int, zero: dict | None, element: int, length: int
 ) -> int:
     """Bytes that the backward pass needs of each token of a micro-batch, and those of its own work in one layer."""
     text = config.get_text_config()

@@ -91,7 +91,13 @@ def load_config(recipe: Recipe) -> PretrainedConfig:
         # Saved with the checkpoint, so that it is used as it was trained.
         config.hidden_act = "gelu_pytorch_tanh"
     choose_attention(recipe, config)
-    _check_weight_files(recipe)
+    # The headers of a folder's safetensors say how long each file has to be.
+    for path in [] if recipe.from_scratch else sorted(Path(recipe.model_name).glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"model_name = {recipe.model_name}: {path}: cut off or damaged: {error}") from error
     return config
 
 
@@ -147,7 +153,10 @@ def ready_for_training(model: PreTrainedModel, recipe: Recipe) -> PreTrainedMode
     attention, reasons = choose_attention(recipe, model.config)
     name = "sdpa_by_conversation" if attention == "sdpa" and recipe.padding_free else attention
     if name != "sdpa" or recipe.attn_implementation:  # else a model without SDPA keeps what it has
-        _set_attention(model, name)
+        try:
+            model.set_attn_implementation(name)
+        except (ValueError, ImportError) as error:
+            raise UserError(f"attention: this model cannot use {name}: {reason(error)}") from error
     say(f"attention: {'; '.join([model.config._attn_implementation, *reasons])}")
     if recipe.gradient_checkpointing:
         # The non-reentrant kind, which DDP needs.
@@ -160,26 +169,9 @@ def ready_for_training(model: PreTrainedModel, recipe: Recipe) -> PreTrainedMode
     return model
 
 
-def _set_attention(model: PreTrainedModel, name: str) -> None:
-    try:
-        model.set_attn_implementation(name)
-    except (ValueError, ImportError) as error:
-        raise UserError(f"attention: this model cannot use {name}: {reason(error)}") from error
-
-
-def _check_weight_files(recipe: Recipe) -> None:
-    """Read the headers of a folder's safetensors, which say how long each file has to be."""
-    for path in [] if recipe.from_scratch else sorted(Path(recipe.model_name).glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"model_name = {recipe.model_name}: {path}: cut off or damaged: {error}") from error
-
-
 def _load(auto_class, recipe: Recipe, **kwargs):
-    who = f"model_name = {recipe.model_name}"
-    return load_pretrained(auto_class, recipe.model_name, who, recipe.trust_remote_code, **kwargs)
+    name, who = recipe.model_name, f"model_name = {recipe.model_name}"
+    return load_pretrained(auto_class, name, who, trust_remote_code=recipe.trust_remote_code, **kwargs)
 
 
 @torch.no_grad()
@@ -218,11 +210,8 @@ def check_padding_free(model: PreTrainedModel, name: str) -> None:
 
     try:
         model.set_attn_implementation("sdpa_by_conversation")  # all that runs on the CPU, where the model still is
-        alone, together, beside_another = (
-            hidden_states(second),
-            hidden_states(first, second),
-            hidden_states(first.flip(0), second),
-        )
+        alone, together = hidden_states(second), hidden_states(first, second)
+        beside_another = hidden_states(first.flip(0), second)
     except (AttributeError, TypeError, RuntimeError, ValueError) as error:
         raise UserError(
             f"model_name = {name}: it takes no padding-free batches ({reason(error)}): give padding_free: false"

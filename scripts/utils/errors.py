@@ -16,39 +16,35 @@ def one_line_errors():
 
     Before the processes have met, those of one machine fail alike (a bad recipe, a broken file), so the first speaks.
     """
+    rank, line, status = int(os.environ.get("RANK", 0)), "", 2
     try:
-        try:
-            yield
-        except OSError as error:  # wherever it came up; whoever can say more has made a UserError of it
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-                raise
-            raise UserError(f"cannot write: {error}") from error
-    except UserError as error:
-        rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+        yield
+        return
+    except (UserError, OSError) as error:
+        cannot_write = isinstance(
+            error, OSError
+        )  # wherever it came up; whoever can say more has made a UserError of it
+        if cannot_write and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
         torch = sys.modules.get("torch")  # not imported here, since --help must not wait for it
-        if local_rank == 0 or (torch and torch.distributed.is_initialized()):
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0 or (torch and torch.distributed.is_initialized()):
             where = f" (process {rank})" if rank else ""
             message = " ".join(str(error).split())  # one line, whatever a file name or a value holds
-            line = f"error{where}: {message}\n"
-            if tqdm := sys.modules.get("tqdm"):
-                tqdm.tqdm.write(line, file=sys.stderr, end="")  # not behind a progress bar
-            else:
-                sys.stderr.write(line)
-            sys.stderr.flush()
-        # Without a traceback and without waiting for the other processes, which may stand in a collective.
-        sys.stdout.flush()
-        raise SystemExit(2) from None
+            line = f"error{where}: {'cannot write: ' * cannot_write}{message}"
     except KeyboardInterrupt:  # sft.py, which has something to save, hears the signal itself
-        print("\ninterrupted", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        raise SystemExit(128 + 2) from None
+        line, status = "\ninterrupted", 128 + 2
     except RuntimeError as error:
         # In gloo's words: another process is gone. It has said why itself, or the launcher does.
         if "Connection closed by peer" not in str(error) and "Connection reset by peer" not in str(error):
             raise
-        print(f"process {os.environ.get('RANK', 0)} ends, since another one has", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        raise SystemExit(2) from None
+        line = f"process {rank} ends, since another one has"
+    if line:
+        write = sys.modules["tqdm"].tqdm.write if "tqdm" in sys.modules else print  # not behind a progress bar
+        write(line, file=sys.stderr)
+    sys.stderr.flush()
+    sys.stdout.flush()
+    # Without a traceback and without waiting for the other processes, which may stand in a collective.
+    raise SystemExit(status)
 
 
 def reason(error: Exception) -> str:

@@ -28,8 +28,6 @@ CHAT_TOKENS = ("<|prompter|>", "<|assistant|>", "<|system|>", "<|prefix_begin|>"
 PROMPTER, ASSISTANT, SYSTEM = CHAT_TOKENS[:3]
 ROLE_TOKENS = {"user": PROMPTER, "assistant": ASSISTANT, "system": SYSTEM}
 
-NO_TOKENS = np.empty(0, dtype=np.int32)
-
 # {% generation %} marks what the model writes, for return_assistant_tokens_mask. (transformers 5.23 loses that mask
 # from a reply on that starts with a blank, as GPT-NeoX's offsets leave blanks out; `encode` does not use it.)
 CHAT_TEMPLATE = (
@@ -107,7 +105,6 @@ def encode(
         seed: of the tags' order and dropout; these depend on it and the place of a conversation in `conversations`.
         batch_size: conversations whose texts are encoded at once.
         encode_texts: the tokenizer's `fast_text_encoder`, worth loading for many conversations; else its own is used.
-
     Yields: (input_ids: int32 (length,), scored: bool (length,)) for each conversation, in order.
     Raises: UserError for a role that is unknown, or system anywhere but first.
     """
@@ -126,7 +123,7 @@ def encode(
         texts = list(dict.fromkeys(text for conversation in turns for _, text, _ in conversation))
         ids_of = dict(zip(texts, encode_texts(texts), strict=True))
         for conversation in turns:
-            parts, length = [NO_TOKENS], 0
+            parts, length = [np.empty(0, dtype=np.int32)], 0
             spans, after_scored = [], False  # [start, end) of what is scored
             for role, text, train in conversation:
                 if after_scored and role == "user":

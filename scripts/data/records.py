@@ -33,7 +33,6 @@ def read_records(path: Path, skip: Callable[[UserError], None] | None = None) ->
     Raises: UserError when the file is missing, empty, cut off, not UTF-8, not JSON, or holds anything but objects; with
         `skip` only when it cannot be read, is damaged gzip, or no record is whole.
     """
-    path = Path(path)
     number, whole = 0, False
     problem = ended = None  # the last one that was skipped; what ended the reading
     try:
@@ -96,7 +95,7 @@ def _read_text(path: Path) -> Iterator[tuple[int, Any]]:
             if not (chunk := file.read1(4096)):
                 raise UserError(f"{path}: the file is empty")
             first = chunk.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
-    with _open(path) as file:
+        file.seek(0)
         yield from _read_array(path, file) if first == b"[" else _read_lines(path, file)
 
 

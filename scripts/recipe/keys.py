@@ -72,13 +72,9 @@ class _Mix(Schema):
                 mix[name] = {"source": "messages", **options}
             elif isinstance(options, Mapping) and "source" in options and not DATASET_NAME.fullmatch(name):
                 raise ValueError(f"{name!r} is no name for a data set: use letters, digits, _ and -")
-        return mix
-
-    @model_validator(mode="after")
-    def _not_empty(self):
-        if not self.chosen():
+        if not mix:
             raise ValueError("the mix is empty: list at least one data set")
-        return self
+        return mix
 
     def chosen(self) -> dict[str, DatasetOptions]:
         """The data sets of the mix, in the order of SOURCES, those of other names after them in the recipe's."""
@@ -208,10 +204,6 @@ class Recipe(Schema):
             raise ValueError(
                 "torch_compile: true compiles nothing under gradient_checkpointing: true: give one of them"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _keep_the_base_model(self):
         if os.path.realpath(self.output_dir) == os.path.realpath(self.model_name):
             raise ValueError("output_dir is the folder of model_name: the run would overwrite its base model")
         return self

@@ -18,17 +18,19 @@ from utils.launch import num_processes, process_index, say, training_dtype
 
 
 def dry_run(recipe: Recipe, allow_changes: bool) -> None:
-    """Print the resolved recipe and what was found of all that it names.
-
-    Raises:
-        UserError: the run could not start.
-    """
+    """Print the resolved recipe and what was found of all that it names; UserError when the run could not start."""
     dtype = training_dtype(recipe.dtype)
     if process_index() == 0 and not is_finished(recipe):
         checkpoint = find_checkpoint(recipe, allow_changes)
         if checkpoint:
             say(f"would go on from {checkpoint.path}")
-        _refuse_unwritable(recipe)
+        # What claim_output_dir would run into, found without writing.
+        folder = recipe.output_dir
+        nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+        if not os.path.isdir(nearest) or not os.access(nearest, os.W_OK):
+            raise UserError(
+                f"output_dir = {folder}: cannot write there: {nearest} is not a folder that can be written to"
+            )
     say(recipe.to_yaml())
     for name, options in recipe.datasets.chosen().items():
         hub, paths = find_source(name, options).hub, source_files(name, recipe, download=False)
@@ -50,14 +52,6 @@ def dry_run(recipe: Recipe, allow_changes: bool) -> None:
         fill_config(*found, recipe, total_steps=recipe.max_steps, dtype=dtype)
         say(f"{found[1]}: agrees with the recipe")
     say(f"{describe_step(recipe, num_processes())} with {num_processes()} processes")
-
-
-def _refuse_unwritable(recipe: Recipe) -> None:
-    """What claim_output_dir would run into, found without writing."""
-    folder = recipe.output_dir
-    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-    if not os.path.isdir(nearest) or not os.access(nearest, os.W_OK):
-        raise UserError(f"output_dir = {folder}: cannot write there: {nearest} is not a folder that can be written to")
 
 
 def _describe_model(recipe: Recipe) -> str:

@@ -44,8 +44,7 @@ DATA_CONTENT = re.compile(r"data set \S+ fingerprint: ")
 def begin_record(path: Path, recipe: Recipe, mix: Mix, dtype: torch.dtype, earlier: Path | None) -> None:
     """Write the record of a run that is about to start, after saying what differs from an earlier one's.
 
-    Raises:
-        UserError: the earlier one cannot be read, or this one not be written.
+    Raises: UserError when the earlier one cannot be read, or this one not be written.
     """
     record = start_record(recipe, mix, num_processes(), dtype)
     for line in differences(read_record(earlier), record) if earlier else []:
@@ -62,6 +61,8 @@ def start_record(recipe: Recipe, mix: Mix, num_processes: int, dtype: torch.dtyp
     # Of all environment variables, what the launcher said is all that is recorded.
     variables = sorted(os.environ.items())
     launcher = {name: value for name, value in variables if re.match(r"ACCELERATE_|(LOCAL_)?WORLD_SIZE$", name)}
+    # The DeepSpeed file that counts, the accelerate config's before the recipe's.
+    deepspeed = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE") if launcher_plugin() else recipe.deepspeed_config
     record = {
         "format": FORMAT,
         "status": "running",
@@ -70,7 +71,7 @@ def start_record(recipe: Recipe, mix: Mix, num_processes: int, dtype: torch.dtyp
         "recipe": yaml.safe_load(recipe.to_yaml()),
         "data": {name: _describe_data(name, index, recipe, mix) for index, name in enumerate(mix.names)},
         "model": _describe_model(recipe.model_name),
-        "deepspeed_config": _describe_deepspeed_config(recipe),
+        "deepspeed_config": fingerprint(Path(deepspeed)) if deepspeed and os.path.isfile(deepspeed) else None,
         "dtype": str(dtype).removeprefix("torch."),
         "num_processes": num_processes,
         "packages": _versions(),
@@ -82,12 +83,10 @@ def start_record(recipe: Recipe, mix: Mix, num_processes: int, dtype: torch.dtyp
 
 def _describe_data(name: str, index: int, recipe: Recipe, mix: Mix) -> dict[str, Any]:
     paths = source_files(name, recipe, download=False) or []
+    splits = {"train": mix.train, "validation": mix.validation}
     return {
         "fingerprint": mix.reports[name]["fingerprint"],
-        "conversations": {
-            "train": int((mix.train.dataset == index).sum()),
-            "validation": int((mix.validation.dataset == index).sum()),
-        },
+        "conversations": {which: int((split.dataset == index).sum()) for which, split in splits.items()},
         "files": [{"path": str(path), "bytes": path.stat().st_size} for path in paths],
     }
 
@@ -99,12 +98,6 @@ def _describe_model(name: str) -> dict[str, Any]:
         return {"name": name, "files": {path.name: fingerprint(path) for path in sorted(paths)}}
     cached = try_to_load_from_cache(name, "config.json")  # CACHE/models--org--name/snapshots/COMMIT/config.json
     return {"name": name, "commit": Path(cached).parent.name if isinstance(cached, str) else None}
-
-
-def _describe_deepspeed_config(recipe: Recipe) -> dict[str, Any] | None:
-    """The DeepSpeed file that counts, the accelerate config's before the recipe's; None without one."""
-    path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE") if launcher_plugin() else recipe.deepspeed_config
-    return fingerprint(Path(path)) if path and os.path.isfile(path) else None
 
 
 def _versions() -> dict[str, str]:

@@ -45,9 +45,7 @@ def describe_run(engine: Engine, dtype: torch.dtype, mix: Mix, recipe: Recipe, t
     over = (mix.train.lengths[rows] > recipe.max_length).sum()
     print(f"{over:,} training conversations are longer than max_length {recipe.max_length:,} and are cut in each epoch")
 
-    warmup = shortest_warmup(recipe.warmup_steps)
     parameters = sum(parameter.numel() for parameter in engine.model.parameters())
-    precision = str(dtype).removeprefix("torch.")
     processes, micro = accelerator.num_processes, recipe.per_device_train_batch_size
     accumulated, note = accumulation_steps(recipe, processes), ""
     if "gradient_accumulation_steps" in recipe.model_fields_set and accumulated != recipe.gradient_accumulation_steps:
@@ -56,12 +54,12 @@ def describe_run(engine: Engine, dtype: torch.dtype, mix: Mix, recipe: Recipe, t
     if recipe.packing:
         print(describe_packing(mix, recipe, processes))
     print(
-        f"{parameters:,} parameters, {precision}, {accelerator.distributed_type.value} on {accelerator.device.type}\n"
+        f"{parameters:,} parameters, {str(dtype).removeprefix('torch.')}, "
+        f"{accelerator.distributed_type.value} on {accelerator.device.type}\n"
         f"{processes} process(es) x {micro} {what} x {accumulated} accumulated = "
         f"{describe_step(recipe, processes)}{note}\n"
-        f"{steps_per_epoch(mix, recipe, processes):,} steps an epoch, {total_steps:,} in all; "
-        f"the rate rises to {recipe.learning_rate:g} in "
-        f"{warmup:,} steps, then falls to 0",
+        f"{steps_per_epoch(mix, recipe, processes):,} steps an epoch, {total_steps:,} in all; the rate rises to "
+        f"{recipe.learning_rate:g} in {shortest_warmup(recipe.warmup_steps):,} steps, then falls to 0",
         flush=True,
     )
 
@@ -69,13 +67,7 @@ def describe_run(engine: Engine, dtype: torch.dtype, mix: Mix, recipe: Recipe, t
 def describe_rehearsal(
     largest: tuple[MicroBatch, MicroBatch | None], seconds: float, batches: Batches, device: torch.device, steps: int
 ) -> None:
-    """Print what the largest micro-batches took, and about how long the run will take at that pace.
-
-    Args:
-        largest: as `preflight` returns them.
-        seconds: of the training micro-batch.
-        steps: that are left.
-    """
+    """Print what `preflight`'s micro-batches took, `seconds` for training, and about how long the `steps` left take."""
     mix, recipe = batches.mix, batches.recipe
     train, held_out = largest
     shapes = [f"training {train.describe()}"] + ([f"evaluation {held_out.describe()}"] if held_out else [])

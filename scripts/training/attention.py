@@ -27,8 +27,7 @@ def choose_attention(recipe: Recipe, config: PretrainedConfig) -> tuple[str, lis
     `use_flash_attention` means the first that can run here of flash-attn's kernels, PyTorch's own copy of them for
     sequences end to end (torch.nn.attention.varlen), and SDPA, which on a CPU is the fastest.
 
-    Raises:
-        UserError: attn_implementation asks for one that cannot run here.
+    Raises: UserError when attn_implementation asks for one that cannot run here.
     """
     if recipe.attn_implementation:
         if reason := _why_not(recipe.attn_implementation, recipe, config):
@@ -87,9 +86,7 @@ def sdpa_by_conversation(
         conversation_lengths: int64 [conversations], on the CPU; None where the model does not pass it on (StableLM-2
             is one), and in generation.
         position_ids: int64 [1, tokens], by which conversations are told apart then.
-
-    Returns:
-        [1, tokens, heads, head size], as the attention interface of transformers has it.
+    Returns: [1, tokens, heads, head size], as the attention interface of transformers has it.
     """
     if query.shape[2] != key.shape[2]:  # a step of generation, whose keys are cached
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
@@ -97,7 +94,10 @@ def sdpa_by_conversation(
     if conversation_lengths is not None:
         lengths = conversation_lengths.tolist()
     elif position_ids is not None and len(position_ids) == 1:
-        lengths = _lengths_by_position(position_ids)
+        if not hasattr(position_ids, "lengths"):  # a GPU is waited for here: once a micro-batch, not once a layer
+            starts = sorted({0, *(position_ids[0] == 0).nonzero().flatten().tolist()})  # where positions are 0
+            position_ids.lengths = [end - start for start, end in pairwise([*starts, position_ids.shape[1]])]
+        lengths = position_ids.lengths
     outputs = []
     for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):
         window = None
@@ -107,14 +107,6 @@ def sdpa_by_conversation(
             window = ((back >= 0) & (back < sliding_window))[None, None]
         outputs.append(sdpa_attention_forward(module, q, k, v, window, **kwargs)[0])
     return torch.cat(outputs, 1), None
-
-
-def _lengths_by_position(position_ids: torch.Tensor) -> list[int]:
-    """The tokens of each conversation, at whose beginning positions are 0."""
-    if not hasattr(position_ids, "lengths"):  # a GPU is waited for here: once a micro-batch, not once a layer
-        starts = sorted({0, *(position_ids[0] == 0).nonzero().flatten().tolist()})
-        position_ids.lengths = [end - start for start, end in pairwise([*starts, position_ids.shape[1]])]
-    return position_ids.lengths
 
 
 def varlen_attention(

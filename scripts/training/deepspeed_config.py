@@ -7,6 +7,7 @@ The recipe owns every number. Accelerate (1.15) fills only some `auto` values it
 import copy
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,7 @@ def find_config(recipe: Recipe) -> tuple[dict[str, Any], str] | None:
     """The DeepSpeed config that this run uses and where it comes from; None for a run without DeepSpeed.
 
     The accelerate config's plugin wins over the recipe's `deepspeed_config`.
-
-    Raises:
-        UserError: the file is missing or not JSON, or the accelerate config asks for FSDP.
+    Raises: UserError when the file is missing or not JSON, or the accelerate config asks for FSDP.
     """
     plugin = launcher_plugin()
     if plugin == "deepspeed" and recipe.deepspeed_config:
@@ -53,14 +52,11 @@ def fill_config(
 ) -> dict[str, Any]:
     """A copy of the config with every `auto` filled from the recipe.
 
-    A config without an optimizer or scheduler section gets the seed's (AdamW, WarmupDecayLR).
+    A config without an optimizer or scheduler section gets the seed's (AdamW, WarmupDecayLR). `total_steps` is None
+    where it is not known yet, as in a dry run by epochs.
 
-    Args:
-        total_steps: None where it is not known yet, as in a dry run by epochs.
-
-    Raises:
-        UserError: a fixed value contradicts the recipe (both are named), an `auto` that nothing here can fill, or a
-            ZeRO stage that sft.py cannot run.
+    Raises: UserError for a fixed value that contradicts the recipe (both are named), an `auto` that nothing here can
+        fill, or a ZeRO stage that sft.py cannot run.
     """
     config = copy.deepcopy(config)
     micro_batch, accumulation = recipe.per_device_train_batch_size, accumulation_steps(recipe, num_processes())
@@ -110,14 +106,12 @@ def _section(config: dict[str, Any], source: str, key: str) -> tuple[dict[str, A
     return config, name
 
 
-def _autos(config: dict[str, Any], prefix: str = "") -> list[str]:
-    keys = []
+def _autos(config: dict[str, Any], prefix: str = "") -> Iterator[str]:
     for key, value in config.items():
         if isinstance(value, dict):
-            keys += _autos(value, f"{prefix}{key}.")
+            yield from _autos(value, f"{prefix}{key}.")
         elif value == "auto":
-            keys.append(prefix + key)
-    return keys
+            yield prefix + key
 
 
 def deepspeed_config(recipe: Recipe, total_steps: int | None, dtype: torch.dtype) -> dict[str, Any] | None:

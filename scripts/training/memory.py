@@ -45,10 +45,8 @@ def estimate_memory(
         zero: the section `zero_optimization` of DeepSpeed's config; None without DeepSpeed.
         dtype: of forward and backward.
         shape: of the largest micro-batch: (1, tokens), or padded (conversations, the longest).
-
-    Returns:
-        weights, gradients, optimizer; `step`, which the optimizer's step needs in place of the following two, of the
-        forward and backward pass: activations, logits (in chunks, with their gradient and the output layer's).
+    Returns: weights, gradients, optimizer; `step`, which the optimizer's step needs in place of the following two, of
+        the forward and backward pass: activations, logits (in chunks, with their gradient and the output layer's).
     """
     text, (rows, length) = config.get_text_config(), shape
     element = 4 if dtype == torch.float32 else 2
@@ -123,13 +121,8 @@ def check_memory(
     dtype: torch.dtype,
     shape: tuple[int, int],
 ) -> None:
-    """Print the estimate beside the memory of each GPU (without one, of the machine), and a warning if it is over it.
-
-    Args: as `estimate_memory`.
-
-    Raises:
-        UserError: weights, gradients and optimizer alone are over it.
-    """
+    """Print the estimate beside the memory of each GPU (without one, of the machine), and a warning if it is over it;
+    UserError when weights, gradients and optimizer alone are."""
     gpu, processes, local = has_gpu(), num_processes(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
     def need(count: int, zero: dict[str, Any] | None) -> tuple[dict[str, int], int, int]:
@@ -150,11 +143,10 @@ def check_memory(
     say(f"memory, estimated: {show_bytes(peak)} of the {show_bytes(memory)} {where}: {described}")
     if resident > memory:
         remedy = "take a smaller model" + ("" if gpu else " or a machine with a GPU")
-        if gpu:
-            counts = [count for count in (2, 4, 8, 16, 32, 64) if need(count, zero or {"stage": 2})[2] < memory]
-            if counts:
-                with_zero = "" if zero else " and deepspeed_config: ds_configs/zero2.json"
-                remedy = f"{counts[0]} such GPUs{with_zero} would hold it"
+        sizes = (2, 4, 8, 16, 32, 64) if gpu else ()
+        if counts := [count for count in sizes if need(count, zero or {"stage": 2})[2] < memory]:
+            with_zero = "" if zero else " and deepspeed_config: ds_configs/zero2.json"
+            remedy = f"{counts[0]} such GPUs{with_zero} would hold it"
         raise UserError(
             f"model_name = {recipe.model_name}: {'' if gpu else 'no GPU here, and '}training "
             f"{num_parameters / 1e9:.1f} billion parameters takes {show_bytes(resident)} for weights, gradients and "

@@ -53,21 +53,13 @@ SCHEMA = pa.schema(
 
 @dataclass
 class Split:
-    """Examples of one split, those of the first data set first.
+    """Examples of one split, those of the first data set first."""
 
-    Attributes:
-        dataset: int64 [examples], the index of each example's data set in `Mix.names`.
-        position: int64 [examples], its row in that data set's table.
-        lengths: int64 [examples], tokens, whole conversations.
-        targets: int64 [examples], scored tokens.
-        tables: of each data set, of SCHEMA, memory-mapped.
-    """
-
-    dataset: np.ndarray
-    position: np.ndarray
-    lengths: np.ndarray
-    targets: np.ndarray
-    tables: list[pa.Table]
+    dataset: np.ndarray  # int64 [examples], the index of each example's data set in `Mix.names`
+    position: np.ndarray  # int64 [examples], its row in that data set's table
+    lengths: np.ndarray  # int64 [examples], tokens, whole conversations
+    targets: np.ndarray  # int64 [examples], scored tokens
+    tables: list[pa.Table]  # of each data set, of SCHEMA, memory-mapped
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -91,18 +83,14 @@ class Split:
 
 @dataclass
 class Mix:
-    """All data sets of a recipe.
-
-    Attributes:
-        reports: of each data set by name, its report.json: rows_read, dropped {reason: count}, bad_records,
-            first_bad_record, conversations, and fingerprint, 20 hex digits that stand for the input_ids, scored flags
-            and split of all its conversations in order: equal where the data are equal, whatever files, cache or
-            version of this code they came from.
-    """
+    """All data sets of a recipe."""
 
     names: list[str]
     train: Split
     validation: Split
+    # Of each data set by name, its report.json: rows_read, dropped {reason: count}, bad_records, first_bad_record,
+    # conversations, and fingerprint, 20 hex digits that stand for the input_ids, scored flags and split of all its
+    # conversations in order: equal where the data are equal, whatever files, cache or version of this code made them.
     reports: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
@@ -114,8 +102,7 @@ class Mix:
 def prepare_mix(recipe: Recipe, tokenizer) -> Mix:
     """Tokenize what is not prepared yet, and open all of it.
 
-    Raises:
-        UserError: a data file is missing or broken, or a data set has no training conversation left.
+    Raises: UserError when a data file is missing or broken, or a data set has no training conversation left.
     """
     root = prepared_folder(recipe)
     tokenizer_json = tokenizer.backend_tokenizer.to_str().encode()

@@ -28,34 +28,21 @@ SHUFFLE_SEED = 42
 class Reading:
     """One pass over a data set: iterate it to the end, then ask for the split.
 
-    Attributes, final when the pass is:
-        rows_read: records in the files (trees, conversations or rows), those skipped included.
-        dropped: reason -> trees, threads, conversations or rows, as the reason says.
-        bad_records: places passed over under `on_bad_records: skip`; the end of a cut-off file counts as one.
-        first_bad_record: what was wrong with the first of them, or None.
+    `rng_seed` is for what the original drew without a seed. The counts are final when the pass is.
     """
 
     def __init__(self, name: str, options: Any, paths: list[Path], rng_seed: int):
-        """
-        Args:
-            options: the recipe's for this data set.
-            paths: as `find_data_file` returns them.
-            rng_seed: for what the original drew without a seed.
-        """
         self.name, self.options, self.paths, self.rng_seed = name, options, paths, rng_seed
         self.source: Source = find_source(name, options)
-        self.rows_read = 0
-        self.dropped: Counter = Counter()
-        self.bad_records = 0
-        self.first_bad_record: str | None = None
+        self.rows_read = 0  # records in the files (trees, conversations or rows), those skipped included
+        self.dropped: Counter = Counter()  # reason -> trees, threads, conversations or rows, as the reason says
+        self.bad_records = 0  # places passed over under `on_bad_records: skip`; a cut-off file's end counts as one
+        self.first_bad_record: str | None = None  # what was wrong with the first of them
         self._records = array("q")  # of each unit of the split, the place of its record among all
         self._sizes = array("q")  # its conversations
 
     def __iter__(self) -> Iterator[Conversation]:
-        """The conversations in the order of the files.
-
-        Raises: UserError for a damaged file, or a field missing.
-        """
+        """The conversations in the order of the files; UserError for a damaged file, or a field missing."""
         skip = self._skip if self.options.on_bad_records == "skip" else None
         for path in self.paths:
             for number, values in read_records(path, skip):
@@ -83,11 +70,9 @@ class Reading:
         self.first_bad_record = self.first_bad_record or str(problem).encode(errors="backslashreplace").decode()
 
     def split(self, kept: np.ndarray | None = None) -> np.ndarray:
-        """TRAIN, VALIDATION or LEFT_OUT for each conversation: int8 [conversations].
+        """TRAIN, VALIDATION or LEFT_OUT for each conversation: int8 [conversations]; UserError with none to train on.
 
-        Args:
-            kept: bool [conversations], those to answer for; the others, no token of which is scored, are dropped now.
-        Raises: UserError when nothing is left to train on.
+        `kept` (bool [conversations]) are those to answer for; the others, without a scored token, are dropped now.
         """
         sizes, records = np.array(self._sizes, dtype=np.int64), np.array(self._records, dtype=np.int64)
         units = np.arange(len(sizes))  # in the order in which they are split

@@ -19,11 +19,7 @@ SECTIONS = {"model_name": "Model", "datasets": "Data", "dtype": "Training", "out
 
 
 def recipe_parser(usage: str) -> OneLineParser:
-    """A parser for the script's own options, whose --help also shows every key of a recipe.
-
-    Args:
-        usage: the script's docstring.
-    """
+    """A parser for the script's own options; --help shows its docstring, `usage`, and every key of a recipe."""
     parser = OneLineParser(usage)
     parser.usage = "%(prog)s RECIPE [--key value ...] [options]"
     parser.epilog = f"Keys of a recipe, each also an option (--learning_rate 2e-5):\n{describe_keys()}"
@@ -35,14 +31,8 @@ def parse_with_recipe(
 ) -> tuple[argparse.Namespace, str | None, dict[str, str]]:
     """Read `RECIPE [--key value ...]` with the script's own options anywhere among them; without any, print the help.
 
-    Args:
-        arguments: None takes those that Python was started with.
-
-    Returns:
-        The script's own; the recipe's file, None where none is given; the overrides for `load_recipe`.
-
-    Raises:
-        UserError: an argument is none of these.
+    Returns: the script's own; the recipe's file, None where none is given; the overrides for `load_recipe`.
+    Raises: UserError when an argument is none of these.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments:

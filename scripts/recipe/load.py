@@ -20,15 +20,10 @@ from utils.files import read_text
 
 
 def load_recipe(path: str | Path | None, overrides: Mapping[str, str] | None = None) -> Recipe:
-    """Read and check a recipe.
+    """Read and check a recipe; UserError, with the file, the line and the key, for what is wrong or no path at all.
 
-    Args:
-        path: the YAML file; None where the command line names none, which is refused.
-        overrides: dotted key to text, as on the command line: `{"datasets.vicuna.fraction": "0.5"}`. It is taken as it
-            stands, so that any path can be given; only null, quotes, [lists] and {mappings} are read as YAML.
-
-    Raises:
-        UserError: one line with the file, the line and the key.
+    `overrides` are dotted keys and texts, as on the command line: `{"datasets.vicuna.fraction": "0.5"}`. A text is
+    taken as it stands, so that any path can be given; only null, quotes, [lists] and {mappings} are read as YAML.
     """
     if path is None:
         raise UserError("command line: no recipe given (--help shows how)")

@@ -44,8 +44,7 @@ StrictLoader.yaml_constructors = {
 def parse_yaml(text: str, source: str) -> tuple[Any, dict[tuple[str, ...], int]]:
     """The values of a YAML text, and the line on which each key stands; list items share the key of their list.
 
-    Raises:
-        UserError: it does not parse; with `source`, the line and the column.
+    Raises: UserError when it does not parse; with `source`, the line and the column.
     """
     try:
         loader = StrictLoader(text)

@@ -16,18 +16,11 @@ from utils.launch import say
 
 # The first line of OUTPUT_DIR/recipe.yaml, by which it is known from a file of the user's.
 RECIPE_HEADER = "# The resolved recipe of this run: `sft.py THIS_FILE --output_dir NEW` repeats it.\n"
-
-
-# Seconds to wait for the processes of the start before this one, which may still be saving.
-PATIENCE = 20.0
+PATIENCE = 20.0  # seconds to wait for the processes of the start before this one, which may still be saving
 
 
 def refuse_other_run(recipe: Recipe) -> None:
-    """Keep a run from writing over another, or over files that are not a run's.
-
-    Raises:
-        UserError: output_dir holds metrics, a checkpoint, a model or a README.
-    """
+    """Keep a run from writing over another, or over files that are no run's: UserError where output_dir holds such."""
     folder = recipe.output_dir
     names = ("metrics.jsonl", "training.png", "config.json", "model.safetensors", "tokenizer.json", "README.md")
     # os.path, since Path.exists raises for a name too long to be one.
@@ -50,11 +43,7 @@ def is_ours(recipe_file: Path) -> bool:
 
 
 def wait_for_other_run(recipe: Recipe) -> None:
-    """Lock the folder of a run that is gone on with, so that its last checkpoint is there; the first process.
-
-    Raises:
-        UserError: another process is at it.
-    """
+    """Lock a folder to go on in, so that its last checkpoint is there; on the first process. UserError if in use."""
     if is_ours(recipe.output_dir / "recipe.yaml"):
         try:
             _lock(recipe.output_dir / ".lock")
@@ -67,9 +56,7 @@ def claim_output_dir(recipe: Recipe, checkpoint: Checkpoint | None) -> None:
     resolved recipe; the first process.
 
     metrics.jsonl and bad_steps.jsonl keep their lines up to the checkpoint's step, also those of another folder's run.
-
-    Raises:
-        UserError: it cannot be written, or another process is at it.
+    Raises: UserError when it cannot be written, or another process is at it.
     """
     folder = recipe.output_dir
     try:

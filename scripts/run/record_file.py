@@ -66,11 +66,7 @@ def utc_now() -> str:
 
 
 def write_record(record: dict[str, Any], path: Path) -> None:
-    """Write a record so that the file is the old one or the new one, whole, whenever the machine stops.
-
-    Raises:
-        UserError: it cannot be written; what was there before is as it was.
-    """
+    """Write a record whole, or leave what was there before as it was and raise a UserError."""
     try:
         write_whole(path, json.dumps(record, indent=2, allow_nan=False) + "\n")  # ASCII, since a path need not be UTF-8
     except OSError as error:
@@ -80,8 +76,7 @@ def write_record(record: dict[str, Any], path: Path) -> None:
 def read_record(path: Path) -> dict[str, Any]:
     """Read what `write_record` wrote.
 
-    Raises:
-        UserError: it is missing, cannot be read, is not a run's record, or is of a newer format than this.
+    Raises: UserError when it is missing, cannot be read, is not a run's record, or is of a newer format than this.
     """
     record = read_json(path, "record of a run")
     number = record.get("format") if isinstance(record, dict) else None
@@ -93,12 +88,9 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def update_status(path: Path, status: Literal["interrupted", "finished", "failed"], **more: Any) -> None:
-    """Say in a record how its run ended, and when.
+    """Say in a record how its run ended, and when; `more` are further keys, as its `report` at its end.
 
-    Args:
-        more: further keys, such as `report`: what the run has to say at its end.
-    Raises:
-        UserError: as `read_record` and `write_record`.
+    Raises: UserError as `read_record` and `write_record`.
     """
     write_record({**read_record(path), "status": status, "ended": utc_now(), **redact(more)}, path)
 
@@ -106,8 +98,7 @@ def update_status(path: Path, status: Literal["interrupted", "finished", "failed
 def recorded_recipe(path: Path, overrides: Mapping[str, str]) -> Recipe:
     """The recipe of a record, for an output folder beside the recorded one.
 
-    Raises:
-        UserError: as `read_record` and `checked_recipe`, or where the record leaves a secret out.
+    Raises: UserError as `read_record` and `checked_recipe`, or where the record leaves a secret out.
     """
     values = read_record(path)["recipe"]
     if "output_dir" in values:

@@ -58,10 +58,7 @@ class MessagesOptions(DatasetOptions):
 
 
 def read_messages(record: Record, options: Any, dropped: Counter, rng_seed: int) -> list[Conversation] | None:
-    """The conversation of one record, in whichever form it is.
-
-    Raises: UserError for a record in none of them, or with a field of another type.
-    """
+    """The conversation of one record, in whichever form; UserError for none of them, or a field of another type."""
     fields = {name.lower(): name for name in record.values}  # INSTRUCTION and RESPONSE are as usual
     listed = next((fields[name] for name in LISTS if name in fields), None)
     messages = _from_list(record, listed, dropped) if listed else _from_pair(record, fields)

@@ -15,17 +15,13 @@ CHANGES = ("data", "training", "step", "evaluation")
 
 
 def key(default: Any, meaning: str, changes: str = "training", **limits: Any) -> Any:
-    """A key of a recipe, for a pydantic schema.
+    """A key of a recipe, for a pydantic schema: its default (`...` where it has to be given), the line for --help,
+    pydantic's limits, such as `gt=0`, and what another value changes, words of `CHANGES`:
 
-    Args:
-        default: `...` for a key that has to be given.
-        meaning: the line that --help shows.
-        changes: what another value changes, words of `CHANGES`:
-            data        what is prepared of the data files, and so made anew;
-            training    what is learnt or when, so that a run cannot go on with it;
-            step        how the work of a step is cut up: it can, as long as the step itself stays the same;
-            evaluation  the figures of an evaluation of the same weights.
-        limits: pydantic's, such as `gt=0`.
+        data        what is prepared of the data files, and so made anew;
+        training    what is learnt or when, so that a run cannot go on with it;
+        step        how the work of a step is cut up: it can, as long as the step itself stays the same;
+        evaluation  the figures of an evaluation of the same weights.
     """
     assert set(changes.split()) <= set(CHANGES), changes
     return Field(default, description=meaning, json_schema_extra={"changes": changes.split()}, **limits)
@@ -52,14 +48,13 @@ Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class Schema(BaseModel):
-    """Keys that are checked: an unknown one is refused, and so is a text that no file could hold."""
+    """Keys that are checked: an unknown one is refused, and so is a text that no file or file name could hold."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     @field_validator("*", mode="before")
     @classmethod
     def _writable_text(cls, value: Any) -> Any:
-        """Every text ends in a file name or a file: refuse what neither can hold."""
         if isinstance(value, str) and ("\0" in value or value.encode(errors="replace").decode() != value):
             raise ValueError("holds a character that UTF-8 files and file names cannot hold")
         return value
@@ -106,9 +101,8 @@ class Record:
 
         With `nullable` null comes through, as None; the field must be there all the same.
 
-        Raises: UserError naming file, record number and field, and the fields that are there; also for a string with
-            half of a surrogate pair (`\\ud83d` alone), which JSON can write but no UTF-8 text, hence no tokenizer, can
-            hold.
+        Raises: UserError naming file, record number, field and the fields that are there; also for a string with half
+            of a surrogate pair (`\\ud83d` alone): JSON can write it, but no UTF-8 text, hence no tokenizer, hold it.
         """
         if not isinstance(values, dict):
             raise self.error(f"an entry of {where!r} is not an object")
@@ -180,33 +174,26 @@ Reader = Callable[[Record, Any, Counter, int], list[Conversation] | None]
 
 @dataclass(frozen=True)
 class Source:
-    """A data set that a recipe can name: each file of this room that defines `SOURCE` is one, by the file's name.
+    """A data set that a recipe can name: each file of this room that defines `SOURCE` is one, by the file's name."""
 
-    Attributes:
-        about: what it holds, for --help.
-        licence: of the data, and their size.
-        options: the schema of what a recipe can say of it.
-        split: scikit-learn's over the records kept, or torch's "random_split" over them, each with a seed of its own.
-        shuffled: whether records are shuffled, by random.Random(42), before they are split.
-    """
-
-    about: str
-    licence: str
+    about: str  # what it holds, for --help
+    licence: str  # of the data, and their size
     hub: HubSource
     read: Reader
-    options: type[DatasetOptions] = DatasetOptions
+    options: type[DatasetOptions] = DatasetOptions  # the schema of what a recipe can say of it
+    # scikit-learn's over the records kept, or torch's "random_split" over them, each with a seed of its own
     split: Literal["train_test_split", "random_split"] = "train_test_split"
-    shuffled: bool = False
-
-
-# By which the original dropped rows of dolly15k, grade_school_math_instructions and code_alpaca.
-FILTER_PHRASES_FILE = Path(__file__).with_name("filter_phrases.txt")
+    shuffled: bool = False  # whether records are shuffled, by random.Random(42), before they are split
 
 
 @cache
 def filter_phrases() -> tuple[str, ...]:
-    """In lower case, without those that hold another; a blank at the end counts: "As an AI " is not in "As an AIDE"."""
-    phrases = {line.lower() for line in FILTER_PHRASES_FILE.read_text(encoding="utf-8").split("\n") if line}
+    """By which the original dropped rows of dolly15k, grade_school_math_instructions and code_alpaca.
+
+    In lower case, without those that hold another; a blank at the end counts: "As an AI " is not in "As an AIDE".
+    """
+    text = Path(__file__).with_name("filter_phrases.txt").read_text(encoding="utf-8").lower()
+    phrases = {line for line in text.split("\n") if line}
     return tuple(one for one in sorted(phrases) if not any(other in one for other in phrases - {one}))
 
 

@@ -100,8 +100,7 @@ def prefetched(
 ) -> Iterator[tuple[Position, list[Batch]]]:
     """The same steps, made two ahead by a thread, so that training does not wait for them.
 
-    Args:
-        device: for a GPU they are put into pinned memory, from which it fetches them by itself.
+    For a GPU they are put into pinned memory, from which it fetches them by itself.
     """
     pin = device.type == "cuda"
 

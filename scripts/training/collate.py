@@ -18,26 +18,16 @@ class Batch:
 
     What the model is scored on is given by positions, found here on the CPU: on a GPU a mask would have to be counted,
     and the host would wait for the device at every micro-batch.
-
-    Attributes:
-        input_ids: int64 [1, tokens], or [conversations, longest].
-        scored: int64 [scored tokens], rising: the positions in the flattened input_ids whose next token is a target.
-        targets: int64 [scored tokens], that next token.
-        dataset: int64 [scored tokens], the index of the data set that each is from.
-        lengths: real tokens of each conversation; empty for an empty batch, which is two tokens without a target.
-        position_ids: int64 [1, tokens], from 0 in each conversation; None where it is padded.
-        boundaries: int32 [conversations + 1], where each conversation begins and the last ends; None where padded.
-        attention_mask: int64 like input_ids, 0 at padding; None where there is none.
     """
 
-    input_ids: torch.Tensor
-    scored: torch.Tensor
-    targets: torch.Tensor
-    dataset: torch.Tensor
-    lengths: tuple[int, ...]
-    position_ids: torch.Tensor | None = None
-    boundaries: torch.Tensor | None = None
-    attention_mask: torch.Tensor | None = None
+    input_ids: torch.Tensor  # int64 [1, tokens], or [conversations, longest]
+    scored: torch.Tensor  # int64 [scored tokens], rising: where in the flattened input_ids the next token is a target
+    targets: torch.Tensor  # int64 [scored tokens], that next token
+    dataset: torch.Tensor  # int64 [scored tokens], the index of the data set that each is from
+    lengths: tuple[int, ...]  # real tokens of each conversation; empty for an empty batch: two tokens without a target
+    position_ids: torch.Tensor | None = None  # int64 [1, tokens], from 0 in each conversation; None where it is padded
+    boundaries: torch.Tensor | None = None  # int32 [conversations + 1], where each begins, the last ends; None: padded
+    attention_mask: torch.Tensor | None = None  # int64 like input_ids, 0 at padding; None where there is none
 
     def to(self, device: torch.device) -> "Batch":
         """The same on a device; from pinned memory without waiting for it."""
@@ -139,9 +129,7 @@ def window_start(scored: np.ndarray, row: int, recipe: Recipe, epoch: int | None
 
     A longer example is cut to a random window with probability random_offset_probability, else to its start; never at
     random for epoch None (validation). A window without a target would teach nothing, so only those with one are drawn.
-
-    Args:
-        scored: bool [tokens], the whole example's.
+    `scored`, bool [tokens], is the whole example's.
     """
     length = recipe.max_length
     if len(scored) <= length or epoch is None:

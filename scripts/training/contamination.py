@@ -64,20 +64,13 @@ class Overlaps:
     """The conversations of one split that were found, each once, with the best match.
 
     `split.select(np.delete(np.arange(len(split)), overlaps.rows))` is the split without them.
-
-    Attributes:
-        rows: int64 [n], rows of the split, ascending.
-        others: int64 [n], the benchmark item (from 0) or the training row that it overlaps most with.
-        exact: bool [n], "exact", else "13-gram".
-        words: for each, normalized: the whole question or 13 of the shared words; the start of a duplicate.
-        counts: int64 [data sets], how many of each data set of the mix.
     """
 
-    rows: np.ndarray
-    others: np.ndarray
-    exact: np.ndarray
-    words: list[str]
-    counts: np.ndarray
+    rows: np.ndarray  # int64 [n], rows of the split, ascending
+    others: np.ndarray  # int64 [n], the benchmark item (from 0) or the training row that it overlaps most with
+    exact: np.ndarray  # bool [n], "exact", else "13-gram"
+    words: list[str]  # for each, normalized: the whole question or 13 of the shared words; the start of a duplicate
+    counts: np.ndarray  # int64 [data sets], how many of each data set of the mix
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -90,11 +83,8 @@ class Overlaps:
 
 
 def without_contamination(mix: Mix, recipe: Recipe) -> Mix:
-    """The mix, under `drop_contaminated` without the training conversations that hold questions of the benchmarks.
-
-    Raises:
-        UserError: a benchmark is not to be had, so that nothing could be promised.
-    """
+    """The mix, under `drop_contaminated` without the training conversations that hold questions of the benchmarks;
+    UserError when a benchmark is not to be had, so that nothing could be promised."""
     train = mix.train
     for name in BENCHMARKS if recipe.drop_contaminated else ():
         questions = load_benchmark(name, recipe.cache_dir)

@@ -45,14 +45,12 @@ class ModelFlops:
     More exact than its 6 N a token in three ways: embeddings are looked up, not multiplied; attention is counted at the
     real lengths of the conversations and only where it is causal; and the output layer only at scored positions, since
     no other logits are computed.
-
-    Attributes:
-        per_token, per_target, per_pair: FLOPs of each token, of each scored one, of each query and key that meet.
     """
 
     def __init__(self, model: PreTrainedModel):
         head, text = model.get_output_embeddings(), model.config.get_text_config()
         matrices = [module for module in model.modules() if isinstance(module, (torch.nn.Linear, Conv1D))]
+        # FLOPs of each token, of each scored one, and of each query and key that meet.
         self.per_token = 6 * sum(module.weight.numel() for module in matrices if module is not head)
         self.per_target = 6 * head.weight.numel()
         head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

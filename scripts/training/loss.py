@@ -159,7 +159,6 @@ def cross_entropy(
         targets: int64 [rows], each under vocabulary.
         factors: `logits` becomes the gradient of the losses multiplied by these, fp32 [rows], or by 1.0; None leaves
             it as it is.
-
     Returns: the losses, fp32 [rows], not multiplied.
     """
     on_half = logits.dtype == torch.float16  # multiplied in fp32, before a small share of it rounds to 0

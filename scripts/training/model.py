@@ -22,14 +22,10 @@ KINDS = {AutoConfig: "config", AutoTokenizer: "tokenizer", AutoModelForCausalLM:
 
 
 def load_pretrained(auto_class: Any, name: str, who: str = "", trust_remote_code: bool = False, **kwargs: Any) -> Any:
-    """What `auto_class.from_pretrained` makes of a folder or hub name.
+    """What `auto_class.from_pretrained` makes of a folder or hub name; transformers is never left to ask for trust.
 
-    Args:
-        who: how a message names the model, such as `model_name = org/name`; else its name.
-        trust_remote_code: run code that comes with it; transformers is never left to ask.
-
-    Raises:
-        UserError: it is not there, or damaged; or a model's weights or a tokenizer's files are not there.
+    `who` is how a message names the model, such as `model_name = org/name`; else its name.
+    Raises: UserError when it is not there, or damaged; or a model's weights or a tokenizer's files are not there.
     """
     who = who or name
     if auto_class is AutoModelForCausalLM:
@@ -62,11 +58,7 @@ LOGIT_TRANSFORM = re.compile(r"logits?_(soft)?_?(cap|scal)|lm_head_mult")
 
 
 def load_tokenizer(recipe: Recipe):
-    """The tokenizer of model_name with the chat tokens and the chat template.
-
-    Raises:
-        UserError: it cannot be found, or lacks what a chat model needs.
-    """
+    """The tokenizer of model_name made ready for chat; UserError when not found, or without what a chat model needs."""
     tokenizer = _load(AutoTokenizer, recipe)
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"model_name = {recipe.model_name}: its tokenizer has no tokenizer.json (a fast tokenizer)")
@@ -76,9 +68,8 @@ def load_tokenizer(recipe: Recipe):
 def load_config(recipe: Recipe) -> PretrainedConfig:
     """The model's config, with the recipe's GELU. What can be known of it without loading weights is checked here.
 
-    Raises:
-        UserError: it cannot be found, is no causal LM's, max_length is over what its positions allow,
-            attn_implementation cannot run here, or its weights are cut off.
+    Raises: UserError when it cannot be found, is no causal LM's, max_length is over what its positions allow,
+        attn_implementation cannot run here, or its weights are cut off.
     """
     config = _load(AutoConfig, recipe)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -102,11 +93,7 @@ def load_config(recipe: Recipe) -> PretrainedConfig:
 
 
 def count_parameters(recipe: Recipe, config: PretrainedConfig) -> int:
-    """The model's parameters, counted on one built without memory for its weights.
-
-    Raises:
-        UserError: no model can be built of its config.
-    """
+    """The model's parameters, counted on one built without memory for its weights; UserError when none can be built."""
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.trust_remote_code)
@@ -122,13 +109,9 @@ def load_model(
 ) -> PreTrainedModel:
     """The model, its embedding resized to the next multiple of 16 over the tokenizer, ready for training.
 
-    Args:
-        dtype: of the weights: fp32 for autocast (fp32 master weights), the half precision for DeepSpeed's engine,
-            which keeps fp32 masters of its own.
-        checkpoint: the folder whose weights the run goes on from; None for those of model_name.
-
-    Raises:
-        UserError: the weights cannot be found, are damaged, or not those that the config calls for.
+    Its weights are of `dtype`: fp32 for autocast (fp32 master weights), the half precision for DeepSpeed's engine,
+    which keeps fp32 masters of its own; from the folder `checkpoint`, which the run goes on from, or model_name.
+    Raises: UserError when the weights cannot be found, are damaged, or not those that the config calls for.
     """
     if checkpoint:
         model = load_pretrained(AutoModelForCausalLM, str(checkpoint), "", recipe.trust_remote_code, dtype=dtype)
@@ -176,11 +159,8 @@ def _load(auto_class, recipe: Recipe, **kwargs):
 
 @torch.no_grad()
 def check_output_layer(model: PreTrainedModel, name: str) -> None:
-    """Refuse a model whose logits are not its output layer's of its body's hidden states, as training/loss.py has them.
-
-    Raises:
-        UserError: they differ on eight tokens (a scaled, capped or deeper head), or are not finite.
-    """
+    """Refuse a model whose logits are not its output layer's of its body's hidden states, as training/loss.py has them:
+    that differ on eight tokens (a scaled, capped or deeper head), or are not finite."""
     vocabulary = model.get_input_embeddings().num_embeddings
     ids = (torch.arange(8, device=model.device) * 997 % vocabulary)[None]
     try:
@@ -196,11 +176,8 @@ def check_output_layer(model: PreTrainedModel, name: str) -> None:
 
 @torch.no_grad()
 def check_padding_free(model: PreTrainedModel, name: str) -> None:
-    """Refuse a model in which conversations laid end to end see each other, or their positions.
-
-    Raises:
-        UserError: the second of two conversations moves with the first, or differs from what it is alone.
-    """
+    """Refuse a model in which conversations laid end to end see each other, or their positions: where the second of two
+    moves with the first, or differs from what it is alone."""
     first, second = (torch.arange(n) * 997 % model.get_input_embeddings().num_embeddings for n in (5, 7))
 
     def hidden_states(*conversations: torch.Tensor) -> torch.Tensor:

@@ -29,16 +29,11 @@ PART_BYTES = 2 * 2**30
 
 @dataclass
 class Fragment:
-    """The part of a parameter whose optimizer state this process holds.
-
-    Attributes:
-        start: its first element in the flattened parameter.
-        tensors: `weights` (the fp32 weights that the optimizer updates), `exp_avg` and `exp_avg_sq`: flat views, fp32
-            [elements].
-    """
+    """The part of a parameter whose optimizer state this process holds."""
 
     name: str
-    start: int
+    start: int  # its first element in the flattened parameter
+    # `weights` (the fp32 weights that the optimizer updates), `exp_avg` and `exp_avg_sq`: flat views, fp32 [elements]
     tensors: dict[str, torch.Tensor]
 
 
@@ -57,11 +52,7 @@ def allocate_moments(accelerator: Accelerator, optimizer) -> None:
 
 
 def save_optimizer(folder: Path, accelerator: Accelerator, model: PreTrainedModel, optimizer) -> None:
-    """Write this process's share of the optimizer's state; every process calls this.
-
-    Args:
-        model: the language model itself, not what `prepare` made of it.
-    """
+    """Write this process's share of the optimizer's state; every process calls this, with the language model itself."""
     zero = _zero_optimizer(accelerator)
     if zero is None and not accelerator.is_main_process:
         return  # all processes hold the same
@@ -88,14 +79,10 @@ def save_optimizer(folder: Path, accelerator: Accelerator, model: PreTrainedMode
 
 
 def load_optimizer(folder: Path, accelerator: Accelerator, model: PreTrainedModel, optimizer, steps: int) -> None:
-    """Fill the optimizer's state from what any number of processes wrote.
+    """Fill the optimizer's state from what any number of processes wrote to a checkpoint's trainer_state.
 
-    Args:
-        folder: the checkpoint's trainer_state.
-        steps: updates that the optimizer has made, which Adam's bias correction counts.
-
-    Raises:
-        UserError: the state of a parameter is not there.
+    `steps` are the updates that it has made, which Adam's bias correction counts.
+    Raises: UserError when the state of a parameter is not there.
     """
     stored = _Stored(folder)
     half = next(model.parameters()).dtype != torch.float32

@@ -38,14 +38,10 @@ class EpochPlan:
     """The training conversations of an epoch in their order, in packs: what a row of a batch holds.
 
     A pack is one conversation, or with `packing` as many whole ones as max_length takes.
-
-    Attributes:
-        rows: int64 [conversations], of the training split.
-        bounds: int64 [packs + 1]; pack i is rows[bounds[i] : bounds[i + 1]].
     """
 
-    rows: np.ndarray
-    bounds: np.ndarray
+    rows: np.ndarray  # int64 [conversations], of the training split
+    bounds: np.ndarray  # int64 [packs + 1]; pack i is rows[bounds[i] : bounds[i + 1]]
 
     def __len__(self) -> int:
         """Packs of the epoch."""
@@ -101,11 +97,8 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
     Never more than 11/9 of the fewest possible bins, plus 6/9 (Dosa 2007, of the same bound for first fit decreasing;
     Johnson et al. 1974 for best fit). 100,000 conversations take about 0.2 s.
 
-    Args:
-        lengths: int64 [items], each from 1 to capacity.
-
-    Returns:
-        int64 [items], the bin of each, from 0 in the order in which they were opened.
+    `lengths` are int64 [items], each from 1 to capacity.
+    Returns: int64 [items], the bin of each, from 0 in the order in which they were opened.
     """
     bins = np.empty(len(lengths), dtype=np.int64)
     open_bins: list[list[int]] = [[] for _ in range(capacity + 1)]  # by the room that is left in them
@@ -198,17 +191,11 @@ def validation_rows(mix: Mix, dataset: int) -> np.ndarray:
 
 
 class MicroBatch(NamedTuple):
-    """A micro-batch of the plan.
+    """A micro-batch of the plan, of which `collate.collate` makes the batch."""
 
-    Attributes:
-        rows: int64 [conversations], of the training or the validation split; `collate.collate` makes the batch of them.
-        epoch: as `collate` takes it; None for validation.
-        shape: of the tensor that it becomes: (1, tokens), or where it is padded (conversations, the longest).
-    """
-
-    rows: np.ndarray
-    epoch: int | None
-    shape: tuple[int, int]
+    rows: np.ndarray  # int64 [conversations], of the training or the validation split
+    epoch: int | None  # as `collate` takes it; None for validation
+    shape: tuple[int, int]  # of the tensor that it becomes: (1, tokens), or (conversations, the longest) where padded
 
     @property
     def tokens(self) -> int:
@@ -228,9 +215,7 @@ def largest_micro_batches(
 
     That is the one with the most tokens, padding included, after cutting to max_length; of several, the one with the
     most scored tokens. A cut conversation counts as scored all over, up to its targets, since its window is random.
-
-    Args:
-        steps: optimizer steps from `start` to the end of the run, at least 1.
+    `steps` are those from `start` to the end of the run, at least 1.
     """
     per_step, position = packs_per_step(recipe, num_processes), start
     size, found = recipe.per_device_train_batch_size, []

@@ -7,11 +7,7 @@ from utils.errors import UserError
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse, its errors as a `UserError`; --help shows the script's own description as it is written.
-
-    Args:
-        usage: the script's docstring.
-    """
+    """argparse, its errors as a `UserError`; --help shows `usage`, the script's docstring, as it is written."""
 
     def __init__(self, usage: str):
         super().__init__(description=usage, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)

@@ -13,14 +13,7 @@ BLOCKS, BLOCK_BYTES = 64, 64 * 1024
 
 
 def read_text(path: Path, what: str = "file") -> str:
-    """A text file in UTF-8, a byte order mark left out.
-
-    Args:
-        what: it is, for the message.
-
-    Raises:
-        UserError: it cannot be read, or is not UTF-8.
-    """
+    """A text file in UTF-8, a byte order mark left out; UserError, naming `what` it is, if unreadable or not UTF-8."""
     try:
         return Path(path).read_bytes().decode("utf-8-sig")
     except OSError as error:
@@ -31,14 +24,7 @@ def read_text(path: Path, what: str = "file") -> str:
 
 
 def parse_json(text: str, source: str | Path, line: int | None = None) -> Any:
-    """The value of a JSON text.
-
-    Args:
-        line: of `source`, where the text is this one line of it.
-
-    Raises:
-        UserError: it is none, with the place.
-    """
+    """The value of a JSON text, all of `source` or this `line` of it; UserError, with the place, if it is none."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -57,11 +43,8 @@ def read_json(path: Path, what: str = "file") -> Any:
 def write_whole(path: Path, text: str, errors: str = "strict") -> None:
     """Write a file so that the old or the new one is there, whole, whenever the machine stops.
 
-    Args:
-        errors: what to do with half of a surrogate pair, as `str.encode` takes it.
-
-    Raises:
-        OSError: it cannot be written; what was there before is as it was.
+    `errors` says what to do with half of a surrogate pair, as `str.encode` takes it.
+    Raises: OSError when it cannot be written; what was there before is as it was.
     """
     work = path.with_name(f".{path.name}")
     try:

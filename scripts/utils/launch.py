@@ -62,8 +62,7 @@ def training_dtype(dtype: str) -> torch.dtype:
     fp16 without a GPU becomes fp32, with a line that says so: neither PyTorch's autocast nor DeepSpeed offers it on
     ordinary CPUs, and the seed's recipe (fp16) is to run anywhere.
 
-    Raises:
-        UserError: bf16 on a GPU that lacks it (before Ampere), where it would be emulated.
+    Raises: UserError for bf16 on a GPU that lacks it (before Ampere), where it would be emulated.
     """
     if dtype == "bf16" and has_gpu() and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError(f"dtype = bf16: {torch.cuda.get_device_name()} has no bf16; use dtype: fp16 or fp32")
@@ -118,11 +117,8 @@ def process_group_options(deepspeed: bool) -> list[InitProcessGroupKwargs]:
 def check_processes(accelerator: Accelerator, step: int = 0) -> None:
     """Stop several processes that each believe they are alone: they would train the same run twice.
 
-    Args:
-        step: at which this process begins, after the checkpoint that it found.
-
-    Raises:
-        UserError: the launcher started more processes than have found each other, or they found other checkpoints.
+    Raises: UserError when fewer have found each other than the launcher started, or they found other checkpoints, after
+        which they would begin at another `step`.
     """
     if accelerator.num_processes != num_processes():
         raise UserError(

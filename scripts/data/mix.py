@@ -252,10 +252,9 @@ def _record_batch(examples: list[tuple[Conversation, tuple[np.ndarray, np.ndarra
 def _split(tables: list[pa.Table], codes: list[np.ndarray], which: int) -> Split:
     positions = [np.flatnonzero(own == which) for own in codes]
     dataset = np.repeat(np.arange(len(tables)), [len(own) for own in positions])
+    chosen = list(zip(tables, positions, strict=True))
     lengths, targets = (
-        np.concatenate(
-            [integers(table[name].combine_chunks())[own] for table, own in zip(tables, positions, strict=True)]
-        )
+        np.concatenate([integers(table[name].combine_chunks())[own] for table, own in chosen])
         for name in ("length", "targets")
     )
     return Split(dataset, np.concatenate(positions), lengths, targets, tables)

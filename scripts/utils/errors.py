@@ -21,9 +21,8 @@ def one_line_errors():
         yield
         return
     except (UserError, OSError) as error:
-        cannot_write = isinstance(
-            error, OSError
-        )  # wherever it came up; whoever can say more has made a UserError of it
+        # An OSError wherever it came up; whoever can say more has made a UserError of it.
+        cannot_write = isinstance(error, OSError)
         if cannot_write and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
         torch = sys.modules.get("torch")  # not imported here, since --help must not wait for it
@@ -39,7 +38,8 @@ def one_line_errors():
             raise
         line = f"process {rank} ends, since another one has"
     if line:
-        write = sys.modules["tqdm"].tqdm.write if "tqdm" in sys.modules else print  # not behind a progress bar
+        tqdm = sys.modules.get("tqdm")
+        write = tqdm.tqdm.write if tqdm else print  # not behind a progress bar
         write(line, file=sys.stderr)
     sys.stderr.flush()
     sys.stdout.flush()

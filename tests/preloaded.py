@@ -10,7 +10,7 @@ import utils
 import accelerate.commands.launch
 import deepspeed
 import evaluate
-import matplotlib.pyplot
+import matplotlib.figure
 import sft
 
-MODULES = utils, accelerate.commands.launch, deepspeed, evaluate, matplotlib.pyplot, sft
+MODULES = utils, accelerate.commands.launch, deepspeed, evaluate, matplotlib.figure, sft

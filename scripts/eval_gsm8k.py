@@ -83,6 +83,7 @@ def main(options, checkpoint, recipe: Recipe | None) -> None:
         "few_shot": len(examples),
         "examples": digest(examples) if examples else None,
         "max_new_tokens": options.max_new_tokens,
+        "final_number": final_number.version,
         "dtype": str(model.dtype).removeprefix("torch."),
     }
     evaluation = Evaluation(accelerator, checkpoint, "gsm8k", settings, options.output)

@@ -6,12 +6,12 @@ from fractions import Fraction
 
 import evaluate
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SHARED
 from hypothesis import given
 from hypothesis import strategies as st
 from metrics.final_number.final_number import final_number, numbers
 
-GSM8K = ROOT.parent / "shared" / "data" / "gsm8k_test.jsonl.gz"
+GSM8K = SHARED / "data" / "gsm8k_test.jsonl.gz"
 
 CASES = {
     # GSM8K's own form
@@ -65,6 +65,34 @@ CASES = {
     "forty-two": None,
     "#### ": None,
     "9" * 5000: None,
+    # what was read wrong before version 2
+    "#### 18. She makes 18 dollars.": 18,
+    "#### 18) done": 18,
+    "#### 1,234. Done": 1234,
+    "#### 72: clips": 72,
+    "#### 540\n.\nA": 540,
+    "#### 1.5: the share": Fraction(3, 2),
+    "#### 12 + 3 = 15": 15,
+    "#### 10 \u00d7 2 = 20 stamps": 20,
+    "#### - 7": -7,
+    "#### 1. She has one left.": 1,
+    "#### 1. First\n2 + 3 = 5\n#### 2. Then\n5 * 2 = 10\nThe answer is 10.": 10,
+    "#### 1. First\n2 + 3 = 5\n#### 5": 5,
+    "#### 1) Add\nSo the answer is 9": 9,
+    "2 + 2 = 4\n#### 4\n\nQuestion: what is 3 + 3?\n#### 6": 4,
+    "#### 5/0": None,
+    "He has 3.\n#### 5/0": None,
+    "#### " + "7" * 150: None,
+    r"So it is \boxed{10 \text{ m}^2}": 10,
+    r"\boxed{2 \cdot 3 = 6}": 6,
+    r"\boxed{\text{about } 5}": 5,
+    r"\boxed{x": None,
+    "The answer is 8 hours, since 2 * 3 = 6 is too few.": 8,
+    "The answer is - 3": -3,
+    "The answer is: x = 4 and not 5": 4,
+    "She has 1 000 000 stamps.": 1000000,
+    "It costs $12 500.50": Fraction(25001, 2),
+    "in 2021 100 people": 100,
 }
 
 
@@ -105,4 +133,23 @@ def test_references_of_gsm8k():
         answers = [json.loads(line)["answer"] for line in file]
     assert len(answers) == 1319
     for answer in answers:
-        assert final_number(answer) == int(answer.split("####")[1].replace(",", ""))
+        number = int(answer.split("####")[1].replace(",", ""))
+        for end in (
+            "",
+            ".",
+            ". Done.",
+            ") done",
+            ": so many",
+            " dollars",
+            "\n.\nA",
+            "\n\nQuestion: what is 3 + 3?\n#### 6",
+        ):
+            assert final_number(answer + end) == number, end
+
+
+@pytest.mark.skipif(not (SHARED / "cases").exists(), reason="the cases are not here")
+def test_shared_cases():
+    cases = [json.loads(line) for line in (SHARED / "cases" / "gsm8k_answers.jsonl").read_text().splitlines()]
+    assert len(cases) == 19
+    for case in cases:
+        assert final_number(case["reply"]) == (case["number"] and Fraction(case["number"])), case

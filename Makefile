@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Not compiled ahead: Python compiles the tenth of it that is imported, which takes a third of the time.
 INSTALL := $(BIN)/python -m pip install -q --no-compile -c constraints.txt
 
-.PHONY: help install demo test test-liger soak lint
+.PHONY: help install demo test test-liger test-transformers4 soak lint
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 22
@@ -20,6 +20,9 @@ test: .venv/tests lint  ## everything, two tests at a time
 
 test-liger: .venv/tests .venv/liger  ## the loss with Liger's kernel, without a GPU, in Triton's interpreter (1 GB)
 	PYTHONPATH=.venv/liger TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/training/test_cross_entropy.py
+
+test-transformers4: .venv/tests .venv/transformers4  ## what a run saves, read by transformers 4
+	$(BIN)/python -m pytest -q tests/run/test_model_files.py
 
 soak: .venv/tests  ## kill a plain and a ZeRO-2 run 20 times each; alone on the machine, since it takes a while
 	$(BIN)/python -m pytest -q -s -m soak
@@ -39,3 +42,6 @@ lint: .venv/tests  ## ruff's checks and its formatting
 
 .venv/liger: | .venv/installed
 	$(BIN)/python -m pip install -q --no-deps --target $@ "liger-kernel>=0.8.5,<0.9" triton
+
+.venv/transformers4: | .venv/installed
+	$(BIN)/python -m pip install -q --no-deps --target $@ transformers==4.57.6 "tokenizers>=0.22,<0.23" "huggingface_hub>=0.34,<1"

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from recipe.keys import Recipe
+from run.model_files import as_readable_as_others, save_model
 from run.retention import prune, remove_folder
 from run.stats import TrainingStats
 from training.engine import Engine
@@ -32,7 +33,6 @@ from utils.files import flush, read_json
 from utils.launch import stop_all
 
 FORMAT = 1  # of trainer_state/; tests/fixtures keeps a checkpoint of each
-MODEL_PART = "2GB"  # at most so much of the model is copied from the GPU at a time
 
 
 @dataclass
@@ -121,6 +121,7 @@ def save_checkpoint(engine: Engine, tokenizer, recipe: Recipe, state: dict[str, 
             text = json.dumps({"format": FORMAT, **state, "files": sizes}, indent=1)
             (work / "trainer_state" / "state.json").write_text(text + "\n", encoding="utf-8")
             read_checkpoint(work)
+        as_readable_as_others(work)
         flush(work, *work.rglob("*"))
         if whole.exists():  # of before the run was taken back to an earlier step, and then over this one again
             remove_folder(whole, hidden=f"{work.name}.replaced")
@@ -150,12 +151,6 @@ def save_checkpoint(engine: Engine, tokenizer, recipe: Recipe, state: dict[str, 
     if not recipe.save_only_model:
         as_one(write_state)
     as_one(publish, main_process_only=True)
-
-
-def save_model(model: PreTrainedModel, tokenizer, folder: Path) -> None:
-    """Write model and tokenizer as AutoModelForCausalLM and AutoTokenizer read them."""
-    model.save_pretrained(folder, max_shard_size=MODEL_PART)
-    tokenizer.save_pretrained(folder)
 
 
 def save_final_model(model: PreTrainedModel, tokenizer, folder: Path) -> None:

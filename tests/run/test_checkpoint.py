@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data.dialogue import CHAT_TOKENS, prepare_tokenizer
 from recipe.keys import Recipe
-from run import checkpoint
+from run import checkpoint, model_files
 from run.checkpoint import FORMAT, read_checkpoint, remove_leftovers, save_checkpoint, save_final_model
 from run.model_card import write_model_card
 from run.retention import list_checkpoints
@@ -105,7 +105,7 @@ def test_it_says_where_the_run_stands_and_what_belongs_to_it(save):
 
 
 def test_a_model_in_several_files(save, monkeypatch, model):
-    monkeypatch.setattr(checkpoint, "MODEL_PART", "100KB")
+    monkeypatch.setattr(model_files, "MODEL_PART", "100KB")
     folder = save(3)
     parts = sorted(folder.glob("model-*.safetensors"))
     assert len(parts) > 2

@@ -1,0 +1,74 @@
+"""A model's folder as it leaves the house: read by transformers 4 and 5 with the same ids, rotary values and logits.
+
+transformers 5 writes what 4 (and llama.cpp's converter, and many servers) cannot read, or reads as something else:
+a tokenizer's class that 4 does not have, with its special tokens under another name; and rotary embeddings only as
+`rope_parameters`, for want of which 4 takes a quarter of each head and base 10,000, without a word (seen with 4.57.6).
+So both forms are written. The names of the weights are those that `save_pretrained` gives them, `embed_out.weight` for
+GPT-NeoX's output layer, whatever they are in memory.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from utils.files import read_json
+
+MODEL_PART = "2GB"  # at most so much of the model is copied from the GPU at a time
+# What transformers 5 notes of how a tokenizer was loaded here, which is nobody's business elsewhere.
+NOT_OF_THE_TOKENIZER = ("backend", "is_local", "local_files_only")
+
+
+def save_model(model: PreTrainedModel, tokenizer, folder: Path) -> None:
+    """Write model and tokenizer as AutoModelForCausalLM and AutoTokenizer read them.  Raises: OSError and the like."""
+    model.save_pretrained(folder, max_shard_size=MODEL_PART)
+    tokenizer.save_pretrained(folder)
+    _rewrite(folder / "config.json", with_older_rope)
+    _rewrite(folder / "tokenizer_config.json", as_older_tokenizer)
+    as_readable_as_others(folder)
+
+
+def as_readable_as_others(folder: Path) -> None:
+    """Give the files below a folder the permissions that the umask says; safetensors makes its own 0600."""
+    os.umask(umask := os.umask(0))
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~umask)
+
+
+def with_older_rope(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json with its rotary embeddings in the form of transformers 4, too, also those of its text model."""
+    if isinstance(config.get("text_config"), dict):
+        config = config | {"text_config": with_older_rope(config["text_config"])}
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return config
+    older = {}
+    if isinstance(rope.get("full_attention"), dict):  # Gemma 3: one base for each kind of layer
+        if theta := rope.get("sliding_attention", {}).get("rope_theta"):
+            older["rope_local_base_freq"] = theta
+        rope = rope["full_attention"]
+    neox = config.get("model_type") == "gpt_neox"
+    names = {
+        "rope_theta": "rotary_emb_base" if neox else "rope_theta",
+        "partial_rotary_factor": "rotary_pct" if neox else "partial_rotary_factor",
+    }
+    older |= {name: rope[key] for key, name in names.items() if rope.get(key) is not None}
+    if rope.get("rope_type", "default") != "default":
+        older["rope_scaling"] = {key: value for key, value in rope.items() if key not in names}
+    return older | config
+
+
+def as_older_tokenizer(config: dict[str, Any]) -> dict[str, Any]:
+    """A tokenizer_config.json that transformers 4 and 5 take for the same: what tokenizer.json says, and no more."""
+    config = {key: value for key, value in config.items() if key not in NOT_OF_THE_TOKENIZER}
+    if isinstance(extra := config.get("extra_special_tokens"), list):
+        del config["extra_special_tokens"]
+        config["additional_special_tokens"] = extra
+    return config | {"tokenizer_class": "PreTrainedTokenizerFast"}
+
+
+def _rewrite(path: Path, change) -> None:
+    path.write_text(json.dumps(change(read_json(path)), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

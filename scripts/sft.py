@@ -62,7 +62,7 @@ def main(options, recipe: Recipe, stop: StopSignal) -> None:
     # ---- Plan and checks, before anything large is loaded ----
     progress = run.plan(mix, dtype, options.allow_changes, options.reproduce)
     deepspeed = deepspeed_config(recipe, progress.total_steps, dtype)
-    largest_batches = preflight(recipe, config, mix, dtype, deepspeed, progress)
+    largest_batches = preflight(recipe, config, tokenizer, mix, dtype, deepspeed, progress)
 
     # ---- Model. Autocast wants fp32 weights, DeepSpeed the dtype it trains in: it keeps fp32 masters itself ----
     accelerator = start_accelerator(recipe, dtype, deepspeed, progress.step)

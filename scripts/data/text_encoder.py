@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from utils.errors import reason
+
 # Of a BPE model: each changes the ids, and none is set in the tokenizers that were compared.
 SPECIAL_RULES = (
     "dropout",
@@ -55,7 +57,13 @@ def fast_text_encoder(tokenizer: Any) -> TextEncoder:
         return text_encoder(tokenizer)
     from fastokens import Tokenizer
 
-    fast = Tokenizer.from_json_str(tokenizer_json)
+    try:
+        fast = Tokenizer.from_json_str(tokenizer_json)
+    except Exception as error:  # whatever it makes of what it does not know, such as ids with gaps (0.3.5)
+        print(
+            f"fastokens does not read this tokenizer, which encodes by itself, more slowly: {reason(error)}", flush=True
+        )
+        return text_encoder(tokenizer)
     fast.no_truncation()
     own = text_encoder(tokenizer)
 

@@ -8,6 +8,7 @@ from huggingface_hub.errors import HFValidationError
 from data.files import hub_patterns, source_files
 from data.reading import TRAIN, VALIDATION, Reading
 from recipe.keys import Recipe
+from run.model_files import check_savable
 from run.resume import find_checkpoint, is_finished
 from sources.registry import find_source
 from training.deepspeed_config import fill_config, find_config
@@ -66,6 +67,6 @@ def _describe_model(recipe: Recipe) -> str:
     config = load_config(recipe)
     parameters = count_parameters(recipe, config)
     if os.path.isdir(recipe.model_name):  # on the hub it could be what is not fetched yet
-        load_tokenizer(recipe)
+        check_savable(recipe, config, load_tokenizer(recipe))
     rows = config.get_text_config().vocab_size
     return f"{config.model_type}, {parameters:,} parameters, {rows:,} rows in its embedding"

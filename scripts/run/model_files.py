@@ -7,13 +7,19 @@ So both forms are written. The names of the weights are those that `save_pretrai
 GPT-NeoX's output layer, whatever they are in memory.
 """
 
+import contextlib
+import copy
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedModel
 
+from recipe.keys import Recipe
+from training.model import fit_to_tokenizer, without_weights
+from utils.errors import UserError, reason
 from utils.files import read_json
 
 MODEL_PART = "2GB"  # at most so much of the model is copied from the GPU at a time
@@ -24,6 +30,36 @@ NOT_OF_THE_TOKENIZER = ("backend", "is_local", "local_files_only")
 def save_model(model: PreTrainedModel, tokenizer, folder: Path) -> None:
     """Write model and tokenizer as AutoModelForCausalLM and AutoTokenizer read them.  Raises: OSError and the like."""
     model.save_pretrained(folder, max_shard_size=MODEL_PART)
+    _save_beside_weights(tokenizer, folder)
+
+
+def check_savable(recipe: Recipe, config: PretrainedConfig, tokenizer) -> None:
+    """Save all but the weights and read it back, so that what would fail at the first save fails before the first step.
+
+    Raises:
+        UserError: it cannot be saved, or is not read back as it was.
+    """
+    model = without_weights(recipe, copy.deepcopy(config))
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            if not recipe.from_scratch:
+                with contextlib.suppress(OSError):  # there need not be one
+                    model.generation_config = GenerationConfig.from_pretrained(recipe.model_name)
+            fit_to_tokenizer(model, tokenizer, mean_resizing=False)
+            model.config.save_pretrained(folder)
+            model.generation_config.save_pretrained(folder)
+            _save_beside_weights(tokenizer, Path(folder))
+            without_weights(recipe, AutoConfig.from_pretrained(folder, trust_remote_code=recipe.trust_remote_code))
+            again = AutoTokenizer.from_pretrained(folder, trust_remote_code=recipe.trust_remote_code)
+        except Exception as error:  # as many kinds as transformers has
+            raise UserError(
+                f"model_name = {recipe.model_name}: what a run saves of it could not be read back: {reason(error)}"
+            ) from error
+    if again.get_vocab() != tokenizer.get_vocab():
+        raise UserError(f"model_name = {recipe.model_name}: its tokenizer is another one when saved and read back")
+
+
+def _save_beside_weights(tokenizer, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     _rewrite(folder / "config.json", with_older_rope)
     _rewrite(folder / "tokenizer_config.json", as_older_tokenizer)

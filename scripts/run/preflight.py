@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 
 from data.mix import Mix
 from recipe.keys import Recipe
+from run.model_files import check_savable
 from run.progress import Progress
 from run.retention import check_disk, steps_between_checkpoints
 from training.memory import check_memory
@@ -27,12 +28,13 @@ CUT_SHARE = 0.2  # of the training conversations
 def preflight(
     recipe: Recipe,
     config: PretrainedConfig,
+    tokenizer,
     mix: Mix,
     dtype: torch.dtype,
     deepspeed: dict[str, Any] | None,
     progress: Progress,
 ) -> tuple[MicroBatch, MicroBatch | None] | None:
-    """Check memory and disk, and say what looks wrong, before weights are loaded.
+    """Check memory, disk and what will be saved, and say what looks wrong, before weights are loaded.
 
     Args:
         deepspeed: the engine's complete config; None without it.
@@ -48,6 +50,7 @@ def preflight(
     parameters, epoch_steps = count_parameters(recipe, config), steps_per_epoch(mix, recipe, processes)
     if not progress.steps_left:
         return None
+    check_savable(recipe, config, tokenizer)
     largest = largest_micro_batches(mix, recipe, processes, progress.steps_left, progress.position)
     zero = deepspeed and deepspeed["zero_optimization"]
     check_memory(recipe, config, parameters, zero, dtype, largest[0].shape)

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from data.dialogue import prepare_tokenizer
 from recipe.keys import Recipe
@@ -18,6 +25,8 @@ from training.collate import end_to_end
 from utils.errors import UserError, reason
 from utils.launch import say
 
+# Of a generation config: what only sampling uses.
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
 KINDS = {AutoConfig: "config", AutoTokenizer: "tokenizer", AutoModelForCausalLM: "weights"}
 
 
@@ -81,6 +90,9 @@ def load_config(recipe: Recipe) -> PretrainedConfig:
     if recipe.fuse_gelu and getattr(config, "hidden_act", None) == "gelu":
         # Saved with the checkpoint, so that it is used as it was trained.
         config.hidden_act = "gelu_pytorch_tanh"
+    if not getattr(config.get_text_config(), "num_attention_heads", None):
+        kind = f"models of type {config.model_type}, which have no attention heads (Mamba, RWKV)"
+        raise UserError(f"model_name = {recipe.model_name}: {kind}, are not supported")
     choose_attention(recipe, config)
     # The headers of a folder's safetensors say how long each file has to be.
     for path in [] if recipe.from_scratch else sorted(Path(recipe.model_name).glob("*.safetensors")):
@@ -92,16 +104,20 @@ def load_config(recipe: Recipe) -> PretrainedConfig:
     return config
 
 
-def count_parameters(recipe: Recipe, config: PretrainedConfig) -> int:
-    """The model's parameters, counted on one built without memory for its weights; UserError when none can be built."""
+def without_weights(recipe: Recipe, config: PretrainedConfig) -> PreTrainedModel:
+    """The model built without memory for its weights; UserError when none can be built."""
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.trust_remote_code)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.trust_remote_code)
     except Exception as error:  # ZeroDivisionError for no heads, KeyError for an unknown activation, and so on
         raise UserError(
             f"model_name = {recipe.model_name}: no causal language model can be made of its config: {reason(error)}"
         ) from error
-    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_parameters(recipe: Recipe, config: PretrainedConfig) -> int:
+    """The model's parameters.  Raises: UserError as `without_weights`."""
+    return sum(parameter.numel() for parameter in without_weights(recipe, config).parameters())
 
 
 def load_model(
@@ -124,11 +140,32 @@ def load_model(
     check_output_layer(model, recipe.model_name)
     if recipe.padding_free:
         check_padding_free(model, recipe.model_name)
-    # As the original: StableLM's 50,432 rows become 50,288 for 50,282 tokens.
-    model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=16)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    fit_to_tokenizer(model, tokenizer)
     return ready_for_training(model, recipe)
+
+
+def fit_to_tokenizer(model: PreTrainedModel, tokenizer, mean_resizing: bool = True) -> None:
+    """Give a model the embedding and the special ids that its tokenizer calls for, and a generation config to be saved.
+
+    Rows up to the highest id, which is over the number of tokens where ids have gaps, and on to the next multiple of
+    16, as the original: StableLM's 50,432 rows become 50,288 for 50,282 tokens. `mean_resizing` off draws none of them.
+    """
+    highest = max(tokenizer.get_vocab().values())
+    model.resize_token_embeddings(highest + 1, pad_to_multiple_of=16, mean_resizing=mean_resizing)
+    rows, generation, defaults = (
+        model.get_input_embeddings().num_embeddings,
+        model.generation_config,
+        GenerationConfig(),
+    )
+    for config in (model.config, model.config.get_text_config(), generation):
+        for name, own in {"pad_token_id": None, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}.items():
+            ids = getattr(config, name, None)
+            if any(one is not None and one >= rows for one in (ids if isinstance(ids, list) else [ids])):
+                setattr(config, name, own)  # of a row that is no more, with which nothing loads
+    generation.eos_token_id, generation.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    if not generation.do_sample:  # sampling values beside it, as Llama-2 and Vicuna shipped, are refused at a save
+        for name in SAMPLING:
+            setattr(generation, name, getattr(defaults, name, None))
 
 
 def ready_for_training(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:

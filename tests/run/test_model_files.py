@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_script
 from read_elsewhere import read
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -130,3 +131,104 @@ def test_nested_and_layered_rotary_values():
 def test_a_model_specific_dictionary_of_special_tokens_stays():
     named = {"extra_special_tokens": {"image_token": "<image>"}}
     assert as_older_tokenizer(named)["extra_special_tokens"] == {"image_token": "<image>"}
+
+
+# ---- base models that are not quite right, as they are found: mended before the first step, or refused ----
+
+
+def with_weights(folder: Path, tokenizer_changes=None, generation: dict | None = None, **config) -> Path:
+    """A tiny Llama as a base model with the demo's tokenizer, changed."""
+    config = AutoConfig.for_model("llama", **({"vocab_size": 1024} | SIZES | config))
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    for path in DEMO.glob("tokenizer*"):
+        shutil.copy(path, folder)
+    if tokenizer_changes:
+        values = json.loads((folder / "tokenizer.json").read_text())
+        tokenizer_changes(values)
+        (folder / "tokenizer.json").write_text(json.dumps(values))
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    return folder
+
+
+def leave_a_gap(tokenizer: dict) -> None:
+    tokenizer["model"]["vocab"]["far"] = 1101
+
+
+def run_of(model: Path, tmp_path: Path, *more) -> subprocess.CompletedProcess:
+    options = [
+        "--from_scratch",
+        "false",
+        "--max_length",
+        64,
+        "--max_steps",
+        4,
+        "--save_steps",
+        2,
+        "--sample_replies",
+        0,
+    ]
+    return run_script(
+        *["recipes/demo.yaml", "--model_name", model, *options, "--cache_dir", tmp_path / "cache", *more],
+        output_dir=tmp_path / "out",
+        check=False,
+    )
+
+
+BASES = {
+    "pad in rows that the resize removes": {"vocab_size": 1100, "pad_token_id": 1099},
+    "greedy with a temperature": {"generation": {"do_sample": False, "temperature": 0.9, "top_p": 0.6}},
+    "ids with gaps": {"tokenizer_changes": leave_a_gap, "vocab_size": 1200},
+    "end token far away": {"vocab_size": 2000, "eos_token_id": [1999, 0], "bos_token_id": 1998},
+}
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_the_final_model_of_such_a_base_loads_and_the_run_goes_on(tmp_path, name):
+    model = with_weights(tmp_path / "base", **BASES[name])
+    run = run_of(model, tmp_path)
+    assert run.returncode == 0, run.stderr
+    final = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    rows = final.get_input_embeddings().num_embeddings
+    highest = max(tokenizer.get_vocab().values())
+    assert rows == (highest + 16) // 16 * 16
+    assert (highest > 1100) == (name == "ids with gaps")
+    ids = [final.config.pad_token_id, final.config.bos_token_id, final.config.eos_token_id]
+    assert all(one is None or one < rows for one in ids)
+    assert final.generation_config.eos_token_id == tokenizer.eos_token_id
+    with torch.no_grad():
+        assert final(torch.tensor([[highest, 5]])).logits.isfinite().all()
+    for path in (tmp_path / "out").glob("*.*"):  # as if killed after checkpoint-2
+        if path.suffix in (".safetensors", ".json", ".md", ".jinja"):
+            path.unlink()
+    shutil.rmtree(tmp_path / "out" / "checkpoint-4")
+    again = run_of(model, tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "going on from" in again.stdout
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(found[key], value) for key, value in final.state_dict().items())
+
+
+@pytest.mark.parametrize("dry_run", [[], ["--dry_run"]])
+def test_what_cannot_be_saved_is_one_line_before_the_first_step(tmp_path, dry_run):
+    """Whatever it is: here a generation config that neither we nor transformers know how to mend."""
+    model = with_weights(tmp_path / "base", generation={"do_sample": True, "num_beams": 1, "num_return_sequences": 0})
+    (model / "generation_config.json").write_text(json.dumps({"cache_implementation": "no such thing"}))
+    run = run_of(model, tmp_path, *dry_run)
+    assert run.returncode == 2
+    assert len(run.errors) == 1
+    assert "what a run saves of it could not be read back" in run.errors[0]
+    assert "training:" not in run.stderr
+
+
+def test_models_without_attention_are_one_line(tmp_path):
+    config = AutoConfig.for_model("mamba", vocab_size=1024, hidden_size=32, num_hidden_layers=2, state_size=4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    for path in DEMO.glob("tokenizer*"):
+        shutil.copy(path, tmp_path / "base")
+    for more in ([], ["--padding_free", "false"], ["--dry_run"]):
+        run = run_of(tmp_path / "base", tmp_path, *more)
+        assert run.returncode == 2
+        assert "models of type mamba, which have no attention heads" in run.errors[0]

@@ -49,7 +49,7 @@ from data.files import find_data_file, source_files
 from data.mix import prepare_mix
 from data.records import read_records
 from evaluation.chat_model import load_chat_model
-from evaluation.generation import encode_chat, generate
+from evaluation.generation import encode_chat, generate, room_for_reply
 from evaluation.intervals import wilson
 from evaluation.results import Evaluation, digest, load_metric, metric, start_processes
 from recipe.keys import Recipe
@@ -77,12 +77,19 @@ def main(options, checkpoint, recipe: Recipe | None) -> None:
 
     accelerator = start_processes()
     model, tokenizer = load_chat_model(checkpoint, accelerator.device, options.dtype)
+    # One item for each problem, named so that results of two checkpoints on the same problem can be compared.
+    earlier = [turn for example in examples for turn in as_turns(example)]
+    prompts = {
+        f"{number} {digest([problem])}": encode_chat(tokenizer, [*earlier, as_turns(problem)[0]])
+        for number, problem in enumerate(problems)
+    }
+    max_new_tokens = room_for_reply(model, [*prompts.values()], options.max_new_tokens)
     settings = {
         "problems": len(problems),
         "data": digest(problems),
         "few_shot": len(examples),
         "examples": digest(examples) if examples else None,
-        "max_new_tokens": options.max_new_tokens,
+        "max_new_tokens": max_new_tokens,
         "final_number": final_number.version,
         "dtype": str(model.dtype).removeprefix("torch."),
     }
@@ -91,17 +98,13 @@ def main(options, checkpoint, recipe: Recipe | None) -> None:
         evaluation.warn(contamination["verdict"])
     else:
         say(f"contamination: {contamination.get('verdict')}")
+    if max_new_tokens < options.max_new_tokens:
+        evaluation.warn(f"replies of up to {max_new_tokens} tokens: more have no room in the model's positions")
 
-    # One item for each problem, named so that results of two checkpoints on the same problem can be compared.
-    earlier = [turn for example in examples for turn in as_turns(example)]
-    prompts = {
-        f"{number} {digest([problem])}": encode_chat(tokenizer, [*earlier, as_turns(problem)[0]])
-        for number, problem in enumerate(problems)
-    }
     mine = evaluation.share(sorted(prompts, key=lambda key: -len(prompts[key])))
     started, tokens = time.perf_counter(), 0
     with tqdm(total=len(mine), desc="solving", unit="problem", disable=not accelerator.is_main_process) as progress:
-        asked, most = [prompts[key] for key in mine], {"max_new_tokens": options.max_new_tokens}
+        asked, most = [prompts[key] for key in mine], {"max_new_tokens": max_new_tokens}
         for place, reply in generate(model, tokenizer, asked, most, options.batch_size or BATCH_SIZE):
             tokens += reply.tokens
             evaluation.add(mine[place], {"reply": reply.text, "tokens": reply.tokens, "ended": reply.ended})

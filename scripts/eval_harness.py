@@ -27,7 +27,7 @@ MODES = {"on": ["chat"], "off": ["plain"], "both": ["chat", "plain"]}
 
 
 def arguments():
-    parser = evaluation_parser(__doc__)
+    parser = evaluation_parser(__doc__, batch_size=lambda text: text if text == "auto" else positive(text))
     parser.add_argument("--tasks", nargs="+", required=True, metavar="TASK", help="names, YAML files, folders of them")
     parser.add_argument("--chat_template", choices=MODES, default="on", help="on unless given")
     parser.add_argument("--num_fewshot", type=int, metavar="N", help="examples shown; else the task's own")
@@ -63,6 +63,7 @@ from rich.table import Table
 
 from evaluation.chat_model import load_chat_model
 from evaluation.harness import SharedModel
+from evaluation.intervals import wilson
 from evaluation.results import Evaluation, metric, start_processes
 from utils.files import read_json
 from utils.launch import say
@@ -117,7 +118,7 @@ def main(options, checkpoint) -> None:
                 evaluation.warn(f"{task} ({mode}): the task fixes its number of examples at {shots}")
     settings["prompts"] = prompts  # of all documents; compare.py says where two checkpoints were asked differently
     if accelerator.is_main_process:
-        print_table(harness, options.limit)
+        print_table(harness, results, options.limit)
     evaluation.write(results, first_prompts=first_prompts, lm_eval=harness, items=items)
     accelerator.end_training()
 
@@ -195,7 +196,8 @@ def as_items(samples: dict[str, list[dict]], mode: str) -> dict[str, dict]:
 
 
 def as_results(found: dict, mode: str, tasks: dict, items: dict[str, dict]) -> dict[str, dict]:
-    """Every metric of every task and group, with 1.96 times lm_eval's standard error on either side."""
+    """Every metric of every task and group, with its interval: Wilson's of a share, else 1.96 times lm_eval's standard
+    error on either side."""
     results = {}
     for task, name, filter_name, value, stderr in scores(found):
         better = {True: "higher", False: "lower"}.get(found["higher_is_better"].get(task, {}).get(name))
@@ -205,6 +207,8 @@ def as_results(found: dict, mode: str, tasks: dict, items: dict[str, dict]) -> d
         more = {}
         if task in tasks and tasks[task].aggregation().get(name) is mean and all(field in item for item in own):
             more = {"ratio": [field, None], "where": {"dataset": dataset}}
+            if stderr is not None and own and {item[field] for item in own} <= {0, 1}:
+                bounds = wilson(sum(item[field] for item in own), len(own))
         results[f"{task}/{field} ({mode})"] = metric(value, bounds, better, count, **more)
     return results
 
@@ -219,7 +223,7 @@ def scores(found: dict):
                 yield task, name, filter_name, value, stderr if isinstance(stderr, int | float) else None
 
 
-def print_table(harness: dict[str, dict], limit: int | None) -> None:
+def print_table(harness: dict[str, dict], results: dict[str, dict], limit: int | None) -> None:
     """Each metric with and without the chat template, beside the published scores of tasks asked in the same way."""
     published = read_json(PUBLISHED)
     rows: dict[tuple, dict[str, str]] = defaultdict(dict)
@@ -227,7 +231,8 @@ def print_table(harness: dict[str, dict], limit: int | None) -> None:
         for task, name, filter_name, value, stderr in scores(found):
             row = rows[task, label(name, filter_name)]
             row["n"] = f"{found['results'][task].get('sample_len', 0):,}"
-            row[mode] = f"{value:.4f}" + (f" ± {1.96 * stderr:.4f}" if stderr is not None else "")
+            result = results[f"{task}/{label(name, filter_name)} ({mode})"]
+            row[mode] = f"{value:.4f}" + ("" if stderr is None else f" ({result['low']:.4f} to {result['high']:.4f})")
             for model, known in published["models"].items():
                 if found["n-shot"].get(task) == published["num_fewshot"] and name in known.get(task, {}):
                     row[model] = f"{known[task][name]:.4f}"
@@ -239,7 +244,7 @@ def print_table(harness: dict[str, dict], limit: int | None) -> None:
         last = task
     console = make_console()
     console.print(table)
-    console.print("chat: with the chat template; plain: without; ± is half of the 95 % interval")
+    console.print("chat: with the chat template; plain: without; in brackets the 95 % interval")
     if len(columns) > 1 + len(harness):
         console.print(f"stablelm-base: {published['note']}" + "; here, only the first documents" * bool(limit))
 

@@ -71,8 +71,9 @@ from tqdm import tqdm
 
 from data.dialogue import CHAT_TEMPLATE
 from evaluation.chat_model import load_chat_model
-from evaluation.generation import WARPERS, encode_chat, generate
+from evaluation.generation import WARPERS, encode_chat, generate, room_for_reply
 from evaluation.results import Evaluation, device_name, digest, start_processes, versions
+from utils.launch import say
 from utils.tables import make_console, make_table
 
 BATCH_SIZE = 16
@@ -88,6 +89,11 @@ def main(options, checkpoint, prompts: list[list[dict]], configs: dict[str, dict
         except UserError as error:
             raise UserError(f"{options.config}: {config}: {error}") from None
     ids = [encode_chat(tokenizer, messages) for messages in prompts]
+    fitted = {config: room_for_reply(model, ids, chosen["max_new_tokens"]) for config, chosen in settings.items()}
+    for config, most in fitted.items():
+        if most < settings[config]["max_new_tokens"]:
+            say(f"{config}: replies of up to {most} tokens: more have no room in the model's positions")
+            settings[config]["max_new_tokens"] = most
     depends_on = {
         "prompts": digest(prompts, 7),
         "settings": settings,
@@ -147,9 +153,11 @@ def main(options, checkpoint, prompts: list[list[dict]], configs: dict[str, dict
 def as_settings(params: dict[str, Any]) -> dict[str, Any]:
     """A report's sampling_params as `generate` takes them.
 
-    num_beams 1 is no beam search; a temperature and the like do nothing to a greedy reply, in transformers too.
+    num_beams 1 is no beam search; a temperature of 0 is greedy; a temperature and the like do nothing to a greedy
+    reply, in transformers too.
     """
-    off = () if params.get("do_sample") else WARPERS
+    greedy = not params.get("do_sample") or params.get("temperature") == 0
+    off = (*WARPERS, "do_sample") if greedy else ()
     return {name: value for name, value in params.items() if (name, value) != ("num_beams", 1) and name not in off}
 
 

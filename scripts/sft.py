@@ -86,7 +86,7 @@ def main(options, recipe: Recipe, stop: StopSignal) -> None:
     stop.defer()  # from here on there is something to save
     if progress.evaluation_due:  # a signal had cut it short
         evaluate_mix(engine, batches, run, stop)
-    stopped = progress.evaluation_due
+    stopped = progress.evaluation_due  # by another signal
     steps = batches.training_steps(progress.position, 0 if stopped else progress.steps_left)
     for position, micro_batches in run.clock.waiting(prefetched(steps, accelerator.device)):
         learning_rate = engine.scheduler.get_last_lr()[0]
@@ -111,7 +111,7 @@ def main(options, recipe: Recipe, stop: StopSignal) -> None:
     engine.close()
     if stopped:
         raise SystemExit(EXIT_STOPPED)
-    if recipe.sample_replies and accelerator.is_main_process:
+    if recipe.sample_replies and accelerator.is_main_process and not stop.name:
         show_replies(language_model, tokenizer, mix, recipe)
 
 
@@ -164,11 +164,12 @@ def rehearse(engine: Engine, batches: Batches, largest_batches, stats) -> float:
     train, held_out = largest_batches
     # Twice where gradients accumulate: the second time they are in memory while it runs.
     count = min(2, batches.accumulated)
-    batch, started = batches.of(train), time.perf_counter()
+    batch = batches.of(train)
     try:
         with engine.rehearsal():
+            started = time.perf_counter()
             train_step(engine, [batch] * count, batches.recipe, stats, rehearsal=True)
-        seconds = (time.perf_counter() - started) / count
+            seconds = (time.perf_counter() - started) / count
         if held_out:
             engine.model.eval()
             with torch.no_grad():

@@ -136,6 +136,20 @@ def shows_a_problem(folder):
     return ["--few_shot", 1, "--examples", write_lines(folder / "x.jsonl", PROBLEMS[:1])]
 
 
+def is_too_long(folder):
+    (folder / "x.jsonl").write_text(json.dumps({"question": "so many " * 300, "answer": "#### 1"}))
+    return ["--data", folder / "x.jsonl"]
+
+
+def test_replies_fit_into_the_models_positions(checkpoint, problems, tmp_path):
+    solve(checkpoint, "--data", problems, "--max_new_tokens", 10_000, "--limit", 2, "--output", tmp_path)
+    result = json.loads((tmp_path / "gsm8k.json").read_text())
+    most = result["settings"]["max_new_tokens"]
+    assert 0 < most < 256
+    assert f"replies of up to {most} tokens: more have no room in the model's positions" in result["warnings"]
+    assert all(item["tokens"] <= most for item in result["items"].values())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -146,7 +160,7 @@ def shows_a_problem(folder):
         (lambda folder: ["--data", folder / "none.jsonl"], "none.jsonl not found"),
         (lambda folder: ["--few_shot", 1], "--few_shot N and --examples FILE go together"),
         (lambda folder: ["--limit", 0], "--limit"),
-        (lambda folder: ["--max_new_tokens", 250], "over the model's 256 positions"),
+        (is_too_long, "leaves no room for a reply in the model's 256 positions"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )

@@ -102,7 +102,13 @@ def test_results(run):
     own = result["lm_eval"]["chat"]["results"]["demo_choice"]
     found = result["results"]["demo_choice/acc (chat)"]
     assert found["value"] == own["acc,none"]
-    assert found["high"] - found["value"] == pytest.approx(1.96 * own["acc_stderr,none"])
+    # Wilson's interval, from its formula: within 0 and 1, and not of no width at 0 of 6 or 6 of 6.
+    share, z, n = found["value"], 1.959964, 6
+    middle, half = share + z * z / (2 * n), z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
+    assert found["low"] == pytest.approx(max(0, (middle - half) / (1 + z * z / n)))
+    assert found["high"] == pytest.approx(min(1, (middle + half) / (1 + z * z / n)))
+    for metric in result["results"].values():
+        assert 0 <= metric["low"] < metric["high"] <= 1
     assert (found["better"], found["n"]) == ("higher", 6)
     for name, metric in result["results"].items():  # what compare.py pairs adds up to it
         items = [item for item in result["items"].values() if metric["where"].items() <= item.items()]
@@ -202,7 +208,7 @@ def test_published_scores_and_cut_requests(evaluate, model, tmp_path, capsys):
 def test_the_table(run):
     [acc] = [line for line in run.stdout.splitlines() if " acc " in line]
     for mode in ("chat", "plain"):
-        assert f"{run.result['results'][f'demo_choice/acc ({mode})']['value']:.4f} ±" in acc
+        assert f"{run.result['results'][f'demo_choice/acc ({mode})']['value']:.4f} (" in acc
     assert "stablelm-base" not in run.stdout
 
 

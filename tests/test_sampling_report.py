@@ -313,11 +313,10 @@ def test_a_report_is_read_as_it_is(report, chat_model):
         ({"max_new_tokens": 4, "num_beams": 5}, "second: unknown sampling setting num_beams"),
         ({"max_new_tokens": 4, "do_sample": True, "top_p": 7}, "second: sampling settings: "),
         ({}, "second: max_new_tokens = None"),
-        ({"max_new_tokens": 100_000}, "are over the model's"),
     ],
 )
 def test_settings_that_the_model_cannot_have(chat_model, files, sample_here, tmp_path, capsys, args, message):
-    """Said before anything is sampled, but for the length."""
+    """Said before anything is sampled."""
     first = {"name": "first", "generate_args": {"max_new_tokens": 1}}
     config = {"configurations": [first, {"name": "second", "generate_args": args}]}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -338,3 +337,21 @@ def test_bad_input_is_said_at_once(tmp_path):
     run = run_script(tmp_path, script=SCRIPT, output_dir=None, check=False)
     assert run.returncode == 2
     assert run.errors == [f"error: {tmp_path}: not a model, no config.json; it holds nothing"]
+
+
+def test_replies_fit_into_the_models_positions_and_a_temperature_of_0_is_greedy(
+    chat_model, files, sample_here, tmp_path, capsys
+):
+    config = [
+        {"name": "long", "generate_args": {"max_new_tokens": 100_000}},
+        {"name": "cold", "generate_args": {"max_new_tokens": 3, "do_sample": True, "temperature": 0, "top_k": 5}},
+        {"name": "greedy", "generate_args": {"max_new_tokens": 3}},
+    ]
+    (tmp_path / "config.json").write_text(json.dumps({"configurations": config}))
+    report = sample_here(chat_model, *files[:2], "--config", tmp_path / "config.json")
+    assert "long: replies of up to" in capsys.readouterr().out
+    outputs = [
+        {result["sampling_config"]: result["outputs"] for result in prompt["results"]} for prompt in report["prompts"]
+    ]
+    assert all(of["cold"] == of["greedy"] for of in outputs)
+    assert all(len(of["long"]) == 1 for of in outputs)

@@ -83,7 +83,7 @@ def test_sft_is_read_in_one_go():
 
 
 def test_what_the_documents_name_is_there():
-    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("requirements*.txt"), *(ROOT / "docs").glob("*.md")]:
         text = page.read_text(encoding="utf-8")
         for target in re.findall(r"\]\(([^)#:]+)\)", text):
             assert (page.parent / target).exists(), f"{page.name}: {target}"

@@ -169,7 +169,9 @@ def code_files(name: str) -> list[Path]:
     """What decides how a data set is prepared: all of this room, its source, and what the sources share."""
     others = SOURCES.keys() - {name if name in SOURCES else "messages"}
     of_sources = [path for path in Path(sources.__path__[0]).iterdir() if path.stem not in others]
-    return sorted(path for path in [*ROOM.iterdir(), *of_sources] if path.suffix in (".py", ".txt"))
+    return sorted(
+        path for path in [*ROOM.iterdir(), *of_sources] if path.suffix in (".py", ".txt") and path.name[0] != "."
+    )
 
 
 def _prepare(

@@ -25,7 +25,7 @@ def fingerprint(checkpoint: EvaluatedModel) -> str:
         weights = path.suffix in (".safetensors", ".bin", ".pt")
         if weights or path.name in ("config.json", "tokenizer.json", "chat_template.jinja"):
             digest.update(f"{path.name} {path.stat().st_size}\n".encode())
-            for block in sampled(path):
+            for block in sampled(path) if weights else [path.read_bytes()]:
                 digest.update(block)
     return digest.hexdigest()
 

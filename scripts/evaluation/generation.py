@@ -61,6 +61,21 @@ def encode_chat(tokenizer, messages: list[dict[str, str]]) -> list[int]:
     return [*ids.tolist(), tokenizer.convert_tokens_to_ids(ASSISTANT)]
 
 
+def room_for_reply(model: PreTrainedModel, prompts: list[list[int]], wanted: int) -> int:
+    """Tokens that each reply can have: as wanted, or what the model's positions leave beside the longest prompt.
+
+    All prompts together decide, not those of a batch or a process, so that a reply does not depend on these.
+    Raises: UserError when the longest prompt leaves no room.
+    """
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(map(len, prompts), default=0)
+    if positions and longest >= positions:
+        raise UserError(
+            f"a prompt of {longest:,} tokens leaves no room for a reply in the model's {positions:,} positions"
+        )
+    return min(wanted, positions - longest) if positions else wanted
+
+
 def generate(
     model: PreTrainedModel,
     tokenizer,

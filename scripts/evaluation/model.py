@@ -7,6 +7,7 @@ other model by folder or hub name, which has no recipe.
 import json
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,11 +58,11 @@ def _last_step(metrics: Path) -> int | None:
         return None
 
 
-def evaluation_parser(usage: str) -> OneLineParser:
+def evaluation_parser(usage: str, batch_size: Callable[[str], int | str] = positive) -> OneLineParser:
     """The arguments that all evaluation scripts have in common; a script, whose docstring is `usage`, adds its own."""
     parser = OneLineParser(usage)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a model (a run's checkpoint), or hub name")
     parser.add_argument("--output", metavar="PATH", help=".json file or folder of the result; else CHECKPOINT/eval")
-    parser.add_argument("--batch_size", type=positive, metavar="N", help="at once on each process")
+    parser.add_argument("--batch_size", type=batch_size, metavar="N", help="at once on each process")
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="precision of the model")
     return parser

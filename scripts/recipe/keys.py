@@ -43,6 +43,15 @@ IGNORED: dict[str, tuple[str, ...] | None] = {
 }
 
 
+def problem_of_ignored(name: str, value: Any) -> str | None:
+    """What is wrong with the value of a key of IGNORED; None where it does nothing, as promised."""
+    given = "null" if value is None else str(value)
+    spelled = {"none": "null", "~": "null", "": "null", "no": "false", "off": "false", "0": "false", "n": "false"}
+    text = spelled.get(given.lower(), given if name == "loss_fn" else given.lower())
+    allowed = IGNORED[name]
+    return None if allowed is None or text in allowed else f"only {' or '.join(allowed)} is supported"
+
+
 class _Mix(Schema):
     """The mix: in YAML a list, each entry a name or `name: {options}`; the sources are in scripts/sources/.
 
@@ -97,8 +106,8 @@ Datasets = create_model(
 class Recipe(Schema):
     """Every key of a recipe."""
 
-    model_name: str = key(..., "folder or hub name of the base model (a causal LM)", min_length=1)
-    from_scratch: bool = key(False, "random weights, built from the config.json of model_name")
+    model_name: str = key(..., "folder or hub name of the base model (a causal LM)", "training", min_length=1)
+    from_scratch: bool = key(False, "random weights, built from the config.json of model_name", "training")
     trust_remote_code: bool = key(False, "run model code that comes with the checkpoint", "")
     max_length: Annotated[PositiveInt, Field(ge=2)] = key(
         512, "longest training example, tokens", "training evaluation"
@@ -117,14 +126,18 @@ class Recipe(Schema):
 
     datasets: Datasets = key(..., "the mix", "")  # of its options each says what it changes
     cache_dir: Path = key(Path(".cache"), "where data files are looked up and prepared data are kept", "")
-    drop_contaminated: bool = key(False, "leave out training conversations with GSM8K test questions")
+    drop_contaminated: bool = key(False, "leave out training conversations with GSM8K test questions", "training")
     padding_free: bool = key(True, "conversations end to end; false: padded to the batch's longest", "")
     packing: bool = key(
-        False, "whole conversations fill up rows of max_length, which count as one: fewer, fuller steps"
+        False, "whole conversations fill up rows of max_length, which count as one: fewer, fuller steps", "training"
     )
     label_masking: bool = key(True, "score the replies only; false: every token", "data training evaluation")
     random_offset_probability: float = key(
-        0.8, "chance that a conversation over max_length is cut at a random place, not at its start", ge=0, le=1
+        0.8,
+        "chance that a conversation over max_length is cut at a random place, not at its start",
+        "training",
+        ge=0,
+        le=1,
     )
     use_system_tag: bool = key(
         False, "tell the properties of the reply in a system tag after the prompt", "data training evaluation"
@@ -133,28 +146,28 @@ class Recipe(Schema):
         0.5, "chance that a property is left out of the system tag", "data training evaluation", ge=0, le=1
     )
     system_add_length: bool = key(False, "put the length of the reply into the system tag", "data training evaluation")
-    sort_by_length: bool = key(False, "batches of similar lengths, the batches shuffled")
+    sort_by_length: bool = key(False, "batches of similar lengths, the batches shuffled", "training")
 
     dtype: Literal["fp32", "fp16", "bf16"] = key(
         "fp16", "precision of the forward and backward pass", "training evaluation"
     )
-    num_train_epochs: float = key(3, "passes over the mix", gt=0, lt=2**31)
-    max_steps: PositiveInt | None = key(None, "stop after this many optimizer steps; null: by epochs")
+    num_train_epochs: float = key(3, "passes over the mix", "training", gt=0, lt=2**31)
+    max_steps: PositiveInt | None = key(None, "stop after this many optimizer steps; null: by epochs", "training")
     per_device_train_batch_size: PositiveInt = key(2, "conversations per process and micro-batch", "step")
     per_device_eval_batch_size: PositiveInt = key(2, "the same in evaluation", "")
     gradient_accumulation_steps: PositiveInt = key(32, "micro-batches per process and optimizer step", "step")
     global_batch_size: PositiveInt | None = key(
         None, "conversations a step over all processes: accumulation follows; null: the product of the three", "step"
     )
-    learning_rate: float = key(1e-5, "peak rate, reached after warm-up", ge=0, le=1)
-    warmup_steps: NonNegativeInt = key(600, "optimizer steps of warm-up, along DeepSpeed's logarithm")
-    weight_decay: NonNegativeFloat = key(0.0, "AdamW's decoupled weight decay")
-    adam_beta1: float = key(0.9, "AdamW's beta 1", ge=0, lt=1)
-    adam_beta2: float = key(0.95, "AdamW's beta 2", ge=0, lt=1)
-    adam_epsilon: float = key(1e-12, "AdamW's epsilon", gt=0, allow_inf_nan=False)
-    max_grad_norm: NonNegativeFloat = key(2.0, "clip the global gradient norm to this; 0: do not clip")
+    learning_rate: float = key(1e-5, "peak rate, reached after warm-up", "training", ge=0, le=1)
+    warmup_steps: NonNegativeInt = key(600, "optimizer steps of warm-up, along DeepSpeed's logarithm", "training")
+    weight_decay: NonNegativeFloat = key(0.0, "AdamW's decoupled weight decay", "training")
+    adam_beta1: float = key(0.9, "AdamW's beta 1", "training", ge=0, lt=1)
+    adam_beta2: float = key(0.95, "AdamW's beta 2", "training", ge=0, lt=1)
+    adam_epsilon: float = key(1e-12, "AdamW's epsilon", "training", gt=0, allow_inf_nan=False)
+    max_grad_norm: NonNegativeFloat = key(2.0, "clip the global gradient norm to this; 0: do not clip", "training")
     loss_normalization: Literal["tokens", "micro_batch"] = key(
-        "tokens", "mean over all scored tokens of a step, or the original's mean of micro-batch means"
+        "tokens", "mean over all scored tokens of a step, or the original's mean of micro-batch means", "training"
     )
     rng_seed: Annotated[WholeNumber, Field(ge=0, lt=2**32)] = key(
         0xA1221F97, "everything random follows from it", "data training evaluation"
@@ -187,10 +200,6 @@ class Recipe(Schema):
     @model_validator(mode="before")
     @classmethod
     def _leave_out_ignored(cls, values: Any) -> Any:
-        for name in values.keys() & IGNORED.keys():
-            given = {"None": "null", "False": "false", "True": "true"}.get(str(values[name]), str(values[name]))
-            if IGNORED[name] and given not in IGNORED[name]:
-                raise ValueError(f"{name} = {given}: only {' or '.join(IGNORED[name])} is supported")
         return {name: value for name, value in values.items() if name not in IGNORED}
 
     @model_validator(mode="after")

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from recipe.keys import Datasets, Recipe
+from recipe.keys import IGNORED, Datasets, Recipe, problem_of_ignored
 from recipe.strict_yaml import parse_yaml
 from utils.errors import UserError
 from utils.files import read_text
@@ -45,10 +45,18 @@ def checked_recipe(
         # What it replaces is no longer on any line of the file.
         places = {place: line for place, line in places.items() if place[: len(parts)] != parts}
         places[parts] = "command line"
+    problems = [
+        f"{places.get((name,), path)}: {name} = {values[name]}: {problem}"
+        for name in values.keys() & IGNORED.keys()
+        if (problem := problem_of_ignored(name, values[name]))
+    ]
     try:
-        return Recipe.model_validate(values)
+        recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        raise UserError("; ".join(_explain(detail, places, path) for detail in error.errors())) from error
+        problems += [_explain(detail, places, path) for detail in error.errors()]
+    if problems:
+        raise UserError("; ".join(problems))
+    return recipe
 
 
 def _override(values: dict[str, Any], parts: tuple[str, ...], value: Any) -> None:

@@ -29,7 +29,7 @@ from training.engine import Engine
 from training.optimizer_state import random_state, save_optimizer
 from training.plan import Position
 from utils.errors import UserError
-from utils.files import flush, read_json
+from utils.files import UNFINISHED, flush, read_json
 from utils.launch import stop_all
 
 FORMAT = 1  # of trainer_state/; tests/fixtures keeps a checkpoint of each
@@ -179,7 +179,10 @@ def remove_leftovers(folder: Path) -> list[str]:
     leftovers = [*folder.glob(".checkpoint-*"), *folder.glob(".final"), *folder.glob("checkpoint-*/.trainer_state")]
     for path in leftovers:
         shutil.rmtree(path)
-    return [path.relative_to(folder).as_posix() for path in leftovers]
+    files = [*folder.glob(f".*{UNFINISHED}")]
+    for path in files:
+        path.unlink()
+    return [path.relative_to(folder).as_posix() for path in leftovers + files]
 
 
 def _is_disk_error(error: Exception) -> bool:

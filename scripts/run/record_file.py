@@ -1,6 +1,6 @@
 """OUTPUT_DIR/run.json on the disk: written whole or not at all, read back, and never with a secret in it.
 
-`run/record.py` says what stands in it. Light, since `recipe/load.py` reads it for `--reproduce` before torch is
+`run/record.py` says what stands in it. Light, since `run/command_line.py` reads it for `--reproduce` before torch is
 loaded.
 """
 

@@ -112,7 +112,7 @@ def end_report(recipe: Recipe, progress: Progress, stats: TrainingStats, health:
     if best:
         print(f"best validation loss {best[1]:.4f}, after step {best[0]:,}")
     kept = ", ".join(path.name for path in list_checkpoints(recipe.output_dir)) or "none"
-    what = "the model, its card, " if step == total_steps else "start the same command again to go on; "
+    what = "the model, its card, " if progress.is_complete else "start the same command again to go on; "
     print(f"in {recipe.output_dir}: {what}metrics.jsonl, training.png, run.json; checkpoints: {kept}", flush=True)
     return report
 

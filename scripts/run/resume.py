@@ -6,8 +6,9 @@ from typing import Any
 
 from data.mix import Mix
 from recipe.keys import Recipe
+from recipe.load import load_recipe
 from run.checkpoint import Checkpoint, read_checkpoint
-from run.folder import RECIPE_HEADER, is_ours, refuse_other_run
+from run.folder import is_ours, refuse_other_run
 from run.health import StepHealth
 from run.progress import Progress
 from run.record_file import read_record
@@ -63,7 +64,10 @@ def _same_run_without_checkpoint(recipe: Recipe) -> bool:
     folder = recipe.output_dir
     if os.path.lexists(folder / "config.json") or not is_ours(folder / "recipe.yaml"):
         return False
-    return (folder / "recipe.yaml").read_text(encoding="utf-8") == RECIPE_HEADER + recipe.to_yaml()
+    try:
+        return load_recipe(folder / "recipe.yaml") == recipe
+    except UserError:  # of another version, with keys that are no more
+        return False
 
 
 def _checked(checkpoint: Checkpoint, recipe: Recipe, allow_changes: bool) -> Checkpoint:

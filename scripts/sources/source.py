@@ -14,7 +14,7 @@ from utils.errors import UserError
 CHANGES = ("data", "training", "step", "evaluation")
 
 
-def key(default: Any, meaning: str, changes: str = "training", **limits: Any) -> Any:
+def key(default: Any, meaning: str, changes: str, **limits: Any) -> Any:
     """A key of a recipe, for a pydantic schema: its default (`...` where it has to be given), the line for --help,
     pydantic's limits, such as `gt=0`, and what another value changes, words of `CHANGES`:
 
@@ -70,8 +70,8 @@ class DatasetOptions(Schema):
     revision: str | None = key(None, "commit, tag or branch of the hub data set; null: its newest", "")
     val_split: float = key(0.2, "share held out for validation", PREPARED, ge=0, lt=1)
     max_val_set: PositiveInt | None = key(None, "at most this many validation conversations", PREPARED)
-    fraction: Share | None = key(None, "share of the training rows used, drawn anew each epoch")
-    size: PositiveInt | None = key(None, "number of training rows used, drawn anew each epoch")
+    fraction: Share | None = key(None, "share of the training rows used, drawn anew each epoch", "training")
+    size: PositiveInt | None = key(None, "number of training rows used, drawn anew each epoch", "training")
     on_bad_records: Literal["error", "skip"] = key(
         "error", "what to do at a damaged record: stop, or go on and report how many", PREPARED
     )

@@ -43,8 +43,10 @@ class Engine:
         """Let what runs inside take the memory of a real step, and leave the optimizer as it is."""
         scale = loss_scale_state(self.accelerator)
         allocate_moments(self.accelerator, self.optimizer)
-        yield
-        load_loss_scale(self.accelerator, scale)
+        try:
+            yield
+        finally:
+            load_loss_scale(self.accelerator, scale)
 
     def close(self) -> None:
         """Leave the other processes; the language model stays. Every process calls this."""

@@ -36,7 +36,7 @@ class ScoredLoss(torch.nn.Module):
     """A causal LM whose forward returns the loss of every scored token.
 
     It is what `Accelerator.prepare` wraps, so that DDP and DeepSpeed see every parameter used inside one forward. What
-    a recipe says of the loss of a token is read here; how a step averages the losses is seen in sft.py.
+    a recipe says of the loss of a token belongs here; how a step averages the losses is seen in sft.py.
     """
 
     def __init__(self, model: PreTrainedModel, recipe: Recipe):

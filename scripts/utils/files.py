@@ -1,5 +1,6 @@
 """Files: read whole, or refused in one line; written whole, or not at all; told apart by their contents."""
 
+import errno
 import hashlib
 import json
 import os
@@ -10,6 +11,9 @@ from typing import Any
 from utils.errors import UserError
 
 BLOCKS, BLOCK_BYTES = 64, 64 * 1024
+UNFINISHED = ".tmp"  # how the name of a file ends that is being written
+# What a file system says that cannot flush a folder, as some over FUSE and CIFS.
+NO_FLUSH = (errno.EINVAL, errno.EBADF, errno.ENOTSUP)
 
 
 def read_text(path: Path, what: str = "file") -> str:
@@ -46,15 +50,16 @@ def write_whole(path: Path, text: str, errors: str = "strict") -> None:
     `errors` says what to do with half of a surrogate pair, as `str.encode` takes it.
     Raises: OSError when it cannot be written; what was there before is as it was.
     """
-    work = path.with_name(f".{path.name}")
+    work = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")  # of this process: others may write it, too
     try:
         with open(work, "w", encoding="utf-8", errors=errors) as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(work, path)
-    finally:
+    except OSError:
         work.unlink(missing_ok=True)
+        raise
     flush(path.parent)  # the new name, too
 
 
@@ -64,6 +69,9 @@ def flush(*paths: Path) -> None:
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
+        except OSError as error:
+            if not (path.is_dir() and error.errno in NO_FLUSH):
+                raise
         finally:
             os.close(handle)
 

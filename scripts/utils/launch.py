@@ -93,9 +93,11 @@ def set_up_process() -> None:
 def _user_chose_threads() -> bool:
     """Whether OMP_NUM_THREADS, which PyTorch has followed already, is the user's word.
 
-    `accelerate launch` puts 1 there for whoever has said nothing; its own environment shows whether anybody has.
+    `accelerate launch` and torchrun put 1 there for whoever has said nothing; their own environment shows whether
+    anybody has.
     """
-    if os.environ.get("OMP_NUM_THREADS") != "1" or "ACCELERATE_MIXED_PRECISION" not in os.environ:
+    launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
+    if os.environ.get("OMP_NUM_THREADS") != "1" or not launched:
         return "OMP_NUM_THREADS" in os.environ
     try:
         return "OMP_NUM_THREADS" in psutil.Process().parent().environ()

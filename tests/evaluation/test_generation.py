@@ -1,12 +1,14 @@
 """Batched replies: the same as one by one, whatever the batch; what cannot be asked for is said."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from checkpoints import save_chat_model
 from transformers import GenerationConfig
 
 from evaluation.chat_model import load_chat_model
-from evaluation.generation import OwnStreams, encode_chat, generate
+from evaluation.generation import OwnStreams, encode_chat, generate, room_for_reply
 from evaluation.model import find_model
 from utils.errors import UserError
 
@@ -151,3 +153,13 @@ def test_another_chat_template_is_applied_as_it_is(loaded):
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}!{% endfor %}a fish"
     ids = encode_chat(tokenizer, [{"role": "user", "content": "the sea"}])
     assert tokenizer.decode(ids) == "the sea!a fish"
+
+
+def test_room_for_a_reply():
+    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=10)))
+    assert room_for_reply(model, [[1] * 4, [1] * 7], 100) == 3
+    assert room_for_reply(model, [[1] * 4, [1] * 7], 2) == 2
+    with pytest.raises(UserError, match="a prompt of 10 tokens leaves no room for a reply in the model's 10 positions"):
+        room_for_reply(model, [[1] * 10], 1)
+    endless = SimpleNamespace(config=SimpleNamespace(get_text_config=SimpleNamespace))
+    assert room_for_reply(endless, [[1] * 10], 100) == 100

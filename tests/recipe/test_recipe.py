@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -345,6 +346,35 @@ def test_refuses_arguments(tmp_path, arguments, parts):
     (tmp_path / "recipe.yaml").write_text(BASE)
     with refuse("command line|--", *parts):
         read_command_line("", [str(tmp_path / "recipe.yaml"), *arguments])
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "parts"),
+    [
+        ("samples_mixing: true\n", [], ["recipe.yaml line 3: samples_mixing = true: only false is supported"]),
+        ("", ["--samples_mixing", "true"], ["command line: samples_mixing = true: only false is supported"]),
+        ("samples_mixing: true\nlearning_rat: 1\n", [], ["samples_mixing = true", "unknown key learning_rat"]),
+        ("loss_fn: PolyLoss\n", [], ["line 3: loss_fn = PolyLoss: only CrossEntropyLoss is supported"]),
+    ],
+)
+def test_a_key_of_the_original_that_would_change_something_here_is_refused(tmp_path, text, arguments, parts):
+    base = "model_name: m\noutput_dir: o\n" + text + "datasets: [vicuna]\n"
+    (tmp_path / "recipe.yaml").write_text(base)
+    with refuse(*parts):
+        read_command_line("", [str(tmp_path / "recipe.yaml"), *arguments])
+
+
+@pytest.mark.parametrize("spelling", ["false", "no", "off", "0", "False"])
+def test_keys_of_the_original_that_do_nothing_are_accepted(tmp_path, spelling):
+    lines = ["model_name: m", "output_dir: o", "datasets: [vicuna]", f"samples_mixing: {spelling}", "verbose: true"]
+    lines += ["freeze_layer:", "loss_fn: CrossEntropyLoss", "use_custom_sampler: true", "datasets_extra: []"]
+    (tmp_path / "recipe.yaml").write_text("\n".join(lines))
+    assert load_recipe(tmp_path / "recipe.yaml") == load_recipe_of("\n".join(lines[:3]), tmp_path)
+
+
+def load_recipe_of(text: str, folder: Path) -> Recipe:
+    (folder / "plain.yaml").write_text(text)
+    return load_recipe(folder / "plain.yaml")
 
 
 @pytest.mark.parametrize("mix", ["5", "[{}]", "[[1]]", "[vicuna: 3]", "null"])

@@ -138,6 +138,17 @@ def test_a_signal_when_nothing_is_left_but_the_final_model_changes_nothing(
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
+def test_killed_before_the_first_checkpoint_by_an_earlier_version_it_begins_again(tmp_path, recipe, whole):
+    """Whose recipe.yaml had keys that are no more, or not yet some of today's."""
+    assert run_here(recipe, output_dir=tmp_path, steps=3, by="death").returncode is None
+    text = (tmp_path / "recipe.yaml").read_text()
+    assert RECIPE_HEADER in text
+    (tmp_path / "recipe.yaml").write_text(text + "samples_mixing: false\nuse_custom_sampler: false\n")
+    run = run_here(recipe, output_dir=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert_same_end(tmp_path, whole)
+
+
 def test_from_the_end_of_an_epoch(tmp_path, recipe, whole):
     """The checkpoint of save_strategy: epoch; what was logged after it is trained and logged again."""
     keys = ("--save_strategy", "epoch")

@@ -103,6 +103,8 @@ print("threads", torch.get_num_threads())
         ("ddp2", None, 4),
         ("ddp2", "1", 1),  # which is also what the launcher puts there when nobody says anything
         ("ddp2", "2", 2),
+        ("torchrun", None, 4),
+        ("torchrun", "1", 1),
     ],
 )
 def test_omp_num_threads_is_the_users(tmp_path, monkeypatch, launch, said, threads):
@@ -111,9 +113,11 @@ def test_omp_num_threads_is_the_users(tmp_path, monkeypatch, launch, said, threa
         monkeypatch.setenv("OMP_NUM_THREADS", said)
     script = tmp_path / "threads.py"
     script.write_text(THREADS)
-    run = subprocess.run([*launch_command(launch), str(script)], cwd=ROOT, capture_output=True, text=True)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command = [*torchrun, "--standalone"] if launch == "torchrun" else launch_command(launch)
+    run = subprocess.run([*command, str(script)], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
-    assert run.stdout.split().count(str(threads)) == (2 if launch == "ddp2" else 1), run.stdout
+    assert run.stdout.split().count(str(threads)) == (1 if launch == "python" else 2), run.stdout
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "scripts").glob("*.py")))

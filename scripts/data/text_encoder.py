@@ -79,7 +79,7 @@ def fast_text_encoder(tokenizer: Any) -> TextEncoder:
 
 
 def fastokens_agrees(settings: dict[str, Any]) -> bool:
-    """Whether a tokenizer.json, read, is of the kind for which tests/test_text_encoder.py compares all of Unicode.
+    """Whether a tokenizer.json, read, is of the kind for which tests/data/test_text_encoder.py compares all of Unicode.
 
     That is GPT-2's kind (GPT-NeoX, StableLM, Pythia, SmolLM2): byte-level BPE over words found by GPT-2's expression,
     with each digit apart or not, composed to NFC before or not.

@@ -32,7 +32,7 @@ SHOWN_CHARACTERS = 1200  # of each conversation of the first batch
 
 def describe_run(engine: Engine, dtype: torch.dtype, mix: Mix, recipe: Recipe, total_steps: int) -> None:
     """Print what is about to run: the mix, the batch in all its factors, the steps and the learning rate's curve."""
-    accelerator = engine.accelerator
+    accelerator, kind = engine.accelerator, engine.accelerator.distributed_type.value
     rows = training_rows(mix, recipe, 0)
     targets = mix.train.targets[rows].sum()
     print(f"\n{'data set':<32}{'train':>10}{'validation':>12}{'tokens':>14}{'scored':>9}{'of targets':>12}")
@@ -55,7 +55,7 @@ def describe_run(engine: Engine, dtype: torch.dtype, mix: Mix, recipe: Recipe, t
         print(describe_packing(mix, recipe, processes))
     print(
         f"{parameters:,} parameters, {str(dtype).removeprefix('torch.')}, "
-        f"{accelerator.distributed_type.value} on {accelerator.device.type}\n"
+        f"{'alone' if processes == 1 and kind == 'NO' else kind} on {accelerator.device.type}\n"
         f"{processes} process(es) x {micro} {what} x {accumulated} accumulated = "
         f"{describe_step(recipe, processes)}{note}\n"
         f"{steps_per_epoch(mix, recipe, processes):,} steps an epoch, {total_steps:,} in all; the rate rises to "

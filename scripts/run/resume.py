@@ -97,17 +97,14 @@ def changed_keys(then: Recipe, now: Recipe, num_processes: int) -> list[str]:
     if not same_step or (by_micro_batch and "per_device_train_batch_size" in differing):
         changed |= differing & keys_that_change("step", Recipe)
     lines = [f"{key}: {getattr(then, key)} then, {getattr(now, key)} now" for key in sorted(changed)]
-    old_mix, new_mix = (
-        {
-            f"datasets.{name}.{key}": value
-            for name, options in recipe.datasets.chosen().items()
-            for key, value in options.model_dump(include=keys_that_change("training", type(options))).items()
-        }
-        for recipe in (then, now)
-    )
-    for key in old_mix | new_mix:
-        old, new = old_mix.get(key, "not in the mix"), new_mix.get(key, "not in the mix")
-        lines += [f"{key}: {old} then, {new} now"] if old != new else []
+    old_mix, new_mix = then.datasets.chosen(), now.datasets.chosen()
+    for name in old_mix | new_mix:
+        if name not in old_mix or name not in new_mix:
+            lines.append(f"datasets.{name}: {'not in the mix then' if name in new_mix else 'in the mix then, not now'}")
+            continue
+        for key in sorted(keys_that_change("training", type(new_mix[name]))):
+            old, new = getattr(old_mix[name], key, None), getattr(new_mix[name], key)
+            lines += [f"datasets.{name}.{key}: {old} then, {new} now"] if old != new else []
     return lines
 
 

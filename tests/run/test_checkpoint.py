@@ -1,6 +1,6 @@
 """Checkpoints: whole ones or none, the newest kept, what resuming needs in the newest of them; the model card.
 
-Which of them a run goes on from is tests/test_resume.py; what a killed process leaves is tests/test_faults.py.
+Which of them a run goes on from is tests/run/test_resume.py; what a killed process leaves is tests/run/test_faults.py.
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Signals: the step is finished, all is saved and the exit status says so; a second one ends at once; nobody is left.
 
-That the run then goes on as if nothing had been, and that one process's signal stops all, is tests/test_resume.py.
+That the run then goes on as if nothing had been, and that one process's signal stops all, is tests/run/test_resume.py.
 """
 
 import os

@@ -1,6 +1,6 @@
 """What resuming needs beside the model: it comes back whole, whoever wrote it and however it was cut.
 
-What ZeRO-2 writes is read by others, and the other way round, in tests/test_resume.py.
+What ZeRO-2 writes is read by others, and the other way round, in tests/run/test_resume.py.
 """
 
 import json

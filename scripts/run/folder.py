@@ -45,23 +45,30 @@ def is_ours(recipe_file: Path) -> bool:
 def wait_for_other_run(recipe: Recipe) -> None:
     """Lock a folder to go on in, so that its last checkpoint is there; on the first process. UserError if in use."""
     if is_ours(recipe.output_dir / "recipe.yaml"):
-        try:
-            _lock(recipe.output_dir / ".lock")
-        except OSError as error:
-            raise UserError(f"output_dir = {recipe.output_dir}: cannot write there: {error.strerror}") from error
+        lock_output_dir(recipe)
+
+
+def lock_output_dir(recipe: Recipe) -> None:
+    """Make the output folder, and make it ours for as long as this process lives; the first process.
+
+    Raises: UserError when it cannot be written, or another process is at it.
+    """
+    try:
+        recipe.output_dir.mkdir(parents=True, exist_ok=True)
+        _lock(recipe.output_dir / ".lock")
+    except OSError as error:
+        raise UserError(f"output_dir = {recipe.output_dir}: cannot write there: {error.strerror}") from error
 
 
 def claim_output_dir(recipe: Recipe, checkpoint: Checkpoint | None) -> None:
-    """Make the output folder ours for as long as this process lives, clear away what a killed run left, and write the
-    resolved recipe; the first process.
+    """Clear away what a killed run left, and write the resolved recipe; the first process, under its lock.
 
     metrics.jsonl and bad_steps.jsonl keep their lines up to the checkpoint's step, also those of another folder's run.
-    Raises: UserError when it cannot be written, or another process is at it.
+    Raises: UserError when it cannot be written.
     """
     folder = recipe.output_dir
+    lock_output_dir(recipe)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _lock(folder / ".lock")
         for name in remove_leftovers(folder):
             say(f"removed {name}, which an interrupted run had not finished")
         for path in list_checkpoints(folder) if checkpoint else []:

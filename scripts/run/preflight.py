@@ -12,9 +12,11 @@ from recipe.keys import Recipe
 from run.model_files import check_savable
 from run.progress import Progress
 from run.retention import check_disk, steps_between_checkpoints
+from training.collate import kept_targets
 from training.memory import check_memory
 from training.model import count_parameters
 from training.plan import MicroBatch, largest_micro_batches, steps_per_epoch, training_rows
+from utils.errors import UserError
 from utils.launch import num_processes, say
 
 # Rates of full fine-tuning over which a pretrained model of that many parameters usually loses what it knows: several
@@ -23,6 +25,7 @@ from utils.launch import num_processes, say
 HIGHEST_RATES = ((1e9, 3e-3), (3e9, 1e-3), (math.inf, 1e-4))  # under so many parameters, the rate
 LOWEST_RATE = 2e-7  # a tenth of the lowest published one known to us, Tulu 3's 2e-6 for 70B
 CUT_SHARE = 0.2  # of the training conversations
+LEAST_KEPT = 0.5  # of the scored tokens of a data set, when its conversations are cut
 
 
 def preflight(
@@ -51,13 +54,40 @@ def preflight(
     if not progress.steps_left:
         return None
     check_savable(recipe, config, tokenizer)
+    lost = check_targets(recipe, mix)
     largest = largest_micro_batches(mix, recipe, processes, progress.steps_left, progress.position)
     zero = deepspeed and deepspeed["zero_optimization"]
     check_memory(recipe, config, parameters, zero, dtype, largest[0].shape)
     check_disk(recipe, parameters, dtype, deepspeed is not None, epoch_steps, total_steps, progress.step)
-    for warning in recipe_warnings(recipe, config, mix, parameters, epoch_steps, total_steps):
+    for warning in [*lost, *recipe_warnings(recipe, config, mix, parameters, epoch_steps, total_steps)]:
         say(f"warning: {warning}")
     return largest
+
+
+def check_targets(recipe: Recipe, mix: Mix) -> list[str]:
+    """What cutting to max_length leaves of the targets, where that is little: a line for each data set and split.
+
+    Raises: UserError when nothing is left to learn.
+    """
+    rows, found = training_rows(mix, recipe, 0), []
+    splits = {"training": (mix.train.select(rows), kept_targets(mix.train, recipe, 0)[rows])}
+    splits["validation"] = mix.validation, kept_targets(mix.validation, recipe, None)
+    remedy = "give a larger max_length" + (
+        "" if recipe.random_offset_probability else ", or a random_offset_probability"
+    )
+    for what, (split, kept) in splits.items():
+        if what == "training" and not kept.any():
+            raise UserError(
+                f"max_length = {recipe.max_length}: cut to it, no conversation has a token to learn left: {remedy}"
+            )
+        for index, name in enumerate(mix.names):
+            own = split.dataset == index
+            if own.any() and kept[own].sum() < LEAST_KEPT * split.targets[own].sum():
+                left = (
+                    f"{kept[own].sum():,} of the {split.targets[own].sum():,} scored tokens of its {what} conversations"
+                )
+                found.append(f"max_length = {recipe.max_length}: cut to it, {name} keeps {left}: {remedy}")
+    return found
 
 
 def recipe_warnings(
@@ -72,6 +102,8 @@ def recipe_warnings(
     found = []
     if recipe.warmup_steps >= total_steps:
         found.append(f"warmup_steps = {recipe.warmup_steps}: as long as the run ({total_steps:,} steps): give fewer")
+    if total_steps <= 2:
+        found.append(f"the run has {total_steps} step(s), and the first two run at rate 0: no weight will change")
     every = steps_between_checkpoints(recipe, epoch_steps)
     if recipe.save_strategy == "no":
         found.append("save_strategy = no: nothing to go on from after a crash: give steps or epoch")

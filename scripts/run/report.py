@@ -13,7 +13,7 @@ from run.progress import Progress
 from run.retention import list_checkpoints
 from run.stats import TrainingStats
 from training.batches import Batches
-from training.collate import Batch
+from training.collate import Batch, kept_targets
 from training.engine import Engine
 from training.optimizer import shortest_warmup
 from training.plan import (
@@ -34,11 +34,12 @@ def describe_run(engine: Engine, dtype: torch.dtype, mix: Mix, recipe: Recipe, t
     """Print what is about to run: the mix, the batch in all its factors, the steps and the learning rate's curve."""
     accelerator, kind = engine.accelerator, engine.accelerator.distributed_type.value
     rows = training_rows(mix, recipe, 0)
-    targets = mix.train.targets[rows].sum()
+    kept = kept_targets(mix.train, recipe, epoch=0)
+    targets = kept[rows].sum()
     print(f"\n{'data set':<32}{'train':>10}{'validation':>12}{'tokens':>14}{'scored':>9}{'of targets':>12}")
     for index, name in enumerate(mix.names):
         own = rows[mix.train.dataset[rows] == index]
-        tokens, scored = mix.train.lengths[own].sum(), mix.train.targets[own].sum()
+        tokens, scored = np.minimum(mix.train.lengths[own], recipe.max_length).sum(), kept[own].sum()
         held_out = (mix.validation.dataset == index).sum()
         shares = f"{scored / max(1, tokens):>9.0%}{scored / max(1, targets):>12.1%}"
         print(f"{name:<32}{len(own):>10,}{held_out:>12,}{tokens:>14,}{shares}")

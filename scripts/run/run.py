@@ -1,5 +1,6 @@
 """A run from its folder to its end: the one owner of where it stands, what it counts, and what it leaves."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from data.mix import Mix
 from recipe.keys import Recipe
 from run.checkpoint import Checkpoint, save_checkpoint, save_final_model
-from run.folder import claim_output_dir, wait_for_other_run
+from run.folder import claim_output_dir, lock_output_dir, wait_for_other_run
 from run.health import StepHealth, one_line_at_minimum_scale
 from run.log import RunLog
 from run.model_card import write_model_card
@@ -139,9 +140,14 @@ def open_run(recipe: Recipe, allow_changes: bool) -> Run:
     Raises:
         UserError: the folder holds another run, or another process is at it.
     """
+    recipe_file = recipe.output_dir / "recipe.yaml"
     if process_index() == 0:
         wait_for_other_run(recipe)
+    was_there = os.path.lexists(recipe_file)
     checkpoint = find_checkpoint(recipe, allow_changes)
     if process_index() == 0:
+        lock_output_dir(recipe)
+        if os.path.lexists(recipe_file) and not was_there:  # of a start that was a moment before this one
+            checkpoint = find_checkpoint(recipe, allow_changes)
         claim_output_dir(recipe, checkpoint)
     return Run(recipe, checkpoint)

@@ -124,6 +124,14 @@ def cut(split: Split, row: int, recipe: Recipe, epoch: int | None) -> tuple[np.n
     return ids[start : start + recipe.max_length], scored
 
 
+def kept_targets(split: Split, recipe: Recipe, epoch: int | None) -> np.ndarray:
+    """The targets that are left of each example when it is cut as an epoch sees it: int64 [examples]."""
+    kept = split.targets.copy()
+    for row in np.flatnonzero(split.lengths > recipe.max_length):
+        kept[row] = cut(split, row, recipe, epoch)[1].sum()
+    return kept
+
+
 def window_start(scored: np.ndarray, row: int, recipe: Recipe, epoch: int | None) -> int:
     """Where the window of max_length tokens starts that an epoch sees of an example.
 

@@ -3,6 +3,7 @@
 import copy
 import gc
 import itertools
+import json
 import subprocess
 import sys
 import time
@@ -479,3 +480,63 @@ def test_the_recipes_that_ship_have_no_warning_and_the_batch_that_they_speak_of(
     mix = make_mix([[100] * 10] * len(recipe.datasets.chosen()))
     assert recipe_warnings(recipe, SEED, mix, parameters, 3000, 12000) == []
     assert packs_per_step(recipe, processes) == conversations
+
+
+# ---- what cutting leaves to learn ----
+
+
+def conversations_file(path, prompt_words: int, count: int = 20):
+    rows = [{"prompt": "word " * prompt_words + str(n), "response": "So it is."} for n in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def cut_recipe(tmp_path, tiny_model):
+    """`short` keeps its replies at 32 tokens, `long` has prompts of twice that."""
+    mix = [
+        {name: {"source": "messages", "input_file_path": conversations_file(tmp_path / f"{name}.jsonl", words)}}
+        for name, words in (("short", 3), ("long", 64))
+    ]
+    values = {
+        "model_name": str(tiny_model),
+        "datasets": mix,
+        "cache_dir": str(tmp_path / "cache"),
+        "output_dir": str(tmp_path / "out"),
+        "dtype": "fp32",
+        "max_length": 32,
+        "random_offset_probability": 0,
+        "max_steps": 3,
+        "log_wandb": False,
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(values))
+    return tmp_path / "recipe.yaml"
+
+
+def test_a_data_set_of_which_nothing_is_left_is_warned_of(run_sft, cut_recipe):
+    run = run_sft(cut_recipe)
+    warnings = [line for line in run.stdout.splitlines() if line.startswith("warning: max_length = 32: cut to it")]
+    assert len(warnings) == 2
+    for line, what in zip(warnings, ("training", "validation"), strict=True):
+        assert "long keeps 0 of the" in line
+        assert f"scored tokens of its {what} conversations: give a larger max_length, or a random_offset" in line
+    (row,) = [line for line in run.stdout.splitlines() if line.startswith("long ")]
+    assert row.split()[-2:] == ["0%", "0.0%"]  # scored, of targets: counted after cutting
+    assert "eval_long_loss" not in run.metrics()[-1]
+
+
+def test_a_run_in_which_nothing_is_left_is_refused(run_sft, cut_recipe, tmp_path):
+    only = "[long: {source: messages, input_file_path: " + str(tmp_path / "long.jsonl") + "}]"
+    run = run_sft(cut_recipe, "--datasets", only, check=False)
+    assert run.returncode == 2
+    assert run.errors == [
+        "error: max_length = 32: cut to it, no conversation has a token to learn left: give a larger max_length, or a "
+        "random_offset_probability"
+    ]
+    run = run_sft(cut_recipe, "--datasets", only, "--random_offset_probability", 1)
+    assert run.curve("loss")[-1] > 0
+
+
+def test_a_run_at_rate_0_is_warned_of():
+    (line,) = [line for line in warn(run={"total_steps": 2}, warmup_steps=0) if "rate 0" in line]
+    assert "no weight will change" in line

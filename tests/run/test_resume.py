@@ -18,6 +18,7 @@ from interruption import SCRIPT, metrics, run_here, small_recipe
 from safetensors.torch import load_file
 
 from recipe.load import load_recipe
+from run import folder as folder_module
 from run.checkpoint import FORMAT, read_checkpoint
 from run.folder import RECIPE_HEADER, claim_output_dir
 from run.resume import changed_keys, find_checkpoint
@@ -136,6 +137,30 @@ def test_a_signal_when_nothing_is_left_but_the_final_model_changes_nothing(
     assert "SIGTERM: saving after this step" in run.stderr
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"
     assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_of_two_starts_in_a_fresh_folder_the_second_looks_again_under_the_lock(
+    tmp_path, recipe, stopped, whole, same, monkeypatch
+):
+    """The first has come and gone between the second's look at the folder and its lock."""
+    output, lock = tmp_path / "output", folder_module._lock
+
+    def others_first(path):
+        if not (output / "recipe.yaml").exists():
+            shutil.copytree(stopped, output, dirs_exist_ok=True)
+        lock(path)
+
+    monkeypatch.setattr(folder_module, "_lock", others_first)
+    run = run_here(recipe, *([] if same else ["--learning_rate", 1e-3]), output_dir=output)
+    if same:
+        assert run.returncode == 0, run.stderr
+        assert "going on from" in run.stdout
+        assert_same_end(output, whole)
+    else:
+        assert run.returncode == 2
+        assert "checkpoint-7 belongs to another recipe: learning_rate" in run.errors[0]
+        assert metrics(output) == metrics(stopped)
 
 
 def test_killed_before_the_first_checkpoint_by_an_earlier_version_it_begins_again(tmp_path, recipe, whole):

@@ -1,5 +1,6 @@
 """eval_loss.py: equal to sft.py's own evaluation and to an independent computation, on one process and on two."""
 
+import importlib.metadata
 import json
 import math
 import shutil
@@ -53,7 +54,7 @@ def test_equals_the_last_evaluation_of_the_run(run, result):
     assert found["perplexity"] == pytest.approx(math.exp(last["eval_loss"]), rel=1e-6)
     assert result["checkpoint"]["step"] == 4
     assert result["settings"]["datasets"]["vicuna"]["max_val_set"] == 12
-    assert result["versions"]["torch"] == torch.__version__
+    assert result["versions"]["torch"] == importlib.metadata.version("torch")
     for metric in result["results"].values():
         assert metric["low"] is None or metric["low"] <= metric["value"] <= metric["high"]
 

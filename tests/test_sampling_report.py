@@ -1,5 +1,6 @@
 """sampling_report.py: Open-Assistant's format, samples that depend on their seeds alone, interruptions, bad files."""
 
+import importlib.metadata
 import json
 import runpy
 import sys
@@ -94,7 +95,7 @@ def test_the_format_is_open_assistants(report, chat_model):
     assert (len(greedy["outputs"]), len(nucleus["outputs"])) == (1, 3)
     assert report["args"]["mode"] == "v2_5"
     assert report["args"]["num_samples"] == 3
-    assert report["args"]["versions"]["torch"] == torch.__version__
+    assert report["args"]["versions"]["torch"] == importlib.metadata.version("torch")
 
 
 @pytest.mark.skipif(not EXAMPLE.exists(), reason="no shared folder beside the checkout")

@@ -79,7 +79,7 @@ def places(prepared: Path, start_seconds: float) -> dict[str, Place]:
         "start": Place(lambda life: True, 0.9 * start_seconds, exactly=False),
         "preparation": Place(lambda life: any(path.is_dir() for path in prepared.glob(".*")), 0.05),
         "training": Place(has_begun, 0.5, exactly=False),
-        "evaluation": Place(lambda life: is_doing(life, "evaluating"), 0.3),
+        "evaluation": Place(lambda life: is_doing(life, "evaluating"), 0.04),  # of a tenth of a second or so
         "evaluated": Place(evaluated, 0),  # written to metrics.jsonl, but no checkpoint says so yet
         "save: model": Place(lambda life: saving(life, optimizer=False), 0.05),
         "save: optimizer": Place(lambda life: saving(life, optimizer=True), 0.02),

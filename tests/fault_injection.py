@@ -81,11 +81,11 @@ def places(prepared: Path, start_seconds: float) -> dict[str, Place]:
         "training": Place(has_begun, 0.5, exactly=False),
         "evaluation": Place(lambda life: is_doing(life, "evaluating"), 0.04),  # of a tenth of a second or so
         "evaluated": Place(evaluated, 0),  # written to metrics.jsonl, but no checkpoint says so yet
-        "save: model": Place(lambda life: saving(life, optimizer=False), 0.05),
-        "save: optimizer": Place(lambda life: saving(life, optimizer=True), 0.02),
+        "save: model": Place(lambda life: saving(life, optimizer=False), 0.01),
+        "save: optimizer": Place(lambda life: saving(life, optimizer=True), 0.005),
         # Verifying, flushing, renaming, removing the oldest: some milliseconds altogether.
         "save: publish": Place(publishing, 0.01, exactly=False),
-        "final": Place(lambda life: has_begun(life) and (life.output_dir / ".final").exists(), 0.02),
+        "final": Place(lambda life: has_begun(life) and (life.output_dir / ".final").exists(), 0),
     }
 
 

@@ -8,7 +8,9 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 import time
+from contextlib import suppress
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: start the same command again, and it goes on
@@ -33,6 +35,7 @@ class StopSignal:
         if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:  # set by every `accelerate launch`
             # The launcher of one process dies of a SIGTERM without passing it on; the process would train on, orphaned.
             ctypes.CDLL(None).prctl(1, int(signal.SIGTERM), 0, 0, 0)  # PR_SET_PDEATHSIG, linux/prctl.h
+        sys.unraisablehook = self._raise_again
 
     def defer(self) -> None:
         """From now on only take note: there is something to save, and the caller asks `agreed` between two steps."""
@@ -58,3 +61,17 @@ class StopSignal:
                 print(f"\n{name}: saving after this step (a second signal ends at once)", file=sys.stderr, flush=True)
         elif now - self._first > SAME_REQUEST:
             os._exit(128 + number)
+
+    @staticmethod
+    def _raise_again(unraisable) -> None:
+        """Python drops a SystemExit raised within a finalizer or a callback of C code: signal again when that is over.
+
+        A daemon, since the process may be ending already.
+        """
+        if not isinstance(unraisable.exc_value, SystemExit):
+            sys.__unraisablehook__(unraisable)
+            return
+        again = threading.Timer(0.1, signal.pthread_kill, [threading.main_thread().ident, signal.SIGTERM])
+        again.daemon = True
+        with suppress(RuntimeError):  # no thread starts any more: the process is ending
+            again.start()

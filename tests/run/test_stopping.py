@@ -26,7 +26,15 @@ from run.stopping import StopSignal
 stop = StopSignal()
 if "defer" in sys.argv:
     stop.defer()
-print("ready", flush=True)
+if "finalizer" in sys.argv:
+    class Slow:
+        def __del__(self):
+            print("ready", flush=True)
+            time.sleep(60)
+    slow = Slow()
+    del slow
+else:
+    print("ready", flush=True)
 time.sleep(60)
 for _ in range(600):
     time.sleep(0.1)
@@ -80,6 +88,14 @@ def test_before_there_is_something_to_save_it_ends_at_once(start, name):
     process = waits(start)
     process.send_signal(getattr(signal, name))
     assert process.communicate(timeout=30)[0] == f"{name}: stopped before the first step, nothing to save\n"
+    assert process.returncode == 75
+
+
+def test_it_ends_too_where_python_drops_the_exit(start):
+    process = waits(start, "finalizer")
+    process.send_signal(signal.SIGTERM)
+    lines = process.communicate(timeout=10)[0].splitlines()
+    assert lines == ["SIGTERM: stopped before the first step, nothing to save"] * 2  # and no traceback
     assert process.returncode == 75
 
 

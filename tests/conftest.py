@@ -23,6 +23,13 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 # Real data and the original's results on it; tests that want them skip where they are not.
 SHARED = Path(os.environ.get("SHARED_FILES", ROOT.parent / "shared"))
+SHARED_DATA = {  # the seed's five data sets, in SHARED/data
+    "oasst_export": "oasst_trees.jsonl.gz",
+    "vicuna": "sharegpt_vicuna.json.gz",
+    "dolly15k": "dolly15k.jsonl",
+    "grade_school_math_instructions": "grade_school_math_instructions.jsonl.gz",
+    "code_alpaca": "code_alpaca.json",
+}
 
 ACCELERATE = [str(BIN / "accelerate"), "launch"]
 # How a script is started, as the README says it. On a machine without a GPU the DDP config's two processes are joined

@@ -4,7 +4,7 @@ import gzip
 import json
 
 import pytest
-from conftest import SHARED
+from conftest import SHARED, SHARED_DATA
 from transformers import PreTrainedTokenizerFast
 
 from data.dialogue import encode, prepare_tokenizer
@@ -17,13 +17,6 @@ from sources.vicuna import FILLERS
 REFERENCE = SHARED / "reference" / "original_examples.jsonl.gz"
 OPTIONS = {"oasst_export": {"lang": "bg,ca,cs,da,de,en,es,fr,hr,hu,it,nl,pl,pt,ro,ru,sl,sr,sv,uk"}}
 MAX_LENGTH = 1024
-FILES = {
-    "oasst_export": "oasst_trees.jsonl.gz",
-    "vicuna": "sharegpt_vicuna.json.gz",
-    "dolly15k": "dolly15k.jsonl",
-    "grade_school_math_instructions": "grade_school_math_instructions.jsonl.gz",
-    "code_alpaca": "code_alpaca.json",
-}
 
 pytestmark = pytest.mark.skipif(not REFERENCE.is_file(), reason=f"{REFERENCE} is not here")
 
@@ -36,7 +29,7 @@ def normal(messages):
 @pytest.fixture(scope="module")
 def reference():
     """{data set: {(split, messages): [original examples]}}; the originals' order, which was random, is not kept."""
-    found = {name: {} for name in FILES}
+    found = {name: {} for name in SHARED_DATA}
     with gzip.open(REFERENCE, "rt", encoding="utf-8") as file:
         for line in file:
             row = json.loads(line)
@@ -62,11 +55,11 @@ def encode_texts(tokenizer):
     return fast_text_encoder(tokenizer)
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", SHARED_DATA)
 def test_same_as_the_original(reference, tokenizer, encode_texts, name):
     expected = {key: list(rows) for key, rows in reference[name].items()}
     (options,) = Datasets.model_validate([{name: {"val_split": 0.05, **OPTIONS.get(name, {})}}]).chosen().values()
-    reading = Reading(name, options, [SHARED / "data" / FILES[name]], rng_seed=1)
+    reading = Reading(name, options, [SHARED / "data" / SHARED_DATA[name]], rng_seed=1)
     originals, conversations = [], []
     found = list(reading)
     for conversation, code in zip(found, reading.split(), strict=True):

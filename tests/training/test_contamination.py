@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from conftest import SHARED
+from conftest import SHARED, SHARED_DATA
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,13 +20,6 @@ from data.reading import TRAIN, VALIDATION, Reading
 from training import contamination
 from training.contamination import contaminated_rows, duplicated_rows, load_benchmark, normalized
 
-FILES = {
-    "oasst_export": "oasst_trees.jsonl.gz",
-    "vicuna": "sharegpt_vicuna.json.gz",
-    "dolly15k": "dolly15k.jsonl",
-    "grade_school_math_instructions": "grade_school_math_instructions.jsonl.gz",
-    "code_alpaca": "code_alpaca.json",
-}
 MESSAGES = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
 ITEM = (  # 20 words
     "Anna's 3 hens lay 12 eggs each week; how many boxes of six does she fill in a whole month?"
@@ -346,7 +339,7 @@ def shared_splits():
         context="drop",
         on_bad_records="error",
     )
-    readings = [Reading(name, options, [SHARED / "data" / file], rng_seed=1) for name, file in FILES.items()]
+    readings = [Reading(name, options, [SHARED / "data" / file], rng_seed=1) for name, file in SHARED_DATA.items()]
     everything = split_of(*([[m.content for m in conversation.messages] for conversation in r] for r in readings))
     codes = np.concatenate([reading.split() for reading in readings])
     return everything.select(codes == TRAIN), everything.select(codes == VALIDATION)
@@ -364,7 +357,7 @@ def test_gsm8k_in_the_shared_mix(shared_splits, tmp_path):
     print(*found.samples(20), sep="\n")
     # The file holds training problems only; four share a sentence with a test problem that asks something else.
     assert not found.exact.any()
-    assert set(np.flatnonzero(found.counts)) <= {list(FILES).index("grade_school_math_instructions")}
+    assert set(np.flatnonzero(found.counts)) <= {list(SHARED_DATA).index("grade_school_math_instructions")}
     assert len(found) <= 20
 
     # The hub's file has the test problems too.

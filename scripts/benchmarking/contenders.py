@@ -31,6 +31,7 @@ class Work:
     warm_up: int = 1  # steps before the clock starts
     dtype: str = "fp32"
     gradient_checkpointing: bool = False
+    torch_compile: bool = False  # of this trainer's layers
 
     @property
     def per_step(self) -> int:
@@ -96,7 +97,7 @@ def train_ours(values: dict) -> dict:
 
     work = Work(**values)
     values = {"model_name": "none", "output_dir": "nothing", "datasets": ["vicuna"], "use_flash_attention": True}
-    recipe = Recipe.model_validate(values | work.settings() | {"dtype": work.dtype})
+    recipe = Recipe.model_validate(values | work.settings() | {"dtype": work.dtype, "torch_compile": work.torch_compile})
     set_up_process()
     accelerator = start_accelerator(recipe, training_dtype(recipe.dtype), deepspeed=None)
     engine = prepare_engine(accelerator, ready_for_training(_model(work), recipe), recipe, total_steps=1)

@@ -62,9 +62,14 @@ def _why_not(name: str, recipe: Recipe, config: PretrainedConfig) -> str | None:
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     if head_size % 8 or head_size > 256:
         return f"its heads would have to be a multiple of 8, up to 256 wide, and are {head_size}"
-    if any(getattr(config.get_text_config(), key, 0) for key in DROPOUT_KEYS):
+    if attention_dropout(config):
         return "the model has dropout in its attention, which it lacks"
     return None
+
+
+def attention_dropout(config: PretrainedConfig) -> bool:
+    """Whether the model drops out shares of its attention in training."""
+    return any(getattr(config.get_text_config(), key, 0) for key in DROPOUT_KEYS)
 
 
 @torch.compiler.disable  # else a layer under torch_compile is compiled anew for every mix of lengths

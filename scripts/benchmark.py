@@ -6,6 +6,7 @@
     python scripts/benchmark.py train --gpu 3b [--rounds 3] [--layers 16] [--json FILE]
     python scripts/benchmark.py scaling [--gpu 3b] [--layers 16] [--rounds 3] [--json FILE] [--plot FILE.png]
     python scripts/benchmark.py attention [--gpu 3b] [--layers 16] [--json FILE]
+    python scripts/benchmark.py gpu --out DIR [--minutes 8] [--rehearse]
 
 `data`: tokens and conversations a second of a cold preparation, and the seconds of a start that finds it done, next to
 TRL's own preparation of the same conversations (SFTTrainer with assistant_only_loss and our chat template, the
@@ -22,6 +23,10 @@ cannot be imported is said in the table.
 `scaling`: this trainer's tokens a second against max_length and against the conversations in a micro-batch.
 
 `attention`: how far every layer's output is from fp32, for each implementation and dtype that runs here.
+
+`gpu`: all that is worth knowing of a machine with a GPU in one go, the most valuable first: its ceilings, how exact
+each path is, real runs, the contenders on a StableLM 3B shape, profiles. DIR/gpu.md and gpu.json are written after
+each part. --rehearse does all of it on a CPU, with tiny shapes.
 
 Each measurement is a process of its own; contenders alternate. TRL is in requirements-dev.txt. RECIPE is any
 recipe whose data files are on this machine.
@@ -42,19 +47,26 @@ TAKEN_BY = {
     "gpu": ("train", "scaling", "attention"),
     "layers": ("train", "scaling", "attention"),
     "plot": ("scaling",),
+    "json": ("data", "train", "scaling", "attention"),
+    "out": ("gpu",),
+    "minutes": ("gpu",),
+    "rehearse": ("gpu",),
 }
 
 
 def main() -> None:
     parser = recipe_parser(__doc__)
     parser.usage = None
-    parser.add_argument("what", choices=["data", "train", "scaling", "attention"])
+    parser.add_argument("what", choices=["data", "train", "scaling", "attention", "gpu"])
     parser.add_argument("--rounds", type=positive, metavar="N", help="of the contenders, taking turns (3)")
     parser.add_argument("--conversations", type=positive, metavar="N", help="of the recipe (160)")
     parser.add_argument("--gpu", choices=["3b", "7b"], help="a StableLM shape in place of a recipe")
     parser.add_argument("--layers", type=positive, metavar="N", help="of that shape")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured, and on what")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where gpu.md and gpu.json go")
+    parser.add_argument("--minutes", type=positive, metavar="N", help="after which nothing more is begun (8)")
+    parser.add_argument("--rehearse", action="store_const", const=True, help="on a CPU, with tiny shapes")
     options, recipe_file, overrides = parse_with_recipe(parser)
     if options.what == "data" or (options.what == "train" and not options.gpu):
         recipe = load_recipe(recipe_file, overrides)
@@ -74,7 +86,18 @@ def main() -> None:
 
         if not torch.cuda.is_available():
             raise UserError(f"command line: --gpu {options.gpu}: there is no GPU")
+        if options.what in ("train", "scaling"):
+            from benchmarking.train import check_fits
 
+            check_fits(options.gpu, options.layers)
+
+    if options.what == "gpu":
+        from benchmarking.gpu import benchmark_gpu
+
+        if not options.out:
+            raise UserError("command line: gpu needs --out DIR")
+        benchmark_gpu(options.out, options.minutes or 8, bool(options.rehearse))
+        return
     if options.what == "data":
         from benchmarking.data import benchmark_data, data_table
 

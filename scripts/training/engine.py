@@ -21,7 +21,7 @@ from training.loss import ScoredLoss
 from training.optimizer import clip_fused_step, make_optimizer
 from training.optimizer_state import allocate_moments, load_loss_scale, loss_scale_state
 from training.plan import accumulation_steps
-from utils.launch import check_processes, has_gpu, num_processes, process_group_options, say
+from utils.launch import check_processes, has_gpu, num_processes, process_group_options
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """Linear layers in half precision over fp32 weights: cast once a step, their gradients summed in fp32 by the product.
 
 Autocast casts each weight in every forward pass, and once more where a layer is recomputed. The weight's gradient is
-rounded to half precision, cast to fp32 and added to the sum: all in all 26 bytes a weight and micro-batch, against 8 for
-a product that adds to the sum itself, and 6 a step for one cast.
+rounded to half precision, cast to fp32 and added to the sum: all in all 26 bytes a weight and micro-batch, against 8
+for a product that adds to the sum itself, and 6 a step for one cast.
 """
 
 import torch
@@ -15,12 +15,13 @@ class HalfLinear(torch.nn.Linear):
     half: torch.Tensor  # the weight in half precision
     sums: "HalfWeights"
 
+    @torch.compiler.disable  # which would have to follow the sum into the weight's gradient
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., in_features] to [..., out_features], in half precision under autocast."""
         device = input.device.type
         if not torch.is_autocast_enabled(device) or torch.get_autocast_dtype(device) != self.half.dtype:
             return super().forward(input)
-        return _product(input.to(self.half.dtype), self)
+        return _Product.apply(input.to(self.half.dtype), self.weight, self.bias, self)
 
 
 class HalfWeights:
@@ -60,11 +61,6 @@ def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) ->
         torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
     else:  # where no product of half precision gives fp32 (torch 2.13)
         total += left @ right
-
-
-@torch.compiler.disable  # a compiler would have to follow the sum into the weight's gradient
-def _product(input: torch.Tensor, layer: HalfLinear) -> torch.Tensor:
-    return _Product.apply(input, layer.weight, layer.bias, layer)
 
 
 class _Product(torch.autograd.Function):

@@ -151,8 +151,8 @@ def check_memory(
         say(f"memory of the host, estimated: {show_bytes(host)} of {show_bytes(installed)} for the offloaded optimizer")
         if host > installed:
             raise UserError(
-                f"deepspeed_config: offload_optimizer: {show_bytes(host)} of fp32 weights, moments and gradients do not "
-                f"fit into the host's {show_bytes(installed)}: take more machines, or no offload"
+                f"deepspeed_config: offload_optimizer: {show_bytes(host)} of fp32 weights, moments and gradients do "
+                f"not fit into the host's {show_bytes(installed)}: take more machines, or no offload"
             )
     described = ", ".join(f"{name} {show_bytes(size)}" for name, size in parts.items() if name != "step")
     say(f"memory, estimated: {show_bytes(peak)} of the {show_bytes(memory)} {where}: {described}")

@@ -5,9 +5,12 @@ from transformers; the functions here do the same with what PyTorch brings. They
 attention interface, which makes no mask for them, so that nothing of the size tokens x tokens is ever held.
 """
 
+from functools import cache
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import CheckpointPolicy
 from transformers import AttentionInterface, PretrainedConfig
@@ -122,11 +125,14 @@ def varlen_attention(
     attention_mask: torch.Tensor | None,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
+    conversation_lengths: torch.Tensor | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """PyTorch's flash attention over all conversations in one kernel; arguments and result as `sdpa_by_conversation`.
+    """PyTorch's flash attention over all conversations in one kernel, and cuDNN's for long ones where it is faster.
+
+    Arguments and result as of `sdpa_by_conversation`.
 
     Args:
         cu_seq_lens_q: int32 [conversations + 1], their boundaries; None where the model does not pass them on, and in
@@ -137,7 +143,10 @@ def varlen_attention(
         raise UserError(f"attn_implementation: varlen_attn has no {unknown[0]}, which this model needs: give sdpa")
     if cu_seq_lens_q is None:
         return sdpa_by_conversation(
-            module, query, key, value, attention_mask, scaling=scaling, sliding_window=sliding_window, **kwargs
+            *(module, query, key, value, attention_mask, conversation_lengths),
+            scaling=scaling,
+            sliding_window=sliding_window,
+            **kwargs,
         )
     groups = query.shape[1] // key.shape[1]
     # Rotary embeddings may have made fp32 of queries and keys, under autocast.
@@ -146,10 +155,54 @@ def varlen_attention(
         for tensor in (query, repeat_kv(key, groups), repeat_kv(value, groups))
     )
     window = (sliding_window - 1 if sliding_window else -1, 0)
-    output = varlen_attn(
-        query, key, value, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=window
-    )
-    return output[None], None
+    lengths = [] if conversation_lengths is None or sliding_window else conversation_lengths.tolist()
+    if not lengths or max(lengths) < CUDNN_FROM or not cudnn_is_faster():
+        output = varlen_attn(
+            *(query, key, value, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q),
+            scale=scaling,
+            window_size=window,
+        )
+        return output[None], None
+    outputs, first, start = [], 0, 0
+    while first < len(lengths):
+        end = first + 1
+        if lengths[first] < CUDNN_FROM:  # it and the short ones that follow
+            while end < len(lengths) and lengths[end] < CUDNN_FROM:
+                end += 1
+        part = slice(start, start + sum(lengths[first:end]))
+        if lengths[first] < CUDNN_FROM:
+            boundaries, longest = cu_seq_lens_q[first : end + 1] - cu_seq_lens_q[first], max(lengths[first:end])
+            of_part = query[part], key[part], value[part], boundaries, boundaries, longest, longest
+            outputs.append(varlen_attn(*of_part, scale=scaling, window_size=window))
+        else:
+            outputs.append(_by_cudnn(query[part], key[part], value[part], scaling))
+        first, start = end, part.stop
+    return torch.cat(outputs)[None] if len(outputs) > 1 else outputs[0][None], None
+
+
+# Tokens of a conversation from which cuDNN's attention is worth a call of its own, and the multiples to which its
+# length is filled up: cuDNN plans each length anew for 0.1 to 2 s. On an H100, 32 heads of 128, forward and backward
+# take 1.18 ms of 4,096 tokens in place of 1.99, 0.44 of 2,048 in place of 0.65, 0.25 of 1,024 in place of 0.29 (torch
+# 2.11).
+CUDNN_FROM, CUDNN_STEP = 2048, 512
+
+
+@cache
+def cudnn_is_faster() -> bool:
+    """Whether this GPU is one on which cuDNN's attention is faster than flash attention 2: Hopper or newer."""
+    return torch.backends.cudnn.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+
+
+def _by_cudnn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None) -> torch.Tensor:
+    """Causal attention of one conversation, all [tokens, heads, head size], filled up at its end, which no real token
+    sees."""
+    tokens, inputs = len(query), (query, key, value)
+    if missing := -tokens % CUDNN_STEP:
+        inputs = (F.pad(each, (0, 0, 0, 0, 0, missing)) for each in inputs)
+    inputs = (each.transpose(0, 1)[None] for each in inputs)
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
+        output = F.scaled_dot_product_attention(*inputs, is_causal=True, scale=scaling)
+    return output[0].transpose(0, 1)[:tokens]
 
 
 # The kernels that attention comes down to, for each implementation.

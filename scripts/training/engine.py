@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from recipe.keys import Recipe
 from training.linear import HalfWeights
 from training.loss import ScoredLoss
+from training.neox import fuse_layers
 from training.optimizer import clip_fused_step, make_optimizer
 from training.optimizer_state import allocate_moments, load_loss_scale, loss_scale_state
 from training.plan import accumulation_steps
@@ -126,6 +127,8 @@ def prepare_engine(
         model, optimizer = accelerator.prepare(model, optimizer)
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision)
     half_weights = HalfWeights(language_model, optimizer.optimizer, half) if half and not deepspeed else None
+    if half_weights and accelerator.device.type == "cuda" and not recipe.torch_compile:
+        fuse_layers(language_model)
     return Engine(accelerator, model, language_model, optimizer, scheduler, half_weights)
 
 

@@ -31,7 +31,6 @@ class Work:
     warm_up: int = 1  # steps before the clock starts
     dtype: str = "fp32"
     gradient_checkpointing: bool = False
-    torch_compile: bool = False  # of this trainer's layers
 
     @property
     def per_step(self) -> int:
@@ -95,8 +94,7 @@ def prepare_ours(work: Work):
     from utils.launch import set_up_process, training_dtype
 
     values = {"model_name": "none", "output_dir": "nothing", "datasets": ["vicuna"], "use_flash_attention": True}
-    values |= {"dtype": work.dtype, "torch_compile": work.torch_compile}
-    recipe = Recipe.model_validate(values | work.settings())
+    recipe = Recipe.model_validate(values | work.settings() | {"dtype": work.dtype})
     set_up_process()
     accelerator = start_accelerator(recipe, training_dtype(recipe.dtype), deepspeed=None)
     engine = prepare_engine(accelerator, ready_for_training(_model(work), recipe), recipe, total_steps=1)
@@ -138,7 +136,7 @@ def train_ours(values: dict) -> dict:
     attention = engine.language_model.config._attn_implementation
     loss = f"one pass, {choose_kernel(DEVICE.type)[1]}"
     settings = {"attention": attention, "batches": "padding-free", "loss": loss}
-    result = _result(work, ends, losses, settings | ({"layers": "torch_compile"} if work.torch_compile else {}))
+    result = _result(work, ends, losses, settings)
     return result | {"flops": sum(counted[work.warm_up :]), "peak_flops": stats.peak}
 
 

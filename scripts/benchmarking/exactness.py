@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, PreTrainedModel
 import training.loss
 from recipe.keys import Recipe
 from training.collate import Batch, end_to_end
-from training.linear import HalfWeights
+from training.engine import for_autocast
 from training.loss import ScoredLoss, choose_kernel, with_pytorch
 from training.model import ready_for_training
 from utils.errors import UserError, reason
@@ -25,7 +25,6 @@ PATHS = {
     "varlen_attn": {"attn_implementation": "varlen_attn"},
     "flash_attention_2": {"attn_implementation": "flash_attention_2"},
     "gradient_checkpointing": {"use_flash_attention": True, "gradient_checkpointing": True},
-    "torch_compile": {"use_flash_attention": True, "torch_compile": True},
 }
 
 
@@ -91,7 +90,7 @@ def of_path(model: PreTrainedModel, conversations: list[torch.Tensor], dtype: to
     copy.load_state_dict(model.state_dict())
     loss_of = ScoredLoss(ready_for_training(copy, recipe), recipe).train()
     if dtype.itemsize == 2:
-        HalfWeights(copy, torch.optim.AdamW(copy.parameters(), fused=True), dtype)
+        for_autocast(copy, torch.optim.AdamW(copy.parameters(), fused=True), dtype)
     scale, total = FP16_SCALE if dtype == torch.float16 else 1.0, 0.0
     batch = all_scored(conversations, recipe.padding_free).to(DEVICE)
     for _ in range(2):

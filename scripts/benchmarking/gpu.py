@@ -7,7 +7,7 @@ end, what was measured until then is in the files.
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,20 +63,14 @@ def all_parts(rehearse: bool) -> list[Part]:
         run("bf16", "--dtype", "bf16"),
         train("TRL, padding-free, rows", rows, train_trl, True),
         train("a bare loop, all logits, rows", rows, train_bare),
-        train("this collection, torch_compile, rows", replace(rows, torch_compile=True), train_ours),
         Part("profile, rows", profile_ours, (asdict(rows),), 60, profile_table),
         train("this collection, mixed lengths", mixed, train_ours),
         train("TRL, padding-free, mixed lengths", mixed, train_trl, True),
         run("fp16", "--dtype", fp16),
         run("bf16, ZeRO-2", "--dtype", "bf16", "--deepspeed_config", "ds_configs/zero2.json"),
         train("TRL, padded, mixed lengths", mixed, train_trl, False),
-        Part(
-            "profile, torch_compile, rows",
-            profile_ours,
-            (asdict(replace(rows, torch_compile=True)),),
-            75,
-            profile_table,
-        ),
+        train("this collection, rows, again", rows, train_ours),
+        train("TRL, padding-free, rows, again", rows, train_trl, True),
     ]
 
 

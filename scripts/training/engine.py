@@ -126,10 +126,16 @@ def prepare_engine(
     else:  # a prepared schedule would be stepped num_processes times a step
         model, optimizer = accelerator.prepare(model, optimizer)
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision)
-    half_weights = HalfWeights(language_model, optimizer.optimizer, half) if half and not deepspeed else None
-    if half_weights and accelerator.device.type == "cuda" and not recipe.torch_compile:
-        fuse_layers(language_model)
+    half_weights = for_autocast(language_model, optimizer.optimizer, half) if half and not deepspeed else None
     return Engine(accelerator, model, language_model, optimizer, scheduler, half_weights)
+
+
+def for_autocast(model: PreTrainedModel, optimizer: torch.optim.Optimizer, dtype: torch.dtype) -> HalfWeights:
+    """Prepare a model of fp32 weights, on its device, for what autocast to `dtype` does in half precision."""
+    weights = HalfWeights(model, optimizer, dtype)
+    if model.device.type == "cuda":
+        fuse_layers(model)
+    return weights
 
 
 # ---- DeepSpeed's quirks ----

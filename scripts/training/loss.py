@@ -28,7 +28,7 @@ from training.collate import Batch
 from training.linear import HalfLinear, add_product
 from utils.launch import has_gpu, say, training_dtype
 
-LOGITS_BUDGET = 256 * 2**20  # bytes of fp32 logits held at a time
+LOGITS_BUDGET = 256 * 2**20  # bytes of logits held at a time
 # The kernel is no public interface of Liger: its place and arguments may change with the second number.
 LIGER_VERSIONS = Version("0.8.5"), Version("0.9")
 
@@ -62,17 +62,25 @@ class ScoredLoss(torch.nn.Module):
         hidden = self.model.base_model(**batch.model_inputs(), use_cache=False).last_hidden_state
         hidden = hidden.flatten(0, 1).index_select(0, batch.scored)
         head = self.model.get_output_embeddings()
-        # At least one chunk, even an empty one: a batch without targets has a gradient too, of zeros.
-        rows = max(1, LOGITS_BUDGET // (4 * self.config.get_text_config().vocab_size))
-        if not self.training:
-            return _evaluate(head, hidden, batch.targets, rows)
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
+        rows = rows_of_a_chunk(self.config.get_text_config().vocab_size, dtype.itemsize)
+        if not self.training:
+            return _evaluate(head, hidden, batch.targets, rows)
         if dtype == torch.float16 or not isinstance(head, torch.nn.Linear):
             return _made_twice(head, hidden, batch.targets, rows)
         half = head.half if isinstance(head, HalfLinear) else head.weight.detach().to(dtype)
         total, losses = _MadeOnce.apply(hidden.to(dtype), head.weight, half, head.bias, batch.targets, rows)
         return total, losses, None
+
+
+def rows_of_a_chunk(vocabulary: int, element: int) -> int:
+    """Rows of logits, of so many bytes a logit, that are made at a time: in half precision in whole tiles of a product.
+
+    (On an H100 the head took 8.5 ms for 4,096 rows of StableLM's in chunks of 2,048, in chunks of 1,334 10.2.)
+    """
+    rows = max(1, LOGITS_BUDGET // (element * vocabulary))
+    return rows if element == 4 or rows < 128 else rows // 128 * 128
 
 
 # ---- The paths from hidden states to losses ----

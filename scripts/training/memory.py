@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 
 from recipe.keys import Recipe
 from training.attention import choose_attention
-from training.loss import LOGITS_BUDGET
+from training.loss import rows_of_a_chunk
 from utils.errors import UserError
 from utils.launch import has_gpu, num_processes, say
 
@@ -52,7 +52,7 @@ def estimate_memory(
     element = 4 if dtype == torch.float32 else 2
     hidden, vocabulary, tokens = text.hidden_size, text.vocab_size, rows * length
     # Training in fp32 needs 4 bytes a logit and bf16 6, evaluation 8 and 10, fp16 12: made twice, through autograd.
-    logits = (8 if element == 4 else 12) * vocabulary * min(tokens, max(1, LOGITS_BUDGET // (4 * vocabulary)))
+    logits = (8 if element == 4 else 12) * vocabulary * min(tokens, rows_of_a_chunk(vocabulary, element))
     held = {
         "activations": tokens * _activations_per_token(recipe, config, num_parameters, zero, element, length),
         "logits": logits + (4 if element == 4 else 6) * vocabulary * hidden,

@@ -12,7 +12,7 @@ def add_three(residual: torch.Tensor, first: torch.Tensor, second: torch.Tensor)
     return output
 
 
-def rotate_(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: float) -> None:
+def rotate(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: float) -> None:
     """Rotate the first dimensions of queries and keys in place, by the angle (sign 1) or back (-1).
 
     Args:
@@ -26,43 +26,44 @@ def rotate_(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: float
 
 
 def two_norms(
-    x: torch.Tensor, weights: tuple[torch.Tensor, ...], epsilons: tuple[float, float], dtype: torch.dtype
+    x: torch.Tensor, weights: tuple[torch.Tensor, ...], epsilon: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, ...]:
     """Two layer norms of the same x, fp32 [rows, width], with one reading of it.
 
     `weights` are the weight and bias of the one, then of the other, fp32 [width].
-    Returns: both results, `dtype` [rows, width]; the rows' means and the inverse roots for each, fp32 [rows].
+    Returns: both results, `dtype` [rows, width]; the rows' means and inverse roots, fp32 [rows].
     """
     rows, width = x.shape
     first, second = (torch.empty_like(x, dtype=dtype) for _ in range(2))
-    mean, root1, root2 = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(3))
+    mean, root = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
     block = triton.next_power_of_2(width)
-    _two_norms[rows,](
-        *(x, *weights, first, second, mean, root1, root2, width, *epsilons, block), num_warps=_warps(block)
-    )
-    return first, second, mean, root1, root2
+    _two_norms[rows,](x, *weights, first, second, mean, root, width, epsilon, block, num_warps=_warps(block))
+    return first, second, mean, root
 
 
 def two_norms_backward(
-    gradients: tuple[torch.Tensor, ...], x: torch.Tensor, sums: list[torch.Tensor], weights: list[torch.Tensor]
-) -> tuple[torch.Tensor, ...]:
-    """The gradients of x and of the four weights, all fp32.
+    gradients: list[torch.Tensor],
+    x: torch.Tensor,
+    mean: torch.Tensor,
+    root: torch.Tensor,
+    weight1: torch.Tensor,
+    weight2: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of x and of the four weights, fp32, the latter [4, width].
 
-    Args:
-        gradients: of both results in half precision, and what x's gradient is from elsewhere, fp32; contiguous.
-        sums: the means and inverse roots.
+    `gradients` are of both results in half precision, and what x's gradient is from elsewhere, fp32; contiguous.
     """
     rows, width = x.shape
     of_x, block = torch.empty_like(x), triton.next_power_of_2(width)
-    # Each program sums up the weights' gradients of its own rows.
+    # Each program sums up the weights' gradients of its own rows: as many as the device runs at once.
     programs = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
     partial = torch.empty(4, programs, width, dtype=torch.float32, device=x.device)
     _two_norms_backward[programs,](
-        *(*gradients, x, *sums, weights[0], weights[2], of_x, partial),
+        *(*gradients, x, mean, root, weight1, weight2, of_x, partial),
         *(rows, width, triton.cdiv(rows, programs), programs, block),
         num_warps=_warps(block),
     )
-    return of_x, *partial.sum(1)
+    return of_x, partial.sum(1)
 
 
 def _warps(block: int) -> int:
@@ -92,28 +93,25 @@ def _rotate(qkv, cos, sin, sign, positions, heads, width, half, heads_block: tl.
 
 @triton.jit
 def _two_norms(
-    x, weight1, bias1, weight2, bias2, first, second, mean, root1, root2, width, epsilon1, epsilon2, block: tl.constexpr
-):
+    x, weight1, bias1, weight2, bias2, first, second, mean, root, width, epsilon, block: tl.constexpr
+):  # fmt: skip
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, block)
     inside = column < width
-    values = tl.load(x + row * width + column, inside, 0.0)
+    place = row * width + column
+    values = tl.load(x + place, inside, 0.0)
     average = tl.sum(values, 0) / width
     off = tl.where(inside, values - average, 0.0)
-    variance = tl.sum(off * off, 0) / width
-    inverse1, inverse2 = 1 / tl.sqrt(variance + epsilon1), 1 / tl.sqrt(variance + epsilon2)
+    inverse = 1 / tl.sqrt(tl.sum(off * off, 0) / width + epsilon)
     tl.store(mean + row, average)
-    tl.store(root1 + row, inverse1)
-    tl.store(root2 + row, inverse2)
-    place = row * width + column
-    result = off * inverse1 * tl.load(weight1 + column, inside) + tl.load(bias1 + column, inside)
-    tl.store(first + place, result, inside)
-    result = off * inverse2 * tl.load(weight2 + column, inside) + tl.load(bias2 + column, inside)
-    tl.store(second + place, result, inside)
+    tl.store(root + row, inverse)
+    normed = off * inverse
+    tl.store(first + place, normed * tl.load(weight1 + column, inside) + tl.load(bias1 + column, inside), inside)
+    tl.store(second + place, normed * tl.load(weight2 + column, inside) + tl.load(bias2 + column, inside), inside)
 
 
 @triton.jit
 def _two_norms_backward(
-    of_first, of_second, of_rest, x, mean, root1, root2, weight1, weight2, of_x, partial,
+    of_first, of_second, of_rest, x, mean, root, weight1, weight2, of_x, partial,
     rows, width, share, programs, block: tl.constexpr
 ):  # fmt: skip
     program, column = tl.program_id(0), tl.arange(0, block)
@@ -126,22 +124,18 @@ def _two_norms_backward(
     for number in range(share):
         row = program.to(tl.int64) * share + number
         here = column < tl.where(row < rows, width, 0)
-        place = row * width + column
-        of_row = tl.minimum(row, rows - 1)
-        off = tl.where(here, tl.load(x + place, here, 0.0) - tl.load(mean + of_row), 0.0)
-        inverse1, inverse2 = tl.load(root1 + of_row), tl.load(root2 + of_row)
+        place, of_row = row * width + column, tl.minimum(row, rows - 1)
+        inverse = tl.load(root + of_row)
+        normed = tl.where(here, tl.load(x + place, here, 0.0) - tl.load(mean + of_row), 0.0) * inverse
         gradient1 = tl.load(of_first + place, here, 0.0).to(tl.float32)
         gradient2 = tl.load(of_second + place, here, 0.0).to(tl.float32)
-        total = tl.load(of_rest + place, here, 0.0)
-        scaled, normed = gradient1 * scale1, off * inverse1
-        total += (scaled - tl.sum(scaled, 0) / width - normed * (tl.sum(scaled * normed, 0) / width)) * inverse1
+        scaled = gradient1 * scale1 + gradient2 * scale2
+        of_norms = (scaled - tl.sum(scaled, 0) / width - normed * (tl.sum(scaled * normed, 0) / width)) * inverse
+        tl.store(of_x + place, tl.load(of_rest + place, here, 0.0) + of_norms, here)
         sum_w1 += gradient1 * normed
         sum_b1 += gradient1
-        scaled, normed = gradient2 * scale2, off * inverse2
-        total += (scaled - tl.sum(scaled, 0) / width - normed * (tl.sum(scaled * normed, 0) / width)) * inverse2
         sum_w2 += gradient2 * normed
         sum_b2 += gradient2
-        tl.store(of_x + place, total, here)
     place = partial + program * width + column
     tl.store(place, sum_w1, inside)
     tl.store(place + programs * width, sum_b1, inside)

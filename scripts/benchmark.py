@@ -6,7 +6,7 @@
     python scripts/benchmark.py train --gpu 3b [--rounds 3] [--layers 16] [--json FILE]
     python scripts/benchmark.py scaling [--gpu 3b] [--layers 16] [--rounds 3] [--json FILE] [--plot FILE.png]
     python scripts/benchmark.py attention [--gpu 3b] [--layers 16] [--json FILE]
-    python scripts/benchmark.py roofline --gpu 3b [--tokens 4096] [--json FILE]
+    python scripts/benchmark.py roofline --gpu 3b [--tokens 4096] [--layers 16] [--json FILE]
 
 `data`: tokens and conversations a second of a cold preparation, and the seconds of a start that finds it done, next to
 TRL's own preparation of the same conversations (SFTTrainer with assistant_only_loss and our chat template, the
@@ -44,7 +44,7 @@ TAKEN_BY = {
     "rounds": ("data", "train", "scaling"),
     "conversations": ("train",),
     "gpu": ("train", "scaling", "attention", "roofline"),
-    "layers": ("train", "scaling", "attention"),
+    "layers": ("train", "scaling", "attention", "roofline"),
     "plot": ("scaling",),
     "tokens": ("roofline",),
 }
@@ -109,7 +109,7 @@ def main() -> None:
     elif options.what == "roofline":
         from benchmarking.roofline import benchmark_roofline, roofline_table
 
-        figures = benchmark_roofline(options.gpu, options.tokens or 4096)
+        figures = benchmark_roofline(options.gpu, options.layers, options.tokens or 4096)
         table = roofline_table(figures)
     else:
         from benchmarking.attention import attention_table, benchmark_attention

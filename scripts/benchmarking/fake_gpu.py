@@ -15,11 +15,12 @@ import os
 import subprocess
 import tempfile
 import weakref
-from functools import partialmethod
+from functools import cache, partial, partialmethod
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import transformers
 
 from utils.errors import UserError
 
@@ -60,6 +61,7 @@ extern "C" void pretend() {
 COMPILED: weakref.WeakSet = weakref.WeakSet()  # modules that are to be compiled; here they run as they are
 
 
+@cache
 def pretend_gpu() -> None:
     """Give this process its GPU.  Raises: UserError without a C++ compiler, where there is no real GPU either."""
     if not torch.cuda.is_available():
@@ -83,11 +85,32 @@ def pretend_gpu() -> None:
     }
     for question, answer in answers.items():
         setattr(torch.cuda, question, lambda *_, answer=answer, **__: answer)
+    transformers.utils.import_utils.is_fake_tensor = lambda tensor: False  # for which it leaves things out
     torch.backends.cuda.is_flash_attention_available = lambda: True
     torch.nn.functional.scaled_dot_product_attention = _attention
     torch.Tensor.pin_memory = _pin_memory
-    torch.nn.Module.compile = lambda module, **_: COMPILED.add(module)
+    torch.compile, torch.nn.Module.compile = _compile, _compile
     torch.nn.Module._apply = partialmethod(_apply, torch.nn.Module._apply)
+
+
+def pretend_processes(count: int) -> None:
+    """Make this process the first of so many, each with its GPU, whose collectives do nothing; before the accelerator
+    is made, which takes the process group as it is."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    place = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "RANK": 0, "LOCAL_RANK": 0}
+    os.environ.update({name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "none", "MASTER_PORT": "1"})
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
+    # What the others say is what this one says.
+    torch.distributed.all_gather_object = lambda objects, own, **_: objects.__setitem__(slice(None), [own] * count)
+    torch.distributed._verify_params_across_processes = lambda *_: None
+
+
+def all_reduce_hook(_, bucket) -> torch.futures.Future[torch.Tensor]:
+    """DDP's own all-reduce, for which the fake processes have no result."""
+    done = torch.futures.Future()
+    done.set_result(bucket.buffer())
+    return done
 
 
 def _library() -> Path:
@@ -114,6 +137,16 @@ def _library() -> Path:
             raise UserError(f"benchmark: a fake GPU: {compiler} failed: {reason}")
         os.replace(built, library)
     return library
+
+
+def _compile(what=None, **options):
+    """torch.compile, but that it only notes which modules are to be compiled."""
+    if what is None:  # as a decorator with arguments
+        return partial(_compile, **options)
+    module = getattr(what, "__self__", what)
+    if isinstance(module, torch.nn.Module):
+        COMPILED.add(module)
+    return what
 
 
 def _apply(module: torch.nn.Module, original, function, recurse: bool = True) -> torch.nn.Module:

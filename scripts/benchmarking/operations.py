@@ -21,6 +21,7 @@ PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1, "_addmm_activation": 1}
 GATHERS = ("embedding", "index_select", "gather", "index", "take_along_dim")
 SCATTERS = ("scatter_add_", "index_add_", "index_put_", "scatter_", "index_copy_")
 OVERWRITES = ("copy_", "zero_", "fill_", "uniform_", "normal_", "bernoulli_", "random_")
+FILLS = ("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "rand_like", "randn_like")
 NOTHING = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "set_")
 
 
@@ -137,8 +138,10 @@ def moved(func, args: tuple, kwargs: dict, out) -> tuple[list, list]:
         return [(inputs[0][1], sizes), *((tensor, size_of(tensor)) for _, tensor in inputs[1:])], _sized(results)
     if name in SCATTERS:
         target, given_to_it = inputs[0][1], [tensor for _, tensor in inputs[1:]]
-        source = max(map(size_of, given_to_it), default=0)
-        return [(target, source), *_sized(given_to_it)], [(target, source)]
+        touched = target.element_size() * max(tensor.numel() for tensor in given_to_it)
+        return [(target, touched), *_sized(given_to_it)], [(target, touched)]
+    if name in FILLS:
+        return [], _sized(new)
     reads = [t for argument, t in inputs if not (argument.is_out or (_is_written(argument) and name in OVERWRITES))]
     reads, writes = _sized(reads), _sized([*written, *new])
     if name in ("slice_backward", "select_backward", "embedding_dense_backward"):  # zeros first, then what there is
@@ -178,6 +181,4 @@ def check_dtypes(func, args: tuple) -> None:
     elif name.startswith("_fused_adam"):
         for group in zip(*args[:4], strict=True):
             if len({tensor.dtype for tensor in group}) > 1:
-                raise RuntimeError(
-                    f"{func}: weights, gradients and moments of {', '.join(str(t.dtype) for t in group)}"
-                )
+                raise RuntimeError(f"{func}: weights, gradients, moments: {', '.join(str(t.dtype) for t in group)}")

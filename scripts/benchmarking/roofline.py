@@ -24,6 +24,7 @@ from training.flops import PEAK_FLOPS
 # backward pass; not measured here yet. cuDNN's attention at the worth that it is expected to have. FLOP/s and bytes/s.
 H100 = {"products": 680e12, "products in fp32": 50e12, "attention": 252e12, "cudnn attention": 470e12, "bytes": 2.7e12}
 PEAK = PEAK_FLOPS["H100"]
+USES = {"head": "logits", "weight casts": "weights in half precision", None: "other"}  # of memory, by who made it
 MICRO_BATCHES = 4  # of a step, as in train.gpu_works
 ALONE = ("bias gradients", "weight casts", "gradient accumulation")  # nothing to be fused with
 PARTS = (
@@ -63,15 +64,17 @@ def settings(tokens: int) -> dict[str, tuple[dict[str, Any], list[list[int]]]]:
     }
 
 
-def measure(gpu: str, tokens: int, setting: str, rates: dict[str, float]) -> dict:
-    """The figures of one line; in a process of its own, since it takes a fake GPU."""
-    keys, lengths = settings(tokens)[setting]
-    return figures(trace_step(shape(gpu, None), lengths, keys), rates)
+def measure(gpu: str, layers: int | None, tokens: int, rates: dict[str, float]) -> dict[str, dict]:
+    """The figures of every line; for a process of its own, since it takes a fake GPU."""
+    config = shape(gpu, layers)
+    return {
+        name: figures(trace_step(config, lengths, keys), rates) for name, (keys, lengths) in settings(tokens).items()
+    }
 
 
-def benchmark_roofline(gpu: str, tokens: int, rates: dict[str, float] = H100) -> dict:
+def benchmark_roofline(gpu: str, layers: int | None, tokens: int, rates: dict[str, float] = H100) -> dict:
     """The figures of the step as it is, with those of every line of the table under `settings`."""
-    lines = {name: in_a_process(measure, gpu, tokens, name, rates) for name in settings(tokens)}
+    lines = in_a_process(measure, gpu, layers, tokens, rates)
     return {**next(iter(lines.values())), "rates": rates, "settings": lines}
 
 
@@ -156,7 +159,7 @@ def peak_memory(step: Step) -> dict[str, float]:
     for size, number in trace.events:
         use = uses.get(number)
         if use is None:
-            use = {"head": "logits", "weight casts": "weights in half precision"}.get(trace.born[number], "activations")
+            use = USES.get(trace.born[number], "activations")
         held[use] += size
         if held.total() > most.total():
             most = held.copy()

@@ -6,9 +6,12 @@ the forward pass of the first micro-batch and the backward pass of the last it r
 gets 0.
 """
 
+import traceback
 import weakref
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch._subclasses import FakeTensor, FakeTensorMode
@@ -36,7 +39,14 @@ BLOCK = 512  # bytes, to a multiple of which PyTorch's allocator rounds
 
 
 class HostSync(RuntimeError):
-    """The host would wait for the device, where it must not."""
+    """The host would wait for the device, where it must not; `place` is the line that asks for it."""
+
+    def __init__(self, what: str):
+        own = Path(torch.__file__).parent, Path(__file__).parent
+        frames = [f for f in traceback.extract_stack() if not any(home in Path(f.filename).parents for home in own)]
+        # A thread of autograd's has none.
+        self.place = f"{'/'.join(Path(frames[-1].filename).parts[-2:])}:{frames[-1].lineno}" if frames else "a backward"
+        super().__init__(f"{what}, in {self.place}")
 
 
 class Trace(TorchDispatchMode):
@@ -47,10 +57,13 @@ class Trace(TorchDispatchMode):
         in_window: whether a micro-batch has begun and the last one has not ended.
         events: (bytes that were allocated, or freed, if negative; the storage's number), in order, from the first on.
         born: the part of the step that each storage was made in, by number; None before it.
+        waits: the places in the window where the host did wait, as it may there.
     """
 
-    def __init__(self):
+    def __init__(self, may_wait: tuple[str, ...] = ()):
+        """`may_wait` are files, such as `masking_utils.py`, in which the host may read a 0 of the device."""
         super().__init__()
+        self.may_wait, self.waits = may_wait, []
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.operations: list[Operation] = []
         self.events: list[tuple[int, int]] = []
@@ -79,6 +92,7 @@ class Trace(TorchDispatchMode):
         self._stack = ExitStack()
         torch._C._set_only_lift_cpu_tensors(True)  # so that torch.tensor(..., device="cuda") comes by here
         self._stack.callback(torch._C._set_only_lift_cpu_tensors, False)
+        self._stack.enter_context(patch.object(torch.cuda, "synchronize", self._synchronize))
         for handle in (
             register_module_forward_pre_hook(self._enter_module),
             register_module_forward_hook(self._leave_module, always_call=True),
@@ -91,6 +105,10 @@ class Trace(TorchDispatchMode):
     def __exit__(self, *exception):
         super().__exit__(*exception)
         self._stack.close()
+
+    def _synchronize(self, *_) -> None:
+        if self.in_window:
+            raise HostSync("torch.cuda.synchronize() within the accumulation window")
 
     def _enter_module(self, module: torch.nn.Module, args: tuple) -> None:
         _, layer = self.scopes[-1] if self.scopes else ("other", None)
@@ -146,7 +164,10 @@ class Trace(TorchDispatchMode):
     def _on_the_host(self, func, args: tuple, kwargs: dict) -> Any:
         """What the host gets of the device."""
         if self.in_window:
-            raise HostSync(f"{func} within the accumulation window: the host would wait for the device")
+            wait = HostSync(f"{func} within the accumulation window")
+            if not any(f"/{file}:" in wait.place for file in self.may_wait):
+                raise wait
+            self.waits.append(wait.place)
         if short(func) == "_local_scalar_dense":
             return torch.zeros((), dtype=args[0].dtype).item()
         if short(func) == "copy_":
@@ -163,7 +184,7 @@ class Trace(TorchDispatchMode):
         waits = not (kwargs.get("non_blocking") or (short(func) == "copy_" and len(args) > 2 and args[2]))
         if copies and (waits or not all(getattr(tensor, "pinned", False) for tensor in host)):
             how = "without non_blocking" if waits else "from memory that is not pinned"
-            raise HostSync(f"{func} to the GPU {how} within the accumulation window: the host would wait for it")
+            raise HostSync(f"{func} to the GPU {how}, within the accumulation window")
 
     # ---- What is written down ----
 
@@ -216,7 +237,7 @@ class Trace(TorchDispatchMode):
         node = torch._C._current_autograd_node()
         if self.scopes:  # also of a layer that is computed again
             scope = self.scopes[-1]
-            if scope[0] != "head" and _is_cast(func, args, out) and isinstance(args[0], torch.nn.Parameter):
+            if scope[0] != "head" and _is_cast(func, args, out) and _of_weights(args):
                 scope = "weight casts", scope[1]
         else:
             scope = self.scope_of_node.get(node._sequence_nr() if node else -1, ("other", None))
@@ -228,6 +249,8 @@ class Trace(TorchDispatchMode):
         role, name, kind, node = scope[0], short(func), kind_of(func), torch._C._current_autograd_node()
         if self.in_optimizer:
             return "optimizer"
+        if not self.in_window and _is_cast(func, args, out) and _of_weights(args):
+            return "weight casts"
         if not self.in_window:
             return "other" if self.micro_batches_left else "clipping"
         if node and node.name().endswith("AccumulateGrad"):
@@ -247,7 +270,16 @@ class Trace(TorchDispatchMode):
 
 
 def _is_cast(func, args: tuple, out) -> bool:
-    return short(func) == "_to_copy" and out.dtype != args[0].dtype
+    """Whether all that a call does is to give numbers in another dtype."""
+    name = short(func)
+    if name not in ("_to_copy", "copy_", "_foreach_copy_"):
+        return False
+    source = args[0] if name == "_to_copy" else args[1]
+    return next(tensors_in(source)).dtype != next(tensors_in(out if name == "_to_copy" else args[0])).dtype
+
+
+def _of_weights(args: tuple) -> bool:
+    return any(isinstance(tensor, torch.nn.Parameter) for tensor in tensors_in(args[:2]))
 
 
 def role_of(module: torch.nn.Module) -> str:

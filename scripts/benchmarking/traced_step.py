@@ -1,21 +1,25 @@
 """One real optimizer step of sft.py on a fake GPU, traced."""
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.state import AcceleratorState
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import sft
 from benchmarking.contenders import split_in_memory
-from benchmarking.fake_gpu import pretend_gpu
+from benchmarking.fake_gpu import all_reduce_hook, pretend_gpu, pretend_processes
 from benchmarking.trace import Trace
 from benchmarking.train import random_conversations
 from data.mix import Mix
 from recipe.keys import Recipe
 from run.stats import Clock, TrainingStats
-from training.batches import Batches, prefetched
+from training.batches import prefetched
+from training.collate import Batch, collate
 from training.engine import prepare_engine, start_accelerator
 from training.flops import ModelFlops
 from training.model import ready_for_training
@@ -44,25 +48,33 @@ class Step:
     storages: dict[str, set[int]] = field(default_factory=dict)
 
 
-def trace_step(config: dict, lengths: list[list[int]], keys: dict[str, Any]) -> Step:
-    """Make a step of these micro-batches, conversations of so many tokens, all of them scored.
+def trace_step(
+    config: dict, lengths: list[list[int]], keys: dict[str, Any], processes: int = 1, may_wait: tuple[str, ...] = ()
+) -> Step:
+    """Make a step of these micro-batches, each of conversations of so many tokens, all of them scored.
 
     Args:
         config: of the model, by its `model_type` (GPT-NeoX without one).
         keys: of the recipe, where they are not those of BASE.
+        processes: under DDP, of which this is the first.
+        may_wait: as `Trace` has it.
     """
     pretend_gpu()
-    recipe = Recipe.model_validate(BASE | {"max_length": max(map(max, lengths))} | keys)
-    conversations = random_conversations([n for own in lengths for n in own], config["vocab_size"], 1.0)
+    if processes > 1:
+        pretend_processes(processes)
+    recipe = Recipe.model_validate(BASE | {"max_length": max(2, *itertools.chain(*lengths))} | keys)
+    conversations = random_conversations([*itertools.chain(*lengths)], config["vocab_size"], 1.0)
     split = split_in_memory(conversations)
     mix = Mix(["vicuna"], split, split)
     set_up_process()
     accelerator = start_accelerator(recipe, training_dtype(recipe.dtype), deepspeed=None)
-    with Trace() as trace:
+    with Trace(may_wait) as trace:
         with torch.device("cuda"):
             model_config = AutoConfig.for_model(**{"model_type": "gpt_neox"} | config)
             model = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
         engine = prepare_engine(accelerator, ready_for_training(model, recipe), recipe, total_steps=10)
+        if processes > 1:
+            engine.model.register_comm_hook(None, all_reduce_hook)
         stats = _Stats(mix, accelerator.device, Clock(), ModelFlops(model))
         stats.trace, stats.parameters = trace, [*model.parameters()]
         with engine.rehearsal():  # so that Adam's moments are there, as they are after the start of a run
@@ -75,17 +87,16 @@ def trace_step(config: dict, lengths: list[list[int]], keys: dict[str, Any]) -> 
             trace.running = False
         step.model_flops = stats.flops_of_step
         step.storages["gradients"] = stats.gradients
-        step.storages["optimizer"] = _numbers(
-            trace, [t for state in engine.optimizer.state.values() for t in state.values()]
-        )
+        moments = [tensor for state in engine.optimizer.state.values() for tensor in state.values()]
+        step.storages["optimizer"] = _numbers(trace, moments)
+    AcceleratorState._reset_state(reset_partial_state=True)  # the next step may have another dtype
     return step
 
 
-def _steps(mix: Mix, recipe: Recipe, lengths: list[list[int]]):
-    batches = Batches(mix, recipe, 0, 1, pad_token_id=0)
+def _steps(mix: Mix, recipe: Recipe, lengths: list[list[int]]) -> Iterator[tuple[Position, list[Batch]]]:
     ends = np.cumsum([len(own) for own in lengths])
     rows = [np.arange(end - len(own), end) for end, own in zip(ends, lengths, strict=True)]
-    yield Position(1), list(batches._collate(mix.train, rows, epoch=0))
+    yield Position(1), [collate(mix.train, own, recipe, pad_token_id=0, epoch=0) for own in rows]
 
 
 class _Stats(TrainingStats):

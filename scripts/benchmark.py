@@ -7,6 +7,7 @@
     python scripts/benchmark.py scaling [--gpu 3b] [--layers 16] [--rounds 3] [--json FILE] [--plot FILE.png]
     python scripts/benchmark.py attention [--gpu 3b] [--layers 16] [--json FILE]
     python scripts/benchmark.py gpu --out DIR [--minutes 8] [--rehearse]
+    python scripts/benchmark.py roofline --gpu 3b [--tokens 4096] [--layers 16] [--json FILE]
 
 `data`: tokens and conversations a second of a cold preparation, and the seconds of a start that finds it done, next to
 TRL's own preparation of the same conversations (SFTTrainer with assistant_only_loss and our chat template, the
@@ -28,6 +29,9 @@ cannot be imported is said in the table.
 each path is, real runs, the contenders on a StableLM 3B shape, profiles. DIR/gpu.md and gpu.json are written after
 each part. --rehearse does all of it on a CPU, with tiny shapes.
 
+`roofline`: without a GPU, the milliseconds of a step of a StableLM shape on an H100 that reaches given rates, by part,
+tokens a second, MFU and peak memory, from a trace of the real step; for each setting of a recipe that changes them.
+
 Each measurement is a process of its own; contenders alternate. TRL is in requirements-dev.txt. RECIPE is any
 recipe whose data files are on this machine.
 """
@@ -44,24 +48,26 @@ from utils.errors import UserError, one_line_errors
 TAKEN_BY = {
     "rounds": ("data", "train", "scaling"),
     "conversations": ("train",),
-    "gpu": ("train", "scaling", "attention"),
-    "layers": ("train", "scaling", "attention"),
+    "gpu": ("train", "scaling", "attention", "roofline"),
+    "layers": ("train", "scaling", "attention", "roofline"),
     "plot": ("scaling",),
-    "json": ("data", "train", "scaling", "attention"),
+    "json": ("data", "train", "scaling", "attention", "roofline"),
     "out": ("gpu",),
     "minutes": ("gpu",),
     "rehearse": ("gpu",),
+    "tokens": ("roofline",),
 }
 
 
 def main() -> None:
     parser = recipe_parser(__doc__)
     parser.usage = None
-    parser.add_argument("what", choices=["data", "train", "scaling", "attention", "gpu"])
+    parser.add_argument("what", choices=["data", "train", "scaling", "attention", "roofline", "gpu"])
     parser.add_argument("--rounds", type=positive, metavar="N", help="of the contenders, taking turns (3)")
     parser.add_argument("--conversations", type=positive, metavar="N", help="of the recipe (160)")
     parser.add_argument("--gpu", choices=["3b", "7b"], help="a StableLM shape in place of a recipe")
     parser.add_argument("--layers", type=positive, metavar="N", help="of that shape")
+    parser.add_argument("--tokens", type=positive, metavar="N", help="of a micro-batch (4096)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured, and on what")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where gpu.md and gpu.json go")
@@ -81,7 +87,9 @@ def main() -> None:
     if options.json and not options.json.parent.is_dir():
         raise UserError(f"command line: --json {options.json}: there is no folder {options.json.parent}")
     options.rounds = options.rounds or 3
-    if options.gpu:
+    if options.what == "roofline" and not options.gpu:
+        raise UserError("command line: roofline needs --gpu 3b or 7b")
+    if options.gpu and options.what != "roofline":
         import torch
 
         if not torch.cuda.is_available():
@@ -113,7 +121,7 @@ def main() -> None:
         for what, work in works.items():
             figures[what] = benchmark_train(work, options.rounds)
             table = "\n\n".join(f"{name}:\n\n{train_table(measured)}" for name, measured in figures.items())
-            write_json(options, table, figures)  # before the next, for which time may not suffice
+            write_json(options, table, figures=figures)  # before the next, for which time may not suffice
     elif options.what == "scaling":
         from benchmarking.scaling import benchmark_scaling, plot_scaling, scaling_table
 
@@ -121,22 +129,27 @@ def main() -> None:
         table = scaling_table(figures)
         if options.plot:
             plot_scaling(figures, options.plot)
+    elif options.what == "roofline":
+        from benchmarking.roofline import benchmark_roofline, roofline_table
+
+        figures = benchmark_roofline(options.gpu, options.layers, options.tokens or 4096)
+        table = roofline_table(figures)
     else:
         from benchmarking.attention import attention_table, benchmark_attention
 
         figures = benchmark_attention(options.gpu, options.layers)
         table = attention_table(figures)
     print(table)
-    write_json(options, table, figures)
+    write_json(options, table, **figures if options.what == "roofline" else {"figures": figures})
 
 
-def write_json(options: argparse.Namespace, table: str, figures: dict) -> None:
+def write_json(options: argparse.Namespace, table: str, **figures) -> None:
     """What was measured, and on what, to --json."""
     if options.json:
         from benchmarking.measuring import machine
 
         asked = {name: value for name, value in vars(options).items() if name not in ("json", "plot")}
-        result = {"machine": machine(), "options": asked, "table": table, "figures": figures}
+        result = {"machine": machine(), "options": asked, "table": table, **figures}
         options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 

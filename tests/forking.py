@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from functools import cache
 from multiprocessing import forkserver, reduction
 from pathlib import Path
@@ -41,6 +42,30 @@ def run_forked(
             file.seek(0)
             said.append(file.read().decode())
     return subprocess.CompletedProcess([script, *arguments], status_of(processes, launcher), *said)
+
+
+def call_forked(function: Callable, *arguments, **keywords):
+    """What a function of a module returns, called in a process of its own; RuntimeError with what it raised there."""
+    _start_server()
+    receiving, sending = CONTEXT.Pipe(duplex=False)
+    process = CONTEXT.Process(target=_call, args=(sending, function, arguments, keywords))
+    process.start()
+    sending.close()
+    try:
+        result, error = receiving.recv()
+    except EOFError:
+        result, error = None, "it died"
+    process.join()
+    if error:
+        raise RuntimeError(error)
+    return result
+
+
+def _call(sending, function: Callable, arguments: tuple, keywords: dict) -> None:
+    try:
+        sending.send((function(*arguments, **keywords), None))
+    except BaseException as error:
+        sending.send((None, f"{type(error).__name__}: {error}"))
 
 
 def start_forked(

@@ -116,6 +116,9 @@ def test_our_contender_under_bf16_and_gradient_checkpointing():
         (["attention", "--json", "nowhere/x.json"], "no folder nowhere"),
         (["scaling", "--rounds", "0"], "--rounds: 0 is no whole number of at least 1"),
         (["train", "--gpu", "3b", "--conversations", "9"], "--gpu makes its own"),
+        (["roofline"], "roofline needs --gpu 3b or 7b"),
+        (["roofline", "--gpu", "3b", "--rounds", "2"], "--rounds is for data, train, scaling"),
+        (["scaling", "--tokens", "9"], "--tokens is for roofline"),
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is no GPU")

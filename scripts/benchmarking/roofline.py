@@ -1,0 +1,190 @@
+"""`benchmark.py roofline`: how long a step takes a device that reaches given rates, from a trace of the real step.
+
+Every operation takes as long as its FLOPs or its bytes need, whichever is longer, one after the other. What is not
+counted: launches that the GPU waits for, traffic that its cache saves or a kernel repeats, communication. The count is
+the same each time, so that the worth of a change is seen without a GPU; what a GPU really does is for `train --gpu`.
+
+Under `torch_compile` the layers' operations between two matrix products or attentions count as one kernel, which reads
+what comes from outside of it once and writes what is used outside of it. That is a model of what Inductor does, as no
+compiler runs on fake tensors. Sums over the tokens, as of a bias's gradient, are kernels of their own in it.
+"""
+
+from collections import Counter, defaultdict
+from itertools import groupby
+from typing import Any
+
+from benchmarking.measuring import in_a_process
+from benchmarking.operations import Operation
+from benchmarking.trace import Trace
+from benchmarking.traced_step import Step, trace_step
+from benchmarking.train import shape
+from training.flops import PEAK_FLOPS
+
+# What an H100 SXM reaches of its 989 TFLOP/s and 3.35 TB/s, and PyTorch's own FlashAttention-2, over forward and
+# backward pass; not measured here yet. cuDNN's attention at the worth that it is expected to have. FLOP/s and bytes/s.
+H100 = {"products": 680e12, "products in fp32": 50e12, "attention": 252e12, "cudnn attention": 470e12, "bytes": 2.7e12}
+PEAK = PEAK_FLOPS["H100"]
+USES = {"head": "logits", "weight casts": "weights in half precision", None: "other"}  # of memory, by who made it
+MICRO_BATCHES = 4  # of a step, as in train.gpu_works
+ALONE = ("bias gradients", "weight casts", "gradient accumulation")  # nothing to be fused with
+PARTS = (
+    "matrix products",
+    "attention",
+    "norms",
+    "rotary",
+    "activation",
+    "residual",
+    "bias gradients",
+    "casts",
+    "weight casts",
+    "gradient accumulation",
+    "embedding",
+    "head",
+    "optimizer",
+    "clipping",
+    "other",
+)
+
+
+def settings(tokens: int) -> dict[str, tuple[dict[str, Any], list[list[int]]]]:
+    """What the table compares: of each line the keys of the recipe, and the conversations of each micro-batch."""
+    plain = {"use_flash_attention": True, "gradient_accumulation_steps": MICRO_BATCHES}
+
+    def of(conversations: int = 1, **keys) -> tuple[dict[str, Any], list[list[int]]]:
+        return plain | {"per_device_train_batch_size": conversations} | keys, [[tokens] * conversations] * MICRO_BATCHES
+
+    return {
+        "as it is, bf16": of(),
+        "torch_compile": of(torch_compile=True),
+        "attention by SDPA (cuDNN's)": of(attn_implementation="sdpa"),
+        "twice the tokens": of(2),
+        "gradient_checkpointing": of(gradient_checkpointing=True),
+        "twice the tokens, gradient_checkpointing": of(2, gradient_checkpointing=True),
+        "fp16": of(dtype="fp16"),
+    }
+
+
+def measure(gpu: str, layers: int | None, tokens: int, rates: dict[str, float]) -> dict[str, dict]:
+    """The figures of every line; for a process of its own, since it takes a fake GPU."""
+    config = shape(gpu, layers)
+    return {
+        name: figures(trace_step(config, lengths, keys), rates) for name, (keys, lengths) in settings(tokens).items()
+    }
+
+
+def benchmark_roofline(gpu: str, layers: int | None, tokens: int, rates: dict[str, float] = H100) -> dict:
+    """The figures of the step as it is, with those of every line of the table under `settings`."""
+    lines = in_a_process(measure, gpu, layers, tokens, rates)
+    return {**next(iter(lines.values())), "rates": rates, "settings": lines}
+
+
+def figures(step: Step, rates: dict[str, float]) -> dict:
+    """Of a traced step, by micro-batch: seconds and what goes into them, and the most memory that is held."""
+    parts: dict[str, Counter] = {part: Counter(milliseconds=0.0, flops=0, bytes=0) for part in PARTS}
+    operations = step.trace.operations
+    for operation, moved in zip(operations, bytes_moved(operations), strict=True):
+        needed = moved / rates["bytes"]
+        if operation.flops:
+            needed = max(needed, operation.flops / rates[rate_of(operation)])
+        part = {"milliseconds": 1000 * needed, "flops": operation.flops, "bytes": moved}
+        parts[operation.part].update({name: value / step.micro_batches for name, value in part.items()})
+    seconds = sum(part["milliseconds"] for part in parts.values()) / 1000
+    memory = peak_memory(step)
+    return {
+        "milliseconds": 1000 * seconds,
+        "tokens": step.tokens // step.micro_batches,
+        "tokens_per_second": step.tokens / step.micro_batches / seconds,
+        "mfu": step.model_flops / step.micro_batches / seconds / PEAK,
+        "peak_memory_gib": sum(memory.values()),
+        "memory_gib": memory,
+        "parts": {name: dict(part) for name, part in parts.items()},
+    }
+
+
+def rate_of(operation: Operation) -> str:
+    """By which of the rates an operation with FLOPs runs."""
+    if operation.kind == "attention":
+        return "cudnn attention" if "cudnn" in operation.name else "attention"
+    return "products" if operation.dtype.itemsize == 2 else "products in fp32"
+
+
+# ---- What a compiler fuses ----
+
+
+def bytes_moved(operations: list[Operation]) -> list[float]:
+    """Of each operation; of a fused kernel's, its operations' shares by what each would move alone."""
+    moved = [float(operation.bytes) for operation in operations]
+    readers = defaultdict(list)  # of each storage the operations that read it
+    for number, operation in enumerate(operations):
+        for access in operation.reads:
+            readers[access.storage].append(number)
+    for kernel in fused_kernels(operations):
+        inside, made, read, written = set(kernel), set(), {}, {}
+        for number in kernel:
+            for access in operations[number].reads:
+                if access.storage not in made:
+                    read[access.storage, access.place] = access.size
+            for access in operations[number].writes:
+                made.add(access.storage)
+                if not inside.issuperset(readers[access.storage]):
+                    written[access.storage, access.place] = access.size
+        alone = sum(moved[number] for number in kernel)
+        share = min(1.0, sum((*read.values(), *written.values())) / alone) if alone else 1.0
+        for number in kernel:
+            moved[number] *= share
+    return moved
+
+
+def fused_kernels(operations: list[Operation]) -> list[list[int]]:
+    """The numbers of the operations that a compiled layer does at once: those of one pass between two of its matrix
+    products or attentions."""
+    kernels = []
+    compiled = [number for number, each in enumerate(operations) if each.layer is not None and each.part not in ALONE]
+    for _, run in groupby(compiled, key=lambda number: (operations[number].layer, operations[number].backward)):
+        for kind, kernel in groupby(run, key=lambda number: operations[number].kind):
+            if kind == "memory":
+                kernels.append([*kernel])
+    return kernels
+
+
+# ---- Memory ----
+
+
+def peak_memory(step: Step) -> dict[str, float]:
+    """GiB by what they are for, at the moment of the step when most are held; without what kernels take for their own
+    work, as cuBLAS's 32 MiB, and without gaps between blocks."""
+    trace: Trace = step.trace
+    uses = {number: use for use, numbers in step.storages.items() for number in numbers}
+    held, most = Counter(), Counter()
+    for size, number in trace.events:
+        use = uses.get(number)
+        if use is None:
+            use = USES.get(trace.born[number], "activations")
+        held[use] += size
+        if held.total() > most.total():
+            most = held.copy()
+    return {use: size / 2**30 for use, size in most.items()}
+
+
+# ---- The tables ----
+
+
+def roofline_table(figures: dict) -> str:
+    """Every setting its line, and what the step's time goes into, as it is and compiled."""
+    lines = figures["settings"]
+    rows = ["| step | ms a micro-batch | tokens a second | MFU | peak memory, GiB |", "|---|---|---|---|---|"]
+    for name, line in lines.items():
+        rows.append(
+            f"| {name} | {line['milliseconds']:.1f} | {line['tokens_per_second']:,.0f} | {line['mfu']:.1%} "
+            f"| {line['peak_memory_gib']:.1f} |"
+        )
+    rows += ["", f"| ms a micro-batch | {' | '.join(lines)} |", "|---" * (len(lines) + 1) + "|"]
+    for part in PARTS:
+        spent = [line["parts"][part]["milliseconds"] for line in lines.values()]
+        rows.append(f"| {part} | {' | '.join(f'{each:.1f}' for each in spent)} |")
+    uses = sorted({use for line in lines.values() for use in line["memory_gib"]})
+    rows += ["", f"| GiB at the peak | {' | '.join(lines)} |", "|---" * (len(lines) + 1) + "|"]
+    for use in uses:
+        held = [line["memory_gib"].get(use, 0.0) for line in lines.values()]
+        rows.append(f"| {use} | {' | '.join(f'{each:.1f}' for each in held)} |")
+    return "\n".join(rows)

@@ -22,6 +22,7 @@ from types import SimpleNamespace
 import torch
 import transformers
 
+import training.neox
 from utils.errors import UserError
 
 NAME, CAPABILITY, MEMORY = "NVIDIA H100 80GB HBM3", (9, 0), 85_520_809_984  # as torch.cuda tells them
@@ -86,7 +87,8 @@ def pretend_gpu() -> None:
     for question, answer in answers.items():
         setattr(torch.cuda, question, lambda *_, answer=answer, **__: answer)
     transformers.utils.import_utils.is_fake_tensor = lambda tensor: False  # for which it leaves things out
-    torch.backends.cuda.is_flash_attention_available = lambda: True
+    torch.backends.cuda.is_flash_attention_available = torch.backends.cudnn.is_available = lambda: True
+    training.neox.has_triton = lambda: True  # no kernel of it runs
     torch.nn.functional.scaled_dot_product_attention = _attention
     torch.Tensor.pin_memory = _pin_memory
     torch.compile, torch.nn.Module.compile = _compile, _compile

@@ -35,6 +35,7 @@ from benchmarking.operations import (
 )
 from training.loss import ScoredLoss
 
+OF_KERNELS = {"two_norms": "norms", "two_norms_backward": "norms", "rotate": "rotary", "add_three": "residual"}
 BLOCK = 512  # bytes, to a multiple of which PyTorch's allocator rounds
 
 
@@ -202,7 +203,7 @@ class Trace(TorchDispatchMode):
                 str(func).removeprefix("aten."),
                 part,
                 kind_of(func),
-                next((tensor.dtype for tensor in tensors_in(args)), None),
+                next((tensor.dtype for tensor in tensors_in(args[PRODUCTS.get(short(func), 0) :])), None),
                 flops_of(func, args, kwargs, out, self.lengths),
                 self._accesses(reads),
                 self._accesses(writes),
@@ -259,11 +260,13 @@ class Trace(TorchDispatchMode):
             return "attention"
         if kind == "product":
             return "matrix products"
+        if func.namespace == "neox":
+            return OF_KERNELS[name]
         if role == "head":
             return "head"
         if role != "weight casts" and _is_cast(func, args, out):
             return "casts"
-        if node and name == "sum" and "Addmm" in node.name():
+        if node and name == "sum" and ("Addmm" in node.name() or node.name() == "_ProductBackward"):
             return "bias gradients"
         # The engine adds up what comes from two sides, here at the input of a norm, and says the last side's node.
         return "residual" if role == "norms" and name in ("add", "add_") and node else role

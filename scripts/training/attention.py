@@ -117,6 +117,7 @@ def sdpa_by_conversation(
     return torch.cat(outputs, 1), None
 
 
+@torch.compiler.disable
 def varlen_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -148,11 +149,11 @@ def varlen_attention(
             sliding_window=sliding_window,
             **kwargs,
         )
-    groups = query.shape[1] // key.shape[1]
+    repeats = query.shape[1] // key.shape[1]
     # Rotary embeddings may have made fp32 of queries and keys, under autocast.
     query, key, value = (
-        tensor.to(value.dtype)[0].transpose(0, 1)
-        for tensor in (query, repeat_kv(key, groups), repeat_kv(value, groups))
+        tensor.to(value.dtype).squeeze(0).transpose(0, 1)  # not [0], whose gradient is a copy among zeros
+        for tensor in (query, repeat_kv(key, repeats), repeat_kv(value, repeats))
     )
     window = (sliding_window - 1 if sliding_window else -1, 0)
     lengths = [] if conversation_lengths is None or sliding_window else conversation_lengths.tolist()
@@ -163,20 +164,19 @@ def varlen_attention(
             window_size=window,
         )
         return output[None], None
-    outputs, first, start = [], 0, 0
-    while first < len(lengths):
-        end = first + 1
-        if lengths[first] < CUDNN_FROM:  # it and the short ones that follow
-            while end < len(lengths) and lengths[end] < CUDNN_FROM:
-                end += 1
-        part = slice(start, start + sum(lengths[first:end]))
-        if lengths[first] < CUDNN_FROM:
-            boundaries, longest = cu_seq_lens_q[first : end + 1] - cu_seq_lens_q[first], max(lengths[first:end])
-            of_part = query[part], key[part], value[part], boundaries, boundaries, longest, longest
-            outputs.append(varlen_attn(*of_part, scale=scaling, window_size=window))
+    groups = cudnn_groups(lengths)
+    cut = [(query, key, value)]
+    if len(groups) > 1:
+        cut = zip(*(tensor.split([sum(group) for group in groups]) for tensor in (query, key, value)), strict=True)
+    outputs, first = [], 0
+    for group, parts in zip(groups, cut, strict=True):
+        if group[0] >= CUDNN_FROM:
+            outputs.append(_by_cudnn(*parts, scaling))
         else:
-            outputs.append(_by_cudnn(query[part], key[part], value[part], scaling))
-        first, start = end, part.stop
+            boundaries = cu_seq_lens_q[first : first + len(group) + 1] - cu_seq_lens_q[first]
+            of_group = *parts, boundaries, boundaries, max(group), max(group)
+            outputs.append(varlen_attn(*of_group, scale=scaling, window_size=window))
+        first += len(group)
     return torch.cat(outputs)[None] if len(outputs) > 1 else outputs[0][None], None
 
 
@@ -193,16 +193,29 @@ def cudnn_is_faster() -> bool:
     return torch.backends.cudnn.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 
 
+def cudnn_groups(lengths: list[int]) -> list[list[int]]:
+    """The conversations of a batch in their order, by what computes them: each long one alone, short ones together."""
+    groups: list[list[int]] = []
+    for length in lengths:
+        if groups and max(length, *groups[-1]) < CUDNN_FROM:
+            groups[-1].append(length)
+        else:
+            groups.append([length])
+    return groups
+
+
 def _by_cudnn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None) -> torch.Tensor:
     """Causal attention of one conversation, all [tokens, heads, head size], filled up at its end, which no real token
     sees."""
     tokens, inputs = len(query), (query, key, value)
-    if missing := -tokens % CUDNN_STEP:
+    missing = -tokens % CUDNN_STEP
+    if missing:
         inputs = (F.pad(each, (0, 0, 0, 0, 0, missing)) for each in inputs)
-    inputs = (each.transpose(0, 1)[None] for each in inputs)
+    inputs = (each.transpose(0, 1).unsqueeze(0) for each in inputs)
     with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
         output = F.scaled_dot_product_attention(*inputs, is_causal=True, scale=scaling)
-    return output[0].transpose(0, 1)[:tokens]
+    output = output.squeeze(0).transpose(0, 1)
+    return output[:tokens] if missing else output
 
 
 # The kernels that attention comes down to, for each implementation.

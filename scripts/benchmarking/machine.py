@@ -6,7 +6,7 @@ from statistics import median
 
 import torch
 
-from training.attention import varlen_attn
+from training.attention import varlen_attention
 from training.linear import add_product
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -36,7 +36,8 @@ def measure_ceilings(tokens: int, hidden: int, heads: int) -> dict[str, float]:
     """FLOP/s and bytes a second of what a layer of this width does with so many tokens in bf16, on random numbers.
 
     `matmul` is of the four forward products of a GPT-NeoX layer together, `matmul_sum` of their weights' gradients
-    added up in fp32; `attention` forward and backward together, causal, one sequence; `copy` counts reads and writes.
+    added up in fp32; `attention` forward and backward together, of one conversation and of eight, in FLOPs as
+    training/flops.py counts them; `copy` counts reads and writes.
     """
 
     def random(*shape: int) -> torch.Tensor:
@@ -62,18 +63,21 @@ def measure_ceilings(tokens: int, hidden: int, heads: int) -> dict[str, float]:
     target = torch.empty_like(block)
     found["copy"] = 2 * block.nbytes / seconds_of(lambda: target.copy_(block))
     if DEVICE.type == "cuda":
-        found["attention"] = 3.5 * 2 * tokens**2 * hidden / seconds_of(attention(tokens, hidden, heads))
+        for name, lengths in {"attention": [tokens], "attention_of_eight": [tokens // 8] * 8}.items():
+            pairs = sum(length * (length + 1) / 2 for length in lengths)
+            found[name] = 3 * 4 * pairs * hidden / seconds_of(attention(lengths, hidden, heads))
     return found
 
 
-def attention(tokens: int, hidden: int, heads: int) -> Callable[[], None]:
-    """Forward and backward of causal attention as training has it: 2 products forward, 5 backward, half of each."""
-    shape = tokens, heads, hidden // heads
+def attention(lengths: list[int], hidden: int, heads: int) -> Callable[[], None]:
+    """Forward and backward of attention as training has it, on conversations of these lengths."""
+    shape = 1, heads, sum(lengths), hidden // heads
     q, k, v = (torch.randn(shape, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
-    boundaries, gradient = torch.tensor([0, tokens], dtype=torch.int32, device=DEVICE), torch.randn_like(q)
+    boundaries = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
+    gradient = torch.randn_like(q).transpose(1, 2)
 
     def run() -> None:
-        output = varlen_attn(q, k, v, boundaries, boundaries, tokens, tokens, window_size=(-1, 0))
+        output, _ = varlen_attention(None, q, k, v, None, boundaries, max(lengths), torch.tensor(lengths))
         torch.autograd.grad(output, (q, k, v), gradient)
 
     return run

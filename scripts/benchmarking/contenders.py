@@ -90,8 +90,9 @@ def train_ours(values: dict) -> dict:
     from training.engine import prepare_engine, start_accelerator
     from training.flops import ModelFlops, peak_flops
     from training.loss import choose_kernel
+    from training.micro_batches import MicroBatch
     from training.model import ready_for_training
-    from training.plan import MicroBatch, Position
+    from training.plan import Position
     from utils.launch import set_up_process, training_dtype
 
     work = Work(**values)

@@ -25,8 +25,9 @@ from training.batches import Batches
 from training.collate import Batch, collate
 from training.loss import ScoredLoss
 from training.memory import check_memory, estimate_memory
+from training.micro_batches import largest_micro_batches
 from training.model import load_model
-from training.plan import Position, epoch_plan, largest_micro_batches, packs_per_step
+from training.plan import Position, epoch_plan, packs_per_step
 from utils.errors import UserError
 
 NEOX = GPTNeoXConfig(

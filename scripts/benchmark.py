@@ -6,6 +6,7 @@
     python scripts/benchmark.py train --gpu 3b [--rounds 3] [--layers 16] [--json FILE]
     python scripts/benchmark.py scaling [--gpu 3b] [--layers 16] [--rounds 3] [--json FILE] [--plot FILE.png]
     python scripts/benchmark.py attention [--gpu 3b] [--layers 16] [--json FILE]
+    python scripts/benchmark.py balance RECIPE [--json FILE] [--key value ...]
 
 `data`: tokens and conversations a second of a cold preparation, and the seconds of a start that finds it done, next to
 TRL's own preparation of the same conversations (SFTTrainer with assistant_only_loss and our chat template, the
@@ -22,6 +23,9 @@ cannot be imported is said in the table.
 `scaling`: this trainer's tokens a second against max_length and against the conversations in a micro-batch.
 
 `attention`: how far every layer's output is from fp32, for each implementation and dtype that runs here.
+
+`balance`: tokens of a micro-batch, and the share of their time that 1, 2, 4 and 8 processes wait for the slowest, with
+a recipe's steps cut by conversations and by tokens (micro_batch_tokens). Counted from its plan, not measured.
 
 Each measurement is a process of its own; contenders alternate. TRL is in requirements-dev.txt. RECIPE is any
 recipe whose data files are on this machine.
@@ -48,7 +52,7 @@ TAKEN_BY = {
 def main() -> None:
     parser = recipe_parser(__doc__)
     parser.usage = None
-    parser.add_argument("what", choices=["data", "train", "scaling", "attention"])
+    parser.add_argument("what", choices=["data", "train", "scaling", "attention", "balance"])
     parser.add_argument("--rounds", type=positive, metavar="N", help="of the contenders, taking turns (3)")
     parser.add_argument("--conversations", type=positive, metavar="N", help="of the recipe (160)")
     parser.add_argument("--gpu", choices=["3b", "7b"], help="a StableLM shape in place of a recipe")
@@ -56,7 +60,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured, and on what")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it")
     options, recipe_file, overrides = parse_with_recipe(parser)
-    if options.what == "data" or (options.what == "train" and not options.gpu):
+    if options.what in ("data", "balance") or (options.what == "train" and not options.gpu):
         recipe = load_recipe(recipe_file, overrides)
     elif recipe_file or overrides:
         raise UserError(f"command line: {options.what} takes no {recipe_file or '--' + next(iter(overrides))}")
@@ -98,6 +102,11 @@ def main() -> None:
         table = scaling_table(figures)
         if options.plot:
             plot_scaling(figures, options.plot)
+    elif options.what == "balance":
+        from benchmarking.balance import balance_table, benchmark_balance
+
+        figures = benchmark_balance(recipe)
+        table = balance_table(figures)
     else:
         from benchmarking.attention import attention_table, benchmark_attention
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_script
+from mixes import make_recipe
 
 from benchmarking.attention import attention_table, layer_outputs
 from benchmarking.contenders import Work, train_ours
@@ -153,6 +154,43 @@ def test_ours_runs_without_packages_that_a_bare_gpu_machine_lacks():
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     assert json.loads(run.stdout.splitlines()[-1]) == in_a_process(train_ours, asdict(work))["losses"]
+
+
+def test_balance_of_a_small_mix(tmp_path):
+    """The demo's steps of 16, where each micro-batch of 8 conversations may have 2,048 tokens."""
+    arguments = ["balance", "recipes/demo.yaml", "--global_batch_size", 16, "--json", tmp_path / "balance.json"]
+    table = run_script(*arguments, script="scripts/benchmark.py", output_dir=tmp_path).stdout
+    figures = json.loads((tmp_path / "balance.json").read_text())["figures"]
+    assert list(figures) == ["1", "2", "4", "8"]
+    for processes, cuts in figures.items():
+        before, after, least = cuts["by conversations"], cuts["by 2,048 tokens"], cuts["at the least"]
+        assert before["largest"] <= 8 * 256
+        assert 1 == after["micro_batches"] <= before["micro_batches"]
+        assert least["idle"] <= after["idle"] <= before["idle"] <= before["idle_by_micro_batch"]
+        assert (before["idle"] > 0) == (processes != "1")
+        assert f"| {processes} | by 2,048 tokens | 1.0 | " in table
+    # All 16 conversations of a step together, on one process: the same tokens as of all micro-batches by conversations.
+    alone = figures["1"]
+    assert alone["by 2,048 tokens"]["tokens"] == pytest.approx(
+        alone["by conversations"]["tokens"] * alone["by conversations"]["micro_batches"]
+    )
+
+
+def test_balance_by_hand():
+    """One step of 4 conversations, two in a micro-batch: 100 and 20 tokens together, then 50 and 50."""
+    from benchmarking.balance import figures_of
+
+    figures = figures_of([np.array([100, 20, 50, 50])], make_recipe(max_length=120), 2, 120)
+    assert figures["by conversations"] == {
+        "micro_batches": 1.0,
+        "tokens": 110.0,
+        "largest": 120,
+        "idle": pytest.approx(1 - 110 / 120),
+        "idle_by_micro_batch": pytest.approx(1 - 110 / 120),
+    }
+    assert figures["by 120 tokens"]["idle"] == pytest.approx(1 - 110 / 120)
+    alone = figures_of([np.array([100, 20, 50, 50])], make_recipe(max_length=120), 1, 240)
+    assert alone["by 240 tokens"]["tokens"] == 220
 
 
 def test_data_figures_of_a_small_mix(tmp_path):

@@ -160,7 +160,7 @@ class Recipe(Schema):
         None, "conversations a step over all processes: accumulation follows; null: the product of the three", "step"
     )
     micro_batch_tokens: PositiveInt | None = key(
-        None, "micro-batches, of evaluation too, by at most so many tokens, not by conversations; null: by those", ""
+        None, "cut micro-batches, of evaluation too, by tokens, at most so many in each; null: by the batch sizes", ""
     )
     learning_rate: float = key(1e-5, "peak rate, reached after warm-up", "training", ge=0, le=1)
     warmup_steps: NonNegativeInt = key(600, "optimizer steps of warm-up, along DeepSpeed's logarithm", "training")

@@ -130,6 +130,19 @@ def grouped(rows: np.ndarray, numbers: np.ndarray) -> list[np.ndarray]:
     return np.split(rows[np.argsort(numbers, kind="stable")], np.cumsum(np.bincount(numbers))[:-1])
 
 
+def shapes(tokens: np.ndarray, numbers: np.ndarray, padding_free: bool) -> np.ndarray:
+    """Of each micro-batch its rows and the tokens in each, padding included: int64 [2, micro-batches].
+
+    `tokens`, int64, and their micro-batches `numbers` are those of conversations, or without padding of packs.
+    """
+    if padding_free:
+        total = np.bincount(numbers, tokens).astype(np.int64)
+        return np.stack([np.ones_like(total), total])
+    longest = np.zeros(numbers.max() + 1, dtype=np.int64)
+    np.maximum.at(longest, numbers, tokens)
+    return np.stack([np.bincount(numbers), longest])
+
+
 class MicroBatch(NamedTuple):
     """A micro-batch of the plan, of which `collate.collate` makes the batch."""
 
@@ -184,14 +197,8 @@ def _largest(
 ) -> tuple[tuple[int, int], MicroBatch]:
     """Of the micro-batches of `rows`, numbered by `numbers`, the largest, after its padded and scored tokens."""
     lengths = np.minimum(split.lengths[rows], recipe.max_length)
-    if recipe.padding_free:
-        tokens = np.bincount(numbers, lengths).astype(np.int64)
-        shapes = np.stack([np.ones_like(tokens), tokens])
-    else:
-        shapes = np.zeros((2, numbers.max() + 1), dtype=np.int64)
-        shapes[0] = np.bincount(numbers)
-        np.maximum.at(shapes[1], numbers, lengths)
+    found = shapes(lengths, numbers, recipe.padding_free)
     scored = np.bincount(numbers, np.minimum(split.targets[rows], lengths - 1))
-    best = np.lexsort((scored, shapes.prod(0)))[-1]
-    batch = MicroBatch(rows[numbers == best], epoch, tuple(shapes[:, best].tolist()))
+    best = np.lexsort((scored, found.prod(0)))[-1]
+    batch = MicroBatch(rows[numbers == best], epoch, tuple(found[:, best].tolist()))
     return (batch.tokens, int(scored[best])), batch

@@ -105,6 +105,23 @@ def test_even_by_hand():
     assert [own.tolist() for own in grouped(np.arange(10, 16), numbers)] == [[11], [10, 13], [12, 15], [14]]
 
 
+def test_padded_ones_by_hand():
+    """As many as fit to the last token, padding counted; of each two the larger to the process with less so far."""
+    recipe = make_recipe(max_length=100, micro_batch_tokens=100, padding_free=False)
+    assert micro_batch_numbers(np.array([60, 100, 55, 90]), 1, recipe, 2).tolist() == [3, 0, 2, 1]
+    assert micro_batch_numbers(np.array([50, 30]), 1, recipe, 1).tolist() == [0, 0]
+    assert micro_batch_numbers(np.array([51, 30]), 1, recipe, 1).tolist() == [0, 1]
+
+
+def test_full_to_the_last_token():
+    recipe = make_recipe(max_length=100, micro_batch_tokens=100)
+    assert micro_batch_numbers(np.array([60, 40]), 1, recipe, 1).tolist() == [0, 0]
+    assert micro_batch_numbers(np.array([60, 41]), 1, recipe, 1).tolist() == [0, 1]
+    # 200 tokens that two micro-batches do not take: 60 and 41 are one too many.
+    for tokens, full in (([61, 60, 40, 39], [100, 100]), ([61, 60, 41, 38], [60, 61, 79])):
+        assert sorted(np.bincount(micro_batch_numbers(np.array(tokens), 1, recipe, 1), tokens)) == full
+
+
 @given(seeds, processes_of_runs, layouts)
 def test_the_same_whenever_it_is_asked(seed, processes, layout):
     tokens = long_tailed(seed, 32)

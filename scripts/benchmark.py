@@ -6,7 +6,7 @@
     python scripts/benchmark.py train --gpu 3b [--rounds 3] [--layers 16] [--json FILE]
     python scripts/benchmark.py scaling [--gpu 3b] [--layers 16] [--rounds 3] [--json FILE] [--plot FILE.png]
     python scripts/benchmark.py attention [--gpu 3b] [--layers 16] [--json FILE]
-    python scripts/benchmark.py balance RECIPE [--json FILE] [--key value ...]
+    [accelerate launch ...] scripts/benchmark.py balance RECIPE [--json FILE] [--key value ...]
 
 `data`: tokens and conversations a second of a cold preparation, and the seconds of a start that finds it done, next to
 TRL's own preparation of the same conversations (SFTTrainer with assistant_only_loss and our chat template, the
@@ -25,7 +25,8 @@ cannot be imported is said in the table.
 `attention`: how far every layer's output is from fp32, for each implementation and dtype that runs here.
 
 `balance`: tokens of a micro-batch, and the share of their time that 1, 2, 4 and 8 processes wait for the slowest, with
-a recipe's steps cut by conversations and by tokens (micro_batch_tokens). Counted from its plan, not measured.
+a recipe's steps cut by conversations and by tokens (micro_batch_tokens), counted from its plan. Where a launcher starts
+several processes, the time of 12 steps of the small model of `train` on them, by either cut in turn.
 
 Each measurement is a process of its own; contenders alternate. TRL is in requirements-dev.txt. RECIPE is any
 recipe whose data files are on this machine.
@@ -103,10 +104,14 @@ def main() -> None:
         if options.plot:
             plot_scaling(figures, options.plot)
     elif options.what == "balance":
-        from benchmarking.balance import balance_table, benchmark_balance
+        from benchmarking.balance import balance_table, benchmark_balance, measure_balance, measured_table
+        from utils.launch import num_processes, process_index
 
-        figures = benchmark_balance(recipe)
-        table = balance_table(figures)
+        several = num_processes() > 1
+        figures = measure_balance(recipe) if several else benchmark_balance(recipe)
+        table = measured_table(figures) if several else balance_table(figures)
+        if process_index():
+            return
     else:
         from benchmarking.attention import attention_table, benchmark_attention
 

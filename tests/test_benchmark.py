@@ -193,6 +193,32 @@ def test_balance_by_hand():
     assert alone["by 240 tokens"]["tokens"] == 220
 
 
+@pytest.mark.timeout(600)
+def test_balance_by_the_clock(tmp_path):
+    """Two processes: the same losses by either cut, and a table of the figures that are written down."""
+    arguments = ["balance", "recipes/demo.yaml", "--micro_batch_tokens", 1000, "--json", tmp_path / "balance.json"]
+    run = run_script(*arguments, script="scripts/benchmark.py", output_dir=tmp_path, launch="ddp2")
+    steps = json.loads((tmp_path / "balance.json").read_text())["figures"]
+    assert len(steps) == 12
+    for step in steps:
+        before, after = step.values()
+        assert after["loss"] == pytest.approx(before["loss"], rel=1e-5)
+        assert len(before["work"]) == len(after["work"]) == 2
+        assert (before["micro_batches"], after["micro_batches"]) == (2, 1)
+    assert run.stdout.count("| by 1,000 tokens |") == run.stdout.count("| by conversations |") == 1
+
+
+def test_measured_table_by_hand():
+    from benchmarking.balance import measured_table
+
+    before = {"seconds": 4.0, "work": [3.0, 1.0], "micro_batches": 2, "loss": 2.0}
+    after = {"seconds": 3.0, "work": [2.0, 2.0], "micro_batches": 1, "loss": 2.0}
+    table = measured_table([{"by conversations": before, "by 9 tokens": after}] * 3)
+    assert "| by conversations | 4.00 | 2.0 | 3.00, 4.00 | 33.3% |" in table
+    assert "| by 9 tokens | 3.00 | 1.0 | 2.00, 4.00 | 0.0% |" in table
+    assert "By tokens a step takes 0.75 of the time (median of 3 steps, 0.75 to 0.75)" in table
+
+
 def test_data_figures_of_a_small_mix(tmp_path):
     """The whole `data` benchmark, TRL included, on the demo's data."""
     arguments = ["data", "recipes/demo.yaml", "--rounds", "1", "--json", tmp_path / "data.json"]

@@ -145,10 +145,7 @@ def data(options: argparse.Namespace, recipe: Recipe):
 def train(options: argparse.Namespace, recipe: Recipe | None):
     from benchmarking.train import benchmark_train, gpu_works, recipe_work, train_table
 
-    if recipe:
-        works = recipe_work(recipe, options.conversations or 160)
-    else:
-        works = gpu_works(options.gpu, options.layers)
+    works = recipe_work(recipe, options.conversations or 160) if recipe else gpu_works(options.gpu, options.layers)
     figures, table = {}, ""
     for what, work in works.items():
         figures[what] = benchmark_train(work, options.rounds)

@@ -52,6 +52,27 @@ def _rehearse(lengths, model_type, processes, put, size, may_wait, keys):
     )
 
 
+def products_in_fp32():
+    """The operations of a product, and of one that is added, whose result is fp32 of matrices in bf16."""
+    return call_forked(_products_in_fp32)
+
+
+def _products_in_fp32():
+    from benchmarking.fake_gpu import pretend_gpu
+    from benchmarking.trace import Trace
+
+    pretend_gpu()
+    with Trace() as trace:
+        total = torch.zeros(8, 4, device="cuda")
+        left, right = (torch.zeros(shape, device="cuda", dtype=torch.bfloat16) for shape in ((8, 16), (16, 4)))
+        trace.begin(None, micro_batches=1)
+        trace.in_window = True
+        assert torch.mm(left, right, out_dtype=torch.float32).dtype == torch.float32
+        assert torch.addmm(total, left, right, out_dtype=torch.float32).dtype == torch.float32
+        assert torch.addmm(total, left, right, out_dtype=torch.float32, out=total) is total
+    return trace.operations
+
+
 # ---- Stand-ins for kernels that are not there ----
 
 
@@ -180,6 +201,10 @@ def new_on_device() -> None:
 
 def synchronized() -> None:
     _in_loss(lambda total, losses, batch: torch.cuda.synchronize() or total)
+
+
+def device_without_number() -> None:
+    _in_loss(lambda total, losses, batch: torch.cuda.set_device(torch.device("cuda")) or total)
 
 
 def not_prefetched() -> None:

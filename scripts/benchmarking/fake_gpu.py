@@ -21,6 +21,7 @@ from types import SimpleNamespace
 
 import torch
 import transformers
+from torch.cuda._utils import _get_device_index
 
 from utils.errors import UserError
 
@@ -74,7 +75,6 @@ def pretend_gpu() -> None:
         "is_initialized": False,  # else a fake tensor asks the driver which device is current
         "device_count": 1,
         "current_device": 0,
-        "set_device": None,
         "get_device_name": NAME,
         "get_device_capability": CAPABILITY,
         "get_device_properties": properties,
@@ -85,6 +85,7 @@ def pretend_gpu() -> None:
     }
     for question, answer in answers.items():
         setattr(torch.cuda, question, lambda *_, answer=answer, **__: answer)
+    torch.cuda.set_device = _get_device_index  # which raises, as the real one, for a device without a number
     transformers.utils.import_utils.is_fake_tensor = lambda tensor: False  # for which it leaves things out
     torch.backends.cuda.is_flash_attention_available = lambda: True
     torch.nn.functional.scaled_dot_product_attention = _attention

@@ -6,11 +6,12 @@ import json
 import pytest
 import torch
 from conftest import run_script
-from rehearsal import rehearse
+from rehearsal import products_in_fp32, rehearse
 from transformers import GPTNeoXConfig
 
 from benchmarking.operations import Access, Operation, flops_of, moved
-from benchmarking.roofline import H100, PARTS, bytes_moved, fused_kernels, rate_of
+from benchmarking.parts import PARTS
+from benchmarking.roofline import H100, bytes_moved, fused_kernels, rate_of
 from benchmarking.train import shape
 from recipe.keys import Recipe
 from training.memory import estimate_memory
@@ -131,6 +132,15 @@ def test_attention_flops_are_causal_and_within_conversations():
     laid = torch.zeros(6, 2, 8)
     varlen = torch.ops.torch_attn._varlen_attn.default
     assert flops_of(varlen, (laid, laid, laid), {}, None, (2, 4)) == 4 * (3 + 10) * 2 * 8
+
+
+def test_products_with_a_result_in_fp32():
+    """They run at the rate of what they multiply; torch 2.11 has no fake kernel for them."""
+    alone, added, in_place = products_in_fp32()
+    for each in (alone, added, in_place):
+        assert (each.flops, rate_of(each), each.part) == (2 * 8 * 16 * 4, "products", "matrix products")
+    matrices, result = 2 * (8 * 16 + 16 * 4), 4 * 8 * 4
+    assert [each.bytes for each in (alone, added, in_place)] == [matrices + n * result for n in (1, 2, 2)]
 
 
 # ---- Fused kernels ----

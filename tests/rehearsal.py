@@ -4,7 +4,9 @@ Of flash-attn and of Liger, which no machine without a GPU has, stand-ins take t
 with the shapes, dtypes and devices of the real ones. The code around them is the real one.
 """
 
+import os
 import sys
+import tempfile
 from types import ModuleType, SimpleNamespace
 
 import torch
@@ -250,6 +252,10 @@ def fp32_attention() -> None:
 
     original = attention.varlen_attn
     attention.varlen_attn = lambda q, k, v, *rest, **keys: original(q.float(), k.float(), v.float(), *rest, **keys)
+
+
+def no_compiler() -> None:
+    os.environ |= {"CXX": "no-such-compiler", "XDG_CACHE_HOME": tempfile.mkdtemp()}
 
 
 def on_cpu_device() -> None:

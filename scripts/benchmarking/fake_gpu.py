@@ -65,10 +65,11 @@ COMPILED: weakref.WeakSet = weakref.WeakSet()  # modules that are to be compiled
 @cache
 def pretend_gpu() -> None:
     """Give this process its GPU.  Raises: UserError without a C++ compiler, where there is no real GPU either."""
-    if not torch.cuda.is_available():
+    if torch.cuda.is_available():  # fake tensors take the streams of a real device that has been used
+        torch.empty(1, device="cuda")
+    else:
         ctypes.CDLL(str(_library())).pretend()
-    # What a fake tensor does at its birth, so that a real device is there for the backward pass.
-    torch._subclasses.fake_tensor.init_gpu_context = lambda device: None
+    torch._subclasses.fake_tensor.init_gpu_context = lambda device: None  # which would do the former
     properties = SimpleNamespace(name=NAME, major=9, minor=0, total_memory=MEMORY, multi_processor_count=132)
     answers = {
         "is_available": True,

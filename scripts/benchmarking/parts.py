@@ -31,6 +31,8 @@ def role_of(module: torch.nn.Module) -> str:
     name, home = type(module).__name__, type(module).__module__
     if isinstance(module, ScoredLoss):
         return "head"
+    if isinstance(module, torch.nn.Linear):  # what is neither product nor cast nor a bias's gradient
+        return "gradient accumulation"
     if home in ("transformers.activations", "torch.nn.modules.activation") or name.endswith("MLP"):
         return "activation"
     for word, role in ROLES.items():
@@ -56,7 +58,7 @@ def part_of(func, args: tuple, out, role: str, phase: str) -> str:
         return "head"
     if role != "weight casts" and is_cast(func, args, out):
         return "casts"
-    if node and name == "sum" and "Addmm" in node.name():
+    if node and name == "sum" and ("Addmm" in node.name() or role == "gradient accumulation"):
         return "bias gradients"
     # The engine adds up what comes from two sides, here at the input of a norm, and says the last side's node.
     return "residual" if role == "norms" and name in ("add", "add_") and node else role

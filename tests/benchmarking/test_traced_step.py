@@ -103,3 +103,9 @@ MUTATIONS = {
 def test_what_does_not_belong_into_a_step_is_noticed(mutation):
     with pytest.raises(RuntimeError, match=MUTATIONS[mutation]):
         rehearse(put=(getattr(rehearsal, mutation),))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a real GPU needs no compiler")
+def test_without_a_compiler():
+    with pytest.raises(RuntimeError, match="UserError: benchmark: a fake GPU needs a C\\+\\+ compiler"):
+        rehearse(put=(rehearsal.no_compiler,))

@@ -6,6 +6,7 @@
     python scripts/benchmark.py train --gpu 3b [--rounds 3] [--layers 16] [--json FILE]
     python scripts/benchmark.py scaling [--gpu 3b] [--layers 16] [--rounds 3] [--json FILE] [--plot FILE.png]
     python scripts/benchmark.py attention [--gpu 3b] [--layers 16] [--json FILE]
+    python scripts/benchmark.py gpu --out DIR [--minutes 8] [--rehearse]
     python scripts/benchmark.py roofline --gpu 3b [--tokens 4096] [--layers 16] [--json FILE]
 
 `data`: tokens and conversations a second of a cold preparation, and the seconds of a start that finds it done, next to
@@ -23,6 +24,10 @@ cannot be imported is said in the table.
 `scaling`: this trainer's tokens a second against max_length and against the conversations in a micro-batch.
 
 `attention`: how far every layer's output is from fp32, for each implementation and dtype that runs here.
+
+`gpu`: all that is worth knowing of a machine with a GPU in one go, the most valuable first: its ceilings, how exact
+each path is, real runs, the contenders on a StableLM 3B shape, profiles. DIR/gpu.md and gpu.json are written after
+each part. --rehearse does all of it on a CPU, with tiny shapes.
 
 `roofline`: without a GPU, the milliseconds of a step of a StableLM shape on an H100 that reaches given rates, by part,
 tokens a second, MFU and peak memory, from a trace of the real step; for each setting of a recipe that changes them.
@@ -46,6 +51,10 @@ TAKEN_BY = {
     "gpu": ("train", "scaling", "attention", "roofline"),
     "layers": ("train", "scaling", "attention", "roofline"),
     "plot": ("scaling",),
+    "json": ("data", "train", "scaling", "attention", "roofline"),
+    "out": ("gpu",),
+    "minutes": ("gpu",),
+    "rehearse": ("gpu",),
     "tokens": ("roofline",),
 }
 
@@ -53,7 +62,7 @@ TAKEN_BY = {
 def main() -> None:
     parser = recipe_parser(__doc__)
     parser.usage = None
-    parser.add_argument("what", choices=["data", "train", "scaling", "attention", "roofline"])
+    parser.add_argument("what", choices=["data", "train", "scaling", "attention", "roofline", "gpu"])
     parser.add_argument("--rounds", type=positive, metavar="N", help="of the contenders, taking turns (3)")
     parser.add_argument("--conversations", type=positive, metavar="N", help="of the recipe (160)")
     parser.add_argument("--gpu", choices=["3b", "7b"], help="a StableLM shape in place of a recipe")
@@ -61,6 +70,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=positive, metavar="N", help="of a micro-batch (4096)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured, and on what")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where gpu.md and gpu.json go")
+    parser.add_argument("--minutes", type=positive, metavar="N", help="after which nothing more is begun (8)")
+    parser.add_argument("--rehearse", action="store_const", const=True, help="on a CPU, with tiny shapes")
     options, recipe_file, overrides = parse_with_recipe(parser)
     if options.what == "data" or (options.what == "train" and not options.gpu):
         recipe = load_recipe(recipe_file, overrides)
@@ -82,7 +94,18 @@ def main() -> None:
 
         if not torch.cuda.is_available():
             raise UserError(f"command line: --gpu {options.gpu}: there is no GPU")
+        if options.what in ("train", "scaling"):
+            from benchmarking.train import check_fits
 
+            check_fits(options.gpu, options.layers)
+
+    if options.what == "gpu":
+        from benchmarking.gpu import benchmark_gpu
+
+        if not options.out:
+            raise UserError("command line: gpu needs --out DIR")
+        benchmark_gpu(options.out, options.minutes or 8, bool(options.rehearse))
+        return
     if options.what == "data":
         from benchmarking.data import benchmark_data, data_table
 

@@ -26,7 +26,6 @@ if __name__ == "__main__":
 
 import math
 import time
-from contextlib import nullcontext
 
 import torch
 
@@ -131,10 +130,7 @@ def train_step(engine: Engine, micro_batches, recipe: Recipe, stats, rehearsal=F
 
     for number, batch in enumerate(micro_batches, 1):
         batch = batch.to(accelerator.device)
-        # Gradients travel between processes once, at the last micro-batch. Accelerate's DeepSpeed wrapper reads this
-        # too, and closes the accumulation window there, full or not: its `backward` also makes the optimizer's step.
-        accelerator.sync_gradients = number == len(micro_batches)
-        with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(model):
+        with engine.micro_batch(last=number == len(micro_batches)):
             total, losses, _ = model(batch)
             if recipe.loss_normalization == "tokens":
                 loss = total / scored_tokens
@@ -146,13 +142,13 @@ def train_step(engine: Engine, micro_batches, recipe: Recipe, stats, rehearsal=F
             accelerator.backward(loss * finite * accelerator.num_processes * accelerator.gradient_accumulation_steps)
         stats.add(batch, losses, loss)
 
-    grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), recipe.max_grad_norm or math.inf))
-    if math.isfinite(grad_norm) or accelerator.scaler:  # the scaler has to see an overflow; it leaves the step out
-        optimizer.step()  # nothing is left to do here, nor at zero_grad, under DeepSpeed
+    norm = engine.clip_next_step(recipe.max_grad_norm)
+    optimizer.step()  # left out where the norm is no finite number; nothing is left to do under DeepSpeed
+    optimizer.zero_grad()
+    grad_norm = float(norm)  # the one time that a step waits for the device, when all of it is on its way
     updated = math.isfinite(grad_norm) and not accelerator.optimizer_step_was_skipped
     if updated:
         engine.scheduler.step()
-    optimizer.zero_grad()
     return grad_norm, updated
 
 

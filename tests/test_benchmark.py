@@ -131,7 +131,7 @@ def test_bad_command_lines(arguments, words, tmp_path):
 
 WITHOUT = """
 import json, sys
-missing = {"deepspeed", "datasets", "evaluate", "trl", "fastokens", "wandb", "matplotlib", "rich"}
+missing = {"deepspeed", "datasets", "evaluate", "trl", "fastokens", "wandb"}
 class Missing:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in missing:

@@ -79,8 +79,8 @@ def _result(work: Work, ends: list[float], losses: list[float], settings: dict) 
     }
 
 
-def train_ours(values: dict) -> dict:
-    """sft.py's own step, batches and loss, after the rehearsal with which it starts."""
+def prepare_ours(work: Work):
+    """sft.py's engine, stats and recipe for this work, after the rehearsal with which it starts; and its steps."""
     import sft
     from data.mix import Mix
     from recipe.keys import Recipe
@@ -89,12 +89,10 @@ def train_ours(values: dict) -> dict:
     from training.collate import collate
     from training.engine import prepare_engine, start_accelerator
     from training.flops import ModelFlops, peak_flops
-    from training.loss import choose_kernel
     from training.model import ready_for_training
     from training.plan import MicroBatch, Position
     from utils.launch import set_up_process, training_dtype
 
-    work = Work(**values)
     values = {"model_name": "none", "output_dir": "nothing", "datasets": ["vicuna"], "use_flash_attention": True}
     recipe = Recipe.model_validate(values | work.settings() | {"dtype": work.dtype})
     set_up_process()
@@ -118,17 +116,28 @@ def train_ours(values: dict) -> dict:
             position = Position(0, (first + work.accumulation) * work.batch)
             yield position, [collate(split, rows, recipe, 0, epoch=0) for rows in own]
 
+    return engine, stats, recipe, prefetched(steps(), accelerator.device)
+
+
+def train_ours(values: dict) -> dict:
+    """sft.py's own step, batches and loss."""
+    import sft
+    from training.loss import choose_kernel
+
+    work = Work(**values)
+    engine, stats, recipe, steps = prepare_ours(work)
     ends, losses, counted = [], [], []
-    for _, batches in prefetched(steps(), accelerator.device):
+    for _, batches in steps:
         sft.train_step(engine, batches, recipe, stats)
-        losses.append(stats.step_loss(accelerator))
+        losses.append(stats.step_loss(engine.accelerator))
         counted.append(stats.flops_of_step)
         stats.end_step()
         ends.append(time.perf_counter())
     attention = engine.language_model.config._attn_implementation
-    loss = f"one pass, {choose_kernel(accelerator.device.type)[1]}"
-    result = _result(work, ends, losses, {"attention": attention, "batches": "padding-free", "loss": loss})
-    return result | {"flops": sum(counted[work.warm_up :]), "peak_flops": peak}
+    loss = f"one pass, {choose_kernel(DEVICE.type)[1]}"
+    settings = {"attention": attention, "batches": "padding-free", "loss": loss}
+    result = _result(work, ends, losses, settings)
+    return result | {"flops": sum(counted[work.warm_up :]), "peak_flops": stats.peak}
 
 
 def train_bare(values: dict) -> dict:

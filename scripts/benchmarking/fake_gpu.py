@@ -23,6 +23,7 @@ import torch
 import transformers
 from torch.cuda._utils import _get_device_index
 
+import training.neox
 from utils.errors import UserError
 
 NAME, CAPABILITY, MEMORY = "NVIDIA H100 80GB HBM3", (9, 0), 85_520_809_984  # as torch.cuda tells them
@@ -88,7 +89,8 @@ def pretend_gpu() -> None:
         setattr(torch.cuda, question, lambda *_, answer=answer, **__: answer)
     torch.cuda.set_device = _get_device_index  # which raises, as the real one, for a device without a number
     transformers.utils.import_utils.is_fake_tensor = lambda tensor: False  # for which it leaves things out
-    torch.backends.cuda.is_flash_attention_available = lambda: True
+    torch.backends.cuda.is_flash_attention_available = torch.backends.cudnn.is_available = lambda: True
+    training.neox.has_triton = lambda: True  # no kernel of it runs
     torch.nn.functional.scaled_dot_product_attention = _attention
     torch.Tensor.pin_memory = _pin_memory
     torch.compile, torch.nn.Module.compile = _compile, _compile

@@ -19,14 +19,18 @@ print(json.dumps(measure(*json.loads(sys.argv[4]))))
 """
 
 
-def in_a_process(measure: Callable[..., dict], *arguments) -> dict:
-    """Call a module's function in a process of its own, with arguments and a result that JSON can hold."""
+def in_a_process(measure: Callable[..., dict], *arguments, limit: float | None = None) -> dict:
+    """Call a module's function in a process of its own, with arguments and a result that JSON can hold.
+
+    Raises: UserError when it fails, or is not done after `limit` seconds.
+    """
     place = [str(Path(__file__).parents[1]), measure.__module__, measure.__name__, json.dumps(arguments)]
-    # As scripts/sft.py sets it; for all alike, so that a shared machine slows down nobody's threads more.
-    # And for GPUs, where blocks of many sizes come and go, the allocator that leaves no gaps.
-    defaults = {"GOMP_SPINCOUNT": "1000", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-    environment = defaults | os.environ
-    process = subprocess.run([sys.executable, "-c", RUN, *place], capture_output=True, text=True, env=environment)
+    # The environment has what scripts/utils sets for threads and for the GPU's memory: the same for all.
+    command = [sys.executable, "-c", RUN, *place]
+    try:
+        process = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired as error:
+        raise UserError(f"benchmark: {measure.__name__}: not done after {limit:.0f} s") from error
     if process.returncode:
         reason = (process.stderr.strip().splitlines() or [f"exit status {process.returncode}"])[-1]
         raise UserError(f"benchmark: {measure.__name__} failed: {reason}")

@@ -48,7 +48,7 @@ class Operation:
         name: as `mm.default`.
         part: of the step, for the table.
         kind: `product`, `attention` or `memory`, by which its rate is chosen.
-        dtype: of its first tensor, of a product of what it multiplies.
+        dtype: of its first tensor; of a product, of what is multiplied.
         layer: the compiled layer that it belongs to; None where what runs is the operation itself.
         backward: whether it ran in a backward pass.
     """
@@ -141,6 +141,10 @@ def moved(func, args: tuple, kwargs: dict, out) -> tuple[list, list]:
     if name in GATHERS:
         sizes = sum(map(size_of, results))
         return [(inputs[0][1], sizes), *((tensor, size_of(tensor)) for _, tensor in inputs[1:])], _sized(results)
+    if func.namespace == "neox" and name == "rotate":  # of queries and keys the first dimensions
+        target, angles = inputs[0][1], inputs[1][1]
+        touched = size_of(target) * 2 * angles.shape[-1] // target.shape[-1]
+        return [(target, touched), *_sized([tensor for _, tensor in inputs[1:]])], [(target, touched)]
     if name in SCATTERS:
         target, given_to_it = inputs[0][1], [tensor for _, tensor in inputs[1:]]
         touched = target.element_size() * max(tensor.numel() for tensor in given_to_it)

@@ -22,6 +22,8 @@ PARTS = (
     "clipping",
     "other",
 )
+# The kernels of training/neox.py.
+OF_KERNELS = {"two_norms": "norms", "two_norms_backward": "norms", "rotate": "rotary", "add_three": "residual"}
 PHASES = {"before": "other", "after": "clipping"}
 ROLES = {"Norm": "norms", "Rotary": "rotary", "Attention": "rotary", "Embedding": "embedding"}
 
@@ -54,11 +56,13 @@ def part_of(func, args: tuple, out, role: str, phase: str) -> str:
         return "attention"
     if kind == "product":
         return "matrix products"
+    if func.namespace == "neox":
+        return OF_KERNELS[name]
     if role == "head":
         return "head"
     if role != "weight casts" and is_cast(func, args, out):
         return "casts"
-    if node and name == "sum" and ("Addmm" in node.name() or role == "gradient accumulation"):
+    if node and name == "sum" and ("Addmm" in node.name() or node.name() == "_ProductBackward"):
         return "bias gradients"
     # The engine adds up what comes from two sides, here at the input of a norm, and says the last side's node.
     return "residual" if role == "norms" and name in ("add", "add_") and node else role

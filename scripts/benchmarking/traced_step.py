@@ -38,7 +38,7 @@ class Step:
         micro_batches: of the step.
         tokens: of all of them.
         model_flops: as training/flops.py counts them.
-        storages: of `weights`, `gradients` and `optimizer`, their numbers.
+        storages: of `weights`, `weights in half precision`, `gradients` and `optimizer`, their numbers.
     """
 
     trace: Trace
@@ -80,6 +80,8 @@ def trace_step(
         with engine.rehearsal():  # so that Adam's moments are there, as they are after the start of a run
             pass
         step = Step(trace, len(lengths), sum(map(sum, lengths)), 0.0)
+        halves = [layer.half for layer in engine.half_weights.layers] if engine.half_weights else []
+        step.storages["weights in half precision"] = _numbers(trace, halves)
         step.storages["weights"] = _numbers(trace, [*model.parameters(), *model.buffers()])
         for _, micro_batches in prefetched(_steps(mix, recipe, lengths), accelerator.device):
             trace.begin(model.get_output_embeddings(), len(micro_batches))

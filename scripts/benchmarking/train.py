@@ -7,10 +7,12 @@ from dataclasses import asdict
 from statistics import median
 
 import numpy as np
+import torch
 
 from benchmarking.contenders import Work, train_bare, train_ours, train_trl
 from benchmarking.measuring import in_a_process
 from recipe.keys import Recipe
+from training.memory import show_bytes
 from utils.errors import UserError
 
 # The vocabulary of StableLM with the chat tokens (50,288 rows).
@@ -32,6 +34,24 @@ def shape(gpu: str | None, layers: int | None) -> dict:
     """The config of a StableLM, or of the small model for a CPU, with so many layers."""
     config = STABLELM[gpu] if gpu else SMALL
     return config | ({"num_hidden_layers": layers} if layers else {})
+
+
+def check_fits(gpu: str, layers: int | None) -> None:
+    """UserError where a StableLM of so many layers is too large for this GPU, with how many would fit."""
+    config = shape(gpu, layers)
+    hidden, memory = config["hidden_size"], torch.cuda.get_device_properties(0).total_memory
+
+    def need(layers: int) -> int:
+        """Bytes: 12 h^2 + 13 h weights a layer and two embeddings, 18 each in fp32 with Adam and bf16 copies; and a
+        tenth for activations."""
+        return int(1.1 * 18 * (layers * (12 * hidden**2 + 13 * hidden) + 2 * config["vocab_size"] * hidden))
+
+    if need(config["num_hidden_layers"]) > memory:
+        fit = max((count for count in range(config["num_hidden_layers"]) if need(count) <= memory), default=0)
+        raise UserError(
+            f"command line: --gpu {gpu}: {show_bytes(need(config['num_hidden_layers']))} for weights, gradients, Adam "
+            f"and activations, the GPU has {show_bytes(memory)}: give --layers {fit}"
+        )
 
 
 def recipe_work(recipe: Recipe, conversations: int) -> dict[str, Work]:

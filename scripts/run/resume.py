@@ -171,6 +171,8 @@ def restore(checkpoint: Checkpoint, recipe: Recipe, engine: Engine, stats: Train
     updates = checkpoint.step - health.skipped
     folder = checkpoint.path / "trainer_state"
     load_optimizer(folder, accelerator, engine.language_model, engine.optimizer, updates)
+    if engine.half_weights:
+        engine.half_weights.refresh()  # another engine's state brings fp32 weights that are not the model's file's
     load_loss_scale(accelerator, state["loss_scale"])
     set_schedule(engine.scheduler, updates)
     say(f"going on from {checkpoint.path}, after step {checkpoint.step:,}")

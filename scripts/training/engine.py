@@ -1,11 +1,12 @@
 """The engine: Accelerate's processes around the model and its optimizer, with or without DeepSpeed, on any machine."""
 
 import logging
+import math
 import os
 import socket
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +16,13 @@ from accelerate.utils import DeepSpeedPlugin, set_seed
 from transformers import PreTrainedModel
 
 from recipe.keys import Recipe
+from training.linear import HalfWeights
 from training.loss import ScoredLoss
-from training.optimizer import make_optimizer
+from training.neox import fuse_layers
+from training.optimizer import clip_fused_step, make_optimizer
 from training.optimizer_state import allocate_moments, load_loss_scale, loss_scale_state
 from training.plan import accumulation_steps
-from utils.launch import check_processes, has_gpu, num_processes, process_group_options, say
+from utils.launch import check_processes, has_gpu, num_processes, process_group_options
 
 
 @dataclass
@@ -30,6 +33,7 @@ class Engine:
         model: the loss of the language model, as DDP or DeepSpeed have wrapped it.
         language_model: itself, inside of it.
         scheduler: stepped once after each update of the weights.
+        half_weights: under autocast, of its linear layers.
     """
 
     accelerator: Accelerator
@@ -37,6 +41,35 @@ class Engine:
     language_model: PreTrainedModel
     optimizer: Any
     scheduler: Any
+    half_weights: HalfWeights | None = None
+
+    @contextmanager
+    def micro_batch(self, last: bool) -> Iterator[None]:
+        """Around a micro-batch: gradients travel between processes once a step, in the backward pass of the last."""
+        # Accelerate's DeepSpeed wrapper reads this too, and closes the accumulation window there, full or not: its
+        # `backward` also makes the optimizer's step.
+        self.accelerator.sync_gradients = last
+        if self.half_weights:
+            self.half_weights.in_place = not (last and self.accelerator.num_processes > 1)
+        with nullcontext() if last else self.accelerator.no_sync(self.model):
+            yield
+
+    def clip_next_step(self, max_norm: float) -> torch.Tensor:
+        """Have the optimizer's next step clip the gradients, and leave the weights alone where their norm is no finite
+        number. Nothing of it waits for the device.
+
+        Args:
+            max_norm: of all gradients together; 0 clips nothing.
+        Returns: that norm before clipping, fp32 scalar on the device.
+        """
+        accelerator = self.accelerator
+        if accelerator.state.deepspeed_plugin is not None:  # its engine has done both
+            return torch.as_tensor(accelerator.clip_grad_norm_(self.model.parameters(), max_norm or math.inf))
+        accelerator.unscale_gradients(self.optimizer)
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        clip_fused_step(self.optimizer.optimizer, norm, max_norm)
+        return norm
 
     @contextmanager
     def rehearsal(self) -> Iterator[None]:
@@ -92,7 +125,17 @@ def prepare_engine(
         model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
     else:  # a prepared schedule would be stepped num_processes times a step
         model, optimizer = accelerator.prepare(model, optimizer)
-    return Engine(accelerator, model, language_model, optimizer, scheduler)
+    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision)
+    half_weights = for_autocast(language_model, optimizer.optimizer, half) if half and not deepspeed else None
+    return Engine(accelerator, model, language_model, optimizer, scheduler, half_weights)
+
+
+def for_autocast(model: PreTrainedModel, optimizer: torch.optim.Optimizer, dtype: torch.dtype) -> HalfWeights:
+    """Prepare a model of fp32 weights, on its device, for what autocast to `dtype` does in half precision."""
+    weights = HalfWeights(model, optimizer, dtype)
+    if model.device.type == "cuda":
+        fuse_layers(model)
+    return weights
 
 
 # ---- DeepSpeed's quirks ----
@@ -101,28 +144,16 @@ def prepare_engine(
 def _deepspeed_plugin(config: dict[str, Any]) -> DeepSpeedPlugin:
     # Accelerate refuses a launcher's config beside a complete one; the two have been compared already.
     os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
-    reason = _why_not_fused_adam()
-    if reason:
+    offload = config["zero_optimization"].get("offload_optimizer") or {}
+    if offload.get("device", "none") == "none":
+        # torch's own fused AdamW in place of DeepSpeed's, which it compiles at the first start for a minute or more,
+        # behind a lock that outlives a kill. Both are bound by memory: a flat partition is one kernel for either.
         config["optimizer"]["params"] |= {"torch_adam": True, "fused": True}
-        say(f"DeepSpeed: plain torch AdamW, since FusedAdam cannot be used ({reason})")
     if not has_gpu():
         _prepare_cpu_engine()
     _join_alone()
     _quieten()
     return DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=False)
-
-
-def _why_not_fused_adam() -> str | None:
-    """Why DeepSpeed's FusedAdam, which it compiles at first use, cannot be used here; None when it can."""
-    if not has_gpu():
-        return "no GPU"
-    from deepspeed.ops.op_builder import FusedAdamBuilder
-
-    try:
-        FusedAdamBuilder().load(verbose=False)
-    except Exception as error:  # whatever the compiler, its absence or its version leads to
-        return str(error).strip().split("\n")[0] or type(error).__name__
-    return None
 
 
 def _prepare_cpu_engine() -> None:

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 
 from recipe.keys import Recipe
 from training.attention import choose_attention
-from training.loss import LOGITS_BUDGET
+from training.loss import rows_of_a_chunk
 from utils.errors import UserError
 from utils.launch import has_gpu, num_processes, say
 
@@ -52,7 +52,7 @@ def estimate_memory(
     element = 4 if dtype == torch.float32 else 2
     hidden, vocabulary, tokens = text.hidden_size, text.vocab_size, rows * length
     # Training in fp32 needs 4 bytes a logit and bf16 6, evaluation 8 and 10, fp16 12: made twice, through autograd.
-    logits = (8 if element == 4 else 12) * vocabulary * min(tokens, max(1, LOGITS_BUDGET // (4 * vocabulary)))
+    logits = (8 if element == 4 else 12) * vocabulary * min(tokens, rows_of_a_chunk(vocabulary, element))
     held = {
         "activations": tokens * _activations_per_token(recipe, config, num_parameters, zero, element, length),
         "logits": logits + (4 if element == 4 else 6) * vocabulary * hidden,
@@ -68,18 +68,25 @@ def estimate_memory(
             **held,
         }
     shard = math.ceil(num_parameters / num_processes)
+    offloaded = gpu and optimizer_offloaded(zero)
     bucket = zero.get("reduce_bucket_size", 5e8)  # the engine's default; "auto" is what Accelerate makes of it
     bucket = hidden**2 if bucket == "auto" else int(bucket)
     if not gpu:  # where memory that is never touched takes no room
         bucket = min(bucket, num_parameters)
     return {
         "weights": num_parameters * element,
-        "gradients": (shard if zero.get("stage") == 2 else num_parameters) * element
+        # Under stage 2 with an optimizer on the host they go there bucket by bucket.
+        "gradients": (num_parameters if zero.get("stage") != 2 else 0 if offloaded else shard) * element
         + bucket * element * (2 if zero.get("overlap_comm") else 1),
-        "optimizer": shard * 12,  # fp32 masters also where the model is fp32 (0.19.8, stage_1_and_2.py)
-        "step": shard * 4,  # the gradients in fp32
+        "optimizer": 0 if offloaded else shard * 12,  # fp32 masters also where the model is fp32 (stage_1_and_2.py)
+        "step": 0 if offloaded else shard * 4,  # the gradients in fp32
         **held,
     }
+
+
+def optimizer_offloaded(zero: dict[str, Any]) -> bool:
+    """Whether ZeRO keeps fp32 weights, moments and the gradients of the step in the host's memory."""
+    return (zero.get("offload_optimizer") or {}).get("device", "none") == "cpu"
 
 
 def _activations_per_token(
@@ -139,6 +146,14 @@ def check_memory(
         where = f"of each GPU ({processes} in all)"
     else:
         memory, where = psutil.virtual_memory().total, f"of memory, for the {local} process(es) here"
+    if gpu and zero and optimizer_offloaded(zero):
+        host, installed = local * math.ceil(num_parameters / processes) * 16, psutil.virtual_memory().total
+        say(f"memory of the host, estimated: {show_bytes(host)} of {show_bytes(installed)} for the offloaded optimizer")
+        if host > installed:
+            raise UserError(
+                f"deepspeed_config: offload_optimizer: {show_bytes(host)} of fp32 weights, moments and gradients do "
+                f"not fit into the host's {show_bytes(installed)}: take more machines, or no offload"
+            )
     described = ", ".join(f"{name} {show_bytes(size)}" for name, size in parts.items() if name != "step")
     say(f"memory, estimated: {show_bytes(peak)} of the {show_bytes(memory)} {where}: {described}")
     if resident > memory:

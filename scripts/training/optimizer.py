@@ -53,6 +53,16 @@ def make_optimizer(model: torch.nn.Module, recipe: Recipe, total_steps: int, dee
     return optimizer, LambdaLR(optimizer, lambda step: warmup_decay(step, recipe.warmup_steps, total_steps))
 
 
+def clip_fused_step(optimizer: torch.optim.AdamW, norm: torch.Tensor, max_norm: float) -> None:
+    """Tell a fused AdamW's next step by what to divide the gradients, and to be left out where `norm` is not finite.
+
+    By the attributes through which torch's GradScaler tells it (torch 2.11 to 2.13, optim/adamw.py): it clips as it
+    reads the gradients, and nobody waits for the norm. The divisor is torch's of `clip_grad_norm_`.
+    """
+    optimizer.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1) if max_norm else None
+    optimizer.found_inf = norm.isfinite().logical_not().float()
+
+
 def set_schedule(scheduler, updates: int) -> None:
     """Put the learning rate's curve where it is after so many updates of the weights."""
     schedule = getattr(scheduler, "scheduler", scheduler)  # of what Accelerate has wrapped, with DeepSpeed

@@ -59,7 +59,7 @@ def step_of_all(model, mix: Mix, recipe: Recipe, processes: int) -> tuple[float,
         for batch in batches
     ]
     stats = TrainingStats(mix, accelerator.device, Clock())
-    optimizer = accelerator.prepare(torch.optim.SGD(model.parameters(), lr=0.0))
+    optimizer = accelerator.prepare(torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0, fused=True))
     found = {}
 
     def keep(*_) -> None:

@@ -1,0 +1,91 @@
+"""Linear layers in half precision over fp32 weights: cast once a step, their gradients summed in fp32 by the product.
+
+Autocast casts each weight in every forward pass, and once more where a layer is recomputed. The weight's gradient is
+rounded to half precision, cast to fp32 and added to the sum: all in all 26 bytes a weight and micro-batch, against 8
+for a product that adds to the sum itself, and 6 a step for one cast.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+class HalfLinear(torch.nn.Linear):
+    """An `nn.Linear` of fp32 weights that computes under autocast as `HalfWeights` has prepared it; else as ever."""
+
+    half: torch.Tensor  # the weight in half precision
+    sums: "HalfWeights"
+
+    @torch.compiler.disable  # which would have to follow the sum into the weight's gradient
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """[..., in_features] to [..., out_features], in half precision under autocast."""
+        device = input.device.type
+        if not torch.is_autocast_enabled(device) or torch.get_autocast_dtype(device) != self.half.dtype:
+            return super().forward(input)
+        return _Product.apply(input.to(self.half.dtype), self.weight, self.bias, self)
+
+
+class HalfWeights:
+    """The half-precision copies of a model's linear weights, up to date after each step of the optimizer.
+
+    Attributes:
+        in_place: whether a product may add to a weight's gradient behind autograd's back. Not where DDP reduces the
+            gradients in this backward pass, which it learns of from autograd.
+    """
+
+    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, dtype: torch.dtype):
+        """
+        Args:
+            model: on its device, in fp32. Its `nn.Linear`s become `HalfLinear`s; what is saved of it stays as it is.
+            dtype: fp16 or bf16.
+        """
+        self.in_place = True
+        self.layers = [layer for layer in model.modules() if type(layer) is torch.nn.Linear]
+        for layer in self.layers:
+            layer.__class__ = HalfLinear
+            # No buffers: in no file, and moved by nobody.
+            layer.half, layer.sums = layer.weight.detach().to(dtype), self
+        optimizer.register_step_post_hook(lambda *_: self.refresh())
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Cast anew: the weights have changed. The fused AdamW leaves no trace of it in their version numbers."""
+        if self.layers:
+            torch._foreach_copy_([layer.half for layer in self.layers], [layer.weight for layer in self.layers])
+
+
+def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """total += left @ right: fp32 [rows, columns] of [rows, n] and [n, columns] in fp32 or half precision."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    elif total.is_cuda:
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    else:  # where no product of half precision gives fp32 (torch 2.13)
+        total += left @ right
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, weight, bias, layer):
+        ctx.save_for_backward(input, layer.half)
+        ctx.layer = layer
+        return F.linear(input, layer.half, None if bias is None else bias.to(input.dtype))
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (input, half), layer = ctx.saved_tensors, ctx.layer
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        wanted = ctx.needs_input_grad
+        of_input = (rows @ half).view(input.shape) if wanted[0] else None
+        of_weight = _weight_gradient(layer, rows.T, input.reshape(-1, input.shape[-1])) if wanted[1] else None
+        of_bias = rows.sum(0, dtype=torch.float32) if wanted[2] else None
+        return of_input, of_weight, of_bias, None
+
+
+def _weight_gradient(layer: HalfLinear, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor | None:
+    """left @ right in fp32, for autograd to add; None where it is added already."""
+    if layer.weight.grad is not None and layer.sums.in_place:
+        add_product(layer.weight.grad, left, right)
+        return None
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return (left @ right).float()

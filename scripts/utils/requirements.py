@@ -1,0 +1,51 @@
+"""Whether the packages that requirements.txt names are here, asked before anything of them is imported."""
+
+import importlib.metadata
+import os
+import re
+import sys
+from pathlib import Path
+
+REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements.txt"
+# Imported by what uses them alone: an engine, a metric, a log, a faster tokenizer.
+WHERE_USED = ("deepspeed", "datasets", "evaluate", "wandb", "fastokens")
+
+
+def unmet(requirements: Path = REQUIREMENTS) -> list[str]:
+    """The packages that are missing or of a version that is not supported, each in some words."""
+    found = []
+    for line in requirements.read_text(encoding="utf-8").splitlines():
+        name, wanted = re.match(r"([\w-]*)([^\s#]*)", line).groups()
+        if not name:
+            continue
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            if name not in WHERE_USED:
+                found.append(f"{name} is not installed")
+            continue
+        if not _fits(version, wanted):
+            found.append(f"{name} is {version}, not {wanted}")
+    return found
+
+
+def _fits(version: str, wanted: str) -> bool:
+    """Whether `version`, of which what follows its numbers does not count (`2.13.0a0+nv26.11` is 2.13.0), is within
+    bounds such as `>=2.11,<2.14`. By hand, as `packaging` would double the time of --help."""
+
+    def numbers(text: str) -> list[int]:
+        release = [int(part) for part in re.match(r"\d+(\.\d+)*", text)[0].split(".")]
+        return release + [0] * (6 - len(release))
+
+    compare = {">=": list.__ge__, "<": list.__lt__, "==": list.__eq__}
+    bounds = [re.match(r"(>=|<|==)(.*)", bound).groups() for bound in wanted.split(",") if bound]
+    return all(compare[sign](numbers(version), numbers(bound)) for sign, bound in bounds)
+
+
+def check_requirements() -> None:
+    """End the script with one line, and status 2, where `unmet` finds something."""
+    if found := unmet():
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            remedy = "pip install -r requirements.txt -c constraints.txt"
+            print(f"error: {REQUIREMENTS.name}: {', '.join(found)}: {remedy}", file=sys.stderr)
+        raise SystemExit(2)

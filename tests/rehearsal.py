@@ -4,7 +4,9 @@ Of flash-attn and of Liger, which no machine without a GPU has, stand-ins take t
 with the shapes, dtypes and devices of the real ones. The code around them is the real one.
 """
 
+import os
 import sys
+import tempfile
 from types import ModuleType, SimpleNamespace
 
 import torch
@@ -19,6 +21,8 @@ SIZES = {
     "max_position_embeddings": 64,
     "tie_word_embeddings": False,
 }
+# Those of issue 13, so that a better measurement moves no test.
+RATES = {"products": 680e12, "products in fp32": 50e12, "attention": 252e12, "cudnn attention": 470e12, "bytes": 2.7e12}
 LENGTHS = [[9, 1, 4], [30, 2]]  # of the conversations of each micro-batch
 
 
@@ -35,7 +39,7 @@ def rehearse(lengths=LENGTHS, model_type="gpt_neox", processes=1, put=(), size=N
 
 
 def _rehearse(lengths, model_type, processes, put, size, may_wait, keys):
-    from benchmarking.roofline import H100, figures
+    from benchmarking.roofline import figures
     from benchmarking.traced_step import trace_step
     from benchmarking.train import shape
 
@@ -47,9 +51,30 @@ def _rehearse(lengths, model_type, processes, put, size, may_wait, keys):
     return SimpleNamespace(
         operations=step.trace.operations,
         waits=step.trace.waits,
-        figures=figures(step, H100),
+        figures=figures(step, RATES),
         model_flops=step.model_flops,
     )
+
+
+def products_in_fp32():
+    """The operations of a product, and of one that is added, whose result is fp32 of matrices in bf16."""
+    return call_forked(_products_in_fp32)
+
+
+def _products_in_fp32():
+    from benchmarking.fake_gpu import pretend_gpu
+    from benchmarking.trace import Trace
+
+    pretend_gpu()
+    with Trace() as trace:
+        total = torch.zeros(8, 4, device="cuda")
+        left, right = (torch.zeros(shape, device="cuda", dtype=torch.bfloat16) for shape in ((8, 16), (16, 4)))
+        trace.begin(None, micro_batches=1)
+        trace.in_window = True
+        assert torch.mm(left, right, out_dtype=torch.float32).dtype == torch.float32
+        assert torch.addmm(total, left, right, out_dtype=torch.float32).dtype == torch.float32
+        assert torch.addmm(total, left, right, out_dtype=torch.float32, out=total) is total
+    return trace.operations
 
 
 # ---- Stand-ins for kernels that are not there ----
@@ -182,6 +207,10 @@ def synchronized() -> None:
     _in_loss(lambda total, losses, batch: torch.cuda.synchronize() or total)
 
 
+def device_without_number() -> None:
+    _in_loss(lambda total, losses, batch: torch.cuda.set_device(torch.device("cuda")) or total)
+
+
 def not_prefetched() -> None:
     from benchmarking import traced_step
 
@@ -225,6 +254,10 @@ def fp32_attention() -> None:
 
     original = attention.varlen_attn
     attention.varlen_attn = lambda q, k, v, *rest, **keys: original(q.float(), k.float(), v.float(), *rest, **keys)
+
+
+def no_compiler() -> None:
+    os.environ |= {"CXX": "no-such-compiler", "XDG_CACHE_HOME": tempfile.mkdtemp()}
 
 
 def on_cpu_device() -> None:

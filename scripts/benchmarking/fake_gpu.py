@@ -21,6 +21,7 @@ from types import SimpleNamespace
 
 import torch
 import transformers
+from torch.cuda._utils import _get_device_index
 
 import training.neox
 from utils.errors import UserError
@@ -65,17 +66,17 @@ COMPILED: weakref.WeakSet = weakref.WeakSet()  # modules that are to be compiled
 @cache
 def pretend_gpu() -> None:
     """Give this process its GPU.  Raises: UserError without a C++ compiler, where there is no real GPU either."""
-    if not torch.cuda.is_available():
+    if torch.cuda.is_available():  # fake tensors take the streams of a real device that has been used
+        torch.empty(1, device="cuda")
+    else:
         ctypes.CDLL(str(_library())).pretend()
-    # What a fake tensor does at its birth, so that a real device is there for the backward pass.
-    torch._subclasses.fake_tensor.init_gpu_context = lambda device: None
+    torch._subclasses.fake_tensor.init_gpu_context = lambda device: None  # which would do the former
     properties = SimpleNamespace(name=NAME, major=9, minor=0, total_memory=MEMORY, multi_processor_count=132)
     answers = {
         "is_available": True,
         "is_initialized": False,  # else a fake tensor asks the driver which device is current
         "device_count": 1,
         "current_device": 0,
-        "set_device": None,
         "get_device_name": NAME,
         "get_device_capability": CAPABILITY,
         "get_device_properties": properties,
@@ -86,6 +87,7 @@ def pretend_gpu() -> None:
     }
     for question, answer in answers.items():
         setattr(torch.cuda, question, lambda *_, answer=answer, **__: answer)
+    torch.cuda.set_device = _get_device_index  # which raises, as the real one, for a device without a number
     transformers.utils.import_utils.is_fake_tensor = lambda tensor: False  # for which it leaves things out
     torch.backends.cuda.is_flash_attention_available = torch.backends.cudnn.is_available = lambda: True
     training.neox.has_triton = lambda: True  # no kernel of it runs

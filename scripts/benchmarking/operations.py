@@ -81,6 +81,11 @@ def kind_of(func) -> str:
     return "product" if short(func) in PRODUCTS or func.overloadpacket in flop_registry else "memory"
 
 
+def matrices_of(func, args: tuple) -> tuple:
+    """The two that a product multiplies; none of another operation."""
+    return args[PRODUCTS[short(func)] :][:2] if short(func) in PRODUCTS else ()
+
+
 def flops_of(func, args: tuple, kwargs: dict, out, lengths: tuple[int, ...]) -> int:
     """FLOPs of a call; `lengths` are the tokens of the conversations that lie end to end in it."""
     kind, name = kind_of(func), short(func)
@@ -95,7 +100,7 @@ def flops_of(func, args: tuple, kwargs: dict, out, lengths: tuple[int, ...]) -> 
             pairs = batch * (tokens * (tokens + 1) // 2 if causal else tokens * key.shape[2])
         return (8 if backward else 4) * pairs * heads * size
     if name in PRODUCTS:
-        left, right = args[PRODUCTS[name] :][:2]
+        left, right = matrices_of(func, args)
         return 2 * left.numel() * right.shape[-1]
     return flop_registry[func.overloadpacket](*args, **kwargs, out_val=out) if kind == "product" else 0
 
@@ -171,7 +176,7 @@ def check_dtypes(func, args: tuple) -> None:
     """Raise, as the CUDA kernels do and fake ones do not, for dtypes that do not go together."""
     name, kind = short(func), kind_of(func)
     if name in PRODUCTS:
-        matrices = args[PRODUCTS[name] :][:2]
+        matrices = matrices_of(func, args)
         same = matrices if PRODUCTS[name] == 0 or func._overloadname.startswith("dtype") else args[:3]
         if len({matrix.dtype for matrix in same}) > 1:
             raise RuntimeError(f"{func}: matrices of different dtypes: {', '.join(str(m.dtype) for m in same)}")

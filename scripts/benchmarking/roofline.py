@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarking.measuring import in_a_process
 from benchmarking.operations import Operation
+from benchmarking.parts import PARTS
 from benchmarking.trace import Trace
 from benchmarking.traced_step import Step, trace_step
 from benchmarking.train import shape
@@ -28,23 +29,6 @@ PEAK = PEAK_FLOPS["H100"]
 USES = {"head": "logits", "weight casts": "weights in half precision", None: "other"}  # of memory, by who made it
 MICRO_BATCHES = 4  # of a step, as in train.gpu_works
 ALONE = ("bias gradients", "weight casts", "gradient accumulation")  # nothing to be fused with
-PARTS = (
-    "matrix products",
-    "attention",
-    "norms",
-    "rotary",
-    "activation",
-    "residual",
-    "bias gradients",
-    "casts",
-    "weight casts",
-    "gradient accumulation",
-    "embedding",
-    "head",
-    "optimizer",
-    "clipping",
-    "other",
-)
 
 
 def settings(tokens: int) -> dict[str, tuple[dict[str, Any], list[list[int]]]]:

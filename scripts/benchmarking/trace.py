@@ -23,19 +23,19 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from benchmarking.fake_gpu import COMPILED
 from benchmarking.operations import (
-    PRODUCTS,
     Access,
     Operation,
     check_dtypes,
     flops_of,
     kind_of,
+    matrices_of,
     moved,
     short,
     tensors_in,
 )
+from benchmarking.parts import is_cast, of_weights, part_of, role_of
 from training.loss import ScoredLoss
 
-OF_KERNELS = {"two_norms": "norms", "two_norms_backward": "norms", "rotate": "rotary", "add_three": "residual"}
 BLOCK = 512  # bytes, to a multiple of which PyTorch's allocator rounds
 
 
@@ -83,6 +83,13 @@ class Trace(TorchDispatchMode):
     def begin(self, head: torch.nn.Module, micro_batches: int) -> None:
         """The step begins, of so many micro-batches; `head` is the model's output layer."""
         self.running, self.head, self.micro_batches_left = True, head, micro_batches
+
+    @property
+    def phase(self) -> str:
+        """Of the step: `before` its first micro-batch, their `window`, what comes `after`, the `optimizer`."""
+        if self.in_optimizer:
+            return "optimizer"
+        return "window" if self.in_window else "before" if self.micro_batches_left else "after"
 
     def end_micro_batch(self) -> None:
         """The backward pass of a micro-batch is over."""
@@ -147,11 +154,11 @@ class Trace(TorchDispatchMode):
         return out
 
     def _run(self, func, args: tuple, kwargs: dict):
-        if short(func) in ("mm", "addmm") and func._overloadname == "dtype":  # which torch 2.11 has no shapes for
-            left, right = args[PRODUCTS[short(func)] :][:2]
-            dtype = kwargs.get("out_dtype", args[-1])
+        if short(func) in ("mm", "addmm") and func._overloadname.startswith("dtype"):  # torch 2.11 has no shapes for it
+            left, right = matrices_of(func, args)
+            shape, dtype = (left.shape[0], right.shape[1]), kwargs.get("out_dtype", args[-1])
             with self.fake:
-                return torch.empty(left.shape[0], right.shape[1], dtype=dtype, device=left.device)
+                return kwargs.get("out", torch.empty(shape, dtype=dtype, device=left.device))
         with self.fake:
             return func(*args, **kwargs)
 
@@ -191,7 +198,7 @@ class Trace(TorchDispatchMode):
 
     def _record(self, func, args: tuple, kwargs: dict, out) -> None:
         scope = self._scope(func, args, out)
-        part = self._part(func, args, out, scope) if self.running else None
+        part = part_of(func, args, out, scope[0], self.phase) if self.running else None
         reads, writes = moved(func, args, kwargs, out) if self.running else ((), ())
         for tensor in tensors_in(out):
             self.number(tensor, part)
@@ -203,7 +210,7 @@ class Trace(TorchDispatchMode):
                 str(func).removeprefix("aten."),
                 part,
                 kind_of(func),
-                next((tensor.dtype for tensor in tensors_in(args[PRODUCTS.get(short(func), 0) :])), None),
+                next((tensor.dtype for tensor in tensors_in(matrices_of(func, args) or args)), None),
                 flops_of(func, args, kwargs, out, self.lengths),
                 self._accesses(reads),
                 self._accesses(writes),
@@ -238,61 +245,10 @@ class Trace(TorchDispatchMode):
         node = torch._C._current_autograd_node()
         if self.scopes:  # also of a layer that is computed again
             scope = self.scopes[-1]
-            if scope[0] != "head" and _is_cast(func, args, out) and _of_weights(args):
+            if scope[0] != "head" and is_cast(func, args, out) and of_weights(args):
                 scope = "weight casts", scope[1]
         else:
             scope = self.scope_of_node.get(node._sequence_nr() if node else -1, ("other", None))
         if torch._C._current_graph_task_id() == -1:  # its own node has been made just before
             self.scope_of_node.setdefault(torch.autograd._get_sequence_nr() - 1, scope)
         return scope
-
-    def _part(self, func, args: tuple, out, scope: tuple[str, int | None]) -> str:
-        role, name, kind, node = scope[0], short(func), kind_of(func), torch._C._current_autograd_node()
-        if self.in_optimizer:
-            return "optimizer"
-        if not self.in_window and _is_cast(func, args, out) and _of_weights(args):
-            return "weight casts"
-        if not self.in_window:
-            return "other" if self.micro_batches_left else "clipping"
-        if node and node.name().endswith("AccumulateGrad"):
-            return "gradient accumulation"
-        if kind == "attention":
-            return "attention"
-        if kind == "product":
-            return "matrix products"
-        if func.namespace == "neox":
-            return OF_KERNELS[name]
-        if role == "head":
-            return "head"
-        if role != "weight casts" and _is_cast(func, args, out):
-            return "casts"
-        if node and name == "sum" and ("Addmm" in node.name() or node.name() == "_ProductBackward"):
-            return "bias gradients"
-        # The engine adds up what comes from two sides, here at the input of a norm, and says the last side's node.
-        return "residual" if role == "norms" and name in ("add", "add_") and node else role
-
-
-def _is_cast(func, args: tuple, out) -> bool:
-    """Whether all that a call does is to give numbers in another dtype."""
-    name = short(func)
-    if name not in ("_to_copy", "copy_", "_foreach_copy_"):
-        return False
-    source = args[0] if name == "_to_copy" else args[1]
-    return next(tensors_in(source)).dtype != next(tensors_in(out if name == "_to_copy" else args[0])).dtype
-
-
-def _of_weights(args: tuple) -> bool:
-    return any(isinstance(tensor, torch.nn.Parameter) for tensor in tensors_in(args[:2]))
-
-
-def role_of(module: torch.nn.Module) -> str:
-    """What a module's own operations, but for products and casts, are for: as the field names its kind."""
-    name, home = type(module).__name__, type(module).__module__
-    if isinstance(module, ScoredLoss):
-        return "head"
-    if home in ("transformers.activations", "torch.nn.modules.activation") or name.endswith("MLP"):
-        return "activation"
-    for word, role in {"Norm": "norms", "Rotary": "rotary", "Attention": "rotary", "Embedding": "embedding"}.items():
-        if word in name:
-            return role
-    return "residual" if name.endswith(("Layer", "Block")) or isinstance(module, torch.nn.Dropout) else "other"

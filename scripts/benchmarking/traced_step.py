@@ -108,8 +108,8 @@ class _Stats(TrainingStats):
     parameters: list[torch.nn.Parameter]
     gradients: set[int]
 
-    def add(self, batch, losses, loss) -> None:
-        super().add(batch, losses, loss)
+    def add(self, *micro_batch) -> None:
+        super().add(*micro_batch)
         self.gradients = _numbers(self.trace, [p.grad for p in self.parameters if p.grad is not None])
         self.trace.end_micro_batch()
 

@@ -6,11 +6,12 @@ import json
 import pytest
 import torch
 from conftest import run_script
-from rehearsal import rehearse
+from rehearsal import products_in_fp32, rehearse
 from transformers import GPTNeoXConfig
 
 from benchmarking.operations import Access, Operation, flops_of, moved
-from benchmarking.roofline import H100, PARTS, bytes_moved, fused_kernels, rate_of
+from benchmarking.parts import PARTS
+from benchmarking.roofline import H100, bytes_moved, fused_kernels, rate_of
 from benchmarking.train import shape
 from recipe.keys import Recipe
 from training.memory import estimate_memory
@@ -25,21 +26,22 @@ def step():
     return rehearse([[4096]] * 4, size="3b")
 
 
-def test_time_by_part_is_that_counted_by_hand(step):
-    """Issue 13 counted 233 ms: 124 matrix products, 26 attention, 35 elementwise, 27 casts and accumulation, 13.5
-    optimizer and clipping, 6.5 head. Its elementwise part holds the activations' casts."""
+def test_time_by_part(step):
+    """Counted by hand, in issue 13: 124 ms matrix products, 26 attention (14 by cuDNN's kernel), 35 of the layers'
+    passes over memory, 27 casts of weights and accumulation, 13.5 optimizer and clipping, 6.5 head, 233 in all; which
+    the trace of that code gave as 124.2, 26.2, 32.8, 26.4, 13.5, 7.4 and 231. Here is what is left of them."""
     parts = {name: part["milliseconds"] for name, part in step.figures["parts"].items()}
     layers = sum(parts[name] for name in ("norms", "rotary", "activation", "residual", "bias gradients", "casts"))
-    assert step.figures["milliseconds"] == pytest.approx(233, rel=0.02)
     assert parts["matrix products"] == pytest.approx(124, abs=0.5)
-    assert parts["attention"] == pytest.approx(26.2, abs=0.1)
-    assert layers == pytest.approx(35, abs=3)
-    assert parts["weight casts"] + parts["gradient accumulation"] == pytest.approx(27, abs=1)
-    assert parts["optimizer"] + parts["clipping"] == pytest.approx(13.5, abs=0.2)
-    assert parts["head"] == pytest.approx(6.5, abs=1.5)
+    assert parts["attention"] == pytest.approx(14, abs=0.1)
+    assert layers < 12
+    assert parts["weight casts"] + parts["gradient accumulation"] < 1.5
+    assert parts["optimizer"] + parts["clipping"] < 15  # with the weights' copies in half precision
+    assert parts["head"] < 3.5
     assert parts["other"] < 0.1
+    assert step.figures["milliseconds"] < 170
     assert step.figures["tokens_per_second"] == pytest.approx(4096 / step.figures["milliseconds"] * 1000)
-    assert step.figures["mfu"] == pytest.approx(0.39, abs=0.01)
+    assert step.figures["mfu"] > 0.54
 
 
 def test_flops_are_those_of_the_model(step):
@@ -55,10 +57,10 @@ def test_flops_of_what_is_computed_again_are_no_model_flops():
 @pytest.mark.parametrize(
     ("size", "conversations", "keys", "peak"),
     [
-        ("3b", 1, {}, 71.5),
-        ("3b", 2, {"gradient_checkpointing": True}, 65.2),
-        ("7b", 1, {}, 147.7),
-        ("7b", 4, {"gradient_checkpointing": True, "dtype": "fp16"}, 141.7),
+        ("3b", 1, {}, 70.2),
+        ("3b", 2, {"gradient_checkpointing": True}, 65.4),
+        ("7b", 1, {}, 145.5),
+        ("7b", 4, {"gradient_checkpointing": True, "dtype": "fp16"}, 144.3),
     ],
 )
 def test_peak_memory_by_parts(size, conversations, keys, peak):
@@ -69,8 +71,8 @@ def test_peak_memory_by_parts(size, conversations, keys, peak):
     parameters = count_parameters(recipe, config)
     for use, bytes_each in {"weights": 4, "gradients": 4, "optimizer": 8}.items():
         assert memory[use] == pytest.approx(bytes_each * parameters / GIB, rel=1e-4)
-    matrices = parameters - 2 * 50288 * config.hidden_size  # the embedding is read in fp32, the head's are logits
-    assert memory["weights in half precision"] == pytest.approx(2 * matrices / GIB, rel=1e-3)
+    matrices = parameters - 50288 * config.hidden_size  # the embedding is read in fp32
+    assert memory["weights in half precision"] == pytest.approx(2 * matrices / GIB, abs=0.2)
     dtype = torch.float16 if "dtype" in keys else torch.bfloat16
     estimate = estimate_memory(recipe, config, parameters, 1, None, dtype, (1, 4096 * conversations), gpu=True)
     assert sum(memory.values()) == pytest.approx(peak, abs=0.1)
@@ -131,6 +133,15 @@ def test_attention_flops_are_causal_and_within_conversations():
     laid = torch.zeros(6, 2, 8)
     varlen = torch.ops.torch_attn._varlen_attn.default
     assert flops_of(varlen, (laid, laid, laid), {}, None, (2, 4)) == 4 * (3 + 10) * 2 * 8
+
+
+def test_products_with_a_result_in_fp32():
+    """They run at the rate of what they multiply; torch 2.11 has no fake kernel for them."""
+    alone, added, in_place = products_in_fp32()
+    for each in (alone, added, in_place):
+        assert (each.flops, rate_of(each), each.part) == (2 * 8 * 16 * 4, "products", "matrix products")
+    matrices, result = 2 * (8 * 16 + 16 * 4), 4 * 8 * 4
+    assert [each.bytes for each in (alone, added, in_place)] == [matrices + n * result for n in (1, 2, 2)]
 
 
 # ---- Fused kernels ----

@@ -88,6 +88,7 @@ MUTATIONS = {
     "pageable": "HostSync: aten._to_copy.default to the GPU from memory that is not pinned",
     "new_on_device": "HostSync: aten._to_copy.default to the GPU without non_blocking",
     "synchronized": "HostSync: torch.cuda.synchronize",
+    "device_without_number": "Expected a torch.device with a specified index or an integer, but got:cuda",
     "not_prefetched": "HostSync: aten._to_copy.default to the GPU from memory that is not pinned",
     "on_cpu_device": r"index_add\(\): .* expected to be in the same device, but got \(self\) cpu",
     "cpu_tensor": "(same device, but found at least|found) two (different )?devices,? cuda:0(,| and) cpu",
@@ -102,3 +103,9 @@ MUTATIONS = {
 def test_what_does_not_belong_into_a_step_is_noticed(mutation):
     with pytest.raises(RuntimeError, match=MUTATIONS[mutation]):
         rehearse(put=(getattr(rehearsal, mutation),))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a real GPU needs no compiler")
+def test_without_a_compiler():
+    with pytest.raises(RuntimeError, match="UserError: benchmark: a fake GPU needs a C\\+\\+ compiler"):
+        rehearse(put=(rehearsal.no_compiler,))

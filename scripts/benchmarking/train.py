@@ -48,9 +48,10 @@ def check_fits(gpu: str, layers: int | None) -> None:
 
     if need(config["num_hidden_layers"]) > memory:
         fit = max((count for count in range(config["num_hidden_layers"]) if need(count) <= memory), default=0)
+        remedy = f"give --layers {fit}" if fit else "not one layer fits"
         raise UserError(
             f"command line: --gpu {gpu}: {show_bytes(need(config['num_hidden_layers']))} for weights, gradients, Adam "
-            f"and activations, the GPU has {show_bytes(memory)}: give --layers {fit}"
+            f"and activations, the GPU has {show_bytes(memory)}: {remedy}"
         )
 
 

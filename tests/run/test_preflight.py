@@ -363,6 +363,74 @@ def test_memory_of_gpus(monkeypatch, capsys):
     assert "warning: by this estimate memory will run out" in capsys.readouterr().out
 
 
+@pytest.fixture
+def one_gpu(monkeypatch):
+    """Call it with the GiB of the host: a GPU of 80 GiB beside it."""
+
+    def has(host: int) -> None:
+        monkeypatch.setattr("training.memory.has_gpu", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 2**30))
+        monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=host * 2**30))
+
+    return has
+
+
+ONE_STEP = {"shape": (1, 4096), "dtype": torch.float16, "gradient_checkpointing": True}
+OFFLOADED = {"stage": 2, "reduce_bucket_size": 1e9, "offload_optimizer": {"device": "cpu"}}
+
+
+def test_an_offloaded_optimizer_is_counted_on_the_host(one_gpu, capsys):
+    """The seed's model on one GPU: 15.7 GB of weights and a bucket there, 126 GB on the host (ZeRO-Offload, Ren et al.
+    2021, figure 1: fp32 weights, both moments and the gradients in fp32)."""
+    one_gpu(host=256)
+    check(SEED, SEED_PARAMETERS, OFFLOADED, **ONE_STEP)
+    host, gpu = capsys.readouterr().out.splitlines()
+    assert host == "memory of the host, estimated: 117 GiB of 256 GiB for the offloaded optimizer"
+    assert pytest.approx(117, abs=0.5) == SEED_PARAMETERS * 16 / 2**30
+    assert gpu.startswith("memory, estimated: ")
+    assert "80 GiB of each GPU" in gpu
+    parts = estimate(SEED, torch.float16, (1, 4096), OFFLOADED, gpu=True, gradient_checkpointing=True)
+    assert parts["weights"] == 2 * SEED_PARAMETERS
+    assert parts["gradients"] == 2 * 10**9  # no more than the bucket in which they go to the host
+    assert parts["optimizer"] == parts["step"] == 0
+    stage_1 = estimate(SEED, torch.float16, (1, 4096), OFFLOADED | {"stage": 1}, gpu=True)
+    assert stage_1["gradients"] == 2 * SEED_PARAMETERS + 2 * 10**9
+
+
+def test_a_host_too_small_for_the_offloaded_optimizer_is_one_line(one_gpu, monkeypatch, capsys):
+    one_gpu(host=96)
+    with pytest.raises(
+        UserError, match=r"^deepspeed_config: offload_optimizer: 117 GiB of .* host's 96 GiB: take"
+    ) as no:
+        check(SEED, SEED_PARAMETERS, OFFLOADED, **ONE_STEP)
+    assert "\n" not in str(no.value)
+    # Of several processes on a machine each has its share there; on two machines half of them.
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="117 GiB"):
+        check(SEED, SEED_PARAMETERS, OFFLOADED, **ONE_STEP)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    check(SEED, SEED_PARAMETERS, OFFLOADED, **ONE_STEP)
+    assert "58.6 GiB of 96 GiB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("offload", [None, {}, {"device": "none"}])
+def test_what_is_not_offloaded_is_on_the_gpu(one_gpu, capsys, offload):
+    one_gpu(host=256)
+    with pytest.raises(UserError, match="each GPU has 80 GiB"):
+        check(SEED, SEED_PARAMETERS, OFFLOADED | {"offload_optimizer": offload}, **ONE_STEP)
+    assert "host" not in capsys.readouterr().out
+
+
+def test_without_a_gpu_all_of_it_is_in_the_machines_memory():
+    offloaded, plain = (
+        estimate(NEOX, torch.bfloat16, (1, 64), OFFLOADED | {"offload_optimizer": {"device": device}}, 2)
+        for device in ("cpu", "none")
+    )
+    assert offloaded == plain
+
+
 # ---- disk ----
 
 

@@ -15,13 +15,13 @@ import pytest
 import torch
 from conftest import ROOT, run_script
 from interruption import SCRIPT, metrics, run_here, small_recipe
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from recipe.load import load_recipe
 from run import folder as folder_module
 from run.checkpoint import FORMAT, read_checkpoint
 from run.folder import RECIPE_HEADER, claim_output_dir
-from run.resume import changed_keys, find_checkpoint
+from run.resume import changed_keys, find_checkpoint, restore
 from run.retention import list_checkpoints
 from run.run import Run
 from utils.errors import UserError
@@ -268,7 +268,7 @@ def assert_close(lines: list[dict], expected: list[dict]) -> None:
 
 
 @pytest.mark.timeout(900)
-def test_half_precision_under_zero_keeps_its_fp32_weights(tmp_path, recipe, tiny_model):
+def test_half_precision_under_zero_keeps_its_fp32_weights(tmp_path, recipe, tiny_model, monkeypatch):
     """In bf16 the engine's fp32 weights are part of the checkpoint, for the engine and for a process without it."""
     keys = ("--model_name", tiny_model, "--global_batch_size", 4, "--dtype", "bf16")
     launched("zero2x2", recipe, *keys, output_dir=tmp_path / "whole")
@@ -280,8 +280,23 @@ def test_half_precision_under_zero_keeps_its_fp32_weights(tmp_path, recipe, tiny
     launched("zero2x2", recipe, *keys, output_dir=output)
     assert_same_end(output, tmp_path / "whole")
 
+    # As a model's file is in a dtype with fewer bits than this run's: what computes has to come from the fp32 weights.
+    path = tmp_path / "alone" / "checkpoint-7" / "model.safetensors"
+    coarse = {name: own.to(torch.float8_e4m3fn).to(own.dtype) for name, own in load_file(path).items()}
+    save_file(coarse, path, {"format": "pt"})
+    layers = []
+
+    def restore_and_look(checkpoint, recipe, engine, *others) -> None:
+        restore(checkpoint, recipe, engine, *others)
+        layers.extend((layer.half.clone(), layer.weight.detach().clone()) for layer in engine.half_weights.layers)
+
+    monkeypatch.setattr("run.run.restore", restore_and_look)
     run = run_here(recipe, *keys, output_dir=tmp_path / "alone")
     assert run.returncode == 0, run.stderr
+    assert len(layers) == 9
+    for half, weight in layers:
+        assert torch.equal(half, weight.bfloat16())
+        assert not torch.equal(half.float(), weight)  # fp32 indeed
     for line, expected in zip(metrics(tmp_path / "alone"), metrics(tmp_path / "whole"), strict=True):
         for name in {"loss", "eval_loss"} & line.keys():
             assert line[name] == pytest.approx(expected[name], rel=2e-2)  # 8 bits

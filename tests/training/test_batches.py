@@ -322,6 +322,32 @@ def test_prefetching_stops_when_the_run_does():
     assert len(made) == 3
 
 
+@pytest.mark.parametrize("device", ["cuda", "cuda:3"])
+def test_the_thread_takes_the_gpu_of_its_process(device, monkeypatch):
+    """By its number, though Accelerate names a process's only GPU without one; PyTorch's own check refuses that."""
+    taken, pinned_by = [], []
+
+    def pin_memory(batch):
+        pinned_by.append(threading.current_thread())
+        return batch
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(
+        torch._C,
+        "_cuda_setDevice",
+        lambda number: taken.append((number, threading.current_thread())),
+        raising=False,  # which only PyTorch for CUDA has
+    )
+    monkeypatch.setattr(Batch, "pin_memory", pin_memory)
+    mix, recipe = make_mix([[5, 9, 3]]), make_recipe()
+    steps = Batches(mix, recipe, 0, 1, PAD).training_steps(Position(), 2)
+    assert len(list(prefetched(steps, torch.device(device)))) == 2
+    ((number, thread),) = taken
+    assert number == 3
+    assert thread is not threading.main_thread()
+    assert {*pinned_by} == {thread}
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="memory is pinned for a GPU")
 def test_prefetched_batches_are_pinned():
     mix, recipe = make_mix([[5, 9, 3]]), make_recipe()

@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Not compiled ahead: Python compiles the tenth of it that is imported, which takes a third of the time.
 INSTALL := $(BIN)/python -m pip install -q --no-compile -c constraints.txt
 
-.PHONY: help install demo test test-liger test-transformers4 soak lint
+.PHONY: help install demo test test-kernels test-transformers4 soak lint
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 22
@@ -18,8 +18,8 @@ demo: .venv/installed  ## train the tiny demo model and see it reply
 test: .venv/tests lint  ## everything, two tests at a time
 	$(BIN)/python -m pytest -q -n 2
 
-test-liger: .venv/tests .venv/liger  ## the loss with Liger's kernel, without a GPU, in Triton's interpreter (1 GB)
-	PYTHONPATH=.venv/liger TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/training/test_cross_entropy.py
+test-kernels: .venv/tests .venv/liger  ## the Triton kernels, ours and Liger's, without a GPU, in Triton's interpreter (1 GB)
+	PYTHONPATH=.venv/liger TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/training/test_cross_entropy.py tests/training/test_neox.py
 
 test-transformers4: .venv/tests .venv/transformers4  ## what a run saves, read by transformers 4
 	$(BIN)/python -m pytest -q tests/run/test_model_files.py

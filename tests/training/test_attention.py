@@ -2,11 +2,13 @@
 gradient checkpointing and torch.compile make of it; which models are refused."""
 
 import shutil
+from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import strategies as st
 from interruption import run_here
-from mixes import scored_loss
+from mixes import given, scored_loss
 from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig
@@ -442,3 +444,42 @@ def test_models_that_do_not_are_refused(kind, own):
     assert message.startswith(f"model_name = {kind}: ")
     assert message.endswith(": give padding_free: false")
     assert "\n" not in message
+
+
+@given(st.lists(st.integers(1, 5000), min_size=1, max_size=12))
+def test_long_conversations_stand_alone_and_short_ones_together(lengths):
+    groups = attention.cudnn_groups(lengths)
+    assert [length for group in groups for length in group] == lengths
+    for group in groups:
+        assert len(group) == 1 or max(group) < attention.CUDNN_FROM
+    for left, right in pairwise(groups):  # nothing that could be one call is two
+        assert max(left) >= attention.CUDNN_FROM or max(right) >= attention.CUDNN_FROM
+
+
+@pytest.mark.parametrize("lengths", [(9, 1, 4, 12), (8,), (3, 2), (16, 8, 9), (1, 30, 1)])
+def test_attention_in_groups_is_attention_by_conversation(monkeypatch, lengths):
+    """With kernels of this machine in place of a GPU's, filled up to multiples of 4 tokens; gradients, too."""
+
+    def flash(query, key, value, starts, _, longest, __, scale=None, window_size=None):
+        assert longest == int((starts[1:] - starts[:-1]).max())
+        assert starts[0] == 0
+        assert starts[-1] == len(query)
+        laid = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
+        return attention.sdpa_by_conversation(
+            module, *laid, None, starts[1:] - starts[:-1], scaling=scale
+        )[0][0]  # fmt: skip
+
+    monkeypatch.setattr(attention, "varlen_attn", flash)
+    monkeypatch.setattr(attention, "cudnn_is_faster", lambda: True)
+    monkeypatch.setattr(attention, "CUDNN_FROM", 8)
+    monkeypatch.setattr(attention, "CUDNN_STEP", 4)
+    module = torch.nn.Module()
+    module.is_causal, module.training = True, True
+    inputs = [torch.randn(1, 2, sum(lengths), 8, requires_grad=True) for _ in range(3)]
+    boundaries, counts = torch.tensor([0, *lengths]).cumsum(0).int(), torch.tensor(lengths)
+    found, _ = attention.varlen_attention(module, *inputs, None, boundaries, max(lengths), counts, scaling=0.3)
+    expected, _ = attention.sdpa_by_conversation(module, *inputs, None, counts, scaling=0.3)
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn_like(found)
+    own, theirs = (torch.autograd.grad((output * weights).sum(), inputs) for output in (found, expected))
+    torch.testing.assert_close(own, theirs)

@@ -1,6 +1,6 @@
 """Cross-entropy and gradient in place, against PyTorch's own in fp64.
 
-Liger's kernel is tried on a GPU, or by `make test-liger` in Triton's interpreter on a CPU; else its tests are skipped.
+Liger's kernel is tried on a GPU, or by `make test-kernels` in Triton's interpreter on a CPU; else its tests skip.
 """
 
 import importlib.metadata
@@ -23,7 +23,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 needs_liger = pytest.mark.skipif(
     not (importlib.util.find_spec("liger_kernel") and (DEVICE == "cuda" or INTERPRETED)),
-    reason="make test-liger has Liger and an interpreter for it",
+    reason="make test-kernels has Liger and an interpreter for it",
 )
 LIGER = pytest.param(with_liger, marks=needs_liger)
 # A unit in the last place, not a half, since Triton's interpreter rounds towards zero.

@@ -8,6 +8,7 @@
     python scripts/benchmark.py attention [--gpu 3b] [--layers 16] [--json FILE]
     python scripts/benchmark.py gpu --out DIR [--minutes 8] [--rehearse]
     python scripts/benchmark.py roofline --gpu 3b [--tokens 4096] [--layers 16] [--json FILE]
+    [accelerate launch ...] scripts/benchmark.py balance RECIPE [--json FILE] [--key value ...]
 
 `data`: tokens and conversations a second of a cold preparation, and the seconds of a start that finds it done, next to
 TRL's own preparation of the same conversations (SFTTrainer with assistant_only_loss and our chat template, the
@@ -18,8 +19,8 @@ with it, too.
 `train`: optimizer steps on the recipe's first conversations, a 4-layer GPT-NeoX 256 wide with StableLM's vocabulary in
 fp32, batches of 4 x 2: this trainer, TRL's SFTTrainer padded and padding-free (which its documentation supports with
 flash-attn only; it runs with SDPA, too, and its losses are right), a bare loop. With --gpu a StableLM shape
-(3b or 7b, bf16, random weights and tokens, --layers of it), which needs no data and no package that is not there: what
-cannot be imported is said in the table.
+(3b or 7b, bf16, random weights and tokens, --layers of it), which needs no data: what cannot be imported is said in the
+table.
 
 `scaling`: this trainer's tokens a second against max_length and against the conversations in a micro-batch.
 
@@ -32,37 +33,45 @@ each part. --rehearse does all of it on a CPU, with tiny shapes.
 `roofline`: without a GPU, the milliseconds of a step of a StableLM shape on an H100 that reaches given rates, by part,
 tokens a second, MFU and peak memory, from a trace of the real step; for each setting of a recipe that changes them.
 
+`balance`: tokens of a micro-batch, and the share of their time that 1, 2, 4 and 8 processes wait for the slowest, with
+a recipe's steps cut by conversations and by tokens (micro_batch_tokens), counted from its plan. Where a launcher starts
+several processes, the time of 12 steps of the small model of `train` on them, by either cut in turn.
+
 Each measurement is a process of its own; contenders alternate. TRL is in requirements-dev.txt. RECIPE is any
 recipe whose data files are on this machine.
 """
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 from recipe.command_line import parse_with_recipe, recipe_parser
+from recipe.keys import Recipe
 from recipe.load import load_recipe
 from utils.command_line import positive
 from utils.errors import UserError, one_line_errors
 
+# What each option is for, and its value where none is given.
 TAKEN_BY = {
     "rounds": ("data", "train", "scaling"),
     "conversations": ("train",),
     "gpu": ("train", "scaling", "attention", "roofline"),
     "layers": ("train", "scaling", "attention", "roofline"),
+    "tokens": ("roofline",),
     "plot": ("scaling",),
-    "json": ("data", "train", "scaling", "attention", "roofline"),
+    "json": ("data", "train", "scaling", "attention", "roofline", "balance"),
     "out": ("gpu",),
     "minutes": ("gpu",),
     "rehearse": ("gpu",),
-    "tokens": ("roofline",),
 }
+DEFAULTS = {"rounds": 3, "tokens": 4096, "minutes": 8, "rehearse": False}
 
 
 def main() -> None:
     parser = recipe_parser(__doc__)
     parser.usage = None
-    parser.add_argument("what", choices=["data", "train", "scaling", "attention", "roofline", "gpu"])
+    parser.add_argument("what", choices=[*BENCHMARKS])
     parser.add_argument("--rounds", type=positive, metavar="N", help="of the contenders, taking turns (3)")
     parser.add_argument("--conversations", type=positive, metavar="N", help="of the recipe (160)")
     parser.add_argument("--gpu", choices=["3b", "7b"], help="a StableLM shape in place of a recipe")
@@ -74,11 +83,20 @@ def main() -> None:
     parser.add_argument("--minutes", type=positive, metavar="N", help="after which nothing more is begun (8)")
     parser.add_argument("--rehearse", action="store_const", const=True, help="on a CPU, with tiny shapes")
     options, recipe_file, overrides = parse_with_recipe(parser)
-    if options.what == "data" or (options.what == "train" and not options.gpu):
+    recipe = None
+    if options.what in ("data", "balance") or (options.what == "train" and not options.gpu):
         recipe = load_recipe(recipe_file, overrides)
     elif recipe_file or overrides:
         raise UserError(f"command line: {options.what} takes no {recipe_file or '--' + next(iter(overrides))}")
+    check_options(options)
+    result = BENCHMARKS[options.what](options, recipe)
+    if result and int(os.environ.get("RANK", 0)) == 0:
+        print(result[0])
+        write_json(options, *result)
 
+
+def check_options(options: argparse.Namespace) -> None:
+    """UserError for what does not go together or cannot run here; fills in what was not given."""
     for name, where in TAKEN_BY.items():
         if getattr(options, name) is not None and options.what not in where:
             raise UserError(f"command line: --{name} is for {', '.join(where)}")
@@ -86,9 +104,13 @@ def main() -> None:
         raise UserError("command line: --conversations is of a recipe, --gpu makes its own")
     if options.json and not options.json.parent.is_dir():
         raise UserError(f"command line: --json {options.json}: there is no folder {options.json.parent}")
-    options.rounds = options.rounds or 3
     if options.what == "roofline" and not options.gpu:
         raise UserError("command line: roofline needs --gpu 3b or 7b")
+    if options.what == "gpu" and not options.out:
+        raise UserError("command line: gpu needs --out DIR")
+    for name, value in DEFAULTS.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
     if options.gpu and options.what != "roofline":
         import torch
 
@@ -99,59 +121,78 @@ def main() -> None:
 
             check_fits(options.gpu, options.layers)
 
-    if options.what == "gpu":
-        from benchmarking.gpu import benchmark_gpu
 
-        if not options.out:
-            raise UserError("command line: gpu needs --out DIR")
-        benchmark_gpu(options.out, options.minutes or 8, bool(options.rehearse))
-        return
-    if options.what == "data":
-        from benchmarking.data import benchmark_data, data_table
-
-        figures = benchmark_data(recipe, options.rounds)
-        table = data_table(figures)
-    elif options.what == "train":
-        from benchmarking.train import benchmark_train, gpu_works, recipe_work, train_table
-
-        if not options.gpu:
-            options.conversations = options.conversations or 160
-        works = gpu_works(options.gpu, options.layers) if options.gpu else recipe_work(recipe, options.conversations)
-        figures = {}
-        for what, work in works.items():
-            figures[what] = benchmark_train(work, options.rounds)
-            table = "\n\n".join(f"{name}:\n\n{train_table(measured)}" for name, measured in figures.items())
-            write_json(options, table, figures=figures)  # before the next, for which time may not suffice
-    elif options.what == "scaling":
-        from benchmarking.scaling import benchmark_scaling, plot_scaling, scaling_table
-
-        figures = benchmark_scaling(options.gpu, options.layers, options.rounds)
-        table = scaling_table(figures)
-        if options.plot:
-            plot_scaling(figures, options.plot)
-    elif options.what == "roofline":
-        from benchmarking.roofline import benchmark_roofline, roofline_table
-
-        figures = benchmark_roofline(options.gpu, options.layers, options.tokens or 4096)
-        table = roofline_table(figures)
-    else:
-        from benchmarking.attention import attention_table, benchmark_attention
-
-        figures = benchmark_attention(options.gpu, options.layers)
-        table = attention_table(figures)
-    print(table)
-    write_json(options, table, **figures if options.what == "roofline" else {"figures": figures})
-
-
-def write_json(options: argparse.Namespace, table: str, **figures) -> None:
+def write_json(options: argparse.Namespace, table: str, figures: dict) -> None:
     """What was measured, and on what, to --json."""
     if options.json:
         from benchmarking.measuring import machine
 
-        asked = {name: value for name, value in vars(options).items() if name not in ("json", "plot")}
+        asked = {name: value for name, value in vars(options).items() if name not in ("json", "plot", "out")}
         result = {"machine": machine(), "options": asked, "table": table, **figures}
         options.json.write_text(json.dumps(result, indent=1) + "\n")
 
+
+# ---- Each returns its table and what goes into the JSON; imports come late, since --help must not wait for them ----
+
+
+def data(options: argparse.Namespace, recipe: Recipe):
+    from benchmarking.data import benchmark_data, data_table
+
+    figures = benchmark_data(recipe, options.rounds)
+    return data_table(figures), {"figures": figures}
+
+
+def train(options: argparse.Namespace, recipe: Recipe | None):
+    from benchmarking.train import benchmark_train, gpu_works, recipe_work, train_table
+
+    works = recipe_work(recipe, options.conversations or 160) if recipe else gpu_works(options.gpu, options.layers)
+    figures, table = {}, ""
+    for what, work in works.items():
+        figures[what] = benchmark_train(work, options.rounds)
+        table = "\n\n".join(f"{name}:\n\n{train_table(measured)}" for name, measured in figures.items())
+        write_json(options, table, {"figures": figures})  # before the next, for which time may not suffice
+    return table, {"figures": figures}
+
+
+def scaling(options: argparse.Namespace, _):
+    from benchmarking.scaling import benchmark_scaling, plot_scaling, scaling_table
+
+    figures = benchmark_scaling(options.gpu, options.layers, options.rounds)
+    if options.plot:
+        plot_scaling(figures, options.plot)
+    return scaling_table(figures), {"figures": figures}
+
+
+def attention(options: argparse.Namespace, _):
+    from benchmarking.attention import attention_table, benchmark_attention
+
+    figures = benchmark_attention(options.gpu, options.layers)
+    return attention_table(figures), {"figures": figures}
+
+
+def gpu(options: argparse.Namespace, _) -> None:
+    from benchmarking.gpu import benchmark_gpu
+
+    benchmark_gpu(options.out, options.minutes, options.rehearse)
+
+
+def roofline(options: argparse.Namespace, _):
+    from benchmarking.roofline import benchmark_roofline, roofline_table
+
+    figures = benchmark_roofline(options.gpu, options.layers, options.tokens)
+    return roofline_table(figures), figures
+
+
+def balance(options: argparse.Namespace, recipe: Recipe):
+    from benchmarking.balance import balance_table, benchmark_balance, measure_balance, measured_table
+    from utils.launch import num_processes
+
+    several = num_processes() > 1
+    figures = measure_balance(recipe) if several else benchmark_balance(recipe)
+    return (measured_table if several else balance_table)(figures), {"figures": figures}
+
+
+BENCHMARKS = {each.__name__: each for each in (data, train, scaling, attention, gpu, roofline, balance)}
 
 if __name__ == "__main__":
     with one_line_errors():

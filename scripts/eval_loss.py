@@ -36,7 +36,7 @@ def arguments():
     if options.dtype:
         overrides["dtype"] = options.dtype
     if options.batch_size:
-        overrides["per_device_eval_batch_size"] = str(options.batch_size)
+        overrides |= {"per_device_eval_batch_size": str(options.batch_size), "micro_batch_tokens": "null"}
     return options, checkpoint, load_recipe(recipe_file, overrides)
 
 

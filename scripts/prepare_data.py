@@ -50,6 +50,7 @@ from rich.text import Text
 from data.mix import Mix, prepare_mix
 from training import contamination, plan
 from training.collate import collate, cut, window_start
+from training.micro_batches import rows_of_step
 from training.model import load_tokenizer
 from utils.launch import num_processes
 from utils.tables import make_console, make_table
@@ -105,8 +106,7 @@ def print_tables(mix: Mix, recipe: Recipe) -> None:
 
     processes, steps = num_processes(), plan.steps_per_epoch(mix, recipe, num_processes())
     tokens = np.minimum(mix.train.lengths[rows], recipe.max_length).sum()
-    factors = recipe.per_device_train_batch_size, plan.accumulation_steps(recipe, processes)
-    step = f"{plan.describe_step(recipe, processes)} ({processes} process(es) x {factors[0]} x {factors[1]})"
+    step = f"{plan.describe_step(recipe, processes)} ({plan.describe_cut(recipe, processes)})"
     console.print(f"an epoch: {len(rows):,} conversations, {tokens:,} tokens, {steps:,} steps, {step}")
     if recipe.packing:
         console.print(plan.describe_packing(mix, recipe, processes))
@@ -158,12 +158,13 @@ def show_examples(mix: Mix, recipe: Recipe, tokenizer, count: int, dataset: str 
 def show_batch(mix: Mix, recipe: Recipe, tokenizer) -> None:
     """Print the first micro-batch of the first process: where each conversation is from, its window, its positions, its
     tokens; and what is padding."""
-    rows = plan.epoch_plan(mix, recipe, epoch=0).of_packs(0, recipe.per_device_train_batch_size)
+    epoch = plan.epoch_plan(mix, recipe, epoch=0)
+    rows = rows_of_step(epoch, epoch.tokens(mix, recipe), 0, recipe, num_processes())[0]
     batch = collate(mix.train, rows, recipe, tokenizer.pad_token_id, epoch=0)
     shape = "{} row(s) of {:,} tokens".format(*batch.input_ids.shape)
     padding = batch.input_ids.numel() - sum(batch.lengths)
     layout = f"{shape}, {padding:,} of them padding" if batch.boundaries is None else f"end to end, {shape}, no padding"
-    packs = f" in {recipe.per_device_train_batch_size} packs" if recipe.packing else ""
+    packs = f" in {np.isin(epoch.rows[epoch.bounds[:-1]], rows).sum()} packs" if recipe.packing else ""
     console.rule(f"the first batch: {len(rows)} conversations{packs}, {layout}")
     for row, (ids, scored) in zip(rows, batch.conversations(), strict=True):
         start, length = window_start(mix.train.tokens(row)[1], row, recipe, 0), len(ids)

@@ -33,7 +33,7 @@ from data.mix import prepare_mix
 from recipe.keys import Recipe
 from run.dry_run import dry_run
 from run.preflight import preflight
-from run.report import describe_rehearsal, describe_run, show_first_batch, show_replies
+from run.report import describe_rehearsal, describe_run, out_of_memory, show_first_batch, show_replies
 from run.resume import is_finished
 from run.run import Run, open_run
 from training.batches import Batches, prefetched
@@ -172,12 +172,7 @@ def rehearse(engine: Engine, batches: Batches, largest_batches, stats) -> float:
                 engine.model(batches.of(held_out).to(engine.accelerator.device))
             engine.model.train()
     except torch.OutOfMemoryError as error:
-        shapes = " or ".join(each.describe() for each in largest_batches if each)
-        raise UserError(
-            f"the GPU's memory is too small for the run's largest micro-batches ({shapes}): give a smaller "
-            "per_device_train_batch_size (global_batch_size keeps the step as it is) or per_device_eval_batch_size, "
-            "gradient_checkpointing: true, or a smaller max_length"
-        ) from error
+        raise UserError(out_of_memory(largest_batches, batches.recipe)) from error
     stats.end_step(counts=False)
     return seconds
 

@@ -85,7 +85,7 @@ def mixes_and_recipes(draw) -> tuple[Mix, Recipe]:
         st.builds(lambda share: {"fraction": share}, st.floats(0.01, 1)),
         st.builds(lambda size: {"size": size}, st.integers(1, 30)),
     )
-    layout = draw(st.sampled_from(list(LAYOUTS)))
+    layout, max_length = draw(st.sampled_from(list(LAYOUTS))), draw(st.integers(2, 45))
     recipe = make_recipe(
         options=[draw(option) for _ in lengths],
         rng_seed=draw(seeds),
@@ -93,7 +93,8 @@ def mixes_and_recipes(draw) -> tuple[Mix, Recipe]:
         per_device_eval_batch_size=draw(st.integers(1, 5)),
         gradient_accumulation_steps=draw(st.integers(1, 4)),
         global_batch_size=draw(st.none() | st.integers(1, 30)),
-        max_length=draw(st.integers(2, 45)),
+        max_length=max_length,
+        micro_batch_tokens=draw(st.none() | st.integers(max_length, 4 * max_length)),
         random_offset_probability=draw(st.sampled_from([0, 0.5, 1])),
         sort_by_length=layout != "packed" and draw(st.booleans()),
         **LAYOUTS[layout],

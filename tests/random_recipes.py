@@ -47,6 +47,7 @@ recipes = st.fixed_dictionaries(
         "num_train_epochs": st.floats(0, 2**31, exclude_min=True, exclude_max=True),
         "rng_seed": st.integers(0, 2**32 - 1),
         "max_steps": st.none() | positive,
+        "micro_batch_tokens": st.none() | st.integers(512, 2**31 - 1),  # max_length's default on
         "fuse_gelu": st.booleans(),
         "save_strategy": st.sampled_from(["epoch", "steps", "no"]),
     },

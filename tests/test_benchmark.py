@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_script
+from mixes import make_recipe
 
 from benchmarking.attention import attention_table, layer_outputs
 from benchmarking.contenders import Work, train_ours
@@ -156,6 +157,69 @@ def test_ours_runs_without_packages_that_a_bare_gpu_machine_lacks():
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     assert json.loads(run.stdout.splitlines()[-1]) == in_a_process(train_ours, asdict(work))["losses"]
+
+
+def test_balance_of_a_small_mix(tmp_path):
+    """The demo's steps of 16, where each micro-batch of 8 conversations may have 2,048 tokens."""
+    arguments = ["balance", "recipes/demo.yaml", "--global_batch_size", 16, "--json", tmp_path / "balance.json"]
+    table = run_script(*arguments, script="scripts/benchmark.py", output_dir=tmp_path).stdout
+    figures = json.loads((tmp_path / "balance.json").read_text())["figures"]
+    assert list(figures) == ["1", "2", "4", "8"]
+    for processes, cuts in figures.items():
+        before, after, least = cuts["by conversations"], cuts["by 2,048 tokens"], cuts["at the least"]
+        assert before["largest"] <= 8 * 256
+        assert 1 == after["micro_batches"] <= before["micro_batches"]
+        assert least["idle"] <= after["idle"] <= before["idle"] <= before["idle_by_micro_batch"]
+        assert (before["idle"] > 0) == (processes != "1")
+        assert f"| {processes} | by 2,048 tokens | 1.0 | " in table
+    # All 16 conversations of a step together, on one process: the same tokens as of all micro-batches by conversations.
+    alone = figures["1"]
+    assert alone["by 2,048 tokens"]["tokens"] == pytest.approx(
+        alone["by conversations"]["tokens"] * alone["by conversations"]["micro_batches"]
+    )
+
+
+def test_balance_by_hand():
+    """One step of 4 conversations, two in a micro-batch: 100 and 20 tokens together, then 50 and 50."""
+    from benchmarking.balance import figures_of
+
+    figures = figures_of([np.array([100, 20, 50, 50])], make_recipe(max_length=120), 2, 120)
+    assert figures["by conversations"] == {
+        "micro_batches": 1.0,
+        "tokens": 110.0,
+        "largest": 120,
+        "idle": pytest.approx(1 - 110 / 120),
+        "idle_by_micro_batch": pytest.approx(1 - 110 / 120),
+    }
+    assert figures["by 120 tokens"]["idle"] == pytest.approx(1 - 110 / 120)
+    alone = figures_of([np.array([100, 20, 50, 50])], make_recipe(max_length=120), 1, 240)
+    assert alone["by 240 tokens"]["tokens"] == 220
+
+
+@pytest.mark.timeout(600)
+def test_balance_by_the_clock(tmp_path):
+    """Two processes: the same losses by either cut, and a table of the figures that are written down."""
+    arguments = ["balance", "recipes/demo.yaml", "--micro_batch_tokens", 1000, "--json", tmp_path / "balance.json"]
+    run = run_script(*arguments, script="scripts/benchmark.py", output_dir=tmp_path, launch="ddp2")
+    steps = json.loads((tmp_path / "balance.json").read_text())["figures"]
+    assert len(steps) == 12
+    for step in steps:
+        before, after = step.values()
+        assert after["loss"] == pytest.approx(before["loss"], rel=1e-5)
+        assert len(before["work"]) == len(after["work"]) == 2
+        assert (before["micro_batches"], after["micro_batches"]) == (2, 1)
+    assert run.stdout.count("| by 1,000 tokens |") == run.stdout.count("| by conversations |") == 1
+
+
+def test_measured_table_by_hand():
+    from benchmarking.balance import measured_table
+
+    before = {"seconds": 4.0, "work": [3.0, 1.0], "micro_batches": 2, "loss": 2.0}
+    after = {"seconds": 3.0, "work": [2.0, 2.0], "micro_batches": 1, "loss": 2.0}
+    table = measured_table([{"by conversations": before, "by 9 tokens": after}] * 3)
+    assert "| by conversations | 4.00 | 2.0 | 3.00, 4.00 | 33.3% |" in table
+    assert "| by 9 tokens | 3.00 | 1.0 | 2.00, 4.00 | 0.0% |" in table
+    assert "By tokens a step takes 0.75 of the time (median of 3 steps, 0.75 to 0.75)" in table
 
 
 def test_data_figures_of_a_small_mix(tmp_path):

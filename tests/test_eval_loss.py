@@ -109,8 +109,9 @@ def test_equals_an_independent_computation(run, result, tmp_path):
             assert found[f"loss{part}"]["n"] == conversations[part]
 
 
-def test_two_processes_and_another_batch_size_give_the_same(run, result, tmp_path):
-    evaluate(run.output_dir, "--output", tmp_path / "two.json", "--batch_size", 3, launch="ddp2")
+@pytest.mark.parametrize("cut", [("--batch_size", 3), ("--micro_batch_tokens", 300)])
+def test_two_processes_and_other_batches_give_the_same(run, result, tmp_path, cut):
+    evaluate(run.output_dir, "--output", tmp_path / "two.json", *cut, launch="ddp2")
     two = json.loads((tmp_path / "two.json").read_text())
     assert two["processes"] == 2
     assert two["settings"] == result["settings"]

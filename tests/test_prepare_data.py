@@ -82,6 +82,17 @@ def test_show_marks_what_is_scored_and_where_all_of_a_batch_lies(prepare, keys, 
         assert "16 packs of up to 256 tokens a step" in run.stdout
 
 
+def test_the_first_batch_by_tokens(prepare):
+    run = prepare("--show_batch", "--micro_batch_tokens", 300)
+    assert "16 conversations a step (1 process(es) x up to 300 tokens x up to 16 accumulated)" in " ".join(
+        run.stdout.split()
+    )
+    tokens = int(
+        re.search(r"the first batch: \d+ conversations, end to end, 1 row\(s\) of (\d+) tokens", run.stdout)[1]
+    )
+    assert 200 < tokens <= 300
+
+
 def test_contamination_is_reported_and_dropped(prepare, tmp_path):
     """Two questions of the demo's own training data as a benchmark's test set."""
     held_out = prepare("--export", tmp_path / "before.jsonl")

@@ -180,6 +180,33 @@ def test_the_last_window_of_an_epoch_makes_a_correct_step(
     assert_equal_runs(run, independent_run(tiny_model, steps, "tokens"))
 
 
+@pytest.mark.parametrize(
+    ("launch", "padding_free"), [("python", True), ("python", False), ("ddp2", True), ("zero2x2", True)]
+)
+def test_steps_cut_by_tokens_equal_an_independent_loop(run_sft, recipe, tiny_model, launch, padding_free):
+    """Steps of six and of two conversations, whose micro-batches are not all as many."""
+    from data.mix import prepare_mix
+    from recipe.load import load_recipe
+    from training.micro_batches import rows_of_step
+    from training.model import load_tokenizer
+    from training.plan import epoch_plan
+
+    options = {"global_batch_size": 6, "micro_batch_tokens": 64, "num_train_epochs": 5}
+    options |= {"padding_free": padding_free}
+    overrides = {key: str(value) for key, value in options.items()}
+    run = run_sft(recipe, *[text for key, value in overrides.items() for text in (f"--{key}", value)], launch=launch)
+
+    loaded, steps, micro_batches = load_recipe(recipe, overrides), [], []
+    mix = prepare_mix(loaded, load_tokenizer(loaded))
+    for plan in (epoch_plan(mix, loaded, epoch) for epoch in range(5)):
+        processes, tokens = 1 if launch == "python" else 2, plan.tokens(mix, loaded)
+        for first in (0, 6):
+            steps.append(plan.of_packs(first, first + 6).tolist())
+            micro_batches.append(math.ceil(len(rows_of_step(plan, tokens, first, loaded, processes)) / processes))
+    assert len(set(micro_batches)) > 1
+    assert_equal_runs(run, independent_run(tiny_model, steps, "tokens"))
+
+
 def test_each_data_set_has_its_own_loss(run_sft, recipe):
     run = run_sft(
         recipe, "--num_train_epochs", 2, "--per_device_train_batch_size", 8, "--gradient_accumulation_steps", 1

@@ -89,8 +89,9 @@ def prepare_ours(work: Work):
     from training.collate import collate
     from training.engine import prepare_engine, start_accelerator
     from training.flops import ModelFlops, peak_flops
+    from training.micro_batches import MicroBatch
     from training.model import ready_for_training
-    from training.plan import MicroBatch, Position
+    from training.plan import Position
     from utils.launch import set_up_process, training_dtype
 
     values = {"model_name": "none", "output_dir": "nothing", "datasets": ["vicuna"], "use_flash_attention": True}

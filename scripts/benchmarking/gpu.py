@@ -44,7 +44,7 @@ def all_parts(rehearse: bool) -> list[Part]:
         rows, mixed = gpu_works("3b", None).values()
     layer = {"hidden_size": config["hidden_size"], "intermediate_size": 4 * config["hidden_size"]}
     layer |= {"num_attention_heads": config["num_attention_heads"], "num_hidden_layers": 2}
-    length, steps = (256, 6) if rehearse else (2048, 60)
+    length, steps = (256, 6) if rehearse else (2048, 200)
     fp16 = "bf16" if rehearse else "fp16"  # which a CPU does not have
 
     def run(name: str, *options: str) -> Part:

@@ -37,10 +37,11 @@ def measure_run(sizes: dict, length: int, steps: int, options: list[str]) -> dic
         command = [sys.executable, "scripts/sft.py", "recipes/demo.yaml", *options]
         command += [part for key, value in keys.items() for part in (f"--{key}", str(value))]
         started = time.perf_counter()
-        status, _ = _start(command, output / "metrics.jsonl", stop_after=2)
+        status, said = _start(command, output / "metrics.jsonl", stop_after=2)
         checkpoints = [path.name for path in output.glob("checkpoint-*")]
         if status != EXIT_STOPPED or not checkpoints:
-            raise UserError(f"benchmark: a stopped run ended with status {status}, checkpoints {checkpoints}")
+            last = " / ".join(said.strip().splitlines()[-4:])
+            raise UserError(f"benchmark: a stopped run ended with status {status}, checkpoints {checkpoints}: {last}")
         stopped = time.perf_counter()
         status, said = _start(command, output / "metrics.jsonl", stop_after=None)
         if status:

@@ -159,6 +159,9 @@ class Recipe(Schema):
     global_batch_size: PositiveInt | None = key(
         None, "conversations a step over all processes: accumulation follows; null: the product of the three", "step"
     )
+    micro_batch_tokens: PositiveInt | None = key(
+        None, "cut micro-batches, of evaluation too, by tokens, at most so many in each; null: by the batch sizes", ""
+    )
     learning_rate: float = key(1e-5, "peak rate, reached after warm-up", "training", ge=0, le=1)
     warmup_steps: NonNegativeInt = key(600, "optimizer steps of warm-up, along DeepSpeed's logarithm", "training")
     weight_decay: NonNegativeFloat = key(0.0, "AdamW's decoupled weight decay", "training")
@@ -213,9 +216,23 @@ class Recipe(Schema):
             raise ValueError(
                 "torch_compile: true compiles nothing under gradient_checkpointing: true: give one of them"
             )
+        if self.micro_batch_tokens is not None:
+            self._check_micro_batch_tokens(self.micro_batch_tokens)
         if os.path.realpath(self.output_dir) == os.path.realpath(self.model_name):
             raise ValueError("output_dir is the folder of model_name: the run would overwrite its base model")
         return self
+
+    def _check_micro_batch_tokens(self, tokens: int) -> None:
+        if tokens < self.max_length:
+            raise ValueError(
+                f"micro_batch_tokens = {tokens}: a conversation of max_length = {self.max_length} tokens has to fit "
+                "into a micro-batch: give at least that, or a smaller max_length"
+            )
+        if self.loss_normalization == "micro_batch":
+            raise ValueError(
+                f"micro_batch_tokens = {tokens} changes what is averaged under loss_normalization: micro_batch: give "
+                "loss_normalization: tokens, or micro_batch_tokens: null"
+            )
 
     def values(self) -> dict[str, Any]:
         """The resolved recipe as its YAML holds it, every key written out."""

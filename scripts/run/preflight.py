@@ -14,8 +14,9 @@ from run.progress import Progress
 from run.retention import check_disk, steps_between_checkpoints
 from training.collate import kept_targets
 from training.memory import check_memory
+from training.micro_batches import MicroBatch, largest_micro_batches
 from training.model import count_parameters
-from training.plan import MicroBatch, largest_micro_batches, steps_per_epoch, training_rows
+from training.plan import steps_per_epoch, training_rows
 from utils.errors import UserError
 from utils.launch import num_processes, say
 

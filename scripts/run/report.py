@@ -15,10 +15,11 @@ from run.stats import TrainingStats
 from training.batches import Batches
 from training.collate import Batch, kept_targets
 from training.engine import Engine
+from training.micro_batches import MicroBatch
 from training.optimizer import shortest_warmup
 from training.plan import (
-    MicroBatch,
     accumulation_steps,
+    describe_cut,
     describe_packing,
     describe_step,
     epoch_plan,
@@ -47,18 +48,16 @@ def describe_run(engine: Engine, dtype: torch.dtype, mix: Mix, recipe: Recipe, t
     print(f"{over:,} training conversations are longer than max_length {recipe.max_length:,} and are cut in each epoch")
 
     parameters = sum(parameter.numel() for parameter in engine.model.parameters())
-    processes, micro = accelerator.num_processes, recipe.per_device_train_batch_size
-    accumulated, note = accumulation_steps(recipe, processes), ""
-    if "gradient_accumulation_steps" in recipe.model_fields_set and accumulated != recipe.gradient_accumulation_steps:
+    processes, note = accelerator.num_processes, ""
+    accumulated, given = accumulation_steps(recipe, processes), "gradient_accumulation_steps" in recipe.model_fields_set
+    if recipe.global_batch_size is not None and given and accumulated != recipe.gradient_accumulation_steps:
         note = f" (by global_batch_size; gradient_accumulation_steps = {recipe.gradient_accumulation_steps} yields)"
-    what = "packs" if recipe.packing else "conversations"
     if recipe.packing:
         print(describe_packing(mix, recipe, processes))
     print(
         f"{parameters:,} parameters, {str(dtype).removeprefix('torch.')}, "
         f"{'alone' if processes == 1 and kind == 'NO' else kind} on {accelerator.device.type}\n"
-        f"{processes} process(es) x {micro} {what} x {accumulated} accumulated = "
-        f"{describe_step(recipe, processes)}{note}\n"
+        f"{describe_cut(recipe, processes)} = {describe_step(recipe, processes)}{note}\n"
         f"{steps_per_epoch(mix, recipe, processes):,} steps an epoch, {total_steps:,} in all; the rate rises to "
         f"{recipe.learning_rate:g} in {shortest_warmup(recipe.warmup_steps):,} steps, then falls to 0",
         flush=True,
@@ -81,6 +80,18 @@ def describe_rehearsal(
     hours = seconds * tokens / train.tokens / 3600
     took = f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:,.1f} minutes"
     print(f"the largest micro-batches run ({', '.join(shapes)}){memory}; training will take very roughly {took}")
+
+
+def out_of_memory(largest: tuple[MicroBatch, MicroBatch | None], recipe: Recipe) -> str:
+    """What to do where the memory is too small for `preflight`'s micro-batches."""
+    shapes = " or ".join(each.describe() for each in largest if each)
+    smaller = "per_device_train_batch_size (global_batch_size keeps the step as it is) or per_device_eval_batch_size"
+    if recipe.micro_batch_tokens is not None:
+        smaller = "micro_batch_tokens (max_length at the least; the step stays as it is)"
+    return (
+        f"the GPU's memory is too small for the run's largest micro-batches ({shapes}): give a smaller {smaller}, "
+        "gradient_checkpointing: true, or a smaller max_length"
+    )
 
 
 def show_first_batch(batch: Batch, tokenizer) -> None:

@@ -13,15 +13,8 @@ import torch
 from data.mix import Mix, Split
 from recipe.keys import Recipe
 from training.collate import Batch, collate
-from training.plan import (
-    MicroBatch,
-    Position,
-    accumulation_steps,
-    epoch_plan,
-    micro_batch_starts,
-    packs_per_step,
-    validation_rows,
-)
+from training.micro_batches import MicroBatch, grouped, rows_of_step, validation_numbers
+from training.plan import Position, accumulation_steps, epoch_plan, packs_per_step, validation_rows
 
 
 @dataclass(frozen=True)
@@ -40,7 +33,7 @@ class Batches:
 
     @property
     def accumulated(self) -> int:
-        """Micro-batches of a process in a full optimizer step."""
+        """Micro-batches of a process in a full optimizer step; under `micro_batch_tokens` the most of them."""
         return accumulation_steps(self.recipe, self.num_processes)
 
     def training_steps(self, start: Position, count: int | None = None) -> Iterator[tuple[Position, list[Batch]]]:
@@ -49,24 +42,23 @@ class Batches:
         return itertools.islice(self._training_steps(start), count)
 
     def _training_steps(self, start: Position) -> Iterator[tuple[Position, list[Batch]]]:
-        per_step, size = packs_per_step(self.recipe, self.num_processes), self.recipe.per_device_train_batch_size
-        position = start
+        per_step, position = packs_per_step(self.recipe, self.num_processes), start
         while True:
             epoch, plan = position.epoch, epoch_plan(self.mix, self.recipe, position.epoch)
+            tokens = plan.tokens(self.mix, self.recipe)
             for first in range(plan.first_pack(position), len(plan), per_step):
                 end = min(first + per_step, len(plan))
                 position = Position(epoch, int(plan.bounds[end])) if end < len(plan) else Position(epoch + 1)
-                packs = first + micro_batch_starts(end - first, per_step, size)
-                chunks = [plan.of_packs(pack, min(pack + size, end)) for pack in packs]
+                chunks = rows_of_step(plan, tokens, first, self.recipe, self.num_processes)
                 yield position, list(self._collate(self.mix.train, chunks, epoch))
 
     def validation(self, dataset: int) -> Iterator[Batch]:
-        """The validation batches of one data set, longest first.
+        """The validation batches of one data set, the largest first.
 
         Conversations over max_length are cut at their start, never at random, and never packed.
         """
-        rows, size = validation_rows(self.mix, dataset), self.recipe.per_device_eval_batch_size
-        chunks = [rows[first : first + size] for first in micro_batch_starts(len(rows), len(rows), size)]
+        rows = validation_rows(self.mix, dataset)
+        chunks = grouped(rows, validation_numbers(self.mix, rows, self.recipe, self.num_processes))
         yield from self._collate(self.mix.validation, chunks, epoch=None)
 
     def of(self, micro_batch: MicroBatch) -> Batch:

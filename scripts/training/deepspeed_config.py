@@ -16,7 +16,7 @@ from accelerate.utils import DeepSpeedPlugin
 
 from recipe.keys import Recipe
 from training.optimizer import shortest_warmup
-from training.plan import accumulation_steps
+from training.plan import accumulation_steps, micro_batch_size
 from utils.errors import UserError
 from utils.files import read_json
 from utils.launch import launcher_plugin, num_processes, say
@@ -59,7 +59,10 @@ def fill_config(
         fill, or a ZeRO stage that sft.py cannot run.
     """
     config = copy.deepcopy(config)
-    micro_batch, accumulation = recipe.per_device_train_batch_size, accumulation_steps(recipe, num_processes())
+    # By micro_batch_tokens steps have different numbers of micro-batches; the engine is told the most. It only divides
+    # the loss by that, which sft.py undoes, and learns from sft.py which micro-batch ends a step.
+    micro_batch, accumulation = micro_batch_size(recipe), accumulation_steps(recipe, num_processes())
+    by_number = recipe.micro_batch_tokens is None
     filled = {  # DeepSpeed's key: the recipe's key, the value
         "fp16.enabled": (f"enabled for {dtype}", dtype == torch.float16),
         "bf16.enabled": (f"enabled for {dtype}", dtype == torch.bfloat16),
@@ -75,9 +78,15 @@ def fill_config(
         "scheduler.params.warmup_max_lr": ("learning_rate", recipe.learning_rate),
         "scheduler.params.warmup_num_steps": ("warmup_steps", shortest_warmup(recipe.warmup_steps)),
         "scheduler.params.total_num_steps": ("the steps of this run", total_steps),
-        "gradient_accumulation_steps": ("gradient_accumulation_steps", accumulation),
+        "gradient_accumulation_steps": (
+            "gradient_accumulation_steps" if by_number else "the most micro-batches a step",
+            accumulation,
+        ),
         "gradient_clipping": ("max_grad_norm", recipe.max_grad_norm),
-        "train_micro_batch_size_per_gpu": ("per_device_train_batch_size", micro_batch),
+        "train_micro_batch_size_per_gpu": (
+            "per_device_train_batch_size" if by_number else "micro_batch_tokens // max_length",
+            micro_batch,
+        ),
         "train_batch_size": ("conversations a step", micro_batch * accumulation * num_processes()),
     }
     for key, (ours, value) in filled.items():

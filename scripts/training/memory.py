@@ -169,7 +169,9 @@ def check_memory(
         )
     if peak > memory:
         remedies = [] if recipe.gradient_checkpointing else ["gradient_checkpointing: true"]
-        if recipe.per_device_train_batch_size > 1:
+        if recipe.micro_batch_tokens is not None:
+            remedies.append("a smaller micro_batch_tokens (max_length at the least)")
+        elif recipe.per_device_train_batch_size > 1:
             remedies.append("a smaller per_device_train_batch_size with more gradient_accumulation_steps")
         remedies.append("a smaller max_length")
         say(f"warning: by this estimate memory will run out: give {', or '.join(remedies)}")

@@ -1,4 +1,4 @@
-"""The plan of a run: what an epoch trains on and in which order, packs, steps, and the largest micro-batches.
+"""The plan of a run: what an epoch trains on and in which order, packs and steps.
 
 All of it is a pure function of the recipe, the mix, the epoch and the number of processes, computed by every process
 for itself. So nothing is communicated, every kept example is used exactly once an epoch, and any step can be reached
@@ -8,12 +8,10 @@ without replay.
 import functools
 import math
 from dataclasses import dataclass
-from operator import itemgetter
-from typing import NamedTuple
 
 import numpy as np
 
-from data.mix import Mix, Split
+from data.mix import Mix
 from recipe.keys import Recipe
 
 # What a draw is for, so that no two share a stream.
@@ -50,6 +48,10 @@ class EpochPlan:
     def first_pack(self, position: Position) -> int:
         """The pack that a position in this epoch stands before."""
         return int(np.searchsorted(self.bounds, position.conversations))
+
+    def tokens(self, mix: Mix, recipe: Recipe) -> np.ndarray:
+        """Of each pack, after cutting to max_length: int64 [packs]."""
+        return np.add.reduceat(np.minimum(mix.train.lengths[self.rows], recipe.max_length), self.bounds[:-1])
 
     def of_packs(self, first: int, end: int) -> np.ndarray:
         """The rows of some packs; `end` may be beyond the last."""
@@ -129,15 +131,35 @@ def packs_per_step(recipe: Recipe, num_processes: int) -> int:
     return num_processes * recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
 
 
+def describe_cut(recipe: Recipe, num_processes: int) -> str:
+    """How many processes, conversations and micro-batches make a full step, for a message."""
+    accumulated = accumulation_steps(recipe, num_processes)
+    if recipe.micro_batch_tokens is not None:
+        most = f"up to {recipe.micro_batch_tokens:,} tokens x up to {accumulated}"
+        return f"{num_processes} process(es) x {most} accumulated"
+    what = "packs" if recipe.packing else "conversations"
+    return f"{num_processes} process(es) x {recipe.per_device_train_batch_size} {what} x {accumulated} accumulated"
+
+
 def describe_step(recipe: Recipe, num_processes: int) -> str:
     """What a full step holds, for a message."""
     what = f"packs of up to {recipe.max_length:,} tokens" if recipe.packing else "conversations"
     return f"{packs_per_step(recipe, num_processes)} {what} a step"
 
 
+def micro_batch_size(recipe: Recipe) -> int:
+    """Packs of a full micro-batch; under `micro_batch_tokens` as many as fit into it however long they are."""
+    if recipe.micro_batch_tokens is None:
+        return recipe.per_device_train_batch_size
+    return recipe.micro_batch_tokens // recipe.max_length
+
+
 def accumulation_steps(recipe: Recipe, num_processes: int) -> int:
-    """Micro-batches of a process in a full optimizer step. Where they do not go round, some of a process are empty."""
-    micro_batches = math.ceil(packs_per_step(recipe, num_processes) / recipe.per_device_train_batch_size)
+    """Micro-batches of a process in a full optimizer step; under `micro_batch_tokens` the most that one can have.
+
+    Where they do not go round, some of a process are empty.
+    """
+    micro_batches = math.ceil(packs_per_step(recipe, num_processes) / micro_batch_size(recipe))
     return math.ceil(micro_batches / num_processes)
 
 
@@ -178,74 +200,7 @@ def describe_packing(mix: Mix, recipe: Recipe, num_processes: int) -> str:
     )
 
 
-def micro_batch_starts(packs: int, per_step: int, size: int) -> np.ndarray:
-    """Where each micro-batch begins among packs that are cut into steps, each step into micro-batches: int64."""
-    place = np.arange(packs)
-    return place[place % per_step % size == 0]
-
-
 def validation_rows(mix: Mix, dataset: int) -> np.ndarray:
     """Rows of the validation split that are of a data set, longest first so that memory runs out at once: int64."""
     rows = np.flatnonzero(mix.validation.dataset == dataset)
     return rows[np.argsort(-mix.validation.lengths[rows], kind="stable")]
-
-
-class MicroBatch(NamedTuple):
-    """A micro-batch of the plan, of which `collate.collate` makes the batch."""
-
-    rows: np.ndarray  # int64 [conversations], of the training or the validation split
-    epoch: int | None  # as `collate` takes it; None for validation
-    shape: tuple[int, int]  # of the tensor that it becomes: (1, tokens), or (conversations, the longest) where padded
-
-    @property
-    def tokens(self) -> int:
-        """Padding included."""
-        return math.prod(self.shape)
-
-    def describe(self) -> str:
-        """For a message."""
-        each = "" if self.shape[0] == 1 else f" of {self.shape[1]:,} each, padded"
-        return f"{len(self.rows)} conversation{'s' * (len(self.rows) > 1)}, {self.tokens:,} tokens{each}"
-
-
-def largest_micro_batches(
-    mix: Mix, recipe: Recipe, num_processes: int, steps: int, start: Position
-) -> tuple[MicroBatch, MicroBatch | None]:
-    """The training and the evaluation micro-batch that will need the most memory; None where nothing is held out.
-
-    That is the one with the most tokens, padding included, after cutting to max_length; of several, the one with the
-    most scored tokens. A cut conversation counts as scored all over, up to its targets, since its window is random.
-    `steps` are those from `start` to the end of the run, at least 1.
-    """
-    per_step, position = packs_per_step(recipe, num_processes), start
-    size, found = recipe.per_device_train_batch_size, []
-    while steps > 0:
-        plan = epoch_plan(mix, recipe, position.epoch)
-        packs = np.arange(len(plan))[plan.first_pack(position) :][: steps * per_step]
-        steps -= math.ceil(len(packs) / per_step)
-        first = plan.bounds[packs[micro_batch_starts(len(packs), per_step, size)]]
-        rows = plan.of_packs(packs[0], packs[-1] + 1)
-        found.append(_largest(mix.train, rows, first - first[0], recipe, position.epoch))
-        position = Position(position.epoch + 1)
-    held_out = []
-    for dataset in np.unique(mix.validation.dataset):
-        rows = validation_rows(mix, dataset)
-        first = micro_batch_starts(len(rows), len(rows), recipe.per_device_eval_batch_size)
-        held_out.append(_largest(mix.validation, rows, first, recipe, None))
-    return max(found, key=itemgetter(0))[1], max(held_out, key=itemgetter(0))[1] if held_out else None
-
-
-def _largest(
-    split: Split, rows: np.ndarray, first: np.ndarray, recipe: Recipe, epoch: int | None
-) -> tuple[tuple[int, int], MicroBatch]:
-    """Of the micro-batches of `rows` that start at `first` (int64) the largest, after its padded and scored tokens."""
-    lengths = np.minimum(split.lengths[rows], recipe.max_length)
-    sizes = np.diff(first, append=len(rows))
-    if recipe.padding_free:
-        shapes = np.stack([np.ones_like(sizes), np.add.reduceat(lengths, first)])
-    else:
-        shapes = np.stack([sizes, np.maximum.reduceat(lengths, first)])
-    scored = np.add.reduceat(np.minimum(split.targets[rows], lengths - 1), first)
-    best = np.lexsort((scored, shapes.prod(0)))[-1]
-    batch = MicroBatch(rows[first[best] : first[best] + sizes[best]], epoch, tuple(shapes[:, best].tolist()))
-    return (batch.tokens, int(scored[best])), batch

@@ -188,6 +188,12 @@ def test_byte_order_mark_is_no_part_of_a_key(load):
         ("max_steps: 0", ["max_steps = 0"]),
         ("per_device_train_batch_size: 0", ["per_device_train_batch_size = 0"]),
         ("per_device_train_batch_size: 99999999999999999999", ["per_device_train_batch_size"]),
+        ("micro_batch_tokens: 0", ["micro_batch_tokens = 0"]),
+        ("micro_batch_tokens: 511", ["micro_batch_tokens = 511", "max_length = 512 tokens", "give at least that"]),
+        (
+            "micro_batch_tokens: 512\nloss_normalization: micro_batch",
+            ["micro_batch_tokens = 512 changes what is averaged", "give loss_normalization: tokens"],
+        ),
         ("gradient_accumulation_steps: -2", ["gradient_accumulation_steps = -2"]),
         ("warmup_steps: -1", ["warmup_steps = -1"]),
         ("save_total_limit: 0", ["save_total_limit = 0"]),

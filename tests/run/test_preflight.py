@@ -25,8 +25,9 @@ from training.batches import Batches
 from training.collate import Batch, collate
 from training.loss import ScoredLoss
 from training.memory import check_memory, estimate_memory
+from training.micro_batches import largest_micro_batches
 from training.model import load_model
-from training.plan import Position, epoch_plan, largest_micro_batches, packs_per_step
+from training.plan import Position, epoch_plan, packs_per_step
 from utils.errors import UserError
 
 NEOX = GPTNeoXConfig(
@@ -139,10 +140,14 @@ def test_largest_micro_batches_of_a_hundred_thousand_conversations_are_found_at_
     split = type(make_mix([[2]]).train)(column, np.arange(len(lengths)), lengths, lengths // 2, [])
     mix = Mix(["oasst_export"], split, split.select(np.arange(2000)))
     keys = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_length": 2048}
-    for layout in LAYOUTS:
+    for layout, tokens in itertools.product(LAYOUTS, (None, 4 * 2048)):
+        recipe = make_recipe(micro_batch_tokens=tokens, **keys, **LAYOUTS[layout])
         started = time.perf_counter()
-        train, validation = largest_micro_batches(mix, make_recipe(**keys, **LAYOUTS[layout]), 4, 4 * 3125, Position())
+        train, validation = largest_micro_batches(mix, recipe, 4, 4 * 3125, Position())
         assert time.perf_counter() - started < (4 if layout == "packed" else 2)  # four epochs, each packed anew
+        if tokens:  # which none of the others is over, and some come near
+            assert all(0.98 * tokens < largest.tokens <= tokens for largest in (train, validation))
+            continue
         assert train.shape == ((4, 2048) if layout == "padded" else (1, 4 * 2048))
         assert validation.shape == ((2, 2048) if layout == "padded" else (1, 2 * 2048))
 
@@ -329,6 +334,10 @@ def test_memory_of_this_machine(capsys):
     assert warning.startswith("warning: ")
     assert "gradient_checkpointing: true" in warning
     assert "per_device_train_batch_size" in warning
+    check(NEOX, count(NEOX), shape=(1, 10**10), micro_batch_tokens=2**31 - 1)
+    warning = capsys.readouterr().out.splitlines()[-1]
+    assert "a smaller micro_batch_tokens" in warning
+    assert "per_device_train_batch_size" not in warning
     with pytest.raises(UserError, match=r"no GPU here.*10000\.0 billion.*GiB.*smaller model"):
         check(NEOX, 10**13)
 

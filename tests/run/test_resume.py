@@ -219,14 +219,19 @@ def test_a_process_of_its_own_and_the_tests_agree(tmp_path, recipe, whole):
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("launch", ["ddp2", "zero2x2"])
-def test_two_processes(tmp_path, recipe, launch):
+@pytest.mark.parametrize(
+    ("launch", "cut", "batches"),  # of an evaluation, on each process
+    [("ddp2", (), 2), ("zero2x2", (), 2), ("zero2x2", ("--micro_batch_tokens", 60), 6)],
+    ids=["ddp2", "zero2x2", "zero2x2, by tokens"],
+)
+def test_two_processes(tmp_path, recipe, launch, cut, batches):
     """A signal that one process alone hears stops both, in the same step; and nothing is lost."""
-    keys = ("--gradient_accumulation_steps", 1)
+    keys = ("--gradient_accumulation_steps", 1, *cut)
     launched(launch, recipe, *keys, output_dir=tmp_path / "whole")
     output = tmp_path / "output"
     # The second process in the evaluation after step 8, then the first in the second epoch.
-    launched(launch, recipe, *keys, output_dir=output, code=75, evaluation_batches=3, process=1, by="SIGUSR1")
+    moment = {"evaluation_batches": batches + 1, "process": 1, "by": "SIGUSR1"}
+    launched(launch, recipe, *keys, output_dir=output, code=75, **moment)
     assert list_checkpoints(output)[-1].name == "checkpoint-8"
     launched(launch, recipe, *keys, output_dir=output, code=75, steps=6, process=0, by="SIGTERM")
     assert list_checkpoints(output)[-1].name == "checkpoint-14"
@@ -379,6 +384,33 @@ def test_keys_that_do_not_matter_are_free(recipe, output, whole, tmp_path):
     assert ends[0]["tokens"] == ends[1]["tokens"]
 
 
+def test_micro_batches_may_be_cut_by_tokens_from_a_start_on_and_no_more_from_another(tmp_path, recipe, tiny_model):
+    """The steps stay what they are: the same run to rounding, and by tokens all along bit for bit."""
+    # Without dropout, which would be drawn for other batches; for epsilon see test_training.py.
+    same = ("--model_name", tiny_model, "--adam_epsilon", 1e-5)
+    by_tokens = (*same, "--micro_batch_tokens", 60)
+    whole = run_here(recipe, *same, output_dir=tmp_path / "whole")
+    run_here(recipe, *by_tokens, output_dir=tmp_path / "by_tokens")
+    assert metrics(tmp_path / "by_tokens") != metrics(tmp_path / "whole")
+
+    stopped, switched = tmp_path / "stopped", tmp_path / "switched"
+    assert run_here(recipe, *by_tokens, output_dir=stopped, steps=7).returncode == 75
+    run = run_here(recipe, *by_tokens, output_dir=stopped)
+    assert run.returncode == 0, run.stderr
+    assert "up to 60 tokens x up to 4 accumulated = 4 conversations a step" in run.stdout
+    assert_same_end(stopped, tmp_path / "by_tokens")
+
+    for keys, steps, code in ((same, 3, 75), (by_tokens, 5, 75), (same, 4, 75), (by_tokens, None, 0)):
+        run = run_here(recipe, *keys, output_dir=switched, steps=steps)
+        assert run.returncode == code, run.stderr
+        assert "changed" not in run.stdout
+    for ours, expected in zip(metrics(switched), metrics(whole.output_dir), strict=True):
+        assert ours == pytest.approx(expected, rel=1e-4)
+    weights, expected = load_file(switched / "model.safetensors"), load_file(tmp_path / "whole" / "model.safetensors")
+    for name, weight in expected.items():
+        torch.testing.assert_close(weights[name], weight, atol=2e-5, rtol=0)
+
+
 def make(recipe: Path, **keys):
     return load_recipe(recipe, {key: str(value) for key, value in keys.items()})
 
@@ -388,6 +420,7 @@ def make(recipe: Path, **keys):
     [
         ({}, {}, []),
         ({}, {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 4}, []),
+        ({}, {"micro_batch_tokens": 48, "gradient_accumulation_steps": 1, "per_device_train_batch_size": 4}, []),
         ({}, {"global_batch_size": 8}, []),  # two processes of 2 x 2
         ({}, {"global_batch_size": 16}, ["global_batch_size: None then, 16 now"]),
         ({}, {"gradient_accumulation_steps": 4}, ["gradient_accumulation_steps: 2 then, 4 now"]),

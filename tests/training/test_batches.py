@@ -31,6 +31,7 @@ from training.collate import Batch
 from training.plan import (
     Position,
     accumulation_steps,
+    describe_cut,
     describe_packing,
     describe_step,
     epoch_plan,
@@ -80,7 +81,10 @@ def test_every_kept_example_once_and_the_same_number_of_micro_batches_everywhere
         packs = [{pack_of[row] for row in rows_of(batch)} for batches in step for batch in batches]
         sizes = [len(own) for own in packs]
         assert sum(sizes) == len(set.union(*packs))  # no pack is cut in two
-        assert max(sizes) <= recipe.per_device_train_batch_size
+        if recipe.micro_batch_tokens is None:
+            assert max(sizes) <= recipe.per_device_train_batch_size
+        else:
+            assert max(batch.input_ids.numel() for batches in step for batch in batches) <= recipe.micro_batch_tokens
         assert len(step[0]) <= accumulation_steps(recipe, processes)
         assert sum(sizes) == packs_per_step(recipe, processes) or number == expected_steps
         # Nobody stands idle in a round unless there is nothing left: a whole round is never empty.
@@ -175,9 +179,10 @@ def test_a_step_holds_the_same_examples_and_windows_however_it_is_cut(lengths, s
 
 @given(mixes_and_recipes(), st.integers(0, 3))
 def test_the_layout_of_a_batch_moves_no_example(mix_and_recipe, epoch):
-    """Padded or not, a micro-batch holds the same pieces in the same order."""
+    """Padded or not, a micro-batch by number holds the same pieces in the same order."""
     mix, recipe = mix_and_recipe
-    layouts = [recipe.model_copy(update={"packing": False, "padding_free": free}) for free in (False, True)]
+    by_number = {"packing": False, "micro_batch_tokens": None}
+    layouts = [recipe.model_copy(update=by_number | {"padding_free": free}) for free in (False, True)]
     padded, free = (epoch_of(mix, layout, epoch, 2) for layout in layouts)
     for ours, theirs in zip(itertools.chain(*padded), itertools.chain(*free), strict=True):
         assert [list(pieces_of(b).items()) for b in ours] == [list(pieces_of(b).items()) for b in theirs]
@@ -248,6 +253,7 @@ def test_packing_says_how_the_epoch_changes():
     )
     assert describe_step(recipe, 1) == "4 packs of up to 100 tokens a step"
     assert describe_step(make_recipe(2, **keys), 2) == "8 conversations a step"
+    assert describe_cut(recipe, 1) == "1 process(es) x 2 packs x 2 accumulated"
 
 
 # ---- prefetching ----
@@ -391,9 +397,15 @@ def test_validation_uses_every_example_once_and_is_never_offset(mix_and_recipe, 
         assert sorted(used) == np.flatnonzero(mix.validation.dataset == dataset).tolist()
         for batch in itertools.chain(*dealt):
             assert all(ids[0] % STRIDE == 0 for ids, _ in batch.conversations())
-            assert len(batch.lengths) <= recipe.per_device_eval_batch_size  # conversations, under packing too
-        longest_first = [max(batch.lengths) for batch in dealt[0] if batch.lengths]
-        assert longest_first == sorted(longest_first, reverse=True)
+            if recipe.micro_batch_tokens is None:
+                assert len(batch.lengths) <= recipe.per_device_eval_batch_size  # conversations, under packing too
+            else:
+                assert batch.input_ids.numel() <= recipe.micro_batch_tokens
+        for own in dealt:
+            largest_first = [batch.input_ids.numel() for batch in own if batch.lengths]
+            if recipe.micro_batch_tokens is None:
+                largest_first = [max(batch.lengths) for batch in own if batch.lengths]
+            assert largest_first == sorted(largest_first, reverse=True)
 
 
 @given(st.integers(0, 40), processes_of_runs)

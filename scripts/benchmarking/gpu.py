@@ -19,6 +19,7 @@ from benchmarking.machine import measure_ceilings
 from benchmarking.measuring import in_a_process, machine
 from benchmarking.profile import profile_ours, profile_table
 from benchmarking.real_run import measure_run, run_table
+from benchmarking.roofline import predict, prediction_table
 from benchmarking.train import SMALL, describe, gpu_works, random_conversations, save_data, shape
 from utils.errors import UserError
 
@@ -81,7 +82,9 @@ def benchmark_gpu(folder: Path, minutes: float, rehearse: bool) -> dict[str, Any
     folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     found: dict[str, Any] = {"machine": machine(), "rehearsal": rehearse, "parts": {}}
-    for part in all_parts(rehearse):
+    prediction = str(folder / "gpu.json"), 1 if rehearse else None
+    parts = [*all_parts(rehearse), Part("roofline at these rates", predict, prediction, 90, prediction_table)]
+    for part in parts:
         left = started + 60 * minutes - time.monotonic()
         begun = time.monotonic()
         try:

@@ -19,7 +19,9 @@ print(json.dumps(measure(*json.loads(sys.argv[4]))))
 """
 
 
-def in_a_process(measure: Callable[..., dict], *arguments, limit: float | None = None) -> dict:
+def in_a_process(
+    measure: Callable[..., dict], *arguments, limit: float | None = None, without_gpu: bool = False
+) -> dict:
     """Call a module's function in a process of its own, with arguments and a result that JSON can hold.
 
     Raises: UserError when it fails, or is not done after `limit` seconds.
@@ -28,7 +30,8 @@ def in_a_process(measure: Callable[..., dict], *arguments, limit: float | None =
     # The environment has what scripts/utils sets for threads and for the GPU's memory: the same for all.
     command = [sys.executable, "-c", RUN, *place]
     try:
-        process = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if without_gpu else {})
+        process = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=environment)
     except subprocess.TimeoutExpired as error:
         raise UserError(f"benchmark: {measure.__name__}: not done after {limit:.0f} s") from error
     if process.returncode:

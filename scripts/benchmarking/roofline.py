@@ -9,8 +9,10 @@ what comes from outside of it once and writes what is used outside of it. That i
 compiler runs on fake tensors. Sums over the tokens, as of a bias's gradient, are kernels of their own in it.
 """
 
+import json
 from collections import Counter, defaultdict
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from benchmarking.measuring import in_a_process
@@ -20,6 +22,7 @@ from benchmarking.trace import Trace
 from benchmarking.traced_step import Step, trace_step
 from benchmarking.train import shape
 from training.flops import PEAK_FLOPS
+from utils.errors import UserError
 
 # What an H100 SXM of 80 GB reached of its 989 TFLOP/s and 3.35 TB/s: the products of a layer of the 3B shape, PyTorch's
 # FlashAttention-2 and cuDNN's attention on 4,096 tokens, forward and backward, AdamW (benchmarks/h100_parts.json).
@@ -58,8 +61,33 @@ def measure(gpu: str, layers: int | None, tokens: int, rates: dict[str, float]) 
 
 def benchmark_roofline(gpu: str, layers: int | None, tokens: int, rates: dict[str, float] = H100) -> dict:
     """The figures of the step as it is, with those of every line of the table under `settings`."""
-    lines = in_a_process(measure, gpu, layers, tokens, rates)
+    lines = in_a_process(measure, gpu, layers, tokens, rates, without_gpu=True)
     return {**next(iter(lines.values())), "rates": rates, "settings": lines}
+
+
+def predict(file: str, layers: int | None) -> dict:
+    """What the roofline says of `benchmark.py gpu`'s full rows, at the rates that gpu.json has of the same machine."""
+    parts = json.loads(Path(file).read_text(encoding="utf-8"))["parts"]
+    try:
+        ceilings, rows = (parts[name]["figures"] for name in ("ceilings", "this collection, rows"))
+    except KeyError as error:
+        raise UserError("benchmark: a prediction needs the ceilings and the rows of this collection") from error
+    found = {"cudnn attention": "attention", "attention": "attention_of_eight", "bytes": "copy"}
+    rates = H100 | {ours: ceilings[name] for ours, name in found.items() if name in ceilings}
+    # Of three products of a layer one adds up the weights' gradients.
+    rates["products"] = 3 / (2 / ceilings["matmul"] + 1 / ceilings["matmul_sum"])
+    line = in_a_process(measure, "3b", layers, 4096, rates, without_gpu=True)["as it is, bf16"]
+    return {"rates": rates, "predicted": line, "measured": rows["tokens"] / rows["seconds"]}
+
+
+def prediction_table(figures: dict) -> str:
+    """The predicted speed beside the measured one, and what the predicted time goes into."""
+    predicted = figures["predicted"]
+    parts = ", ".join(f"{name} {part['milliseconds']:.1f}" for name, part in predicted["parts"].items())
+    return (
+        f"predicted {predicted['tokens_per_second']:,.0f} tokens a second, measured {figures['measured']:,.0f}: "
+        f"{figures['measured'] / predicted['tokens_per_second']:.1%} of it; ms a micro-batch: {parts}"
+    )
 
 
 def figures(step: Step, rates: dict[str, float]) -> dict:

@@ -116,7 +116,7 @@ class Recipe(Schema):
         True, "tanh approximation in place of exact GELU, as the original trained", "training evaluation"
     )
     use_flash_attention: bool = key(
-        False, "the fastest exact attention here: flash-attn, PyTorch's varlen kernels, else SDPA", ""
+        False, "the fastest exact attention here: PyTorch's varlen kernels, flash-attn, else SDPA", ""
     )
     attn_implementation: Literal["flash_attention_2", "varlen_attn", "sdpa"] | None = key(
         None, "this attention and no other; null: by use_flash_attention", ""

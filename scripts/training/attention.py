@@ -27,8 +27,9 @@ DROPOUT_KEYS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_pr
 def choose_attention(recipe: Recipe, config: PretrainedConfig) -> tuple[str, list[str]]:
     """The implementation to train with, by its name in `attn_implementation`, and why not each faster one.
 
-    `use_flash_attention` means the first that can run here of flash-attn's kernels, PyTorch's own copy of them for
-    sequences end to end (torch.nn.attention.varlen), and SDPA, which on a CPU is the fastest.
+    `use_flash_attention` means the first that can run here of PyTorch's own copy of flash-attn's kernels for sequences
+    end to end (torch.nn.attention.varlen; on Hopper with cuDNN's for long ones), the flash-attn package, through which
+    transformers waits for the device once a micro-batch, and SDPA, which on a CPU is the fastest.
 
     Raises: UserError when attn_implementation asks for one that cannot run here.
     """
@@ -37,7 +38,7 @@ def choose_attention(recipe: Recipe, config: PretrainedConfig) -> tuple[str, lis
             raise UserError(f"attn_implementation = {recipe.attn_implementation}: {reason}")
         return recipe.attn_implementation, []
     reasons = []
-    for name in ("flash_attention_2", "varlen_attn") if recipe.use_flash_attention else ():
+    for name in ("varlen_attn", "flash_attention_2") if recipe.use_flash_attention else ():
         reason = _why_not(name, recipe, config)
         if not reason:
             return name, reasons

@@ -216,27 +216,16 @@ def machine(monkeypatch):
 DROPOUT = "the model has dropout in its attention, which it lacks"
 NO_PACKAGE = "flash-attn is not installed (requirements-cuda.txt)"
 # What the machine has, the recipe's keys, the model's; the implementation, and why not the faster ones.
+HEADS = "its heads would have to be a multiple of 8, up to 256 wide, and are 12"
 CHOICES = [
-    ({"flash_attn": True}, {}, {}, "flash_attention_2", []),
-    ({}, {}, {}, "varlen_attn", [NO_PACKAGE]),
-    ({}, {"dtype": "fp16"}, {}, "varlen_attn", [NO_PACKAGE]),
-    (
-        {},
-        {},
-        {"hidden_size": 96, "num_attention_heads": 8},
-        "sdpa",
-        [NO_PACKAGE, "its heads would have to be a multiple of 8, up to 256 wide, and are 12"],
-    ),
-    ({}, {"padding_free": False}, {}, "sdpa", [NO_PACKAGE, "padding_free is false"]),
-    ({"flash_attn": True}, {"padding_free": False}, {}, "flash_attention_2", []),
-    (
-        {},
-        {},
-        {"attention_dropout": 0.1},
-        "sdpa",
-        [NO_PACKAGE, DROPOUT],
-    ),
-    ({"flash_attn": True}, {}, {"attention_dropout": 0.1}, "flash_attention_2", []),
+    ({"flash_attn": True}, {}, {}, "varlen_attn", []),
+    ({}, {}, {}, "varlen_attn", []),
+    ({}, {"dtype": "fp16"}, {}, "varlen_attn", []),
+    ({}, {}, {"hidden_size": 96, "num_attention_heads": 8}, "sdpa", [HEADS, NO_PACKAGE]),
+    ({}, {"padding_free": False}, {}, "sdpa", ["padding_free is false", NO_PACKAGE]),
+    ({"flash_attn": True}, {"padding_free": False}, {}, "flash_attention_2", ["padding_free is false"]),
+    ({}, {}, {"attention_dropout": 0.1}, "sdpa", [DROPOUT, NO_PACKAGE]),
+    ({"flash_attn": True}, {}, {"attention_dropout": 0.1}, "flash_attention_2", [DROPOUT]),
     ({"flash_attn": True}, {"dtype": "fp32"}, {}, "sdpa", ["it computes in fp16 and bf16, not in fp32"] * 2),
     ({"capability": (7, 5), "flash_attn": True}, {}, {}, "sdpa", ["Tesla T4 is older than Ampere"] * 2),
     ({"gpu": False, "flash_attn": True}, {}, {}, "sdpa", ["there is no GPU"] * 2),
@@ -248,7 +237,7 @@ CHOICES = [
 def test_the_fastest_that_can_run_here(machine, has, keys, own, chosen, reasons):
     machine(**has)
     recipe = make_recipe(**{"use_flash_attention": True, **keys})
-    names = ("flash_attention_2", "varlen_attn")
+    names = ("varlen_attn", "flash_attention_2")
     expected = [f"not {name}: {reason}" for name, reason in zip(names, reasons, strict=False)]
     assert choose_attention(recipe, GPTNeoXConfig(**own)) == (chosen, expected)
 

@@ -1,6 +1,6 @@
 """GPT-NeoX's layer in few passes over memory, against transformers' own and against fp64.
 
-Its kernels are tried on a GPU, or by `make test-kernels` in Triton's interpreter on a CPU; else their tests are skipped.
+Its kernels are tried on a GPU, or by `make test-kernels` in the interpreter of Triton; else their tests skip.
 """
 
 import copy

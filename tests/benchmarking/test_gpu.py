@@ -16,7 +16,7 @@ from benchmarking.gpu import Part, all_parts, benchmark_gpu
 from utils.errors import UserError
 
 # Left out below: the same code as another part's, with other numbers.
-SAME = ("mixed lengths", "sft.py, fp16")
+SAME = ("mixed lengths", "sft.py, fp16", "profile, torch_compile")
 
 
 @pytest.mark.timeout(900)

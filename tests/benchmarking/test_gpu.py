@@ -16,14 +16,12 @@ from benchmarking.gpu import Part, all_parts, benchmark_gpu
 from utils.errors import UserError
 
 # Left out below: the same code as another part's, with other numbers.
-SAME = ("mixed lengths", "sft.py, fp16")
+SAME = ("mixed lengths", "sft.py, fp16", "again")
 
 
 @pytest.mark.timeout(900)
 def test_the_rehearsal_runs_every_kind_of_part(tmp_path, monkeypatch):
-    """In the processes of their own that a GPU would have them in; nothing is compiled, which took most of the time and
-    is shown by tests/training/test_attention.py."""
-    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    """In the processes of their own that a GPU would have them in."""
     parts = all_parts(rehearse=True)
     chosen = [part for part in parts if not any(words in part.name for words in SAME)]
     assert {part.measure for part in chosen} == {part.measure for part in parts}
@@ -36,12 +34,13 @@ def test_the_rehearsal_runs_every_kind_of_part(tmp_path, monkeypatch):
 
     figures = {name: part["figures"] for name, part in found["parts"].items()}
     losses = {name: own["losses"] for name, own in figures.items() if "losses" in own}
-    assert len(losses) == 4
+    assert losses.keys() >= {"this collection, rows", "TRL, padding-free, rows", "a bare loop, all logits, rows"}
     for name, own in losses.items():  # bf16, the same work
         assert own == pytest.approx(losses["this collection, rows"], rel=2e-3), name
-    ran = {label: errors for label, errors in figures["exactness"].items() if not isinstance(errors, str)}
-    assert len(ran) == 10
-    for label, errors in ran.items():
+    for label, errors in figures["exactness"].items():
+        if isinstance(errors, str):
+            assert "there is no GPU" in errors, label
+            continue
         assert errors["gradients"] < (1e-5 if "float32" in label else 3e-2), label
     runs = [own for name, own in figures.items() if name.startswith("sft.py")]
     assert len(runs) == 2

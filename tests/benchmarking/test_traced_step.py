@@ -17,6 +17,7 @@ EFFICIENT, FLASH_ATTN = (
 MASKS = {"may_wait": ("masking_utils.py",)}
 PADDED = {"padding_free": False} | MASKS
 # Of each path what is given to it, and its attention kernel.
+PACKAGE = {"put": (rehearsal.flash_attn,), "attn_implementation": "flash_attention_2"} | MASKS
 PATHS = {
     "bf16": ({}, VARLEN),
     "fp16": ({"dtype": "fp16"}, VARLEN),
@@ -29,8 +30,8 @@ PATHS = {
     "sdpa": ({"attn_implementation": "sdpa"}, CUDNN),
     "padded": (PADDED, CUDNN),
     "padded, fp32": (PADDED | {"dtype": "fp32"}, EFFICIENT),
-    "flash-attn": ({"put": (rehearsal.flash_attn,)} | MASKS, FLASH_ATTN),
-    "flash-attn, checkpointing": ({"put": (rehearsal.flash_attn,), "gradient_checkpointing": True} | MASKS, FLASH_ATTN),
+    "flash-attn": (PACKAGE, FLASH_ATTN),
+    "flash-attn, checkpointing": (PACKAGE | {"gradient_checkpointing": True}, FLASH_ATTN),
     "Liger's loss": ({"put": (rehearsal.liger,)}, VARLEN),
     "mean of micro-batches": ({"loss_normalization": "micro_batch"}, VARLEN),
     "llama": ({"model_type": "llama"}, VARLEN),

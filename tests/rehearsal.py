@@ -39,10 +39,12 @@ def rehearse(lengths=LENGTHS, model_type="gpt_neox", processes=1, put=(), size=N
 
 
 def _rehearse(lengths, model_type, processes, put, size, may_wait, keys):
+    from benchmarking.fake_gpu import pretend_gpu
     from benchmarking.roofline import figures
     from benchmarking.traced_step import trace_step
     from benchmarking.train import shape
 
+    pretend_gpu()
     for change in put:
         change()
     config = shape(size, None) if size else SIZES | {"model_type": model_type, "num_key_value_heads": 2}

@@ -23,6 +23,7 @@ import torch
 import transformers
 from torch.cuda._utils import _get_device_index
 
+import training.loss
 import training.neox
 from utils.errors import UserError
 
@@ -90,7 +91,8 @@ def pretend_gpu() -> None:
     torch.cuda.set_device = _get_device_index  # which raises, as the real one, for a device without a number
     transformers.utils.import_utils.is_fake_tensor = lambda tensor: False  # for which it leaves things out
     torch.backends.cuda.is_flash_attention_available = torch.backends.cudnn.is_available = lambda: True
-    training.neox.has_triton = lambda: True  # no kernel of it runs
+    training.neox.why_no_kernels = lambda device: None  # none of them runs, as Liger's would
+    training.loss.choose_kernel = lambda device: (training.loss.with_pytorch, "PyTorch's operations")
     torch.nn.functional.scaled_dot_product_attention = _attention
     torch.Tensor.pin_memory = _pin_memory
     torch.compile, torch.nn.Module.compile = _compile, _compile
@@ -150,6 +152,8 @@ def _compile(what=None, **options):
     module = getattr(what, "__self__", what)
     if isinstance(module, torch.nn.Module):
         COMPILED.add(module)
+        if what is module:
+            module._compiled_call_impl = module._call_impl
     return what
 
 

@@ -80,7 +80,7 @@ def trace_step(
         with engine.rehearsal():  # so that Adam's moments are there, as they are after the start of a run
             pass
         step = Step(trace, len(lengths), sum(map(sum, lengths)), 0.0)
-        halves = [layer.half for layer in engine.half_weights.layers] if engine.half_weights else []
+        halves = [layer.half_weight for layer in engine.half_weights.layers] if engine.half_weights else []
         step.storages["weights in half precision"] = _numbers(trace, halves)
         step.storages["weights"] = _numbers(trace, [*model.parameters(), *model.buffers()])
         for _, micro_batches in prefetched(_steps(mix, recipe, lengths), accelerator.device):

@@ -30,19 +30,26 @@ class StopSignal:
         self.name: str | None = None
         self._deferred = False
         self._first = 0.0
-        for number in SIGNALS:
-            signal.signal(number, self._hear)
+        self._listen()
         if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:  # set by every `accelerate launch`
             # The launcher of one process dies of a SIGTERM without passing it on; the process would train on, orphaned.
             ctypes.CDLL(None).prctl(1, int(signal.SIGTERM), 0, 0, 0)  # PR_SET_PDEATHSIG, linux/prctl.h
         sys.unraisablehook = self._raise_again
 
+    def _listen(self) -> None:
+        """Set the handlers, or set them again: LLVM takes the signals for itself when Triton compiles its first kernel,
+        and drops SIGUSR1 (seen with Triton 3.6 and 3.9; it takes them but once)."""
+        for number in SIGNALS:
+            signal.signal(number, self._hear)
+
     def defer(self) -> None:
         """From now on only take note: there is something to save, and the caller asks `agreed` between two steps."""
         self._deferred = True
+        self._listen()
 
     def agreed(self, accelerator) -> bool:
         """Whether any process has been asked to stop; the same answer on all. Every process calls this."""
+        self._listen()
         if accelerator.num_processes == 1:
             return self.name is not None
         import torch

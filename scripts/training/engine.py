@@ -49,8 +49,6 @@ class Engine:
         # Accelerate's DeepSpeed wrapper reads this too, and closes the accumulation window there, full or not: its
         # `backward` also makes the optimizer's step.
         self.accelerator.sync_gradients = last
-        if self.half_weights:
-            self.half_weights.in_place = not (last and self.accelerator.num_processes > 1)
         with nullcontext() if last else self.accelerator.no_sync(self.model):
             yield
 

@@ -12,24 +12,21 @@ import torch.nn.functional as F
 class HalfLinear(torch.nn.Linear):
     """An `nn.Linear` of fp32 weights that computes under autocast as `HalfWeights` has prepared it; else as ever."""
 
-    half: torch.Tensor  # the weight in half precision
-    sums: "HalfWeights"
+    half_weight: torch.Tensor  # as `HalfWeights` keeps it
 
     @torch.compiler.disable  # which would have to follow the sum into the weight's gradient
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., in_features] to [..., out_features], in half precision under autocast."""
         device = input.device.type
-        if not torch.is_autocast_enabled(device) or torch.get_autocast_dtype(device) != self.half.dtype:
+        if not torch.is_autocast_enabled(device) or torch.get_autocast_dtype(device) != self.half_weight.dtype:
             return super().forward(input)
-        return _Product.apply(input.to(self.half.dtype), self.weight, self.bias, self)
+        return _Product.apply(input.to(self.half_weight.dtype), self.weight, self.bias, self)
 
 
 class HalfWeights:
     """The half-precision copies of a model's linear weights, up to date after each step of the optimizer.
 
-    Attributes:
-        in_place: whether a product may add to a weight's gradient behind autograd's back. Not where DDP reduces the
-            gradients in this backward pass, which it learns of from autograd.
+    Whoever else changes the weights calls `refresh`.
     """
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, dtype: torch.dtype):
@@ -38,19 +35,18 @@ class HalfWeights:
             model: on its device, in fp32. Its `nn.Linear`s become `HalfLinear`s; what is saved of it stays as it is.
             dtype: fp16 or bf16.
         """
-        self.in_place = True
         self.layers = [layer for layer in model.modules() if type(layer) is torch.nn.Linear]
         for layer in self.layers:
             layer.__class__ = HalfLinear
             # No buffers: in no file, and moved by nobody.
-            layer.half, layer.sums = layer.weight.detach().to(dtype), self
+            layer.half_weight = layer.weight.detach().to(dtype)
         optimizer.register_step_post_hook(lambda *_: self.refresh())
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Cast anew: the weights have changed. The fused AdamW leaves no trace of it in their version numbers."""
         if self.layers:
-            torch._foreach_copy_([layer.half for layer in self.layers], [layer.weight for layer in self.layers])
+            torch._foreach_copy_([layer.half_weight for layer in self.layers], [layer.weight for layer in self.layers])
 
 
 def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
@@ -66,9 +62,9 @@ def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) ->
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, weight, bias, layer):
-        ctx.save_for_backward(input, layer.half)
+        ctx.save_for_backward(input, layer.half_weight)
         ctx.layer = layer
-        return F.linear(input, layer.half, None if bias is None else bias.to(input.dtype))
+        return F.linear(input, layer.half_weight, None if bias is None else bias.to(input.dtype))
 
     @staticmethod
     def backward(ctx, gradient):
@@ -76,15 +72,20 @@ class _Product(torch.autograd.Function):
         rows = gradient.reshape(-1, gradient.shape[-1])
         wanted = ctx.needs_input_grad
         of_input = (rows @ half).view(input.shape) if wanted[0] else None
-        of_weight = _weight_gradient(layer, rows.T, input.reshape(-1, input.shape[-1])) if wanted[1] else None
+        of_weight = _weight_gradient(layer.weight, rows.T, input.reshape(-1, input.shape[-1])) if wanted[1] else None
         of_bias = rows.sum(0, dtype=torch.float32) if wanted[2] else None
         return of_input, of_weight, of_bias, None
 
 
-def _weight_gradient(layer: HalfLinear, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor | None:
-    """left @ right in fp32, for autograd to add; None where it is added already."""
-    if layer.weight.grad is not None and layer.sums.in_place:
-        add_product(layer.weight.grad, left, right)
+def _weight_gradient(weight: torch.nn.Parameter, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor | None:
+    """left @ right in fp32, for autograd to add; None where it is added already.
+
+    DDP's hook hears of the None, too, and reduces what the weight has (torch 2.11 to 2.13).
+    """
+    if not len(right):  # of no scored token, say
+        return torch.zeros_like(weight)
+    if weight.grad is not None:
+        add_product(weight.grad, left, right)
         return None
     if left.is_cuda:
         return torch.mm(left, right, out_dtype=torch.float32)

@@ -69,7 +69,7 @@ class ScoredLoss(torch.nn.Module):
             return _evaluate(head, hidden, batch.targets, rows)
         if dtype == torch.float16 or not isinstance(head, torch.nn.Linear):
             return _made_twice(head, hidden, batch.targets, rows)
-        half = head.half if isinstance(head, HalfLinear) else head.weight.detach().to(dtype)
+        half = head.half_weight if isinstance(head, HalfLinear) else head.weight.detach().to(dtype)
         total, losses = _MadeOnce.apply(hidden.to(dtype), head.weight, half, head.bias, batch.targets, rows)
         return total, losses, None
 

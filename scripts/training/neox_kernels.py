@@ -70,7 +70,8 @@ def _warps(block: int) -> int:
     return min(16, max(4, block // 512))
 
 
-@triton.jit
+# What changes with every batch is not specialised: a new kernel would be compiled in the middle of a run.
+@triton.jit(do_not_specialize=["count"])
 def _add_three(residual, first, second, output, count, block: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     inside = place < count
@@ -78,7 +79,7 @@ def _add_three(residual, first, second, output, count, block: tl.constexpr):
     tl.store(output + place, tl.load(residual + place, inside) + total, inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions"])
 def _rotate(qkv, cos, sin, sign, positions, heads, width, half, heads_block: tl.constexpr, half_block: tl.constexpr):
     token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)  # part 0: queries, 1: keys
     head, column = tl.arange(0, heads_block)[:, None], tl.arange(0, half_block)[None, :]
@@ -109,7 +110,7 @@ def _two_norms(
     tl.store(second + place, normed * tl.load(weight2 + column, inside) + tl.load(bias2 + column, inside), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "share"])
 def _two_norms_backward(
     of_first, of_second, of_rest, x, mean, root, weight1, weight2, of_x, partial,
     rows, width, share, programs, block: tl.constexpr

@@ -288,7 +288,9 @@ def test_half_precision_under_zero_keeps_its_fp32_weights(tmp_path, recipe, tiny
 
     def restore_and_look(checkpoint, recipe, engine, *others) -> None:
         restore(checkpoint, recipe, engine, *others)
-        layers.extend((layer.half.clone(), layer.weight.detach().clone()) for layer in engine.half_weights.layers)
+        layers.extend(
+            (layer.half_weight.clone(), layer.weight.detach().clone()) for layer in engine.half_weights.layers
+        )
 
     monkeypatch.setattr("run.run.restore", restore_and_look)
     run = run_here(recipe, *keys, output_dir=tmp_path / "alone")

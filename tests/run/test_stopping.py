@@ -26,6 +26,15 @@ from run.stopping import StopSignal
 stop = StopSignal()
 if "defer" in sys.argv:
     stop.defer()
+if "taken" in sys.argv:  # as LLVM does, within Triton's first compilation
+    import ctypes
+    from types import SimpleNamespace
+    ctypes.CDLL(None).signal(10, 1)  # SIGUSR1, SIG_IGN
+    assert not stop.agreed(SimpleNamespace(num_processes=1))
+    print("ready", flush=True)
+    time.sleep(0.5)
+    print("agreed" if stop.agreed(SimpleNamespace(num_processes=1)) else "not heard", flush=True)
+    raise SystemExit
 if "finalizer" in sys.argv:
     class Slow:
         def __del__(self):
@@ -180,3 +189,12 @@ def test_while_data_are_prepared(tmp_path, tiny_model, start):
     assert psutil.wait_procs(workers, timeout=10)[1] == []
     assert not list(prepared.glob(".sums-*"))
     assert not list_checkpoints(tmp_path / "output")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the number of SIGUSR1")
+def test_a_handler_that_a_library_took_is_set_again(start):
+    """Triton's first kernel: without it, Slurm's SIGUSR1 was not heard on a GPU."""
+    process = start(sys.executable, "-c", WAITS, "defer", "taken")
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGUSR1)
+    assert process.communicate(timeout=30)[0].splitlines()[-1] == "agreed"

@@ -61,7 +61,8 @@ if __name__ == "__main__":
                 "norm": norm,
                 "expected_norm": float(torch.nn.utils.get_total_norm(expected.values())),
                 "copies_follow": all(
-                    torch.equal(layer.half, layer.weight.detach().bfloat16()) for layer in engine.half_weights.layers
+                    torch.equal(layer.half_weight, layer.weight.detach().bfloat16())
+                    for layer in engine.half_weights.layers
                 ),
             }
         )

@@ -166,7 +166,7 @@ def test_outside_of_autocast_and_in_generation_it_is_transformers_own():
 
 @pytest.mark.parametrize("own", [{"use_parallel_residual": False}, {"hidden_dropout": 0.1}])
 def test_other_layers_stay_as_they_are(own, monkeypatch):
-    monkeypatch.setattr("training.neox.has_triton", lambda: True)
+    monkeypatch.setattr("training.neox.why_no_kernels", lambda device: None)
     model = make_model(**own)
     HalfWeights(model, torch.optim.AdamW(model.parameters(), fused=True), torch.bfloat16)
     assert fuse_layers(model) == 0
@@ -175,11 +175,11 @@ def test_other_layers_stay_as_they_are(own, monkeypatch):
 def test_layers_are_fused_where_triton_is_and_on_a_gpu_only(monkeypatch):
     model = make_model().cpu()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    monkeypatch.setattr("training.neox.has_triton", lambda: True)
+    monkeypatch.setattr("training.neox.why_no_kernels", lambda device: None)
     for_autocast(model, optimizer, torch.bfloat16)
     assert all(type(layer) is GPTNeoXLayer for layer in model.base_model.layers)
-    monkeypatch.setattr("training.neox.has_triton", lambda: False)
+    monkeypatch.setattr("training.neox.why_no_kernels", lambda device: "no compiler")
     assert fuse_layers(model) == 0
-    monkeypatch.setattr("training.neox.has_triton", lambda: True)
+    monkeypatch.setattr("training.neox.why_no_kernels", lambda device: None)
     assert fuse_layers(model) == 2
     assert all(type(layer) is FusedLayer for layer in model.base_model.layers)

@@ -6,10 +6,13 @@ Its kernels are tried on a GPU, or by `make test-kernels` in the interpreter of 
 import copy
 import importlib.util
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from hypothesis import strategies as st
 from mixes import given
 from transformers import AutoModelForCausalLM, GPTNeoXConfig
@@ -183,3 +186,35 @@ def test_layers_are_fused_where_triton_is_and_on_a_gpu_only(monkeypatch):
     monkeypatch.setattr("training.neox.why_no_kernels", lambda device: None)
     assert fuse_layers(model) == 2
     assert all(type(layer) is FusedLayer for layer in model.base_model.layers)
+
+
+COMPILES = """
+import os, signal, sys, time
+sys.path.insert(0, "scripts")
+from types import SimpleNamespace
+from run.stopping import StopSignal
+stop = StopSignal()
+stop.defer()
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from training.neox_kernels import _add_three
+signature = {"residual": "*fp32", "first": "*bf16", "second": "*bf16", "output": "*fp32", "count": "i32"}
+source = ASTSource(fn=_add_three, signature=signature | {"block": "constexpr"}, constexprs={(5,): 1024})
+compile(source, target=GPUTarget("cuda", 90, 32))
+alone = SimpleNamespace(num_processes=1)
+assert not stop.agreed(alone)
+os.kill(os.getpid(), signal.SIGUSR1)
+time.sleep(0.2)
+assert stop.agreed(alone)
+"""
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="make test-kernels has Triton")
+def test_sigusr1_is_heard_after_the_first_kernel_is_compiled(tmp_path):
+    """For a GPU that need not be there. LLVM takes the signals for itself at that moment, and drops this one."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", COMPILES], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "SIGUSR1: saving after this step" in run.stderr

@@ -91,8 +91,8 @@ def main() -> None:
     check_options(options)
     result = BENCHMARKS[options.what](options, recipe)
     if result and int(os.environ.get("RANK", 0)) == 0:
-        print(result[0])
         write_json(options, *result)
+        print(result[0])
 
 
 def check_options(options: argparse.Namespace) -> None:

@@ -90,9 +90,6 @@ def _cut_as_written(tokenizer: Any, tokens: Iterable[str]) -> None:
         takes_along = own.single_word or own.lstrip or own.rstrip or (own.normalized and backend.normalizer is not None)
         if takes_along or not own.special:
             backend.add_special_tokens([AddedToken(token, special=True, normalized=False)])
-            for name, value in tokenizer.special_tokens_map.items():
-                if value == token:  # as a plain text: an AddedToken is saved with its rules
-                    setattr(tokenizer, name, token)
     if getattr(backend.model, "dropout", None):
         backend.model.dropout = None
     if tokenizer.split_special_tokens:

@@ -8,7 +8,9 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -120,6 +122,8 @@ KINDS = {
         metaspace("first"),
         names={"eos_token": AddedToken(EOS, lstrip=True, rstrip=True, normalized=True, special=True)},
     ),
+    "rules in its tokenizer_config.json": lambda: with_added_tokens_decoder(build(metaspace("first"))),
+    "an eos that is not special": lambda: build(metaspace("first"), added=["<eos>"], names={"eos_token": "<eos>"}),
     "single_word": lambda: build(BYTE_LEVEL, model="bytes", control=around(single_word=True)),
     "added words": lambda: build(metaspace("first"), added=["colour", AddedToken("wor", lstrip=True), "\n\n", "  "]),
     "dropout": lambda: with_dropout(build(BYTE_LEVEL, model="bytes")),
@@ -135,6 +139,27 @@ if NEOX_FILE.is_file():
 def with_dropout(tokenizer):
     tokenizer.backend_tokenizer.model.dropout = 0.5
     return tokenizer
+
+
+def with_added_tokens_decoder(tokenizer):
+    """As transformers 4 saved it."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        path = Path(folder) / "tokenizer_config.json"
+        rules = {
+            "content": EOS,
+            "lstrip": True,
+            "rstrip": True,
+            "normalized": True,
+            "single_word": True,
+            "special": True,
+        }
+        values = json.loads(path.read_text()) | {
+            "added_tokens_decoder": {"2": rules},
+            "eos_token": rules | {"__type": "AddedToken"},
+        }
+        path.write_text(json.dumps(values))
+        return AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -405,3 +430,19 @@ def test_a_run_trains_on_what_its_own_checkpoint_is_served_with(tmp_path):
     assert len(whole) > 500
     for example in whole[::5]:
         assert example["input_ids"] == served.apply_chat_template(example["messages"], tokenize=True)["input_ids"]
+
+
+def test_a_dry_run_looks_at_a_hub_models_tokenizer_where_it_is_here(tmp_path):
+    model = base_model(tmp_path / "model", "ByteLevel", added="x<")
+    cached = tmp_path / "hub" / "models--some--model"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(model, cached / "snapshots" / ("0" * 40))
+    run = run_script(
+        *["recipes/demo.yaml", "--model_name", "some/model", "--dry_run"],
+        output_dir=tmp_path / "out",
+        check=False,
+        env={"HF_HUB_CACHE": str(tmp_path / "hub")},
+    )
+    assert (run.returncode, len(run.errors)) == (2, 1)
+    assert "model_name = some/model: its tokenizer reads the message 'x' as" in run.errors[0]

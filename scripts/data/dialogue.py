@@ -86,9 +86,9 @@ def _cut_as_written(tokenizer: Any, tokens: Iterable[str]) -> None:
     backend = tokenizer.backend_tokenizer
     known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     for token in tokens:
-        own = known[token]
-        takes_along = own.single_word or own.lstrip or own.rstrip or (own.normalized and backend.normalizer is not None)
-        if takes_along or not own.special:
+        own = known.get(token)  # None for an eos token that was named later
+        plain = own and own.special and not (own.single_word or own.lstrip or own.rstrip)
+        if not plain or (own.normalized and backend.normalizer):  # without a normalizer it does nothing: GPT-2's
             backend.add_special_tokens([AddedToken(token, special=True, normalized=False)])
     if getattr(backend.model, "dropout", None):
         backend.model.dropout = None

@@ -62,10 +62,11 @@ def text_encoder(tokenizer: Any) -> TextEncoder:
     def spelled_out(text: str) -> list[int]:
         """A text in which the model itself finds a special token, as a word (Unigram's `</s>`): cut within that."""
         encoding = backend.encode(text, add_special_tokens=False)
-        for number, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            if number in special and end - start > 1:
-                return spelled_out(text[: start + 1]) + spelled_out(text[start + 1 :])
-        return encoding.ids
+        found = zip(encoding.ids, encoding.offsets, strict=True)
+        cuts = [start + 1 for number, (start, end) in found if number in special and end - start > 1]
+        if not cuts:
+            return encoding.ids
+        return [number for part in pairwise([0, *cuts, len(text)]) for number in spelled_out(text[slice(*part)])]
 
     return encode_texts
 

@@ -124,6 +124,7 @@ KINDS = {
     ),
     "rules in its tokenizer_config.json": lambda: with_added_tokens_decoder(build(metaspace("first"))),
     "an eos that is not special": lambda: build(metaspace("first"), added=["<eos>"], names={"eos_token": "<eos>"}),
+    "an eos that was named later": lambda: with_eos(build(metaspace("first")), "<eos>"),
     "single_word": lambda: build(BYTE_LEVEL, model="bytes", control=around(single_word=True)),
     "added words": lambda: build(metaspace("first"), added=["colour", AddedToken("wor", lstrip=True), "\n\n", "  "]),
     "dropout": lambda: with_dropout(build(BYTE_LEVEL, model="bytes")),
@@ -138,6 +139,11 @@ if NEOX_FILE.is_file():
 
 def with_dropout(tokenizer):
     tokenizer.backend_tokenizer.model.dropout = 0.5
+    return tokenizer
+
+
+def with_eos(tokenizer, token: str):
+    tokenizer.eos_token = token
     return tokenizer
 
 
@@ -251,7 +257,13 @@ def test_literal_control_tokens_stay_text(pair):
         for text in (token, f"a{token}b", f" {token}\n", token * 3, f"a {token} b"):
             ((ids, _),) = encode(pair.trained, [chat(text, text)])
             assert [one for one in ids.tolist() if one in control] == [prompter, eos, assistant, eos], text
-            assert len(ids) > 4 + 2 * len(text) // len(token) // 2
+            assert len(ids) > 4
+
+
+def test_a_thousand_control_tokens_in_a_text_that_the_model_knows_as_words():
+    tokenizer = prepare_tokenizer(KINDS["Unigram"]())
+    ((ids, _),) = encode(tokenizer, [chat(EOS * 5000)])
+    assert ids.tolist().count(tokenizer.eos_token_id) == 1
 
 
 def test_saved_again_it_is_the_same(pair, tmp_path):

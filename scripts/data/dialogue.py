@@ -50,8 +50,8 @@ def prepare_tokenizer(tokenizer: Any) -> Any:
     """Make a fast tokenizer speak the dialogue format: chat tokens, pad token and chat template, changed in place.
 
     Chat tokens that it has keep their ids, the missing ones are added in the order of CHAT_TOKENS. The pad token
-    becomes `<|padding|>` where that is in the vocabulary (GPT-NeoX), else its own stays, else it is eos. Doing it
-    twice changes nothing.
+    becomes `<|padding|>` where that is in the vocabulary (GPT-NeoX), else its own stays, else it is eos. Control tokens
+    are found in a text as they are written, and take nothing of the text along. Doing it twice changes nothing.
 
     Returns: the tokenizer.  Raises: UserError for one without eos or without the fast backend.
     """
@@ -69,7 +69,31 @@ def prepare_tokenizer(tokenizer: Any) -> Any:
     elif tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.chat_template = CHAT_TEMPLATE
+    _cut_as_written(tokenizer, (tokenizer.eos_token, *CHAT_TOKENS))
     return tokenizer
+
+
+def _cut_as_written(tokenizer: Any, tokens: Iterable[str]) -> None:
+    """Take from control tokens, and from the tokenizer, what would make the template's text another one than was meant.
+
+    `normalized` where there is a normalizer: "a</s>" holds no `</s>` in Llamas of early 2023, as both get a blank in
+    front first. `single_word`: nor does it there. `lstrip`, `rstrip` (Phi-3's `<|assistant|>`): blanks and newlines
+    beside the token are lost. Dropout: the same text has other ids each time. What is right already is left alone, so
+    that the tokenizers of data that were prepared earlier stay as they were.
+    """
+    from tokenizers import AddedToken
+
+    backend = tokenizer.backend_tokenizer
+    known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    for token in tokens:
+        own = known.get(token)  # None for an eos token that was named later
+        plain = own and own.special and not (own.single_word or own.lstrip or own.rstrip)
+        if not plain or (own.normalized and backend.normalizer):  # without a normalizer it does nothing: GPT-2's
+            backend.add_special_tokens([AddedToken(token, special=True, normalized=False)])
+    if getattr(backend.model, "dropout", None):
+        backend.model.dropout = None
+    if tokenizer.split_special_tokens:
+        tokenizer.split_special_tokens = backend.encode_special_tokens = False
 
 
 # ---- Encoding ----
@@ -90,7 +114,8 @@ def encode(
 
     Contents are encoded apart from the scaffold and with special tokens not recognised, so no text in a message can
     become a control token. (The original encoded the joined string; the ids are the same for every other text, as
-    tokenizers split at special tokens first.)
+    tokenizers split at special tokens first, and each content is read as standing behind one. `load_tokenizer` checks
+    it for each tokenizer.)
 
     A token is scored when it is a target: `labels = where(scored, input_ids, -100)`, the model shifts. These are the
     tokens of a reply, the eos after it and the `<|prompter|>` of a turn that follows it; `<|assistant|>` never is, nor

@@ -66,7 +66,10 @@ def _describe_model(recipe: Recipe) -> str:
     # Not whether it fits into memory: a dry run may be made where the run is not, on a laptop or a login node.
     config = load_config(recipe)
     parameters = count_parameters(recipe, config)
-    if os.path.isdir(recipe.model_name):  # on the hub it could be what is not fetched yet
-        check_savable(recipe, config, load_tokenizer(recipe))
+    here = os.path.isdir(recipe.model_name)
+    if here or isinstance(try_to_load_from_cache(recipe.model_name, "tokenizer.json"), str):
+        tokenizer = load_tokenizer(recipe)
+        if here:  # a generation config on the hub could be what is not fetched yet
+            check_savable(recipe, config, tokenizer)
     rows = config.get_text_config().vocab_size
     return f"{config.model_type}, {parameters:,} parameters, {rows:,} rows in its embedding"

@@ -15,16 +15,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from recipe.keys import Recipe
 from training.model import fit_to_tokenizer, without_weights
+from training.tokenizer_files import save_tokenizer
 from utils.errors import UserError, reason
 from utils.files import read_json
 
 MODEL_PART = "2GB"  # at most so much of the model is copied from the GPU at a time
-# What transformers 5 notes of how a tokenizer was loaded here, which is nobody's business elsewhere.
-NOT_OF_THE_TOKENIZER = ("backend", "is_local", "local_files_only")
 
 
 def save_model(model: PreTrainedModel, tokenizer, folder: Path) -> None:
@@ -35,6 +34,7 @@ def save_model(model: PreTrainedModel, tokenizer, folder: Path) -> None:
 
 def check_savable(recipe: Recipe, config: PretrainedConfig, tokenizer) -> None:
     """Save all but the weights and read it back, so that what would fail at the first save fails before the first step.
+    (The tokenizer as it was loaded: `load_tokenizer`.)
 
     Raises:
         UserError: it cannot be saved, or is not read back as it was.
@@ -48,21 +48,17 @@ def check_savable(recipe: Recipe, config: PretrainedConfig, tokenizer) -> None:
             fit_to_tokenizer(model, tokenizer, mean_resizing=False)
             model.config.save_pretrained(folder)
             model.generation_config.save_pretrained(folder)
-            _save_beside_weights(tokenizer, Path(folder))
+            _rewrite(Path(folder) / "config.json", with_older_rope)
             without_weights(recipe, AutoConfig.from_pretrained(folder, trust_remote_code=recipe.trust_remote_code))
-            again = AutoTokenizer.from_pretrained(folder, trust_remote_code=recipe.trust_remote_code)
         except Exception as error:  # as many kinds as transformers has
             raise UserError(
                 f"model_name = {recipe.model_name}: what a run saves of it could not be read back: {reason(error)}"
             ) from error
-    if again.get_vocab() != tokenizer.get_vocab():
-        raise UserError(f"model_name = {recipe.model_name}: its tokenizer is another one when saved and read back")
 
 
 def _save_beside_weights(tokenizer, folder: Path) -> None:
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     _rewrite(folder / "config.json", with_older_rope)
-    _rewrite(folder / "tokenizer_config.json", as_older_tokenizer)
     as_readable_as_others(folder)
 
 
@@ -95,15 +91,6 @@ def with_older_rope(config: dict[str, Any]) -> dict[str, Any]:
     if rope.get("rope_type", "default") != "default":
         older["rope_scaling"] = {key: value for key, value in rope.items() if key not in names}
     return older | config
-
-
-def as_older_tokenizer(config: dict[str, Any]) -> dict[str, Any]:
-    """A tokenizer_config.json that transformers 4 and 5 take for the same: what tokenizer.json says, and no more."""
-    config = {key: value for key, value in config.items() if key not in NOT_OF_THE_TOKENIZER}
-    if isinstance(extra := config.get("extra_special_tokens"), list):
-        del config["extra_special_tokens"]
-        config["additional_special_tokens"] = extra
-    return config | {"tokenizer_class": "PreTrainedTokenizerFast"}
 
 
 def _rewrite(path: Path, change) -> None:

@@ -22,6 +22,7 @@ from data.dialogue import prepare_tokenizer
 from recipe.keys import Recipe
 from training.attention import attention_dropout, choose_attention, keep_attention
 from training.collate import end_to_end
+from training.tokenizer_files import check_tokenizer
 from utils.errors import UserError, reason
 from utils.launch import has_gpu, say
 
@@ -67,11 +68,16 @@ LOGIT_TRANSFORM = re.compile(r"logits?_(soft)?_?(cap|scal)|lm_head_mult")
 
 
 def load_tokenizer(recipe: Recipe):
-    """The tokenizer of model_name made ready for chat; UserError when not found, or without what a chat model needs."""
+    """The tokenizer of model_name made ready for chat, and checked: its chat template gives the ids of training.
+
+    Raises: UserError when it is not found, lacks what a chat model needs, or cannot be saved as it is here.
+    """
     tokenizer = _load(AutoTokenizer, recipe)
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"model_name = {recipe.model_name}: its tokenizer has no tokenizer.json (a fast tokenizer)")
-    return prepare_tokenizer(tokenizer)
+    prepare_tokenizer(tokenizer)
+    check_tokenizer(tokenizer, recipe.model_name, recipe.trust_remote_code)
+    return tokenizer
 
 
 def load_config(recipe: Recipe) -> PretrainedConfig:

@@ -16,7 +16,8 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from data.dialogue import prepare_tokenizer
-from run.model_files import as_older_tokenizer, save_model, with_older_rope
+from run.model_files import save_model, with_older_rope
+from training.tokenizer_files import as_older_tokenizer
 
 DEMO = ROOT / "recipes" / "demo_data" / "model"
 TRANSFORMERS_4 = ROOT / ".venv" / "transformers4"

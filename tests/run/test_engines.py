@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import ROOT, run_script
 from interruption import metrics, run_here, small_recipe
+from safetensors.torch import load_file, save_file
 from switching import KINDS, observed, read_state
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MixtralConfig
 
@@ -51,7 +52,8 @@ class Walk:
         keys |= {"save_steps": 1000, "max_steps": steps, "num_train_epochs": 1, "learning_rate": 3e-3}
         self.recipe, self.folder, self.dtype = small_recipe(folder, folder / "model", **keys), folder, dtype
 
-    def start(self, engine: str, output, *keys, **moment):
+    def start(self, engine: str, output, *keys, status: int = 0, **moment):
+        """Have an engine go on, to its end, of this `status`, or until an `interruption.interrupted` of that moment."""
         for told in ("restored", "saved"):
             shutil.rmtree(output / told, ignore_errors=True)
         if engine == PLAIN:
@@ -67,7 +69,11 @@ class Walk:
                 script="tests/switching.py",
             )
         stopped = 75 if engine == PLAIN else 1
-        assert run.returncode == (stopped if moment else 0), f"{engine}\n{run.stdout[-3000:]}\n{run.stderr[-6000:]}"
+        assert run.returncode == (stopped if moment else status), (
+            f"{engine}\n{run.stdout[-3000:]}\n{run.stderr[-6000:]}"
+        )
+        # A launcher has status 1 for a stop and for an error.
+        assert ("start the same command again" in run.stdout) == bool(moment), run.stderr[-6000:]
         for told in output.glob("*/engine.txt"):  # of what it took over and of what it left
             assert told.read_text() == engine
         return run
@@ -134,6 +140,26 @@ def test_the_precision_may_change_with_the_engine(tmp_path):
         if saved:
             assert_taken_over(read_state(output / "restored"), saved, f"{engine}, {dtype}")
         saved = read_state(output / "saved")
+
+
+@pytest.mark.timeout(600)
+def test_what_only_the_second_process_lacks_is_an_error_that_is_found(tmp_path):
+    """By whoever looks for lines that begin with `error: `."""
+    walk, output = Walk(tmp_path, "gpt_neox", "fp32", steps=2), tmp_path / "output"
+    walk.start(ZERO2, output, steps=1)
+    folder = output / "checkpoint-1" / "trainer_state"
+    part = folder / "optimizer-00001-000.safetensors"
+    tensors = load_file(part)
+    lost = next(key for key in tensors if key.startswith("exp_avg/"))
+    tensors[f"{lost}.of_another"] = tensors.pop(lost)
+    save_file(tensors, part)
+    state = json.loads((folder / "state.json").read_text())
+    state["files"][f"trainer_state/{part.name}"] = part.stat().st_size
+    (folder / "state.json").write_text(json.dumps(state))
+    run = walk.start(ZERO2, output, status=1)
+    (error,) = run.errors
+    assert error.startswith(f"error: process 1: {folder}: holds ")
+    assert error.endswith(f"elements of exp_avg of {lost.split('/')[2]}")
 
 
 @pytest.mark.soak

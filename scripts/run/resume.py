@@ -33,12 +33,13 @@ def find_checkpoint(recipe: Recipe, allow_changes: bool) -> Checkpoint | None:
     own = list_checkpoints(folder)
     if asked not in ("auto", "never"):
         path = Path(asked)
-        is_own = folder.resolve() in (path.parent.resolve(), path.resolve().parent)  # it may be a link
+        real = os.path.realpath(path)  # not Path.resolve, which raises for a link to itself
+        is_own = os.path.realpath(folder) in (os.path.realpath(path.parent), os.path.dirname(real))
         if is_own or not own:
             if not is_own and not _same_run_without_checkpoint(recipe):
                 refuse_other_run(recipe)
             checkpoint = read_checkpoint(path)
-            others = [other for other in own if is_own and other.resolve() != path.resolve()]
+            others = [other for other in own if is_own and os.path.realpath(other) != real]
             if newer := [other.name for other in others if step_of(other) > checkpoint.step]:
                 raise UserError(
                     f"resume_from_checkpoint = {asked}: {folder} holds newer ones ({', '.join(newer)}): "

@@ -653,6 +653,8 @@ def renumber(output: Path, how: str) -> None:
         (output / "checkpoint-9").symlink_to("checkpoint-7")
     elif how == "linked to nothing":
         (output / "checkpoint-9").symlink_to("checkpoint-8")
+    elif how == "linked to itself":
+        (output / "checkpoint-9").symlink_to("checkpoint-9")
     elif how == "a file":
         (output / "checkpoint-9").write_text("")
     elif how == "links to another number":
@@ -670,6 +672,7 @@ NUMBERS = {
     "copied in Arabic ones": 7,
     "linked": 7,
     "linked to nothing": 7,
+    "linked to itself": 7,
     "a file": 7,
 }
 
@@ -752,6 +755,15 @@ def test_a_checkpoint_may_lie_on_another_disk_under_its_own_number(recipe, outpu
     assert_same_end(output, whole)
     assert sorted(path.name for path in output.glob("*checkpoint-*")) == ["checkpoint-15", "checkpoint-20"]
     assert read_checkpoint(away).step == 7
+
+
+@pytest.mark.parametrize("number", [7, 9])
+def test_beside_a_link_to_itself(recipe, output, number):
+    (output / "checkpoint-9").symlink_to("checkpoint-9")
+    line = "holds newer ones .checkpoint-9" if number == 7 else "checkpoint-9: holds no trainer_state"
+    asked = output / f"checkpoint-{number}"
+    with pytest.raises(UserError, match=line):
+        find_checkpoint(make(recipe, output_dir=output, resume_from_checkpoint=asked), allow_changes=False)
 
 
 @pytest.mark.parametrize(("name", "agrees"), [("best", True), ("checkpoint-8", False), ("checkpoint-007", False)])

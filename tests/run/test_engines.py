@@ -5,7 +5,7 @@ change the fp32 weights and Adam's moments that the next engine has are, bit for
 and what computes is those weights, rounded. Then the loss of every step is compared with that of a plain run that
 nobody stopped: in fp32 to the order of additions, in bf16 to what is rounded in one engine and not in the other.
 
-The normal run makes three short walks (35 seconds on two cores); `make soak` all six whole ones (5 minutes).
+The normal run makes three short walks (40 seconds on two cores); `make soak` all six whole ones (6 minutes).
 """
 
 import itertools

@@ -68,7 +68,7 @@ class Run:
     @property
     def errors(self) -> list[str]:
         """The lines that say what the user has to mend."""
-        return re.findall(r"^error.*$", self.stderr, flags=re.MULTILINE)
+        return re.findall(r"^error: .*$", self.stderr, flags=re.MULTILINE)
 
     def metrics(self) -> list[dict]:
         return [json.loads(line) for line in (self.output_dir / "metrics.jsonl").read_text().splitlines()]

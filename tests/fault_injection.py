@@ -247,4 +247,4 @@ def fail_at(life: Life, is_there: Callable[[Life], bool], fail: Callable[[], Non
     fail()
     life.go_on()
     assert life.wait() != 0, life.printed()[-3000:]
-    return re.findall(r"^error.*$", life.printed(), flags=re.MULTILINE)
+    return re.findall(r"^error: .*$", life.printed(), flags=re.MULTILINE)

@@ -62,7 +62,7 @@ def refused(tmp_path, output_dir, monkeypatch, capfd):
         stderr = capfd.readouterr().err
         assert stopped.value.code == 2
         assert "Traceback" not in stderr
-        (line,) = re.findall(r"^error.*$", stderr, flags=re.MULTILINE)
+        (line,) = re.findall(r"^error: .*$", stderr, flags=re.MULTILINE)
         for part in parts:
             assert part in line
         # What was there is there as it was. New, or of the last refused run, are at most its recipe and its record.
@@ -98,6 +98,19 @@ def test_an_error_is_one_line(capsys):
         raise UserError("a\nname: of two\n lines")
     assert stopped.value.code == 2
     assert capsys.readouterr().err == "error: a name: of two lines\n"
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "line"), [(0, "error: process 3: no room\n"), (1, "")], ids=["another machine", "the same machine"]
+)
+def test_an_error_on_a_process_other_than_the_first_begins_as_every_error_does(capsys, monkeypatch, local_rank, line):
+    """Before the processes have met, the first of a machine speaks for the others of it."""
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    with pytest.raises(SystemExit) as stopped, one_line_errors():
+        raise UserError("no room")
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == line
 
 
 def test_ctrl_c_is_no_traceback(capsys):

@@ -23,13 +23,13 @@ from transformers import PreTrainedModel
 
 from recipe.keys import Recipe
 from run.model_files import as_readable_as_others, save_model
-from run.retention import prune, remove_folder
+from run.retention import NUMBERED, prune, remove_folder
 from run.stats import TrainingStats
 from training.engine import Engine
 from training.optimizer_state import random_state, save_optimizer
 from training.plan import Position
 from utils.errors import UserError
-from utils.files import UNFINISHED, flush, read_json
+from utils.files import UNFINISHED, flush, read_json, remove_tree
 from utils.launch import stop_all
 
 FORMAT = 1  # of trainer_state/; tests/fixtures keeps a checkpoint of each
@@ -65,7 +65,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """Open a checkpoint to go on from, after checking that all of it is there.
 
     Raises:
-        UserError: it holds no trainer_state, one of a later format, or is not whole; the message says which.
+        UserError: it holds no trainer_state, one of a later format, is not whole, or has the number of another step;
+            the message says which.
     """
     file = path / "trainer_state" / "state.json"
     if not file.exists():
@@ -80,8 +81,14 @@ def read_checkpoint(path: Path) -> Checkpoint:
             if name.endswith(".safetensors"):
                 with safe_open(path / name, framework="pt"):  # reads the header, which has to fit the file
                     pass
+        step = state["step"]
+        if type(step) is not int or step < 0:
+            raise UserError(f"{path}: not whole: its step is {step!r}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(f"{path}: not whole: {error}") from error
+    for name in (path.name, path.resolve().name):  # a link's own, and of what it leads to
+        if NUMBERED.fullmatch(name) and name != f"checkpoint-{step}":
+            raise UserError(f"{path}: {name} holds the state after step {step}: its name has to be checkpoint-{step}")
     return Checkpoint(path, state)
 
 
@@ -123,7 +130,7 @@ def save_checkpoint(engine: Engine, tokenizer, recipe: Recipe, state: dict[str, 
             read_checkpoint(work)
         as_readable_as_others(work)
         flush(work, *work.rglob("*"))
-        if whole.exists():  # of before the run was taken back to an earlier step, and then over this one again
+        if os.path.lexists(whole):  # of before the run was taken back to an earlier step, and then over this one again
             remove_folder(whole, hidden=f"{work.name}.replaced")
         os.replace(work, whole)
         flush(recipe.output_dir)
@@ -178,7 +185,7 @@ def remove_leftovers(folder: Path) -> list[str]:
     """Remove what a killed run had half written or half removed; returns the names."""
     leftovers = [*folder.glob(".checkpoint-*"), *folder.glob(".final"), *folder.glob("checkpoint-*/.trainer_state")]
     for path in leftovers:
-        shutil.rmtree(path)
+        remove_tree(path)
     files = [*folder.glob(f".*{UNFINISHED}")]
     for path in files:
         path.unlink()

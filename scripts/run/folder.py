@@ -3,15 +3,15 @@
 import fcntl
 import json
 import os
-import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from recipe.keys import Recipe
 from run.checkpoint import Checkpoint, remove_leftovers
-from run.retention import list_checkpoints, step_of
+from run.retention import SET_ASIDE, list_checkpoints, list_set_aside, step_of
 from utils.errors import UserError
-from utils.files import write_whole
+from utils.files import remove_tree, write_whole
 from utils.launch import say
 
 # The first line of OUTPUT_DIR/recipe.yaml, by which it is known from a file of the user's.
@@ -19,18 +19,24 @@ RECIPE_HEADER = "# The resolved recipe of this run: `sft.py THIS_FILE --output_d
 PATIENCE = 20.0  # seconds to wait for the processes of the start before this one, which may still be saving
 
 
-def refuse_other_run(recipe: Recipe) -> None:
-    """Keep a run from writing over another, or over files that are no run's: UserError where output_dir holds such."""
+def refuse_other_run(recipe: Recipe, problems: Sequence[UserError] = ()) -> None:
+    """Keep a run from writing over another, or over files that are no run's: UserError where output_dir holds such.
+
+    Args:
+        problems: of its checkpoints, why none of them can be gone on from; the newest's first.
+    """
     folder = recipe.output_dir
     names = ("metrics.jsonl", "training.png", "config.json", "model.safetensors", "tokenizer.json", "README.md")
     # os.path, since Path.exists raises for a name too long to be one.
     held = [name for name in names if os.path.lexists(folder / name)]
     if os.path.lexists(folder / "recipe.yaml") and not is_ours(folder / "recipe.yaml"):
         held.append("recipe.yaml")
-    held += [path.name for path in list_checkpoints(folder)]
+    held += [path.name for path in [*list_checkpoints(folder), *list_set_aside(folder)]]
     if held:
+        why = f"; none of its checkpoints can be gone on from: {problems[0]}" if problems else ""
         raise UserError(
-            f"output_dir = {folder}: holds another run ({', '.join(held)}); give another --output_dir, or remove it"
+            f"output_dir = {folder}: holds another run ({', '.join(held)}); "
+            f"give another --output_dir, or remove it{why}"
         )
 
 
@@ -71,12 +77,12 @@ def claim_output_dir(recipe: Recipe, checkpoint: Checkpoint | None) -> None:
     try:
         for name in remove_leftovers(folder):
             say(f"removed {name}, which an interrupted run had not finished")
-        for path in list_checkpoints(folder) if checkpoint else []:
-            if checkpoint.path.parent == folder and step_of(path) > checkpoint.step:
-                aside = path.with_name(f"{path.name}.set-aside")
-                shutil.rmtree(aside, ignore_errors=True)  # of the same step, of the time before
-                path.rename(aside)
-                say(f"{path} was passed over, and is now {aside.name}")
+        for path in _passed_over(folder, checkpoint) if checkpoint else []:
+            aside = path.with_name(f"{path.name}{SET_ASIDE}")
+            if os.path.lexists(aside):  # of the same number, of the time before
+                remove_tree(aside)
+            path.rename(aside)
+            say(f"{path} was passed over, and is now {aside.name}")
         write_whole(folder / "recipe.yaml", RECIPE_HEADER + recipe.to_yaml())
         for file in (folder / "metrics.jsonl", folder / "bad_steps.jsonl"):
             source = file if checkpoint is None or file.exists() else checkpoint.path.parent / file.name
@@ -86,6 +92,20 @@ def claim_output_dir(recipe: Recipe, checkpoint: Checkpoint | None) -> None:
                 write_whole(file, "".join(f"{line}\n" for line in lines if _is_before(line, checkpoint)))
     except OSError as error:
         raise UserError(f"output_dir = {folder}: cannot write there: {error.strerror}") from error
+
+
+def _passed_over(folder: Path, checkpoint: Checkpoint) -> list[Path]:
+    """A run's checkpoints of later numbers than the one in use, and of its number in other digits (checkpoint-0009).
+
+    Never the one in use itself, under whatever name; a link to it, which is no more than a name, may be among them.
+    """
+    used = checkpoint.path.resolve()
+    if folder.resolve() not in (checkpoint.path.parent.resolve(), used.parent):
+        return []
+    own_name = f"checkpoint-{checkpoint.step}"
+    others = [path for path in list_checkpoints(folder) if path.name not in (own_name, checkpoint.path.name)]
+    others = [path for path in others if path.is_symlink() or path.resolve() != used]
+    return [path for path in others if step_of(path) >= checkpoint.step]
 
 
 def _lock(path: Path) -> None:

@@ -128,9 +128,9 @@ def _start_wandb(recipe: Recipe, run_id: str | None):
 
 
 def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """Every metric of a metrics.jsonl as its (step, value) points."""
+    """Every metric of a metrics.jsonl as its (step, value) points; none where somebody has taken the file away."""
     curves: dict[str, list[tuple[int, float]]] = defaultdict(list)
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         metrics = json.loads(line)
         for name, value in metrics.items():
             if name != "step" and isinstance(value, (int, float)):

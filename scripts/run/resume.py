@@ -12,7 +12,7 @@ from run.folder import is_ours, refuse_other_run
 from run.health import StepHealth
 from run.progress import Progress
 from run.record_file import read_record
-from run.retention import list_checkpoints, step_of
+from run.retention import list_checkpoints, list_set_aside, step_of
 from run.stats import TrainingStats
 from sources.source import keys_that_change
 from training.engine import Engine
@@ -33,36 +33,40 @@ def find_checkpoint(recipe: Recipe, allow_changes: bool) -> Checkpoint | None:
     own = list_checkpoints(folder)
     if asked not in ("auto", "never"):
         path = Path(asked)
-        is_own = path.resolve().parent == folder.resolve()
-        newer = [other.name for other in own if is_own and step_of(other) > step_of(path)]
-        if newer:
-            raise UserError(
-                f"resume_from_checkpoint = {asked}: {folder} holds newer ones ({', '.join(newer)}): "
-                "move them away, or give another --output_dir"
-            )
+        real = os.path.realpath(path)  # not Path.resolve, which raises for a link to itself
+        is_own = os.path.realpath(folder) in (os.path.realpath(path.parent), os.path.dirname(real))
         if is_own or not own:
             if not is_own and not _same_run_without_checkpoint(recipe):
                 refuse_other_run(recipe)
-            return _checked(read_checkpoint(path), recipe, allow_changes)
+            checkpoint = read_checkpoint(path)
+            others = [other for other in own if is_own and os.path.realpath(other) != real]
+            if newer := [other.name for other in others if step_of(other) > checkpoint.step]:
+                raise UserError(
+                    f"resume_from_checkpoint = {asked}: {folder} holds newer ones ({', '.join(newer)}): "
+                    "move them away, or give another --output_dir"
+                )
+            return _checked(checkpoint, recipe, allow_changes)
     if asked == "never":
         refuse_other_run(recipe)
         return None
+    problems = []
     for path in reversed(own):
         try:
             checkpoint = read_checkpoint(path)
         except UserError as problem:
             say(f"passed over: {problem}")
+            problems.append(problem)
             continue
         return _checked(checkpoint, recipe, allow_changes)
     if own or not _same_run_without_checkpoint(recipe):
-        refuse_other_run(recipe)
+        refuse_other_run(recipe, problems)
     return None
 
 
 def _same_run_without_checkpoint(recipe: Recipe) -> bool:
     """Whether output_dir holds this very run, killed before its first checkpoint: then it begins again."""
     folder = recipe.output_dir
-    if os.path.lexists(folder / "config.json") or not is_ours(folder / "recipe.yaml"):
+    if os.path.lexists(folder / "config.json") or list_set_aside(folder) or not is_ours(folder / "recipe.yaml"):
         return False
     try:
         return load_recipe(folder / "recipe.yaml") == recipe

@@ -11,13 +11,23 @@ import torch
 from recipe.keys import Recipe
 from training.memory import show_bytes
 from utils.errors import UserError
+from utils.files import remove_tree
 from utils.launch import say
+
+NUMBERED = re.compile(r"checkpoint-\d+")
+SET_ASIDE = ".set-aside"  # how the name of a checkpoint ends that was passed over
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoint-<step> folders of a run, by step."""
-    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=step_of)
+    """The checkpoint-<number> folders of a run, and links of such a name, by number; `read_checkpoint` says whether the
+    number is that of its step."""
+    found = [path for path in folder.glob("checkpoint-*") if NUMBERED.fullmatch(path.name)]
+    return sorted(found, key=lambda path: (step_of(path), path.name))
+
+
+def list_set_aside(folder: Path) -> list[Path]:
+    """The checkpoints of a run that were passed over, and may be all that is left of it."""
+    return sorted(folder.glob(f"*{SET_ASIDE}"))
 
 
 def step_of(checkpoint: Path) -> int:
@@ -33,8 +43,10 @@ def kept(recipe: Recipe) -> tuple[float, float]:
 
 
 def prune(recipe: Recipe, newest: Path) -> None:
-    """Remove the oldest checkpoints, and the trainer_state of the older ones; never the newest, which was verified."""
-    checkpoints = [newest, *(path for path in reversed(list_checkpoints(recipe.output_dir)) if path != newest)]
+    """Remove the oldest checkpoints, and the trainer_state of the older ones; never the newest, which was verified, nor
+    what has a number that no run writes (checkpoint-0009)."""
+    written = [path for path in list_checkpoints(recipe.output_dir) if path.name == f"checkpoint-{step_of(path)}"]
+    checkpoints = [newest, *(path for path in reversed(written) if path != newest)]
     most, most_states = kept(recipe)
     for age, path in reversed([*enumerate(checkpoints)]):
         if age >= most:
@@ -44,10 +56,11 @@ def prune(recipe: Recipe, newest: Path) -> None:
 
 
 def remove_folder(folder: Path, hidden: str | None = None) -> None:
-    """Remove a folder, which first gets a hidden name: half of one is not to pass for a whole one."""
+    """Remove a folder, which first gets a hidden name: half of one is not to pass for a whole one. Of a link only
+    itself: what it leads to is somebody else's."""
     hidden = folder.with_name(hidden or f".{folder.name}")
     shutil.rmtree(hidden, ignore_errors=True)
-    shutil.rmtree(folder.rename(hidden))
+    remove_tree(folder.rename(hidden))
 
 
 def checkpoint_bytes(num_parameters: int, dtype: torch.dtype, deepspeed: bool) -> tuple[int, int]:

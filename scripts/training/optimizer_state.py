@@ -2,7 +2,8 @@
 
 Adam's moments (and the fp32 weights, where the model itself is kept in half precision) are stored by parameter, as flat
 fragments: a whole parameter without ZeRO, the part that a process owns with it. So it does not matter who wrote them:
-a run goes on with another number of processes, with or without ZeRO, each process reading what it needs.
+a run goes on with another number of processes, with or without ZeRO, each process reading what it needs. Here a
+parameter has its name in memory; in the model's own files it has the name, and the cut, that transformers gives it.
 (DeepSpeed's own checkpoints are pickles, and its engine refuses another number of processes: 0.19.8, engine.py.)
 """
 
@@ -11,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -81,17 +82,23 @@ def save_optimizer(folder: Path, accelerator: Accelerator, model: PreTrainedMode
 def load_optimizer(folder: Path, accelerator: Accelerator, model: PreTrainedModel, optimizer, steps: int) -> None:
     """Fill the optimizer's state from what any number of processes wrote to a checkpoint's trainer_state.
 
-    `steps` are the updates that it has made, which Adam's bias correction counts.
+    `steps` are the updates that it has made, which Adam's bias correction counts. Every process calls this.
     Raises: UserError when the state of a parameter is not there.
     """
     stored = _Stored(folder)
-    half = next(model.parameters()).dtype != torch.float32
-    kinds = ("weights", *MOMENTS) if half or stored.has_weights else MOMENTS  # else they came with the model
+    kinds = ("weights", *MOMENTS) if stored.has_weights else MOMENTS  # else the model's own files are in fp32
     allocate_moments(accelerator, optimizer)
+    fragments = [*_fragments(accelerator, model, optimizer)]
+    half = next(model.parameters()).dtype != torch.float32
     with torch.no_grad():
-        for fragment in _fragments(accelerator, model, optimizer):
+        for fragment in fragments:
             for kind in kinds:
                 stored.read_into(fragment.tensors[kind], kind, fragment.name, fragment.start)
+        if half and not stored.has_weights:
+            _read_fp32_model(folder.parent, accelerator, model, fragments)
+        if _zero_optimizer(accelerator) and (half or stored.has_weights):
+            # What computes is cast from the fp32 weights. The model's file may have fewer bits, of an earlier dtype.
+            _zero_optimizer(accelerator).update_lp_params()
     for state in _adam(accelerator, optimizer).state.values():
         if isinstance(state["step"], torch.Tensor):
             state["step"].fill_(steps)
@@ -128,8 +135,36 @@ def _fragments(accelerator: Accelerator, model: PreTrainedModel, optimizer) -> I
             yield Fragment(name, mapping.lp_fragment_address.start, own)
 
 
+def _read_fp32_model(folder: Path, accelerator: Accelerator, model: PreTrainedModel, fragments: list[Fragment]) -> None:
+    """Fill the fp32 weights from the model of a checkpoint, which was trained in fp32; every process calls this.
+
+    transformers itself loads it, since it renames, merges and cuts: GPT-NeoX's `lm_head.weight` is `embed_out.weight`
+    in the file, and a mixture's experts one key each. What it takes as it is, it maps from the file, which all
+    processes share (5 MiB more for 445 MiB of GPT-NeoX); what it merges is copied (774 MiB for 478 MiB of Mixtral,
+    transformers 5.23). So the processes of a machine take turns, and need no more than all of them loading the model
+    in half precision at once, as each start does.
+    Raises: UserError when a weight is not there.
+    """
+    for turn in range(accelerator.num_processes):
+        if turn == accelerator.local_process_index:
+            found, info = type(model).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+            whole = dict(found.named_parameters())
+            for fragment in fragments:
+                target, own = fragment.tensors["weights"], whole.get(fragment.name)
+                there = 0 if own is None or fragment.name in info["missing_keys"] else own.numel() - fragment.start
+                if there < target.numel():
+                    _refuse(folder, max(0, there), target, "weights", fragment.name)
+                target.copy_(own.view(-1)[fragment.start : fragment.start + target.numel()])
+            del found, whole, own
+        accelerator.wait_for_everyone()
+
+
+def _refuse(folder: Path, filled: int, tensor: torch.Tensor, kind: str, name: str) -> NoReturn:
+    raise UserError(f"{folder}: holds {filled:,} of {tensor.numel():,} elements of {kind} of {name}")
+
+
 class _Stored:
-    """The fragments in a checkpoint, whoever wrote them, and the weights of its model."""
+    """The fragments in a checkpoint, whoever wrote them."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -141,11 +176,6 @@ class _Stored:
                 kind, start, name = key.split("/", 2)
                 self.places[kind, name].append((file, key, int(start)))
         self.has_weights = any(kind == "weights" for kind, _ in self.places)
-        if not self.has_weights:  # the model itself is in fp32
-            for path in sorted(folder.parent.glob("model*.safetensors")):
-                file = safe_open(path, framework="pt")
-                for key in file.keys():  # noqa: SIM118
-                    self.places["weights", key].append((file, key, 0))
 
     def read_into(self, tensor: torch.Tensor, kind: str, name: str, start: int) -> None:
         """Fill a flat tensor with the elements of a parameter from `start` on."""
@@ -157,7 +187,7 @@ class _Stored:
                 tensor[low - start : high - start].copy_(stored[low - first : high - first])
                 filled += high - low
         if filled != tensor.numel():
-            raise UserError(f"{self.folder}: holds {filled:,} of {tensor.numel():,} elements of {kind} of {name}")
+            _refuse(self.folder, filled, tensor, kind, name)
 
 
 def loss_scale_state(accelerator: Accelerator) -> dict[str, Any]:

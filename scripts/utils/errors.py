@@ -12,8 +12,9 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Turn a `UserError` raised inside into one line on stderr and exit status 2.
+    """Turn a `UserError` raised inside into one line on stderr, `error: ...`, and exit status 2.
 
+    From a process other than the first it is `error: process 3: ...`.
     Before the processes have met, those of one machine fail alike (a bad recipe, a broken file), so the first speaks.
     """
     rank, line, status = int(os.environ.get("RANK", 0)), "", 2
@@ -27,9 +28,9 @@ def one_line_errors():
             raise
         torch = sys.modules.get("torch")  # not imported here, since --help must not wait for it
         if int(os.environ.get("LOCAL_RANK", 0)) == 0 or (torch and torch.distributed.is_initialized()):
-            where = f" (process {rank})" if rank else ""
+            where = f"process {rank}: " if rank else ""
             message = " ".join(str(error).split())  # one line, whatever a file name or a value holds
-            line = f"error{where}: {'cannot write: ' * cannot_write}{message}"
+            line = f"error: {where}{'cannot write: ' * cannot_write}{message}"  # whoever looks for errors finds it so
     except KeyboardInterrupt:  # sft.py, which has something to save, hears the signal itself
         line, status = "\ninterrupted", 128 + 2
     except RuntimeError as error:

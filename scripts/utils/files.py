@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,14 @@ def write_whole(path: Path, text: str, errors: str = "strict") -> None:
         work.unlink(missing_ok=True)
         raise
     flush(path.parent)  # the new name, too
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder with all that is in it; of a link only itself, which `shutil.rmtree` refuses."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def flush(*paths: Path) -> None:

@@ -237,6 +237,33 @@ def test_leftovers_are_removed_and_named(save, tmp_path):
     read_checkpoint(whole)
 
 
+def test_of_a_link_only_itself_is_removed(save, tmp_path):
+    """A checkpoint on another disk, what resuming needs on another one, and what was left of such a removal."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for step in (1, 2):
+        whole = save(step, save_total_limit=None)
+        linked = whole if step == 1 else whole / "trainer_state"
+        linked.rename(elsewhere / linked.name)
+        linked.symlink_to(elsewhere / linked.name)
+    (tmp_path / ".checkpoint-8").symlink_to(elsewhere)
+    (tmp_path / "checkpoint-3").symlink_to("nowhere")
+    save(3, save_total_limit=2, keep_trainer_state=1)
+    assert remove_leftovers(tmp_path) == [".checkpoint-8"]
+    assert steps(tmp_path) == [2, 3]
+    assert not (tmp_path / "checkpoint-2" / "trainer_state").exists()
+    assert sorted(path.name for path in elsewhere.iterdir()) == ["checkpoint-1", "trainer_state"]
+    read_checkpoint(elsewhere / "checkpoint-1")
+    assert (elsewhere / "trainer_state" / "state.json").exists()
+
+
+def test_a_number_that_no_run_writes_is_nobodys_to_remove(save, tmp_path):
+    (tmp_path / "checkpoint-0001").mkdir()
+    for step in (1, 2, 3):
+        save(step, save_total_limit=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-0001", "checkpoint-3"]
+
+
 def test_other_folders_are_no_checkpoints(tmp_path):
     for name in ("checkpoint-3", ".checkpoint-4", "checkpoint-final", "checkpoint-5.set-aside", "my-checkpoint-6"):
         (tmp_path / name).mkdir()

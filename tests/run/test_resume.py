@@ -22,7 +22,7 @@ from run import folder as folder_module
 from run.checkpoint import FORMAT, read_checkpoint
 from run.folder import RECIPE_HEADER, claim_output_dir
 from run.resume import changed_keys, find_checkpoint, restore
-from run.retention import list_checkpoints
+from run.retention import list_checkpoints, step_of
 from run.run import Run
 from utils.errors import UserError
 
@@ -632,8 +632,167 @@ def test_from_the_checkpoint_before_a_damaged_one(recipe, output, whole):
 def test_no_whole_checkpoint_at_all(recipe, output):
     for path in list_checkpoints(output):
         damage(path, "model missing")
-    with pytest.raises(UserError, match=r"holds another run \(metrics.jsonl, .*checkpoint-5, checkpoint-7\)"):
+    line = r"holds another run \(metrics.jsonl, .*checkpoint-5, checkpoint-7\); .*: .*/checkpoint-7: not whole: "
+    with pytest.raises(UserError, match=line):
         find_checkpoint(make(recipe, output_dir=output), allow_changes=False)
+
+
+# ---- name and step agree ----
+
+
+def renumber(output: Path, how: str) -> None:
+    """Give a run of checkpoints 5 and 7 one whose number is not that of its step."""
+    seven = output / "checkpoint-7"
+    if how == "moved":
+        seven.rename(output / "checkpoint-9")
+    elif how == "a smaller step in its state":
+        state = seven / "trainer_state" / "state.json"
+        state.write_text(json.dumps(json.loads(state.read_text()) | {"step": 6}))
+    elif how.startswith("copied"):
+        names = {"far ahead": "checkpoint-9999", "in other digits": "checkpoint-0007", "in Arabic ones": "checkpoint-٩"}
+        shutil.copytree(seven, output / names[how.removeprefix("copied ")])
+    elif how == "linked":
+        (output / "checkpoint-9").symlink_to("checkpoint-7")
+    elif how == "linked to nothing":
+        (output / "checkpoint-9").symlink_to("checkpoint-8")
+    elif how == "linked to itself":
+        (output / "checkpoint-9").symlink_to("checkpoint-9")
+    elif how == "a file":
+        (output / "checkpoint-9").write_text("")
+    elif how == "links to another number":
+        for path in list_checkpoints(output):
+            path.rename(output / f"checkpoint-1{step_of(path)}")
+            path.symlink_to(f"checkpoint-1{step_of(path)}")
+
+
+# How, and the step that the next start goes on from.
+NUMBERS = {
+    "moved": 5,
+    "a smaller step in its state": 5,
+    "copied far ahead": 7,
+    "copied in other digits": 7,
+    "copied in Arabic ones": 7,
+    "linked": 7,
+    "linked to nothing": 7,
+    "linked to itself": 7,
+    "a file": 7,
+}
+
+
+@pytest.mark.parametrize("how", NUMBERS)
+def test_a_checkpoint_under_another_number_is_passed_over_and_set_aside(recipe, output, whole, how):
+    """And the run ends as one that nobody disturbed; the one in use keeps its name and all that is in it."""
+    step = NUMBERS[how]
+    used = output / f"checkpoint-{step}"
+    before = set(used.rglob("*"))
+    renumber(output, how)
+    run = run_here(recipe, "--keep_trainer_state", 9, output_dir=output)
+    assert run.returncode == 0, run.stderr
+    assert f"going on from {used}, after step {step}" in run.stdout
+    assert before == set(used.rglob("*"))
+    (aside,) = [path.name for path in output.glob("*.set-aside")]
+    assert f"{output}/{aside.removesuffix('.set-aside')} was passed over, and is now {aside}" in run.stdout
+    assert_same_end(output, whole)
+    assert [step_of(path) for path in list_checkpoints(output)] == sorted({5, step, 10, 15, 20})
+
+
+@pytest.mark.parametrize("how", ["moved", "links to another number"])
+def test_where_no_number_agrees_nothing_is_touched_at_any_start(recipe, output, how):
+    """As a requeue makes one start after another."""
+    shutil.rmtree(output / "checkpoint-5")
+    renumber(output, how)
+    (output / ".lock").unlink()  # which each start makes
+    before = {path: path.lstat().st_mtime_ns for path in output.rglob("*")}
+    for _ in range(2):
+        run = run_here(recipe, output_dir=output)
+        assert run.returncode == 2
+        (error,) = run.errors
+        assert "holds another run (metrics.jsonl" in error
+        name = "checkpoint-9" if how == "moved" else "checkpoint-17"
+        assert f"{name} holds the state after step 7: its name has to be checkpoint-7" in error
+        (output / ".lock").unlink()
+        assert {path: path.lstat().st_mtime_ns for path in output.rglob("*")} == before
+    (output / "checkpoint-7").unlink(missing_ok=True)
+    (output / name).rename(output / "checkpoint-7")
+    assert "after step 7" in run_here(recipe, output_dir=output, steps=1).stdout
+
+
+def test_what_was_set_aside_is_a_run_that_is_there(recipe, output, tmp_path):
+    """Though it be all that is left of it: the next start, of whatever kind, does not begin from step 1."""
+    elsewhere = shutil.copytree(output / "checkpoint-5", tmp_path / "other" / "checkpoint-5")
+    shutil.rmtree(output / "checkpoint-5")
+    (output / "checkpoint-7").rename(output / "checkpoint-7.set-aside")
+    lines = metrics(output)
+    for asked in ("auto", "never", elsewhere):
+        run = run_here(recipe, "--resume_from_checkpoint", asked, output_dir=output)
+        assert run.returncode == 2
+        assert "checkpoint-7.set-aside); give another --output_dir" in run.errors[0]
+    assert metrics(output) == lines
+    for path in output.iterdir():  # without any other trace of a run but the recipe
+        if path.name not in ("recipe.yaml", "checkpoint-7.set-aside"):
+            path.unlink()
+    assert "run (checkpoint-7.set-aside); give another" in run_here(recipe, output_dir=output).errors[0]
+    (output / "checkpoint-7.set-aside").rename(output / "checkpoint-7")
+    assert "after step 7" in run_here(recipe, output_dir=output, steps=1).stdout
+
+
+@pytest.mark.parametrize("step", ["7", 7.0, True, None, -7, [7]])
+def test_a_step_that_is_no_number(recipe, output, step, capsys):
+    state = output / "checkpoint-7" / "trainer_state" / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"step": step}))
+    found = find_checkpoint(make(recipe, output_dir=output), allow_changes=False)
+    assert found.path == output / "checkpoint-5"
+    assert f"passed over: {output}/checkpoint-7: not whole: its step is {step!r}" in capsys.readouterr().out
+
+
+def test_a_checkpoint_may_lie_on_another_disk_under_its_own_number(recipe, output, tmp_path, whole):
+    """Linked to; save_total_limit takes the link away and leaves the checkpoint."""
+    (tmp_path / "disk").mkdir()
+    away = Path(shutil.move(output / "checkpoint-7", tmp_path / "disk" / "checkpoint-7"))
+    (output / "checkpoint-7").symlink_to(away)
+    keys = ("--resume_from_checkpoint", output / "checkpoint-7", "--save_total_limit", 2)
+    run = run_here(recipe, *keys, output_dir=output)
+    assert run.returncode == 0, run.stderr
+    assert f"going on from {output}/checkpoint-7, after step 7" in run.stdout
+    assert_same_end(output, whole)
+    assert sorted(path.name for path in output.glob("*checkpoint-*")) == ["checkpoint-15", "checkpoint-20"]
+    assert read_checkpoint(away).step == 7
+
+
+@pytest.mark.parametrize("number", [7, 9])
+def test_beside_a_link_to_itself(recipe, output, number):
+    (output / "checkpoint-9").symlink_to("checkpoint-9")
+    line = "holds newer ones .checkpoint-9" if number == 7 else "checkpoint-9: holds no trainer_state"
+    asked = output / f"checkpoint-{number}"
+    with pytest.raises(UserError, match=line):
+        find_checkpoint(make(recipe, output_dir=output, resume_from_checkpoint=asked), allow_changes=False)
+
+
+@pytest.mark.parametrize(("name", "agrees"), [("best", True), ("checkpoint-8", False), ("checkpoint-007", False)])
+def test_one_that_is_asked_for_has_its_own_number_or_none(recipe, output, tmp_path, name, agrees):
+    asked = shutil.copytree(output / "checkpoint-7", tmp_path / "kept" / name)
+    for path in (asked, Path(os.path.relpath(asked)), asked / "trainer_state" / ".."):
+        values = make(recipe, output_dir=tmp_path / "new", resume_from_checkpoint=path)
+        if agrees:
+            assert find_checkpoint(values, allow_changes=False).step == 7
+        else:
+            line = f"{name} holds the state after step 7: its name has to be checkpoint-7$"
+            with pytest.raises(UserError, match=line):
+                find_checkpoint(values, allow_changes=False)
+
+
+def test_the_one_in_use_is_never_moved(recipe, output, tmp_path, capsys):
+    """By whatever way it is named; a link to it under another number is."""
+    linked = tmp_path / "linked"
+    linked.symlink_to(output)
+    (output / "best").symlink_to("checkpoint-7")
+    for way in (output / "checkpoint-7", linked / "checkpoint-7", output / "best", linked / ".." / "output" / "best"):
+        (output / "checkpoint-9").symlink_to("checkpoint-7")
+        values = make(recipe, output_dir=output, resume_from_checkpoint=way)
+        claim_output_dir(values, find_checkpoint(values, allow_changes=False))
+        assert [path.name for path in list_checkpoints(output)] == ["checkpoint-5", "checkpoint-7"]
+        assert "checkpoint-9 was passed over" in capsys.readouterr().out
+    assert metrics(output)[-1]["step"] == 6
 
 
 # ---- the folder ----

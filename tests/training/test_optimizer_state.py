@@ -5,6 +5,7 @@ What ZeRO-2 writes is read by others, and the other way round, in tests/run/test
 
 import json
 import random
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,11 +15,13 @@ from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from training import optimizer_state as trainer_state
 from training.optimizer_state import (
     MOMENTS,
+    Fragment,
     allocate_moments,
     load_optimizer,
     load_random_state,
@@ -197,6 +200,81 @@ def test_only_the_first_process_writes_what_all_hold(tmp_path):
     save_optimizer(tmp_path, accelerator, model, optimizer)
     with safe_open(tmp_path / "optimizer-00000-000.safetensors", framework="pt") as file:
         assert set(file.keys()) == {f"{kind}/0/layer{number}" for kind in MOMENTS for number in range(4)}
+
+
+# ---- fp32 weights from the model's own files ----
+
+SMALL = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+SMALL |= {"num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "head_dim": 16}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+MODELS = {
+    "gpt_neox": {},
+    "llama": {},
+    "llama, tied": {"tie_word_embeddings": True},
+    "mixtral": {"num_local_experts": 4},
+    "phimoe": {"num_local_experts": 4},
+    "gpt_oss": {"num_local_experts": 4},
+    "granitemoe": {"num_local_experts": 4},
+    "jamba": {"num_experts": 4, "mamba_d_state": 4},
+    "olmoe": {"num_experts": 4},
+    "qwen2_moe": EXPERTS | {"shared_expert_intermediate_size": 24},
+    "qwen3_moe": EXPERTS,
+    "deepseek_v3": EXPERTS
+    | {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "kv_lora_rank": 8}
+    | {"q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16},
+}
+
+
+def of_two_processes(model, number: int, seed: int) -> list[Fragment]:
+    """What one of two processes holds of a model: each parameter cut somewhere, to be filled."""
+    cuts = random.Random(seed)
+    fragments = []
+    for name, parameter in model.named_parameters():
+        cut = cuts.randrange(parameter.numel() + 1)
+        start, elements = [(0, cut), (cut, parameter.numel() - cut)][number]
+        if elements:
+            fragments.append(Fragment(name, start, {"weights": torch.full((elements,), torch.nan)}))
+    return fragments
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_fp32_weights_come_from_the_models_files_whatever_their_names_there(tmp_path, name):
+    kind = name.partition(",")[0]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(SMALL | MODELS[name])))
+    expected = {each: parameter.detach().clone() for each, parameter in model.named_parameters()}
+    model.save_pretrained(tmp_path)
+    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    found = {each: torch.full((parameter.numel(),), torch.nan) for each, parameter in expected.items()}
+    for number in (0, 1):
+        fragments, turns = of_two_processes(half, number, seed=1), []
+        waiting = partial(turns.append, "waited")
+        process = SimpleNamespace(num_processes=2, local_process_index=number, wait_for_everyone=waiting)
+        trainer_state._read_fp32_model(tmp_path, process, half, fragments)
+        assert len(turns) == 2
+        for fragment in fragments:
+            weights = fragment.tensors["weights"]
+            found[fragment.name][fragment.start : fragment.start + len(weights)] = weights
+    for each, parameter in expected.items():
+        assert torch.equal(found[each], parameter.view(-1)), each
+
+
+@pytest.mark.parametrize("missing", ["whole", "rows"])
+def test_a_weight_that_the_models_files_lack_is_named(tmp_path, missing):
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_neox", **SMALL))
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    if missing == "whole":
+        del weights["embed_out.weight"]
+        save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    else:
+        model.resize_token_embeddings(112)
+    name = "lm_head.weight" if missing == "whole" else "gpt_neox.embed_in.weight"
+    alone = SimpleNamespace(num_processes=1, local_process_index=0, wait_for_everyone=lambda: None)
+    whole = Fragment(name, 0, {"weights": torch.empty(dict(model.named_parameters())[name].numel())})
+    there = 0 if missing == "whole" else 96 * 32
+    line = f"^{tmp_path}: holds {there:,} of {len(whole.tensors['weights']):,} elements of weights of {name}$"
+    with pytest.raises(UserError, match=line):
+        trainer_state._read_fp32_model(tmp_path, alone, model, [whole])
 
 
 # ---- random states ----

@@ -18,6 +18,8 @@ from recipe.strict_yaml import parse_yaml
 from utils.errors import UserError
 from utils.files import read_text
 
+MOST_BYTES = 2**20  # of a recipe: the longest here has 6 KB, and YAML is read at 200 KB a second
+
 
 def load_recipe(path: str | Path | None, overrides: Mapping[str, str] | None = None) -> Recipe:
     """Read and check a recipe; UserError, with the file, the line and the key, for what is wrong or no path at all.
@@ -27,7 +29,7 @@ def load_recipe(path: str | Path | None, overrides: Mapping[str, str] | None = N
     """
     if path is None:
         raise UserError("command line: no recipe given (--help shows how)")
-    values, lines = parse_yaml(read_text(Path(path), "recipe"), str(path))
+    values, lines = parse_yaml(read_text(Path(path), "recipe", MOST_BYTES), str(path))
     if not isinstance(values, dict):
         what = "empty" if values is None else f"a {'list' if isinstance(values, list) else 'text'}"
         raise UserError(f"{path}: a recipe is `key: value` lines, this is {what}")

@@ -11,7 +11,7 @@ from recipe.keys import Recipe
 from run.checkpoint import Checkpoint, remove_leftovers
 from run.retention import list_checkpoints, step_of
 from utils.errors import UserError
-from utils.files import write_whole
+from utils.files import read_text, write_whole
 from utils.launch import say
 
 # The first line of OUTPUT_DIR/recipe.yaml, by which it is known from a file of the user's.
@@ -37,8 +37,8 @@ def refuse_other_run(recipe: Recipe) -> None:
 def is_ours(recipe_file: Path) -> bool:
     """Whether this is the recipe.yaml that a run wrote."""
     try:
-        return recipe_file.read_text(encoding="utf-8").startswith(RECIPE_HEADER)
-    except (OSError, UnicodeDecodeError):
+        return read_text(recipe_file).startswith(RECIPE_HEADER)
+    except UserError:
         return False
 
 

@@ -79,7 +79,8 @@ def describe_rehearsal(
     tokens *= packs_per_step(recipe, batches.num_processes) / batches.num_processes * steps
     hours = seconds * tokens / train.tokens / 3600
     took = f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:,.1f} minutes"
-    print(f"the largest micro-batches run ({', '.join(shapes)}){memory}; training will take very roughly {took}")
+    some = f"; an estimate, of the first {train.of_epochs:,} epochs" if train.of_epochs else ""
+    print(f"the largest micro-batches run ({', '.join(shapes)}{some}){memory}; training will take very roughly {took}")
 
 
 def out_of_memory(largest: tuple[MicroBatch, MicroBatch | None], recipe: Recipe) -> str:

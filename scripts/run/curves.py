@@ -8,9 +8,11 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from recipe.refusals import RESERVED_DATASETS
+
 # Bins of a curve at most, twice and more of the 430 pixels that a panel is wide: every line looks as all points would.
 MOST_BINS = 1024
-NO_DATASETS = ("loss_spike", "loss_scale")  # of run/health.py: they look like the loss of a data set
+NO_DATASETS = [f"loss_{name}" for name in RESERVED_DATASETS]  # of run/health.py: they look like a data set's loss
 PANELS = {
     "training loss": lambda name: name == "loss" or (name.startswith("loss_") and name not in NO_DATASETS),
     "validation loss": lambda name: name.startswith("eval_") and name.endswith("loss"),

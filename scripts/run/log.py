@@ -10,8 +10,10 @@ from typing import Any
 from tqdm import tqdm
 
 from recipe.keys import Recipe
+from recipe.secrets import redact_text
 from run.curves import Curves
 from run.progress import Progress
+from run.record_file import redact
 from utils.errors import UserError
 from utils.launch import say
 
@@ -104,11 +106,11 @@ def _start_wandb(recipe: Recipe, run_id: str | None):
     start = functools.partial(
         wandb.init,
         project=recipe.wandb_project,
-        name=recipe.output_dir.resolve().name,
+        name=redact_text(recipe.output_dir.resolve().name),
         id=run_id,
         resume="allow",
         dir=folder,
-        config=recipe.model_dump(mode="json"),
+        config=redact(recipe.model_dump(mode="json")),
         settings=wandb.Settings(silent=True),
     )
     reason = ""

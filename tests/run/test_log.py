@@ -494,6 +494,26 @@ def test_a_resumed_run_is_the_same_run_of_wandb(tmp_path, tiny_model, monkeypatc
 
 
 @pytest.mark.usefixtures("nobody")
+def test_what_may_be_a_secret_is_not_uploaded(tmp_path, monkeypatch):
+    """Not even what only may be one, as 40 digits of a commit or of an older key; recipe.yaml keeps it."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    digits = "0123456789abcdef0123456789abcdef01234567"
+    data = [{"vicuna": {"input_file_path": f"data-{digits}.json"}}]
+    recipe = make_recipe(tmp_path / f"out-{digits}", log_wandb=True, datasets=data, cache_dir=digits)
+    log = RunLog(recipe, make_progress(2), main_process=True)
+    log.write(LINES[0])
+    log.close()
+    (run,) = (recipe.output_dir / "base" / "wandb").glob("offline-run-*")
+    (config,) = [record.run for record in records(run) if record.HasField("run") and record.run.config.update]
+    values = {item.key: json.loads(item.value_json) for item in config.config.update}
+    assert values["cache_dir"] == "[redacted]"
+    assert values["datasets"]["vicuna"]["input_file_path"] == "data-[redacted].json"
+    assert values["learning_rate"] == recipe.learning_rate
+    assert config.display_name == "out-[redacted]"
+    assert not [record for record in records(run) if record.HasField("run") and digits in json.dumps(values)]
+
+
+@pytest.mark.usefixtures("nobody")
 def test_wandb_can_be_switched_off_from_outside(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     log = RunLog(make_recipe(tmp_path / "out", log_wandb=True), make_progress(2), main_process=True)

@@ -105,6 +105,19 @@ def test_an_error_is_one_line(capsys):
     assert capsys.readouterr().err == "error: a name: of two lines\n"
 
 
+def test_a_path_that_can_be_none_is_one_line_wherever_it_is_looked_for(tmp_path, capsys):
+    for path in (tmp_path / ("x" * 300), Path("/abcdefgh" * 500)):
+        with pytest.raises(SystemExit) as stopped, one_line_errors():
+            path.is_file()
+        assert stopped.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ")
+        assert "File name too long" in line
+        assert "cannot write" not in line
+    with pytest.raises(PermissionError), one_line_errors():  # a bug of ours, or nobody's business
+        raise PermissionError(13, "Permission denied")
+
+
 def test_ctrl_c_is_no_traceback(capsys):
     with pytest.raises(SystemExit) as stopped, one_line_errors():
         raise KeyboardInterrupt

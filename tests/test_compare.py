@@ -143,6 +143,7 @@ def test_a_result_file_and_an_output_folder(run, tmp_path):
     ("arguments", "message"),
     [
         (["nowhere"], "nowhere: no such file or folder"),
+        (["x" * 300], "File name too long"),
         (["{run}/config.json"], "not a result file of the eval scripts"),
         (["{empty}"], "no results; run an eval script on it first"),
         (["{run}/checkpoint-20", "--plot", "x.png"], "needs results at two steps"),

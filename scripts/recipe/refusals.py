@@ -59,7 +59,8 @@ def problems_of(recipe: Recipe, values: dict[str, Any]) -> list[Problem]:
         (key, f"is empty: give {_in_place_of_nothing(key)}") for key, text in texts_of(values) if _is_empty(key, text)
     ]
     paths = {"output_dir": recipe.output_dir, "cache_dir": recipe.cache_dir}
-    paths["log_dir"] = recipe.output_dir / recipe.log_dir
+    if not _problem_of_path(recipe.output_dir):
+        paths["log_dir"] = recipe.output_dir / recipe.log_dir
     if recipe.resume_from_checkpoint not in ("auto", "never"):
         paths["resume_from_checkpoint"] = Path(recipe.resume_from_checkpoint)
     found += [((key,), problem) for key, path in paths.items() if (problem := _problem_of_path(path))]

@@ -176,7 +176,7 @@ def test_paths_at_which_nothing_can_be(start, tmp_path, key):
         line = refused(start, "", f"--{key}", value)
         assert line.startswith(f"command line: {key} = {value[:40]}")
         assert reason in line
-        assert len(line) < 300
+        assert "log_dir" not in line
     assert sorted(path.name for path in tmp_path.iterdir()) == ["loop", "r.yaml"]
     assert getattr(start("", f"--{key}", "x" * 255), key)
 

@@ -25,7 +25,7 @@ from utils.launch import num_processes, say
 # Zephyr 7B) and InstructGPT (about 1e-5 for 1.3B and 6B). LoRA's usual 2e-4 is over it from 3 billion on.
 HIGHEST_RATES = ((1e9, 3e-3), (3e9, 1e-3), (math.inf, 1e-4))  # under so many parameters, the rate
 LOWEST_RATE = 2e-7  # a tenth of the lowest published one known to us, Tulu 3's 2e-6 for 70B
-# The longest published pretraining runs have 1 to 2 million steps, and nobody fine-tunes for a thousand epochs.
+# Four months at a step a second, and 2,500 times the seed's epochs: more likely a slip than meant.
 ABSURD_STEPS, ABSURD_EPOCHS = 10_000_000, 10_000
 CUT_SHARE = 0.2  # of the training conversations
 LEAST_KEPT = 0.5  # of the scored tokens of a data set, when its conversations are cut

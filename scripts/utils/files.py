@@ -12,7 +12,7 @@ from typing import Any
 from utils.errors import UserError
 
 BLOCKS, BLOCK_BYTES = 64, 64 * 1024
-MOST_BYTES = 2**31  # of a JSON file: the largest of ours, results with all items of an evaluation, are under 2**27
+MOST_BYTES = 2**31  # of a file that is read whole; JSON of that size would take several times as much memory
 # What is there under a name and is no file to read: some of these never end.
 NO_FILES = (
     (stat.S_ISDIR, "Is a directory"),

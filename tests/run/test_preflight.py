@@ -124,7 +124,7 @@ def test_where_epochs_are_too_many_the_largest_is_that_of_the_first(mix_and_reci
 
 @pytest.mark.parametrize("keys", [{}, {"packing": True}, {"padding_free": False, "micro_batch_tokens": 4096}])
 def test_an_absurd_end_is_planned_at_once(keys):
-    """Two billion steps; 300 epochs of 300,000 conversations took 40 s, 1e6 epochs for ever."""
+    """Two billion steps; 100,000 epochs of 300 conversations took 28 s."""
     mix = make_mix([[int(n) for n in np.random.default_rng(0).integers(2, 900, 300)]])
     recipe = make_recipe(
         max_steps=2**31 - 1, num_train_epochs=1e9, per_device_train_batch_size=4, max_length=800, **keys

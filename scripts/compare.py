@@ -9,7 +9,8 @@ Each argument is a checkpoint (its eval/ folder is read), a run (all its checkpo
 was: a result file, or a folder of them. Below each value stands its difference to the first column's, with the 95 %
 interval. Where both results keep what was measured on each item, it is a paired bootstrap over the items that both
 have; else, marked ~, it comes from the two intervals as if they were of different items, and is wider. A difference
-whose interval holds 0 may be chance.
+whose interval holds 0 may be chance. Of a run with more than 8 checkpoints the first, the newest 3 and the best are
+shown; --all shows each, and the plot has them all.
 """
 
 from utils.command_line import OneLineParser
@@ -20,6 +21,7 @@ def arguments():
     parser = OneLineParser(__doc__)
     parser.add_argument("paths", nargs="+", metavar="CHECKPOINT", help="or a run, a result file, a folder of results")
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
+    parser.add_argument("--all", action="store_true", help="show every checkpoint of a run, however many it has")
     parser.add_argument("--plot", metavar="FILE", help="write curves over the steps of a run's checkpoints")
     return parser.parse_args()
 
@@ -41,6 +43,9 @@ from evaluation.intervals import RESAMPLES, paired_differences
 from utils.files import read_json
 from utils.tables import make_console
 
+MOST_OF_A_RUN = 8  # checkpoints; a column takes 30 characters, of 200 a line took 6,400
+NEWEST = BEST = 3  # of a run that has more
+
 
 @dataclass
 class Column:
@@ -57,8 +62,10 @@ class Column:
 
 def main(options) -> None:
     columns = [column for path in options.paths for column in read_columns(Path(path))]
+    shown, left_out = (columns, []) if options.all else some_of(columns)
+    rows, notes = table_rows(shown, columns)
     show = print_markdown if options.markdown else print_table
-    show(columns, *table_rows(columns))
+    show(shown, rows, [*left_out, *notes])
     if options.plot:
         plot(columns, Path(options.plot))
 
@@ -96,6 +103,39 @@ def read_results(paths: list[Path], strict: bool = False) -> dict[str, dict]:
     return files
 
 
+# ---- Choosing ----
+
+
+def some_of(columns: list[Column]) -> tuple[list[Column], list[str]]:
+    """The columns to show, and a line for each run that has more: of it the first (of all: what the others are compared
+    with), the newest, the best by its first metric that can be better, the best of each further evaluation."""
+    shown, notes = [], []
+    for run in dict.fromkeys(column.run for column in columns):
+        own = [column for column in columns if column.run == run]
+        chosen = {0, *range(len(own) - NEWEST, len(own))}
+        if len(own) <= MOST_OF_A_RUN:
+            shown += own
+            continue
+        names = dict.fromkeys(name for column in own for name in column.files)
+        for count, evaluation in zip([BEST] + [1] * len(names), names, strict=False):
+            chosen.update(best_by(evaluation, own)[:count])
+        shown += [column for number, column in enumerate(own) if number in chosen]
+        notes.append(
+            f"{run}: {len(chosen)} of {len(own)} checkpoints are shown, the first, the newest {NEWEST} and the best; a "
+            "row without * has its best among the others: --all shows them, --plot FILE draws them"
+        )
+    return shown, notes
+
+
+def best_by(evaluation: str, columns: list[Column]) -> list[int]:
+    """The columns from the best on, by an evaluation's first metric that can be better; of equals the earliest."""
+    results = [column.files[evaluation]["results"] if evaluation in column.files else {} for column in columns]
+    ranked = ((name, result["better"]) for own in results for name, result in own.items() if result.get("better"))
+    metric, better = next(ranked, (None, None))
+    values = {number: own[metric]["value"] for number, own in enumerate(results) if metric in own}
+    return sorted(values, key=lambda number: values[number] if better == "lower" else -values[number])
+
+
 # ---- Comparing ----
 
 
@@ -108,8 +148,9 @@ class Cell:
     difference: str = ""
 
 
-def table_rows(columns: list[Column]) -> tuple[list[tuple[str, str, list[Cell]]], list[str]]:
-    """(evaluation, metric, cells) for each metric that any column has; and what has to be said below the table."""
+def table_rows(columns: list[Column], every: list[Column]) -> tuple[list[tuple[str, str, list[Cell]]], list[str]]:
+    """(evaluation, metric, cells) for each metric that any column has, the best that of `every` one, shown or not; and
+    what has to be said below the table."""
     rows, notes = [], []
     for evaluation in dict.fromkeys(name for column in columns for name in column.files):
         files = [column.files.get(evaluation) for column in columns]
@@ -117,7 +158,8 @@ def table_rows(columns: list[Column]) -> tuple[list[tuple[str, str, list[Cell]]]
         notes += differing_settings(evaluation, columns)
         for metric in dict.fromkeys(metric for file in files if file for metric in file["results"]):
             results = [(file or {"results": {}})["results"].get(metric) for file in files]
-            values = [result["value"] for result in results if result]
+            of_every = [column.files[evaluation]["results"] for column in every if evaluation in column.files]
+            values = [of_one[metric]["value"] for of_one in of_every if metric in of_one]
             better = next(result.get("better") for result in results if result)
             best = {"higher": max, "lower": min}[better](values) if better and len(set(values)) > 1 else None
             cells = [Cell(result["value"], result["value"] == best) if result else Cell(None) for result in results]

@@ -29,7 +29,7 @@ def arguments() -> tuple[argparse.Namespace, Recipe]:
     parser.add_argument("--export", metavar="FILE", help="write every example, a JSON object a line")
     parser.add_argument("--plot", metavar="FILE", help="draw histograms of the lengths")
     options, recipe_file, overrides = parse_with_recipe(parser)
-    recipe = load_recipe(recipe_file, overrides)
+    recipe = load_recipe(recipe_file, overrides, for_a_run=True)
     if options.dataset is not None and options.dataset not in recipe.datasets.chosen():
         raise UserError(f"--dataset {options.dataset}: the mix has {', '.join(recipe.datasets.chosen())}")
     return options, recipe

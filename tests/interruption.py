@@ -83,11 +83,11 @@ def interrupted(
         process: the one that the signal is sent to.
         by: name of the signal, or `death`.
     """
-    from run import log
+    from run.curves import Curves
     from run.health import StepHealth
     from training.batches import Batches
 
-    good_step, validation, plot = StepHealth.good_step, Batches.validation, log.plot
+    good_step, validation, draw = StepHealth.good_step, Batches.validation, Curves.draw
     done = {"steps": 0, "evaluation_batches": 0}
 
     def count(what: str, limit: int | None) -> None:
@@ -107,11 +107,11 @@ def interrupted(
             yield batch
 
     StepHealth.good_step, Batches.validation = counted_step, counted_batches
-    log.plot = lambda *_: None  # no curves: a picture takes as long as ten of these steps
+    Curves.draw = lambda *_: None  # no curves: a picture takes as long as ten of these steps
     try:
         yield
     finally:
-        StepHealth.good_step, Batches.validation, log.plot = good_step, validation, plot
+        StepHealth.good_step, Batches.validation, Curves.draw = good_step, validation, draw
 
 
 def run_here(*arguments, output_dir: Path, **moment):

@@ -7,6 +7,7 @@ Most cases run scripts/sft.py within the test's own process, which imports torch
 import contextlib
 import gzip
 import json
+import os
 import re
 import runpy
 import shutil
@@ -19,10 +20,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, launch_command
+from mixes import make_progress
 
 from recipe.load import load_recipe
+from run.folder import OWN_FILES, check_own_names
+from run.model_card import write_model_card
+from run.record_file import read_record
 from run.stopping import SIGNALS
-from training.deepspeed_config import fill_config
+from training.deepspeed_config import fill_config, find_config
 from training.model import load_config, load_model, load_tokenizer
 from utils.errors import UserError, one_line_errors
 from utils.launch import check_processes, training_dtype
@@ -111,6 +116,19 @@ def test_an_error_on_a_process_other_than_the_first_begins_as_every_error_does(c
         raise UserError("no room")
     assert stopped.value.code == 2
     assert capsys.readouterr().err == line
+
+
+def test_a_path_that_can_be_none_is_one_line_wherever_it_is_looked_for(tmp_path, capsys):
+    for path in (tmp_path / ("x" * 300), Path("/abcdefgh" * 500)):
+        with pytest.raises(SystemExit) as stopped, one_line_errors():
+            path.is_file()
+        assert stopped.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ")
+        assert "File name too long" in line
+        assert "cannot write" not in line
+    with pytest.raises(PermissionError), one_line_errors():  # a bug of ours, or nobody's business
+        raise PermissionError(13, "Permission denied")
 
 
 def test_ctrl_c_is_no_traceback(capsys):
@@ -219,6 +237,64 @@ def test_output_folder_of_another_run(refused, output_dir, held, dry):
 def test_output_folder_that_is_a_file(refused, output_dir, dry):
     for place in (output_dir / "notes.txt", output_dir / "notes.txt" / "deeper"):
         refused(*(["--dry_run"] if dry else []), output=place, parts=(f"output_dir = {place}", "cannot write there"))
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "README.md", "config.json", "checkpoint-5/x", ".final"])
+@pytest.mark.parametrize("dry", [False, True])
+def test_log_dir_of_a_name_that_the_run_needs(refused, name, dry):
+    options = ["--log_wandb", "true", "--log_dir", name, *(["--dry_run"] if dry else [])]
+    refused(*options, parts=(f"log_dir = {name}", "something else of that name"))
+
+
+def test_log_dir_that_is_a_file(refused, output_dir):
+    """After the model has been loaded it was a traceback."""
+    refused("--log_wandb", "true", "--log_dir", "notes.txt", parts=("log_dir = notes.txt", "cannot write", "exists"))
+    refused("--log_wandb", "true", "--log_dir", "notes.txt/x", parts=("log_dir = notes.txt/x", "Not a directory"))
+
+
+@pytest.mark.parametrize("name", OWN_FILES)
+def test_a_folder_or_a_pipe_where_a_run_going_on_has_to_write_a_file(tmp_path, name):
+    recipe = load_recipe(DEMO, {"output_dir": str(tmp_path)})
+    check_own_names(recipe)
+    (tmp_path / name).write_text("a file")
+    check_own_names(recipe)
+    (tmp_path / name).unlink()
+    for make in (os.mkdir, os.mkfifo):
+        make(tmp_path / name)
+        with pytest.raises(UserError, match=rf"^output_dir = {tmp_path}: {re.escape(name)} is no file there, .* away$"):
+            check_own_names(recipe)
+        os.rename(tmp_path / name, tmp_path / f"{name}.away.{make.__name__}")
+
+
+def test_all_that_a_run_writes_is_known(run_sft):
+    run = run_sft(DEMO, "--max_steps", 1, "--sample_replies", 0, "--save_strategy", "no")
+    files = {path.name for path in run.output_dir.iterdir() if path.is_file()}
+    assert files - {".lock", "chat_template.jinja"} <= set(OWN_FILES)
+    assert {path.name for path in run.output_dir.iterdir()} - files == set()
+
+
+def test_a_card_that_cannot_be_written_costs_nothing_else(tmp_path, capsys):
+    """All training is done: the run is to end as one that is finished."""
+    (tmp_path / "README.md").mkdir()
+    recipe = load_recipe(DEMO, {"output_dir": str(tmp_path)})
+    write_model_card(recipe, SimpleNamespace(eos_token="</s>"), make_progress(3), tokens=5)
+    assert f"warning: {tmp_path}/README.md: the model's card could not be written: " in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+
+
+READERS = {
+    "recipe": load_recipe,
+    "record": read_record,
+    "deepspeed_config": lambda path: find_config(load_recipe(DEMO, {"deepspeed_config": str(path)})),
+}
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_what_never_ends_is_refused(tmp_path, kind):
+    os.mkfifo(tmp_path / "fifo")
+    for path, what in ((tmp_path / "fifo", "named pipe"), (Path("/dev/zero"), "device")):
+        with pytest.raises(UserError, match=f"{path}: cannot read this .*: Is a {what}"):
+            READERS[kind](path)
 
 
 def test_base_model_as_output_folder(refused, tiny_model):

@@ -1,6 +1,7 @@
 """compare.py: the table of what is there, the best, the differences, the curves; other files are passed over."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -64,6 +65,52 @@ def test_table_of_a_run(run, tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.fixture(scope="module")
+def long_run(tmp_path_factory):
+    """200 checkpoints, the best of them by loss 700, 710 and 690; by another evaluation 1500."""
+    run = tmp_path_factory.mktemp("long_run")
+    for step in range(10, 2010, 10):
+        write_result(run / f"checkpoint-{step}", step, 2 + abs(step - 701) / 1000)
+    for step in (1490, 1500, 1510):
+        write_result(run / f"checkpoint-{step}", step, 1 + abs(step - 1500) / 1000, name="other")
+    return run
+
+
+def steps_shown(text: str) -> list[int]:
+    header = next(line for line in text.splitlines() if "metric" in line)
+    return [int(step.replace(",", "")) for step in re.findall(r"\(step ([\d,]+)\)", header)]
+
+
+def test_of_many_checkpoints_the_newest_and_the_best_are_shown(long_run, run, tmp_path):
+    found = compare(long_run, "--plot", tmp_path / "curves.png")
+    assert steps_shown(found.stdout) == [10, 690, 700, 710, 1500, 1980, 1990, 2000]
+    table, _, notes = found.stdout.partition("* best")
+    assert max(map(len, table.splitlines())) < 400  # 6,415 with all of them
+    assert "8 of 200 checkpoints are shown" in notes
+    loss = next(line for line in table.splitlines() if "│ loss  " in line and "other" not in line).split("│")[3:-1]
+    assert [cell.strip().endswith("*") for cell in loss] == [step == 700 for step in steps_shown(found.stdout)]
+    # What is named is shown, and so is a run of few beside it; the best of a row is the best of all.
+    both = compare(long_run, run, long_run / "checkpoint-1000", "--markdown").stdout
+    assert len(steps_shown(both)) == 8 + 3 + 1
+    assert steps_shown(compare(long_run, "--all", "--markdown").stdout) == list(range(10, 2010, 10))
+
+
+def test_a_best_that_is_not_shown_is_not_given_to_another(long_run):
+    """By accuracy alone: its rows in the table of the checkpoints that are best by loss."""
+    file = long_run / "checkpoint-1000" / "eval" / "loss.json"
+    kept = file.read_text()
+    content = json.loads(kept)
+    content["results"]["accuracy"]["value"] = 0.999
+    try:
+        file.write_text(json.dumps(content))
+        shown = compare(long_run).stdout
+    finally:
+        file.write_text(kept)
+    accuracy = next(line for line in shown.splitlines() if "accuracy" in line)
+    assert 1000 not in steps_shown(shown)
+    assert "*" not in accuracy
+
+
 def test_markdown(run):
     shown = compare(run / "checkpoint-20", run / "checkpoint-300", "--markdown").stdout.splitlines()
     assert shown[0].startswith("| evaluation | metric |")
@@ -96,6 +143,7 @@ def test_a_result_file_and_an_output_folder(run, tmp_path):
     ("arguments", "message"),
     [
         (["nowhere"], "nowhere: no such file or folder"),
+        (["x" * 300], "File name too long"),
         (["{run}/config.json"], "not a result file of the eval scripts"),
         (["{empty}"], "no results; run an eval script on it first"),
         (["{run}/checkpoint-20", "--plot", "x.png"], "needs results at two steps"),

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import ConfigDict, Field, create_model, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, create_model, model_validator
 
 from sources.messages import MessagesOptions
 from sources.registry import SOURCES
@@ -103,10 +103,26 @@ Datasets = create_model(
 )
 
 
+def expand_home(value: Any) -> Any:
+    """A path with its ~ replaced, as a shell does it where it sees one: not in --output_dir=~/x or in a file.
+
+    `./~`, which means a folder of that name, becomes absolute: written down it would lose its first two characters.
+    """
+    if not isinstance(value, str | os.PathLike):
+        return value
+    text = os.fspath(value)
+    expanded = os.path.expanduser(text)
+    return os.path.abspath(text) if str(Path(text)).startswith("~") and not text.startswith("~") else expanded
+
+
+FolderPath = Annotated[Path, BeforeValidator(expand_home)]
+PathText = Annotated[str, BeforeValidator(expand_home)]
+
+
 class Recipe(Schema):
     """Every key of a recipe."""
 
-    model_name: str = key(..., "folder or hub name of the base model (a causal LM)", "training", min_length=1)
+    model_name: PathText = key(..., "folder or hub name of the base model (a causal LM)", "training", min_length=1)
     from_scratch: bool = key(False, "random weights, built from the config.json of model_name", "training")
     trust_remote_code: bool = key(False, "run model code that comes with the checkpoint", "")
     max_length: Annotated[PositiveInt, Field(ge=2)] = key(
@@ -125,7 +141,7 @@ class Recipe(Schema):
     torch_compile: bool = key(False, "compile the model's layers (minutes at the start)", "")
 
     datasets: Datasets = key(..., "the mix", "")  # of its options each says what it changes
-    cache_dir: Path = key(Path(".cache"), "where data files are looked up and prepared data are kept", "")
+    cache_dir: FolderPath = key(Path(".cache"), "where data files are looked up and prepared data are kept", "")
     drop_contaminated: bool = key(False, "leave out training conversations with GSM8K test questions", "training")
     padding_free: bool = key(True, "conversations end to end; false: padded to the batch's longest", "")
     packing: bool = key(
@@ -175,15 +191,15 @@ class Recipe(Schema):
     rng_seed: Annotated[WholeNumber, Field(ge=0, lt=2**32)] = key(
         0xA1221F97, "everything random follows from it", "data training evaluation"
     )
-    deepspeed_config: str | None = key(None, "DeepSpeed JSON; null: plain Accelerate", "")
+    deepspeed_config: PathText | None = key(None, "DeepSpeed JSON; null: plain Accelerate", "")
     max_bad_steps: PositiveInt = key(
         10, "stop after so many steps in a row whose loss or gradient was no finite number; each is left out", ""
     )
-    resume_from_checkpoint: str = key(
+    resume_from_checkpoint: PathText = key(
         "auto", "auto: output_dir's newest whole checkpoint, if any; never; or a checkpoint's folder", "", min_length=1
     )
 
-    output_dir: Path = key(..., "folder of the run: checkpoints, metrics, final model", "")
+    output_dir: FolderPath = key(..., "folder of the run: checkpoints, metrics, final model", "")
     log_dir: str = key("base", "folder of the wandb files, under output_dir", "")
     logging_steps: PositiveInt = key(10, "a line in metrics.jsonl every so many steps", "")
     eval_steps: PositiveInt = key(200, "evaluate every so many steps, and at the end", "")

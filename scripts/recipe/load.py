@@ -14,28 +14,37 @@ from typing import Any
 from pydantic import ValidationError
 
 from recipe.keys import IGNORED, Datasets, Recipe, problem_of_ignored
+from recipe.refusals import Problem, problems_of, secrets_of
 from recipe.strict_yaml import parse_yaml
 from utils.errors import UserError
 from utils.files import read_text
 
+MOST_BYTES = 2**20  # of a recipe: the longest that ships has 7 KB, and YAML is read at 570 KB a second
 
-def load_recipe(path: str | Path | None, overrides: Mapping[str, str] | None = None) -> Recipe:
+
+def load_recipe(path: str | Path | None, overrides: Mapping[str, str] | None = None, for_a_run: bool = False) -> Recipe:
     """Read and check a recipe; UserError, with the file, the line and the key, for what is wrong or no path at all.
 
     `overrides` are dotted keys and texts, as on the command line: `{"datasets.vicuna.fraction": "0.5"}`. A text is
     taken as it stands, so that any path can be given; only null, quotes, [lists] and {mappings} are read as YAML.
+    `for_a_run` refuses what no run is to begin with, as `recipe/refusals.py` has it; that of an earlier one may.
     """
     if path is None:
         raise UserError("command line: no recipe given (--help shows how)")
-    values, lines = parse_yaml(read_text(Path(path), "recipe"), str(path))
+    values, lines = parse_yaml(read_text(Path(path), "recipe", MOST_BYTES), str(path))
     if not isinstance(values, dict):
         what = "empty" if values is None else f"a {'list' if isinstance(values, list) else 'text'}"
         raise UserError(f"{path}: a recipe is `key: value` lines, this is {what}")
-    return checked_recipe(values, {key: f"{path} line {line}" for key, line in lines.items()}, path, overrides or {})
+    places = {key: f"{path} line {line}" for key, line in lines.items()}
+    return checked_recipe(values, places, path, overrides or {}, for_a_run)
 
 
 def checked_recipe(
-    values: dict[str, Any], places: dict[tuple[str, ...], str], path: str | Path, overrides: Mapping[str, str]
+    values: dict[str, Any],
+    places: dict[tuple[str, ...], str],
+    path: str | Path,
+    overrides: Mapping[str, str],
+    for_a_run: bool,
 ) -> Recipe:
     """The recipe that these values make with the overrides; `places` says where in `path` each key stands."""
     for key, override in overrides.items():
@@ -45,6 +54,8 @@ def checked_recipe(
         # What it replaces is no longer on any line of the file.
         places = {place: line for place, line in places.items() if place[: len(parts)] != parts}
         places[parts] = "command line"
+    if for_a_run:
+        _refuse(secrets_of(values), places, path)  # before any message that shows a value
     problems = [
         f"{places.get((name,), path)}: {name} = {values[name]}: {problem}"
         for name in values.keys() & IGNORED.keys()
@@ -56,7 +67,23 @@ def checked_recipe(
         problems += [_explain(detail, places, path) for detail in error.errors()]
     if problems:
         raise UserError("; ".join(problems))
+    if for_a_run:
+        _refuse(problems_of(recipe, values), places, path)
     return recipe
+
+
+def _refuse(problems: list[Problem], places: dict[tuple[str, ...], str], path: str | Path) -> None:
+    lines = []
+    for key, problem in problems:
+        colon = "" if problem.startswith("=") else ":"
+        lines.append(f"{_place(key, places, path)}: {'.'.join(key)}{colon} {problem}" if key else f"{path}: {problem}")
+    if lines:
+        raise UserError("; ".join(lines))
+
+
+def _place(key: tuple[str, ...], places: dict[tuple[str, ...], str], path: str | Path) -> str:
+    """Where the key stands, or the nearest above it that has a place."""
+    return next((places[key[:n]] for n in range(len(key), 0, -1) if key[:n] in places), str(path))
 
 
 def _override(values: dict[str, Any], parts: tuple[str, ...], value: Any) -> None:
@@ -94,7 +121,7 @@ MESSAGES = {"model_type": "should be a mapping of options", "path_type": "should
 def _explain(detail: Any, places: dict[tuple[str, ...], str], path: str | Path) -> str:
     """One error of pydantic's as `FILE line N: key = value: what is wrong`."""
     key = tuple(str(part) for part in detail["loc"])
-    place = next((places[key[:n]] for n in range(len(key), 0, -1) if key[:n] in places), str(path))
+    place = _place(key, places, path)
     name = ".".join(key)
     if detail["type"] == "missing" and len(key) > 1:  # `source`, of a data set that is no source
         hint = nearest(key[1], Datasets.model_fields)

@@ -29,7 +29,7 @@ from training.engine import Engine
 from training.optimizer_state import random_state, save_optimizer
 from training.plan import Position
 from utils.errors import UserError
-from utils.files import UNFINISHED, flush, read_json, remove_tree
+from utils.files import UNFINISHED, flush, read_json, read_text, remove_tree
 from utils.launch import stop_all
 
 FORMAT = 1  # of trainer_state/; tests/fixtures keeps a checkpoint of each
@@ -72,7 +72,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if not file.exists():
         raise UserError(f"{path}: holds no trainer_state/, so that no run can go on from it")
     try:
-        state = json.loads(file.read_text(encoding="utf-8"))
+        state = json.loads(read_text(file))
         if state["format"] > FORMAT:
             raise UserError(f"{path}: of a later version of this collection (format {state['format']})")
         for name, size in state["files"].items():

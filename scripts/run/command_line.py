@@ -37,4 +37,4 @@ def read_command_line(usage: str, arguments: list[str] | None = None) -> tuple[a
         raise UserError(f"command line: --reproduce {options.reproduce} brings its recipe: leave out {recipe_file}")
     if options.reproduce is not None:
         return options, recorded_recipe(options.reproduce, overrides)
-    return options, load_recipe(recipe_file, overrides)
+    return options, load_recipe(recipe_file, overrides, for_a_run=True)

@@ -8,6 +8,7 @@ from huggingface_hub.errors import HFValidationError
 from data.files import hub_patterns, source_files
 from data.reading import TRAIN, VALIDATION, Reading
 from recipe.keys import Recipe
+from run.folder import check_own_names
 from run.model_files import check_savable
 from run.resume import find_checkpoint, is_finished
 from sources.registry import find_source
@@ -27,6 +28,7 @@ def dry_run(recipe: Recipe, allow_changes: bool) -> None:
             say(f"would go on from {checkpoint.path}")
         # What claim_output_dir would run into, found without writing.
         folder = recipe.output_dir
+        check_own_names(recipe)
         nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
         if not os.path.isdir(nearest) or not os.access(nearest, os.W_OK):
             raise UserError(

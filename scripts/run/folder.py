@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +12,16 @@ from recipe.keys import Recipe
 from run.checkpoint import Checkpoint, remove_leftovers
 from run.retention import SET_ASIDE, list_checkpoints, list_set_aside, step_of
 from utils.errors import UserError
-from utils.files import remove_tree, write_whole
+from utils.files import read_text, remove_tree, write_whole
 from utils.launch import say
 
 # The first line of OUTPUT_DIR/recipe.yaml, by which it is known from a file of the user's.
 RECIPE_HEADER = "# The resolved recipe of this run: `sft.py THIS_FILE --output_dir NEW` repeats it.\n"
+# What a run writes into its folder; the first of these tell that a folder holds one.
+OWN_FILES = (
+    *("metrics.jsonl", "training.png", "config.json", "model.safetensors", "tokenizer.json", "README.md"),
+    *("recipe.yaml", "run.json", "bad_steps.jsonl", "generation_config.json", "tokenizer_config.json"),
+)
 PATIENCE = 20.0  # seconds to wait for the processes of the start before this one, which may still be saving
 
 
@@ -26,9 +32,8 @@ def refuse_other_run(recipe: Recipe, problems: Sequence[UserError] = ()) -> None
         problems: of its checkpoints, why none of them can be gone on from; the newest's first.
     """
     folder = recipe.output_dir
-    names = ("metrics.jsonl", "training.png", "config.json", "model.safetensors", "tokenizer.json", "README.md")
     # os.path, since Path.exists raises for a name too long to be one.
-    held = [name for name in names if os.path.lexists(folder / name)]
+    held = [name for name in OWN_FILES[:6] if os.path.lexists(folder / name)]
     if os.path.lexists(folder / "recipe.yaml") and not is_ours(folder / "recipe.yaml"):
         held.append("recipe.yaml")
     held += [path.name for path in [*list_checkpoints(folder), *list_set_aside(folder)]]
@@ -40,11 +45,26 @@ def refuse_other_run(recipe: Recipe, problems: Sequence[UserError] = ()) -> None
         )
 
 
+def check_own_names(recipe: Recipe) -> None:
+    """See that nothing stands where a run going on in output_dir will write, or it would find out after its training.
+
+    Raises: UserError where one of its files' names is a folder's or a pipe's, or that of log_dir.
+    """
+    folder, first = recipe.output_dir, Path(recipe.log_dir).parts[:1]
+    for name in OWN_FILES:
+        if os.path.exists(folder / name) and not os.path.isfile(folder / name):
+            raise UserError(
+                f"output_dir = {folder}: {name} is no file there, and the run has to write one: move it away"
+            )
+    if recipe.log_wandb and first and (first[0] in OWN_FILES or re.match(r"\.?checkpoint-|\.final|\.lock", first[0])):
+        raise UserError(f"log_dir = {recipe.log_dir}: the run has something else of that name: give another")
+
+
 def is_ours(recipe_file: Path) -> bool:
     """Whether this is the recipe.yaml that a run wrote."""
     try:
-        return recipe_file.read_text(encoding="utf-8").startswith(RECIPE_HEADER)
-    except (OSError, UnicodeDecodeError):
+        return read_text(recipe_file).startswith(RECIPE_HEADER)
+    except UserError:
         return False
 
 
@@ -74,6 +94,12 @@ def claim_output_dir(recipe: Recipe, checkpoint: Checkpoint | None) -> None:
     """
     folder = recipe.output_dir
     lock_output_dir(recipe)
+    check_own_names(recipe)
+    if recipe.log_wandb:
+        try:
+            (folder / recipe.log_dir).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"log_dir = {recipe.log_dir}: cannot write in {folder}: {error.strerror}") from error
     try:
         for name in remove_leftovers(folder):
             say(f"removed {name}, which an interrupted run had not finished")

@@ -4,14 +4,16 @@ import functools
 import json
 import math
 import os
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from recipe.keys import Recipe
+from recipe.secrets import redact_text
+from run.curves import Curves
 from run.progress import Progress
+from run.record_file import redact
 from utils.errors import UserError
 from utils.launch import say
 
@@ -28,6 +30,7 @@ class RunLog:
             progress: where the run begins; its wandb_id becomes that of the run in which it is logged.
         """
         self.path = recipe.output_dir / "metrics.jsonl"
+        self.curves = Curves(self.path)
         self.main_process = main_process
         self.wandb = _start_wandb(recipe, progress.wandb_id) if main_process and recipe.log_wandb else None
         if self.wandb:
@@ -68,7 +71,8 @@ class RunLog:
         """Print an evaluation under the progress bar: a line for each data set, and one for all."""
         if not self.main_process:
             return
-        names = [key.removesuffix("_loss").removeprefix("eval").removeprefix("_") for key in results if "_loss" in key]
+        losses = [key.removesuffix("_loss") for key in results if key.endswith("_loss")]
+        names = [key.removeprefix("eval").removeprefix("_") for key in losses]
         width = max((len(name) for name in names), default=0)
         with self.progress.external_write_mode():
             print(f"\nvalidation after step {step:,}")
@@ -82,7 +86,7 @@ class RunLog:
         """Draw the curves so far, so that a run that is stopped has them too."""
         if self.main_process:
             try:
-                plot(self.path, self.path.with_name("training.png"))
+                self.curves.draw(self.path.with_name("training.png"))
             except OSError as error:  # no reason to stop: what does not come back if it is not written says so itself
                 say(f"\ntraining.png could not be drawn: {error.strerror}")
 
@@ -102,11 +106,11 @@ def _start_wandb(recipe: Recipe, run_id: str | None):
     start = functools.partial(
         wandb.init,
         project=recipe.wandb_project,
-        name=recipe.output_dir.resolve().name,
+        name=redact_text(recipe.output_dir.resolve().name),
         id=run_id,
         resume="allow",
         dir=folder,
-        config=recipe.model_dump(mode="json"),
+        config=redact(recipe.model_dump(mode="json")),
         settings=wandb.Settings(silent=True),
     )
     reason = ""
@@ -125,46 +129,3 @@ def _start_wandb(recipe: Recipe, run_id: str | None):
     elif not run.disabled:
         say(f"wandb: {run.url}")
     return run
-
-
-def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """Every metric of a metrics.jsonl as its (step, value) points; none where somebody has taken the file away."""
-    curves: dict[str, list[tuple[int, float]]] = defaultdict(list)
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        metrics = json.loads(line)
-        for name, value in metrics.items():
-            if name != "step" and isinstance(value, (int, float)):
-                curves[name].append((metrics["step"], value))
-    return curves
-
-
-def plot(metrics: Path, image: Path) -> None:
-    """Draw metrics.jsonl: training and validation loss, accuracy, learning rate and gradient norm, by step."""
-    if not metrics.exists():
-        return
-    from matplotlib.figure import Figure  # not pyplot, which takes twice as long to import
-
-    curves = read_metrics(metrics)
-    panels = [
-        ("training loss", lambda name: name == "loss" or name.startswith("loss_")),
-        ("validation loss", lambda name: name.startswith("eval_") and name.endswith("loss")),
-        ("validation accuracy", lambda name: name.startswith("eval_") and name.endswith("accuracy")),
-        ("learning rate", lambda name: name == "learning_rate"),
-        ("gradient norm", lambda name: name == "grad_norm"),
-        ("tokens a second", lambda name: name == "tokens_per_second"),
-    ]
-    figure = Figure(figsize=(15, 8), layout="constrained")
-    axes = figure.subplots(2, 3)
-    datasets = sorted(name.removeprefix("loss_") for name in curves if name.startswith("loss_"))
-    for axis, (title, belongs) in zip(axes.flat, panels, strict=True):
-        for name in sorted(filter(belongs, curves)):
-            dataset = name.removeprefix("eval_").removeprefix("loss_").removesuffix("_loss").removesuffix("_accuracy")
-            style = {"color": "black", "linewidth": 2, "label": "all"}
-            if dataset in datasets:  # of one colour in every panel
-                style = {"color": f"C{datasets.index(dataset)}", "linewidth": 1, "label": dataset}
-            axis.plot(*zip(*curves[name], strict=True), marker=".", **style)
-        axis.set(title=title, xlabel="optimizer step")
-        axis.grid(alpha=0.3)
-        if len(axis.lines) > 1:
-            axis.legend(fontsize="small")
-    figure.savefig(image, dpi=110)

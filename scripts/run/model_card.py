@@ -4,10 +4,12 @@ from pathlib import Path
 
 from recipe.keys import Recipe
 from run.progress import Progress
+from utils.files import write_whole
+from utils.launch import say
 
 
 def write_model_card(recipe: Recipe, tokenizer, progress: Progress, tokens: int) -> None:
-    """Write OUTPUT_DIR/README.md, the card of the final model.
+    """Write OUTPUT_DIR/README.md, the card of the final model; where that fails, say so: all else of the run is there.
 
     Args:
         progress: where the run has ended, with its last evaluation.
@@ -48,4 +50,8 @@ writes them:
 
 ![training curves](training.png)
 """
-    (recipe.output_dir / "README.md").write_text(card, encoding="utf-8")
+    path = recipe.output_dir / "README.md"
+    try:
+        write_whole(path, card)
+    except OSError as error:
+        say(f"warning: {path}: the model's card could not be written: {error.strerror}")

@@ -25,6 +25,8 @@ from utils.launch import num_processes, say
 # Zephyr 7B) and InstructGPT (about 1e-5 for 1.3B and 6B). LoRA's usual 2e-4 is over it from 3 billion on.
 HIGHEST_RATES = ((1e9, 3e-3), (3e9, 1e-3), (math.inf, 1e-4))  # under so many parameters, the rate
 LOWEST_RATE = 2e-7  # a tenth of the lowest published one known to us, Tulu 3's 2e-6 for 70B
+# Four months at a step a second, and 2,500 times the seed's epochs: more likely a slip than meant.
+ABSURD_STEPS, ABSURD_EPOCHS = 10_000_000, 10_000
 CUT_SHARE = 0.2  # of the training conversations
 LEAST_KEPT = 0.5  # of the scored tokens of a data set, when its conversations are cut
 
@@ -105,6 +107,12 @@ def recipe_warnings(
         found.append(f"warmup_steps = {recipe.warmup_steps}: as long as the run ({total_steps:,} steps): give fewer")
     if total_steps <= 2:
         found.append(f"the run has {total_steps} step(s), and the first two run at rate 0: no weight will change")
+    if total_steps > ABSURD_STEPS or total_steps > ABSURD_EPOCHS * epoch_steps:
+        found.append(
+            f"the run has {total_steps:,} steps, {total_steps / epoch_steps:,.0f} epochs: at a step a second "
+            f"{total_steps / 86_400:,.0f} days, in which the learning rate hardly falls: is that what "
+            "num_train_epochs or max_steps is to say?"
+        )
     every = steps_between_checkpoints(recipe, epoch_steps)
     if recipe.save_strategy == "no":
         found.append("save_strategy = no: nothing to go on from after a crash: give steps or epoch")

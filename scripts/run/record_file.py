@@ -7,7 +7,6 @@ loaded.
 import json
 import math
 import os
-import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,38 +14,11 @@ from typing import Any, Literal
 
 from recipe.keys import Recipe
 from recipe.load import checked_recipe
+from recipe.secrets import REDACTED, redact_text
 from utils.errors import UserError
 from utils.files import read_json, write_whole
 
 FORMAT = 1  # of the record; a newer one is refused
-REDACTED = "[redacted]"
-
-# Names whose values are secret, as options (--hub_token X), as keys of JSON, and as environment variables.
-SECRET_NAME = re.compile(r"(key|token|password|passwd|secret)$", re.IGNORECASE)
-# A commit is 40 hexadecimal digits too: one stays under these names and in the hub's cache (snapshots/<commit>/).
-COMMIT_NAME = re.compile(r"(commit|revision)$")
-WANDB_KEY_OR_COMMIT = re.compile(r"(?<!snapshots/)(?<![0-9a-f])[0-9a-f]{40}(?![0-9a-f])", re.IGNORECASE)
-SECRETS = [
-    (re.compile(r"(hf|api_org)_[A-Za-z0-9]{20,}"), REDACTED),  # Hugging Face: a user's, an organization's
-    (re.compile(r"wandb_v\d_\w{20,}"), REDACTED),
-    (re.compile(r"(gh[opsu]|github_pat)_\w{20,}"), REDACTED),
-    (re.compile(r"(?<=:/)(/?)[^\s/]+@"), rf"\1{REDACTED}@"),  # user:password@ of a URL, one slash left of it as a path
-    (  # ...token=X within a text, as in a signed URL
-        re.compile(
-            r"((?:(?:api|access|secret|auth)[_-]?key|token|password|passwd|secret)[\"']?\s*[=:]\s*)[^\s,}&]+", re.I
-        ),
-        rf"\1{REDACTED}",
-    ),
-]
-
-
-def redact_text(text: str, name: str = "") -> str:
-    """The text with what looks like a secret in it replaced; all of it where its name says that it is one."""
-    if SECRET_NAME.search(name):
-        return REDACTED
-    for pattern, replacement in SECRETS:
-        text = pattern.sub(replacement, text)
-    return text if COMMIT_NAME.search(name) else WANDB_KEY_OR_COMMIT.sub(REDACTED, text)
 
 
 def redact(value: Any, name: str = "") -> Any:
@@ -103,7 +75,7 @@ def recorded_recipe(path: Path, overrides: Mapping[str, str]) -> Recipe:
     values = read_record(path)["recipe"]
     if "output_dir" in values:
         values["output_dir"] = f"{values['output_dir']}-reproduced"
-    recipe = checked_recipe(values, {}, path, overrides)
+    recipe = checked_recipe(values, {}, path, overrides, for_a_run=True)
     if left_out := next((line.strip() for line in recipe.to_yaml().splitlines() if REDACTED in line), None):
         raise UserError(f"{path}: {left_out}: left out of the record, as it looks like a secret: give it as an option")
     return recipe

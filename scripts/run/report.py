@@ -7,8 +7,8 @@ from transformers import PreTrainedModel
 from data.dialogue import render_scored
 from data.mix import Mix
 from recipe.keys import Recipe
+from run.curves import best_point
 from run.health import StepHealth
-from run.log import read_metrics
 from run.progress import Progress
 from run.retention import list_checkpoints
 from run.stats import TrainingStats
@@ -79,7 +79,8 @@ def describe_rehearsal(
     tokens *= packs_per_step(recipe, batches.num_processes) / batches.num_processes * steps
     hours = seconds * tokens / train.tokens / 3600
     took = f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:,.1f} minutes"
-    print(f"the largest micro-batches run ({', '.join(shapes)}){memory}; training will take very roughly {took}")
+    some = f"; an estimate, of the first {train.of_epochs:,} epochs" if train.of_epochs else ""
+    print(f"the largest micro-batches run ({', '.join(shapes)}{some}){memory}; training will take very roughly {took}")
 
 
 def out_of_memory(largest: tuple[MicroBatch, MicroBatch | None], recipe: Recipe) -> str:
@@ -106,8 +107,7 @@ def show_first_batch(batch: Batch, tokenizer) -> None:
 def end_report(recipe: Recipe, progress: Progress, stats: TrainingStats, health: StepHealth) -> dict:
     """Print what a run has come to, over all its starts, and return it for run.json."""
     step, total_steps = progress.step, progress.total_steps
-    curve = read_metrics(recipe.output_dir / "metrics.jsonl").get("eval_loss", [])
-    best = min(curve, key=lambda point: point[1], default=None)
+    best = best_point(recipe.output_dir / "metrics.jsonl", "eval_loss")
     report = {
         "steps": step,
         "tokens": stats.tokens,

@@ -151,8 +151,8 @@ def starting_point(checkpoint: Checkpoint | None, mix: Mix, recipe: Recipe) -> P
         stood = {name: checkpoint.state[name] for name in kept} | {"position": checkpoint.position}
         if checkpoint.position.conversations >= len(training_rows(mix, recipe, checkpoint.position.epoch)):
             stood["position"] = Position(checkpoint.position.epoch + 1)  # of a mix that was made smaller
-    left = steps_left(mix, recipe, num_processes(), stood["position"])
-    return Progress(total_steps=recipe.max_steps or stood["step"] + left, **plan, **stood)
+    end = recipe.max_steps or stood["step"] + steps_left(mix, recipe, num_processes(), stood["position"])
+    return Progress(total_steps=end, **plan, **stood)
 
 
 def run_state(recipe: Recipe, mix: Mix, engine: Engine, progress: Progress, health: StepHealth) -> dict[str, Any]:

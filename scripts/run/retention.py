@@ -86,7 +86,10 @@ def disk_peak(recipe: Recipe, model: int, state: int, epoch_steps: int, total_st
     every = steps_between_checkpoints(recipe, epoch_steps)
     most, most_states = kept(recipe)
     used = peak = 0
-    for _ in range(int(total_steps // every - start_step // every)):
+    saves = int(total_steps // every - start_step // every)
+    # After these, each does what the one before it did: a run of two billion steps has as many.
+    settling = len(models) + sum(int(limit) for limit in (most, most_states) if limit < math.inf)
+    for _ in range(min(saves, settling)):
         models.append(model)
         states.append(state)
         used += model + state
@@ -95,6 +98,10 @@ def disk_peak(recipe: Recipe, model: int, state: int, epoch_steps: int, total_st
             used -= models.popleft()
         while len(states) > most_states:
             used -= states.popleft()
+    if saves > settling:
+        stays = model * (most == math.inf) + state * (most_states == math.inf)
+        used += (saves - settling) * stays
+        peak = max(peak, used - stays + model + state)
     return max(peak, used + model)
 
 

@@ -13,6 +13,8 @@ import numpy as np
 
 from data.mix import Mix
 from recipe.keys import Recipe
+from utils.errors import UserError
+from utils.launch import say
 
 # What a draw is for, so that no two share a stream.
 ORDER, SUBSET, WINDOW = range(3)
@@ -172,20 +174,39 @@ def steps_per_epoch(mix: Mix, recipe: Recipe, num_processes: int, epoch: int = 0
 
 
 def steps_left(mix: Mix, recipe: Recipe, num_processes: int, position: Position) -> int:
-    """Optimizer steps from a position to the end of num_train_epochs."""
-    drawn = any(options.fraction or options.size for options in recipe.datasets.chosen().values())
+    """Optimizer steps from a position to the end of num_train_epochs.
+
+    Raises: UserError where so many epochs differ, each to be packed for it, that counting would take a quarter of an
+        hour or more.
+    """
     steps_of = functools.cache(functools.partial(steps_per_epoch, mix, recipe, num_processes))
     fraction, whole = math.modf(recipe.num_train_epochs)
     if position.epoch > whole:
         return 0
+    plan = epoch_plan(mix, recipe, position.epoch)
+    drawn = any(options.fraction or options.size for options in recipe.datasets.chosen().values())
     varies = recipe.packing and drawn
-    steps = sum(steps_of(epoch if varies else 0) for epoch in range(position.epoch, int(whole)))
+    epochs = int(whole) - position.epoch
+    if varies:
+        _check_counting(recipe, epochs, len(plan.rows))
+    steps = sum(map(steps_of, range(position.epoch, int(whole)))) if varies else epochs * steps_of(0)
     # Rounded, since the fraction of 2.1 is a little over 0.1.
     steps += math.ceil(round(fraction * steps_of(int(whole) if varies else 0), 6)) if fraction else 0
     # Counted from what is left of this epoch: what is used may have been in steps of another size.
-    plan = epoch_plan(mix, recipe, position.epoch)
     of_epoch = math.ceil((len(plan) - plan.first_pack(position)) / packs_per_step(recipe, num_processes))
     return max(0, steps - steps_of(position.epoch if varies else 0) + of_epoch)
+
+
+def _check_counting(recipe: Recipe, epochs: int, conversations: int) -> None:
+    """Say, or refuse, what takes long before the first step: packing takes about a microsecond a conversation."""
+    packed = epochs * (conversations + 1000)  # an epoch itself takes as long as 1,000
+    if packed > 10**9:
+        raise UserError(
+            f"num_train_epochs = {recipe.num_train_epochs:g}: under packing each draw of fraction or size makes "
+            f"another number of steps, and {epochs:,} epochs are too many to count: give max_steps"
+        )
+    if packed > 3 * 10**7:
+        say(f"counting the steps of {epochs:,} epochs, each packed for it: {packed / 6e7:.0f} minutes or so")
 
 
 def describe_packing(mix: Mix, recipe: Recipe, num_processes: int) -> str:

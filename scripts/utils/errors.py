@@ -23,8 +23,10 @@ def one_line_errors():
         return
     except (UserError, OSError) as error:
         # An OSError wherever it came up; whoever can say more has made a UserError of it.
-        cannot_write = isinstance(error, OSError)
-        if cannot_write and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        number = error.errno if isinstance(error, OSError) else None
+        cannot_write = number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+        # These pathlib raises where it looks whether a file is there; whatever else is wrong with a path means "no".
+        if isinstance(error, OSError) and not cannot_write and number not in (errno.ENAMETOOLONG, errno.ELOOP):
             raise
         torch = sys.modules.get("torch")  # not imported here, since --help must not wait for it
         if int(os.environ.get("LOCAL_RANK", 0)) == 0 or (torch and torch.distributed.is_initialized()):

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,20 +13,47 @@ from typing import Any
 from utils.errors import UserError
 
 BLOCKS, BLOCK_BYTES = 64, 64 * 1024
+MOST_BYTES = 2**31  # of a file that is read whole; JSON of that size would take several times as much memory
+# What is there under a name and is no file to read: some of these never end.
+NO_FILES = (
+    (stat.S_ISDIR, "Is a directory"),
+    (stat.S_ISFIFO, "Is a named pipe"),
+    (stat.S_ISCHR, "Is a device"),
+    (stat.S_ISBLK, "Is a device"),
+)
 UNFINISHED = ".tmp"  # how the name of a file ends that is being written
 # What a file system says that cannot flush a folder, as some over FUSE and CIFS.
 NO_FLUSH = (errno.EINVAL, errno.EBADF, errno.ENOTSUP)
 
 
-def read_text(path: Path, what: str = "file") -> str:
-    """A text file in UTF-8, a byte order mark left out; UserError, naming `what` it is, if unreadable or not UTF-8."""
+def read_text(path: Path, what: str = "file", most: int = MOST_BYTES) -> str:
+    """A text file in UTF-8, a byte order mark left out.
+
+    Raises: UserError, naming `what` it is, if it is unreadable, no file that ends, over `most` bytes, or not UTF-8.
+    """
     try:
-        return Path(path).read_bytes().decode("utf-8-sig")
+        # Not to wait for a writer: a FIFO that nobody writes to would hold up the open itself.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            if stat.S_ISFIFO(mode) and not os.path.lexists(os.path.realpath(path)):
+                # The nameless pipe of `<(command)` or of a shell's |: somebody writes to it, and it ends.
+                os.set_blocking(file.fileno(), True)
+            elif not stat.S_ISREG(mode):
+                kind = next((name for test, name in NO_FILES if test(mode)), "not a file")
+                raise UserError(f"{path}: cannot read this {what}: {kind}")
+            content = bytearray()
+            while len(content) <= most and (chunk := file.read(2**20)):
+                content += chunk
+        if len(content) > most:
+            raise UserError(f"{path}: cannot read this {what}: over {most:,} bytes")
+        return content.decode("utf-8-sig")
+    except ValueError as error:
+        if isinstance(error, UnicodeDecodeError):
+            line = error.object[: error.start].count(b"\n") + 1
+            raise UserError(f"{path} line {line}: not UTF-8, as a {what} has to be") from None
+        raise UserError(f"{str(path)!r}: cannot read this {what}: {error}") from None  # a NUL byte in its name
     except OSError as error:
         raise UserError(f"{path}: cannot read this {what}: {error.strerror} (looked in {Path.cwd()})") from None
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise UserError(f"{path} line {line}: not UTF-8, as a {what} has to be") from None
 
 
 def parse_json(text: str, source: str | Path, line: int | None = None) -> Any:

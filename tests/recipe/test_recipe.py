@@ -282,6 +282,43 @@ def test_refuses_files(load, text, parts):
         load(text, base="")
 
 
+def alias_bomb(levels: int, each: int) -> str:
+    """`levels` lists, each of so many aliases of the one before it."""
+    lines = ["a0: &a0 [" + ", ".join(["x"] * each) + "]"]
+    lines += [f"a{n}: &a{n} [" + ", ".join([f"*a{n - 1}"] * each) + "]" for n in range(1, levels)]
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        alias_bomb(7, 9),  # 500 bytes
+        alias_bomb(60, 2),
+        "a: &a {b: 1}\n"
+        + "k0: &k0 {<<: *a}\n"
+        + "".join(f"k{n}: &k{n} {{<<: [*k{n - 1}, *k{n - 1}]}}\n" for n in range(1, 200)),
+    ],
+)
+def test_aliases_are_counted_before_they_are_followed(load, text):
+    started = time.perf_counter()
+    with refuse("recipe.yaml line", r"aliases \(\*name\) stand for more than 10,000 values"):
+        load(text, base="")
+    with refuse("--datasets", "aliases"):
+        load("", {"datasets": "{" + ", ".join(text.splitlines()) + "}"})
+    assert time.perf_counter() - started < 1
+
+
+def test_a_large_mix_of_shared_options_is_no_bomb(load):
+    mix = "datasets:\n- a: &all {source: messages, input_file_path: x, val_split: 0.05, size: 3}\n"
+    mix += "".join(f"- b{n}:\n    <<: *all\n    size: {n + 1}\n" for n in range(200))
+    assert len(load(mix, base="model_name: m\noutput_dir: o\n").datasets.chosen()) == 201
+
+
+def test_a_recipe_has_no_megabyte(load):
+    with refuse("recipe.yaml: cannot read this recipe: over 1,048,576 bytes"):
+        load("#" * 2**20)
+
+
 # ---- Command line ----
 
 

@@ -1,21 +1,27 @@
 """What a run leaves behind while it trains: the numbers, metrics.jsonl, the curves, Weights & Biases."""
 
 import json
+import math
+import random
 import subprocess
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 from interruption import MEASURED, metrics, run_here, small_recipe
 from mixes import make_progress
+from PIL import Image
 
 from recipe.keys import Recipe
+from run import curves
 from run.checkpoint import read_checkpoint
-from run.log import RunLog, plot, read_metrics
+from run.curves import MOST_BINS, Curves, best_point
+from run.log import RunLog
 from run.stats import Clock, TrainingStats
 from training.collate import Batch
 from training.memory import peak_memory
@@ -245,10 +251,13 @@ def test_lines_are_json_in_full_precision_and_come_back(log, tmp_path):
     written = (tmp_path / "metrics.jsonl").read_text().splitlines()
     parsed = [json.loads(line, parse_constant=refuse) for line in written]
     assert parsed == [lines[0], lines[1] | {"grad_norm": None}, lines[2] | {"eval_loss": None}]
-    curves = read_metrics(tmp_path / "metrics.jsonl")
-    assert curves["loss"] == [(1, 1 / 3), (2, 0.1 + 0.2)]
-    assert curves["grad_norm"] == [(1, 2.0)]
-    assert "step" not in curves
+    read = Curves(tmp_path / "metrics.jsonl")
+    read.read_on()
+    assert read.curves["loss"].points() == [(1, 1 / 3), (2, 0.1 + 0.2)]
+    assert read.curves["grad_norm"].points() == [(1, 2.0)]
+    assert read.curves.keys() == {"loss", "learning_rate", "grad_norm", "eval_vicuna_loss"}
+    assert best_point(tmp_path / "metrics.jsonl", "loss") == (2, 0.1 + 0.2)
+    assert best_point(tmp_path / "metrics.jsonl", "eval_loss") is None
 
 
 def test_other_processes_write_nothing(tmp_path, capsys):
@@ -282,14 +291,100 @@ LINES = [
 def test_the_curves(tmp_path, count):
     metrics, image = tmp_path / "metrics.jsonl", tmp_path / "training.png"
     metrics.write_text("".join(json.dumps(line) + "\n" for line in LINES[:count]))
-    plot(metrics, image)
+    Curves(metrics).draw(image)
     assert image.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert image.stat().st_size > 10_000
 
 
 def test_no_metrics_no_curves(tmp_path):
-    plot(tmp_path / "metrics.jsonl", tmp_path / "training.png")
+    Curves(tmp_path / "metrics.jsonl").draw(tmp_path / "training.png")
     assert not list(tmp_path.iterdir())
+
+
+def long_run(path: Path, first: int, end: int) -> None:
+    """A line every 10 steps, as a run of many steps writes them."""
+    with open(path, "a", encoding="utf-8") as file:
+        for line in range(first, end):
+            noise = random.Random(line).gauss(0, 1)
+            loss = 2 + 3 * math.exp(-line / 5000) + 0.2 * noise
+            values = {"loss": loss, "loss_vicuna": loss + 0.1, "learning_rate": 1 / (line + 9), "grad_norm": 2**noise}
+            file.write(json.dumps({"step": 10 * line + 1, **values, "tokens": line, "loss_scale": 65536.0}) + "\n")
+
+
+def test_a_drawing_takes_as_long_however_long_the_run_is(tmp_path, monkeypatch):
+    """At 100,000 lines it took 16 s of each evaluation: only what is new is read, and so many points are drawn."""
+    metrics, image = tmp_path / "metrics.jsonl", tmp_path / "training.png"
+    drawn, parsed = Curves(metrics), []
+    parse = json.loads
+    monkeypatch.setattr(curves.json, "loads", lambda text: parsed.append(text) or parse(text))
+    for first, end in ((0, 100), (100, 30_000), (30_000, 30_007)):
+        long_run(metrics, first, end)
+        parsed.clear()
+        started = time.perf_counter()
+        drawn.draw(image)
+        seconds = time.perf_counter() - started
+        assert len(parsed) == end - first
+        assert all(len(curve.points()) <= 2 * MOST_BINS + 1 for curve in drawn.curves.values())
+    assert seconds < 4
+    assert drawn.read == metrics.stat().st_size
+    assert image.stat().st_size > 10_000
+
+
+def test_a_thinned_drawing_looks_the_same(tmp_path, monkeypatch):
+    long_run(tmp_path / "metrics.jsonl", 0, 20_000)
+    for name, most in (("thinned", MOST_BINS), ("all", 10**9)):
+        monkeypatch.setattr(curves, "MOST_BINS", most)
+        Curves(tmp_path / "metrics.jsonl").draw(tmp_path / f"{name}.png")
+    thinned, every = (np.asarray(Image.open(tmp_path / f"{name}.png").convert("L"), int) for name in ("thinned", "all"))
+    assert thinned.shape == every.shape == (880, 1650)
+    assert (abs(thinned - every) > 64).mean() < 0.005
+
+
+@pytest.mark.parametrize("every", [1, 10, 997])
+def test_a_thinned_curve_keeps_its_peaks_and_its_end(every, monkeypatch):
+    monkeypatch.setattr(curves, "MOST_BINS", 16)
+    values = np.random.default_rng(0).normal(size=500).tolist()
+    points = [(every * step + 1, value) for step, value in enumerate(values)]
+    curve = curves.Curve()
+    for count, point in enumerate(points, 1):
+        curve.add(*point)
+        kept = curve.points()
+        assert len(kept) <= 2 * 16 + 1
+        assert kept == sorted(kept)
+        assert set(kept) <= set(points[:count])
+        if count <= 16:
+            assert kept == points[:count]
+        assert {min(points[:count], key=lambda p: p[1]), max(points[:count], key=lambda p: p[1]), point} <= set(kept)
+    # In each stretch of the axis, the lowest and the highest: no peak is lost.
+    for number in {step // curve.width for step, _ in points}:
+        own = [value for step, value in points if step // curve.width == number]
+        assert {min(own), max(own)} <= {value for step, value in kept if step // curve.width == number}
+
+
+def test_a_line_that_is_being_written_waits(tmp_path):
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    read = Curves(metrics)
+    read.read_on()
+    assert read.curves["loss"].points() == [(1, 2.0)]
+    with open(metrics, "a") as file:
+        file.write('ss": 1.0}\n')
+    read.read_on()
+    assert read.curves["loss"].points() == [(1, 2.0), (2, 1.0)]
+
+
+def test_a_data_set_of_any_name_is_shown_and_drawn_in_its_colour(log, tmp_path, capsys):
+    names = ["loss", "my_loss_set", "loss_x", "x", "accuracy"]
+    results = {f"eval_{name}_{what}": 0.5 for name in names for what in ("loss", "accuracy")}
+    log.write({"step": 1, **{f"loss_{name}": 1.0 for name in names}, "loss_spike": 1, "loss_scale": 65536.0})
+    log.write({"step": 1, **results, "eval_loss": 2.0, "eval_accuracy": 1.0})
+    log.show_evaluation(1, results | {"eval_loss": 2.0, "eval_accuracy": 1.0})
+    shown = [line.split()[0] for line in capsys.readouterr().out.strip().splitlines()]
+    assert shown == ["validation", *names, "all"]
+    assert {"loss_spike", "loss_scale"}.isdisjoint(log.curves.curves)
+    for name in names:
+        for metric in (f"loss_{name}", f"eval_{name}_loss", f"eval_{name}_accuracy"):
+            assert curves._dataset_of(metric) == name
 
 
 # ---- Weights & Biases ----
@@ -396,6 +491,26 @@ def test_a_resumed_run_is_the_same_run_of_wandb(tmp_path, tiny_model, monkeypatc
                 row = {item.key or ".".join(item.nested_key): item.value_json for item in record.history.item}
                 steps.append(int(row["step"]))
     assert steps == [line["step"] for line in metrics(output)]
+
+
+@pytest.mark.usefixtures("nobody")
+def test_what_may_be_a_secret_is_not_uploaded(tmp_path, monkeypatch):
+    """Not even what only may be one, as 40 digits of a commit or of an older key; recipe.yaml keeps it."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    digits = "0123456789abcdef0123456789abcdef01234567"
+    data = [{"vicuna": {"input_file_path": f"data-{digits}.json"}}]
+    recipe = make_recipe(tmp_path / f"out-{digits}", log_wandb=True, datasets=data, cache_dir=digits)
+    log = RunLog(recipe, make_progress(2), main_process=True)
+    log.write(LINES[0])
+    log.close()
+    (run,) = (recipe.output_dir / "base" / "wandb").glob("offline-run-*")
+    (config,) = [record.run for record in records(run) if record.HasField("run") and record.run.config.update]
+    values = {item.key: json.loads(item.value_json) for item in config.config.update}
+    assert values["cache_dir"] == "[redacted]"
+    assert values["datasets"]["vicuna"]["input_file_path"] == "data-[redacted].json"
+    assert values["learning_rate"] == recipe.learning_rate
+    assert config.display_name == "out-[redacted]"
+    assert not [record for record in records(run) if record.HasField("run") and digits in json.dumps(values)]
 
 
 @pytest.mark.usefixtures("nobody")

@@ -20,14 +20,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, LlamaC
 from data.mix import Mix
 from recipe.load import load_recipe
 from run.preflight import recipe_warnings
+from run.report import describe_rehearsal
+from run.resume import starting_point
 from run.retention import check_disk, checkpoint_bytes, disk_peak
 from training.batches import Batches
 from training.collate import Batch, collate
 from training.loss import ScoredLoss
 from training.memory import check_memory, estimate_memory
-from training.micro_batches import largest_micro_batches
+from training.micro_batches import _planned_epochs, largest_micro_batches
 from training.model import load_model
-from training.plan import Position, epoch_plan, packs_per_step
+from training.plan import Position, epoch_plan, packs_per_step, steps_per_epoch
 from utils.errors import UserError
 
 NEOX = GPTNeoXConfig(
@@ -100,6 +102,72 @@ def test_largest_micro_batches_by_brute_force(mix_and_recipe, processes, steps, 
         for chosen, batches in ((found, plan), (found_validation, held_out)):
             as_large = [batch for batch in batches if tokens(batch) == tokens(chosen)]
             assert len(chosen.targets) == max(len(batch.targets) for batch in as_large)
+
+
+@given(mixes_and_recipes(), processes_of_runs, st.integers(1, 60), st.integers(1, 3))
+def test_where_epochs_are_too_many_the_largest_is_that_of_the_first(mix_and_recipe, processes, steps, planned):
+    mix, recipe = mix_and_recipe
+    whole = largest_micro_batches(mix, recipe, processes, steps, Position(1))[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.micro_batches._planned_epochs", lambda mix: planned)
+        found = largest_micro_batches(mix, recipe, processes, steps, Position(1))[0]
+    of_epochs = [steps_per_epoch(mix, recipe, processes, epoch) for epoch in range(1, planned + 1)]
+    first = largest_micro_batches(mix, recipe, processes, min(steps, sum(of_epochs)), Position(1))[0]
+    assert (found.epoch, found.shape, found.rows.tolist()) == (first.epoch, first.shape, first.rows.tolist())
+    assert first.of_epochs is whole.of_epochs is None
+    assert found.of_epochs in (None, planned)
+    if found.of_epochs is None:  # then none is larger
+        assert found.tokens == whole.tokens
+    if steps <= sum(of_epochs):
+        assert found.of_epochs is None
+
+
+@pytest.mark.parametrize("keys", [{}, {"packing": True}, {"padding_free": False, "micro_batch_tokens": 4096}])
+def test_an_absurd_end_is_planned_at_once(keys):
+    """Two billion steps; 100,000 epochs of 300 conversations took 28 s."""
+    mix = make_mix([[int(n) for n in np.random.default_rng(0).integers(2, 900, 300)]])
+    recipe = make_recipe(
+        max_steps=2**31 - 1, num_train_epochs=1e9, per_device_train_batch_size=4, max_length=800, **keys
+    )
+    started = time.perf_counter()
+    progress = starting_point(None, mix, recipe)
+    assert progress.total_steps == 2**31 - 1
+    by_epochs = starting_point(None, mix, recipe.model_copy(update={"max_steps": None}))
+    assert by_epochs.total_steps == 10**9 * steps_per_epoch(mix, recipe, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.micro_batches._planned_epochs", lambda mix: 20)
+        train, _ = largest_micro_batches(mix, recipe, 1, progress.steps_left, progress.position)
+    assert train.of_epochs in (None, 20)
+    disk_peak(recipe.model_copy(update={"save_steps": 1}), 7, 20, 10, 2**31 - 1)
+    assert time.perf_counter() - started < 2
+
+
+def test_the_rehearsal_says_that_it_is_an_estimate(capsys):
+    batches = Batches(make_mix([[60, 10, 30]]), make_recipe(), 0, 1, PAD)
+    train, held_out = largest_micro_batches(batches.mix, batches.recipe, 1, 5, Position())
+    for of_epochs, said in ((None, False), (1234, True)):
+        largest = train._replace(of_epochs=of_epochs), held_out
+        describe_rehearsal(largest, 1.0, batches, torch.device("cpu"), 5)
+        assert ("an estimate, of the first 1,234 epochs" in capsys.readouterr().out) == said
+
+
+def test_so_many_epochs_are_planned():
+    sizes = {30: 9708, 300: 7692, 300_000: 33, 10**7: 10}
+    for rows, epochs in sizes.items():
+        assert _planned_epochs(SimpleNamespace(train=SimpleNamespace(lengths=range(rows)))) == epochs
+
+
+def test_epochs_that_each_have_to_be_packed_are_not_counted_for_ever(capsys):
+    mix = make_mix([[2] * 15 + [40] * 15])
+    keys = {"options": [{"fraction": 0.5}], "packing": True, "max_length": 40}
+    with pytest.raises(UserError, match=r"^num_train_epochs = 1e\+06: under packing .* give max_steps$"):
+        starting_point(None, mix, make_recipe(num_train_epochs=1e6, **keys))
+    assert starting_point(None, mix, make_recipe(num_train_epochs=1e6, max_steps=7, **keys)).total_steps == 7
+    assert capsys.readouterr().out == ""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.plan.steps_per_epoch", lambda *_: 1)
+        assert starting_point(None, mix, make_recipe(num_train_epochs=50_000, **keys)).total_steps > 49_990
+    assert "counting the steps of 50,000 epochs" in capsys.readouterr().out
 
 
 def test_steps_of_a_global_batch_start_micro_batches_of_their_own():
@@ -454,6 +522,24 @@ def test_disk_peak(total_steps, save_steps, limit, keep, data):
     assert disk_peak(recipe, 7, 20, 10, total_steps, start_step) == naive_peak([], saves, 7, 20, limit, keep)
 
 
+@pytest.mark.parametrize("limit", [None, 1, 4])
+@pytest.mark.parametrize("keep", [None, 1, 3])
+def test_disk_peak_of_many_checkpoints(tmp_path, limit, keep):
+    """As if each were counted, and two billion of them at once."""
+    for step in (1, 2, 3, 4, 5):
+        (tmp_path / f"checkpoint-{step}" / "trainer_state").mkdir(parents=True)
+        (tmp_path / f"checkpoint-{step}" / "model.safetensors").write_bytes(b"x" * 50 * step)
+        (tmp_path / f"checkpoint-{step}" / "trainer_state" / "optimizer.safetensors").write_bytes(b"x" * 9 * step)
+    recipe = make_recipe(output_dir=tmp_path, save_steps=1, save_total_limit=limit, keep_trainer_state=keep)
+    held = [[50 * step, 9 * step] for step in (1, 2, 3, 4, 5)]
+    for more in (0, 1, 3, 8, 30):
+        copy = [size.copy() for size in held]
+        assert disk_peak(recipe, 7, 20, 10, 5 + more, 5) == naive_peak(copy, more, 7, 20, limit, keep), more
+    many = disk_peak(recipe, 7, 20, 10, 2**31 - 1, 5)
+    each = 7 * (limit is None) + 20 * (limit is keep is None)
+    assert many == disk_peak(recipe, 7, 20, 10, 5 + 1000, 5) + (2**31 - 1 - 1005) * each
+
+
 @pytest.mark.parametrize(("strategy", "saves"), [("no", 0), ("epoch", 3), ("steps", 2)])
 def test_save_strategies(strategy, saves):
     recipe = make_recipe(save_strategy=strategy, save_steps=15, save_total_limit=None, keep_trainer_state=None)
@@ -531,6 +617,8 @@ def test_a_usual_run_has_no_warning():
         ({}, {"max_length": 50}, ["max_length = 50", "21% of the training conversations", "17% of their tokens"]),
         ({}, {"learning_rate": 2e-4}, ["learning_rate = 0.0002", "7 billion"]),
         ({}, {"learning_rate": 1e-8}, ["learning_rate = 1e-08"]),
+        ({"total_steps": 2**31 - 1}, {}, ["2,147,483,647 steps, 5,368,709 epochs", "24,855 days", "max_steps"]),
+        ({"total_steps": 400 * 10_001}, {}, ["4,000,400 steps, 10,001 epochs"]),
         ({"config": GPTNeoXConfig(dtype=torch.bfloat16)}, {"dtype": "fp16"}, ["fp16", "give dtype: bf16"]),
     ],
 )

@@ -29,9 +29,11 @@ from data.dialogue import prepare_tokenizer
 from data.mix import Mix, prepare_mix
 from recipe.keys import Recipe
 from recipe.load import load_recipe
+from recipe.refusals import problems_of, secrets_of
+from recipe.secrets import REDACTED
 from run.command_line import read_command_line
 from run.record import describe_git, differences, start_record
-from run.record_file import FORMAT, REDACTED, read_record, redact, update_status, write_record
+from run.record_file import FORMAT, read_record, redact, update_status, write_record
 from utils.errors import UserError
 from utils.files import fingerprint
 
@@ -520,6 +522,8 @@ def test_reproduce_asks_for_what_was_left_out(tmp_path, recipe, mix):
     arguments = ["--reproduce", str(tmp_path / "run.json")]
     with refuse("run.json: wandb_project", "looks like a secret: give it as an option"):
         read_command_line("", arguments)
+    with refuse("command line: wandb_project: holds what looks like a Hugging Face token", "HF_TOKEN"):
+        read_command_line("", [*arguments, "--wandb_project", f"hf_{'x' * 34}"])
     assert read_command_line("", [*arguments, "--wandb_project", "mine"])[1].wandb_project == "mine"
 
 
@@ -528,6 +532,7 @@ def test_reproduce_asks_for_what_was_left_out(tmp_path, recipe, mix):
 def test_any_recorded_recipe_loads_as_it_was(tmp_path, values):
     values = values | {"datasets": [{name: block} for name, block in values["datasets"].items()]}
     recipe = Recipe.model_validate(values)
+    assume(not secrets_of(recipe.values()) and not problems_of(recipe, recipe.values()))  # as sft.py has begun it
     record = start_record(recipe, Mix([], None, None), 1, torch.float32)
     assume(REDACTED not in json.dumps(record["recipe"]))
     write_record(record, tmp_path / "run.json")

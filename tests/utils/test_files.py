@@ -1,9 +1,11 @@
 """Files are there whole, the old or the new, whatever happens meanwhile."""
 
+import contextlib
 import errno
 import os
 import stat
-from concurrent.futures import ProcessPoolExecutor
+import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import pytest
 
@@ -72,3 +74,41 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
     (tmp_path / "file").write_bytes(b"\xef\xbb\xbf5")
     assert read_text(tmp_path / "file") == "5"
     assert parse_json("5", "here") == 5
+
+
+def test_what_never_ends_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to("fifo")
+    os.symlink("loop", tmp_path / "loop")
+    with open(tmp_path / "huge", "wb") as file:
+        file.truncate(2**40)  # without the disk space
+    for path, reason in [
+        (tmp_path / "fifo", "Is a named pipe"),
+        (tmp_path / "link", "Is a named pipe"),
+        ("/dev/zero", "Is a device"),
+        (tmp_path, "Is a directory"),
+        (tmp_path / "huge", "over 2,147,483,648 bytes"),
+        (tmp_path / "loop", "Too many levels of symbolic links"),
+        (tmp_path / ("x" * 300), "File name too long"),
+        (f"{tmp_path}/a\0b", "null"),
+    ]:
+        with pytest.raises(UserError, match=f"cannot read this record: .*{reason}"):
+            read_json(path, "record")
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/fd"), reason="no /dev/fd here")
+def test_the_nameless_pipe_of_a_shell_is_read(tmp_path):
+    """`sft.py <(sed s/a/b/ recipe.yaml)`, also where its writer is slow; with a limit to what it can be sent."""
+    for sent, most in (("a: 1\n" * 30_000, 2**20), ("a: 1\n", 4)):
+        reader, writer = os.pipe()
+        with ThreadPoolExecutor(1) as pool:
+            reading = pool.submit(read_text, f"/dev/fd/{reader}", "recipe", most)
+            time.sleep(0.1)
+            with contextlib.suppress(BrokenPipeError), open(writer, "w") as file:
+                file.write(sent)
+            if most > 4:
+                assert reading.result() == sent
+            else:
+                with pytest.raises(UserError, match="over 4 bytes"):
+                    reading.result()
+        os.close(reader)

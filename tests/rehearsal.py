@@ -39,12 +39,10 @@ def rehearse(lengths=LENGTHS, model_type="gpt_neox", processes=1, put=(), size=N
 
 
 def _rehearse(lengths, model_type, processes, put, size, may_wait, keys):
-    from benchmarking.fake_gpu import pretend_gpu
     from benchmarking.roofline import figures
     from benchmarking.traced_step import trace_step
     from benchmarking.train import shape
 
-    pretend_gpu()
     for change in put:
         change()
     config = shape(size, None) if size else SIZES | {"model_type": model_type, "num_key_value_heads": 2}
@@ -143,7 +141,10 @@ def flash_attn() -> None:
 
 def liger() -> None:
     """Liger's kernel for the cross-entropy, which writes the gradient over the logits."""
+    from benchmarking.fake_gpu import pretend_gpu
     from training import loss
+
+    pretend_gpu()  # which takes PyTorch's loss
 
     @torch.library.custom_op("liger::cross_entropy", mutates_args=("logits",))
     def kernel(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -57,7 +57,7 @@ def write_state(engine, folder: Path) -> None:
     state = {f"computes/0/{name}": parameter.detach().view(-1) for name, parameter in model.named_parameters()}
     for name, layer in model.named_modules():
         if isinstance(layer, HalfLinear):
-            state[f"computes/0/{name}.weight"] = layer.half.view(-1)
+            state[f"computes/0/{name}.weight"] = layer.half_weight.view(-1)
     for fragment in _fragments(accelerator, model, engine.optimizer):
         state |= {f"{kind}/{fragment.start}/{fragment.name}": fragment.tensors[kind] for kind in KINDS}
     # Clones, since without ZeRO the weights are those that compute.

@@ -25,7 +25,10 @@ Point = tuple[int, float]  # step and value
 
 
 def metrics_lines(path: Path, start: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The whole lines of a metrics.jsonl from a byte on, each with the byte after it."""
+    """The whole lines of a metrics.jsonl from a byte on, each with the byte after it; none where somebody has taken the
+    file away."""
+    if not path.exists():
+        return
     with open(path, "rb") as file:
         file.seek(start)
         for line in file:

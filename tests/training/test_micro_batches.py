@@ -42,14 +42,14 @@ def cut(tokens: np.ndarray, processes: int, limit: int | None, layout: str = "pa
 def test_more_even_than_by_number(seed, processes, fitting, each, layout):
     """The process with the most has no more than by number, and no process has more micro-batches.
 
-    Padded, fewer micro-batches may have more padding between them: only as many are compared.
+    Padded they may have more padding between them: there it is a rule of thumb, and only the bound is asked for.
     """
     tokens = long_tailed(seed, each * processes)
     by_tokens = cut(tokens, processes, fitting * LONGEST, layout)
     by_number = cut(tokens, processes, None, layout, size=fitting)
     assert by_tokens.max() <= fitting * LONGEST
     assert len(by_tokens) <= len(by_number)
-    if layout == "padding-free" or len(by_tokens) == len(by_number):
+    if layout == "padding-free":
         assert by_tokens.sum(0).max() <= by_number.sum(0).max()
     # ZeRO-2 waits in each round: a process's largest come first, as everyone's.
     assert (np.diff(by_tokens, axis=0) <= 0).all()

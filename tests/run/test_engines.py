@@ -28,6 +28,14 @@ SHORT = {"gpt_neox": [PLAIN, ZERO2, DDP, ZERO1, PLAIN], "mixture": [DDP, ZERO1, 
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3}
 
 
+@pytest.fixture(autouse=True)
+def _no_accelerator_yet():
+    """Of an earlier test of this process, in another precision."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def write_model(kind: str, folder) -> None:
     demo = ROOT / "recipes" / "demo_data" / "model"
     neox = AutoConfig.from_pretrained(demo, **SIZES)

@@ -18,6 +18,7 @@ from evaluation.model import evaluation_parser, find_model
 from recipe.load import load_recipe
 from utils.command_line import positive
 from utils.errors import UserError, one_line_errors
+from utils.requirements import require
 
 
 def arguments():
@@ -31,6 +32,7 @@ def arguments():
     options = parser.parse_args()
     if (options.few_shot is None) != (options.examples is None):
         raise UserError("command line: --few_shot N and --examples FILE go together")
+    require("evaluate")
     checkpoint = find_model(options.checkpoint)
     return options, checkpoint, load_recipe(checkpoint.recipe_file) if checkpoint.recipe_file else None
 

@@ -16,12 +16,12 @@ The result is CHECKPOINT/eval/harness.json: lm_eval's own dictionary under "lm_e
 first prompt of each task as text and as ids. An evaluation that was interrupted goes on where it stopped.
 """
 
-import importlib.util
 import os
 
 from evaluation.model import evaluation_parser, find_model
 from utils.command_line import positive
 from utils.errors import UserError, one_line_errors, reason
+from utils.requirements import require
 
 MODES = {"on": ["chat"], "off": ["plain"], "both": ["chat", "plain"]}
 
@@ -36,8 +36,7 @@ def arguments():
     options = parser.parse_args()
     if (options.num_fewshot or 0) < 0:
         raise UserError("command line: --num_fewshot is 0 or more (--help shows how)")
-    if not importlib.util.find_spec("lm_eval"):
-        raise UserError("lm_eval is not installed: pip install -r requirements-eval.txt -c constraints.txt")
+    require("lm_eval", "requirements-eval.txt")
     return options, find_model(options.checkpoint)
 
 

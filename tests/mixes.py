@@ -24,9 +24,9 @@ LAYOUTS = {
 }
 
 
-def given(*strategies):
+def given(*strategies, examples: int = 60):
     """hypothesis.given without its deadline: the machine may be shared."""
-    return lambda test: hypothesis.settings(max_examples=60, deadline=None)(hypothesis.given(*strategies)(test))
+    return lambda test: hypothesis.settings(max_examples=examples, deadline=None)(hypothesis.given(*strategies)(test))
 
 
 def make_split(lengths: list[list[int]], seed: int = 0, scored_share: float = 0.4) -> Split:

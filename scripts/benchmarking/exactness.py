@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, PreTrainedModel
 
 import training.loss
+from benchmarking.attention import initializer_range
+from benchmarking.contenders import DEVICE
 from recipe.keys import Recipe
 from training.collate import Batch, end_to_end
 from training.engine import for_autocast
@@ -16,7 +18,6 @@ from training.loss import ScoredLoss, choose_kernel, with_pytorch
 from training.model import ready_for_training
 from utils.errors import UserError, reason
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LENGTHS = (300, 20, 2100, 129, 2) if DEVICE.type == "cuda" else (300, 20, 129, 2)  # on a GPU one for cuDNN's attention
 FP16_SCALE = 1024.0  # of the loss, without which its gradients round to 0
 PATHS = {
@@ -32,12 +33,12 @@ def measure_exactness(width: int) -> dict[str, dict[str, float] | str]:
     """Of each dtype and path the relative error of the loss, and of all gradients together (norm of what they are off
     by the norm of what they should be), added over two equal micro-batches; or why it cannot run here.
 
-    `plain autocast` is transformers' own forward and loss, padded: what the dtype costs, whoever computes.
+    `plain autocast` is transformers' own model, one conversation after the other: what the dtype costs.
     """
     torch.manual_seed(0)
     sizes = {"hidden_size": width, "num_attention_heads": max(2, width // 128), "intermediate_size": 4 * width}
     config = GPTNeoXConfig(**sizes, num_hidden_layers=2, vocab_size=1000, hidden_act="gelu_pytorch_tanh")
-    config.initializer_range = 0.08 * (512 / width) ** 0.5
+    config.initializer_range = initializer_range(width)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     conversations = [torch.randint(1000, (length,)) for length in LENGTHS]
     expected = of_autocast(model, conversations, torch.float64)

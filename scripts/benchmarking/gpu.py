@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from benchmarking.ceilings import measure_ceilings
 from benchmarking.contenders import Work, train_bare, train_ours, train_trl
 from benchmarking.exactness import exactness_table, measure_exactness
-from benchmarking.machine import measure_ceilings
 from benchmarking.measuring import in_a_process, machine
 from benchmarking.profile import profile_ours, profile_table
 from benchmarking.real_run import measure_run, run_table
@@ -112,11 +112,8 @@ def write(folder: Path, found: dict[str, Any]) -> None:
 
 def ceilings_line(figures: dict[str, float]) -> str:
     """The machine's ceilings in a line."""
-    units = {"copy": (1e12, "TB/s")}
-    shown = {
-        name: (rate / units.get(name, (1e12,))[0], units.get(name, (0, "TFLOP/s"))[1]) for name, rate in figures.items()
-    }
-    return ", ".join(f"{name} {rate:.3g} {unit}" for name, (rate, unit) in shown.items())
+    units = {name: "TB/s" if name == "copy" else "TFLOP/s" for name in figures}
+    return ", ".join(f"{name} {rate / 1e12:.3g} {units[name]}" for name, rate in figures.items())
 
 
 def describe_training(figures: dict) -> str:

@@ -1,7 +1,6 @@
 """A real run of sft.py on the demo's data, stopped in the middle and gone on with; for `benchmark.py gpu`."""
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -21,8 +20,8 @@ DEMO_MODEL = ROOT / "recipes" / "demo_data" / "model"
 def measure_run(sizes: dict, length: int, steps: int, options: list[str]) -> dict:
     """Train a GPT-NeoX of these sizes from random weights, in rows of `length` tokens; the demo's tokenizer is its own.
 
-    Returns: `metrics` (the lines of metrics.jsonl with a loss, of both starts), `seconds` of each start, `said` (the
-        last lines of the second), and `stopped_at`, the step of the checkpoint that it went on from.
+    Returns: `metrics` (the lines of metrics.jsonl with a loss, of both starts), the last `evaluation`, `seconds` of
+        each start, and `stopped_at`, the step of the checkpoint that it went on from.
     """
     with tempfile.TemporaryDirectory() as folder:
         base, output = Path(folder, "base"), Path(folder, "output")
@@ -43,7 +42,7 @@ def measure_run(sizes: dict, length: int, steps: int, options: list[str]) -> dic
             last = " / ".join(said.strip().splitlines()[-4:])
             raise UserError(f"benchmark: a stopped run ended with status {status}, checkpoints {checkpoints}: {last}")
         stopped = time.perf_counter()
-        status, said = _start(command, output / "metrics.jsonl", stop_after=None)
+        status, _ = _start(command, output / "metrics.jsonl", stop_after=None)
         if status:
             raise UserError(f"benchmark: the second start ended with status {status}")
         lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
@@ -52,14 +51,13 @@ def measure_run(sizes: dict, length: int, steps: int, options: list[str]) -> dic
             "evaluation": {name: value for name, value in lines[-1].items() if name.startswith("eval_")},
             "stopped_at": int(re.search(r"\d+", max(checkpoints))[0]),
             "seconds": [stopped - started, time.perf_counter() - stopped],
-            "said": said.splitlines()[-12:],
         }
 
 
 def _start(command: list[str], metrics: Path, stop_after: int | None) -> tuple[int, str]:
     """The exit status of a start, and what it said; it is asked to stop when so many steps are written down."""
     with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=subprocess.STDOUT, env=os.environ)
+        process = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=subprocess.STDOUT)
         while process.poll() is None:
             if stop_after and metrics.exists() and metrics.read_text().count('"loss"') >= stop_after:
                 process.send_signal(signal.SIGUSR1)
@@ -75,7 +73,7 @@ def _start(command: list[str], metrics: Path, stop_after: int | None) -> tuple[i
 def run_table(figures: dict) -> str:
     """Losses of a run, and what else its metrics say, in some lines."""
     lines, last = figures["metrics"], figures["metrics"][-1]
-    losses = ", ".join(f"{line['loss']:.4f}" for line in lines)
+    losses = ", ".join(f"{line['loss']:.4f}" for line in lines[:: max(1, len(lines) // 12)])
     shown = {name: last[name] for name in ("mfu", "peak_memory_gib", "loss_scale", "skipped_steps") if name in last}
     seconds = " and ".join(f"{each:.0f} s" for each in figures["seconds"])
     return f"losses {losses}; stopped and gone on with after step {figures['stopped_at']}; {seconds}; " + ", ".join(

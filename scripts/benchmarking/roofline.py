@@ -11,9 +11,11 @@ compiler runs on fake tensors. Sums over the tokens, as of a bias's gradient, ar
 
 import json
 from collections import Counter, defaultdict
+from contextlib import ExitStack
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from benchmarking.measuring import in_a_process
 from benchmarking.operations import Operation
@@ -34,6 +36,16 @@ MICRO_BATCHES = 4  # of a step, as in train.gpu_works
 ALONE = ("bias gradients", "weight casts", "gradient accumulation")  # nothing to be fused with
 
 
+# What made the step as fast as it is, each by what takes it away again; in the order of the table's lines.
+LEADS = {
+    "weights cast once, gradients summed by the product": ("training.engine.for_autocast", lambda *_: None),
+    "a GPT-NeoX's layers by our kernels": ("training.engine.fuse_layers", lambda _: 0),
+    "cuDNN's attention": ("training.attention.cudnn_is_faster", lambda: False),
+    "the head in larger chunks": ("training.loss.rows_of_a_chunk", lambda vocabulary, _: 2**28 // (4 * vocabulary)),
+}
+AS_IT_IS = "as it is, bf16"
+
+
 def settings(tokens: int) -> dict[str, tuple[dict[str, Any], list[list[int]]]]:
     """What the table compares: of each line the keys of the recipe, and the conversations of each micro-batch."""
     plain = {"use_flash_attention": True, "gradient_accumulation_steps": MICRO_BATCHES}
@@ -42,7 +54,7 @@ def settings(tokens: int) -> dict[str, tuple[dict[str, Any], list[list[int]]]]:
         return plain | {"per_device_train_batch_size": conversations} | keys, [[tokens] * conversations] * MICRO_BATCHES
 
     return {
-        "as it is, bf16": of(),
+        AS_IT_IS: of(),
         "torch_compile": of(torch_compile=True),
         "twice the tokens": of(2),
         "gradient_checkpointing": of(gradient_checkpointing=True),
@@ -51,12 +63,24 @@ def settings(tokens: int) -> dict[str, tuple[dict[str, Any], list[list[int]]]]:
     }
 
 
-def measure(gpu: str, layers: int | None, tokens: int, rates: dict[str, float]) -> dict[str, dict]:
-    """The figures of every line; for a process of its own, since it takes a fake GPU."""
-    config = shape(gpu, layers)
-    return {
-        name: figures(trace_step(config, lengths, keys), rates) for name, (keys, lengths) in settings(tokens).items()
-    }
+def measure(gpu: str, layers: int | None, tokens: int, rates: dict[str, float], leads: bool = True) -> dict[str, dict]:
+    """The figures of every line; for a process of its own, since it takes a fake GPU.
+
+    With `leads` a line for each that has come to those before it, from the step without any of them on.
+    """
+    config, found = shape(gpu, layers), {}
+    if not leads:
+        keys, lengths = settings(tokens)[AS_IT_IS]
+        return {AS_IT_IS: figures(trace_step(config, lengths, keys), rates)}
+    for name, (keys, lengths) in settings(tokens).items():
+        found[name] = figures(trace_step(config, lengths, keys), rates)
+    keys, lengths = settings(tokens)[AS_IT_IS]
+    for count, name in enumerate(["without the four below", *list(LEADS)[:-1]]):
+        with ExitStack() as stack:
+            for target, other in list(LEADS.values())[count:]:
+                stack.enter_context(patch(target, other))
+            found[name if not count else f"+ {name}"] = figures(trace_step(config, lengths, keys), rates)
+    return found
 
 
 def benchmark_roofline(gpu: str, layers: int | None, tokens: int, rates: dict[str, float] = H100) -> dict:
@@ -76,7 +100,7 @@ def predict(file: str, layers: int | None) -> dict:
     rates = H100 | {ours: ceilings[name] for ours, name in found.items() if name in ceilings}
     # Of three products of a layer one adds up the weights' gradients.
     rates["products"] = 3 / (2 / ceilings["matmul"] + 1 / ceilings["matmul_sum"])
-    line = in_a_process(measure, "3b", layers, 4096, rates, without_gpu=True)["as it is, bf16"]
+    line = in_a_process(measure, "3b", layers, 4096, rates, False, without_gpu=True)[AS_IT_IS]
     return {"rates": rates, "predicted": line, "measured": rows["tokens"] / rows["seconds"]}
 
 

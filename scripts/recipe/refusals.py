@@ -6,11 +6,13 @@ Not by its schema (`recipe/keys.py`), by which what earlier runs have written is
 import errno
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
 from recipe.keys import Datasets, Recipe
 from recipe.secrets import secret_in
+from utils.requirements import remedy
 
 NOT_IN_A_PROJECT = "/\\#?%:"  # by wandb 0.31, sdk/wandb_settings.py, which raises after the model has been loaded
 LONGEST_PROJECT = 128
@@ -68,6 +70,10 @@ def problems_of(recipe: Recipe, values: dict[str, Any]) -> list[Problem]:
     if os.path.isabs(os.path.expanduser(log_dir)) or log_dir.split(os.sep)[0] == os.pardir:
         found.append((("log_dir",), f"= {recipe.log_dir}: is outside of output_dir: give a folder's name"))
     if recipe.log_wandb:
+        if not find_spec("wandb"):
+            found.append(
+                (("log_wandb",), f"= true: wandb is not installed: {remedy('requirements.txt')}; or give false")
+            )
         if wrong := sorted({letter for letter in recipe.wandb_project if letter in NOT_IN_A_PROJECT}):
             found.append((("wandb_project",), f"= {recipe.wandb_project}: no project of wandb's has {' '.join(wrong)}"))
         if len(recipe.wandb_project) > LONGEST_PROJECT:

@@ -17,9 +17,10 @@ from utils.launch import say
 
 # The first line of OUTPUT_DIR/recipe.yaml, by which it is known from a file of the user's.
 RECIPE_HEADER = "# The resolved recipe of this run: `sft.py THIS_FILE --output_dir NEW` repeats it.\n"
-# What a run writes into its folder; the first of these tell that a folder holds one.
+# What a run writes into its folder, first of all what tells that a folder holds a run.
+TELLTALE_FILES = ("metrics.jsonl", "training.png", "config.json", "model.safetensors", "tokenizer.json", "README.md")
 OWN_FILES = (
-    *("metrics.jsonl", "training.png", "config.json", "model.safetensors", "tokenizer.json", "README.md"),
+    *TELLTALE_FILES,
     *("recipe.yaml", "run.json", "bad_steps.jsonl", "generation_config.json", "tokenizer_config.json"),
 )
 PATIENCE = 20.0  # seconds to wait for the processes of the start before this one, which may still be saving
@@ -33,7 +34,7 @@ def refuse_other_run(recipe: Recipe, problems: Sequence[UserError] = ()) -> None
     """
     folder = recipe.output_dir
     # os.path, since Path.exists raises for a name too long to be one.
-    held = [name for name in OWN_FILES[:6] if os.path.lexists(folder / name)]
+    held = [name for name in TELLTALE_FILES if os.path.lexists(folder / name)]
     if os.path.lexists(folder / "recipe.yaml") and not is_ours(folder / "recipe.yaml"):
         held.append("recipe.yaml")
     held += [path.name for path in [*list_checkpoints(folder), *list_set_aside(folder)]]

@@ -20,8 +20,14 @@ from training.plan import accumulation_steps, micro_batch_size
 from utils.errors import UserError
 from utils.files import read_json
 from utils.launch import launcher_plugin, num_processes, say
+from utils.requirements import require
 
 ACCELERATE_CONFIG = "the accelerate config"
+
+
+def optimizer_on_host(zero: dict[str, Any]) -> bool:
+    """Whether ZeRO's section of the config keeps fp32 weights, moments and a step's gradients off the GPU."""
+    return (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
 
 
 def find_config(recipe: Recipe) -> tuple[dict[str, Any], str] | None:
@@ -39,6 +45,7 @@ def find_config(recipe: Recipe) -> tuple[dict[str, Any], str] | None:
     path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") if plugin else recipe.deepspeed_config
     if path is None:
         return None
+    require("deepspeed")
     if path == "none":  # the accelerate config spells the plugin out, without a JSON file
         return DeepSpeedPlugin().deepspeed_config, ACCELERATE_CONFIG
     config = read_json(Path(path), "deepspeed_config")

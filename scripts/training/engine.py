@@ -16,6 +16,7 @@ from accelerate.utils import DeepSpeedPlugin, set_seed
 from transformers import PreTrainedModel
 
 from recipe.keys import Recipe
+from training.deepspeed_config import optimizer_on_host
 from training.linear import HalfWeights
 from training.loss import ScoredLoss
 from training.neox import fuse_layers
@@ -142,8 +143,7 @@ def for_autocast(model: PreTrainedModel, optimizer: torch.optim.Optimizer, dtype
 def _deepspeed_plugin(config: dict[str, Any]) -> DeepSpeedPlugin:
     # Accelerate refuses a launcher's config beside a complete one; the two have been compared already.
     os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
-    offload = config["zero_optimization"].get("offload_optimizer") or {}
-    if offload.get("device", "none") == "none":
+    if not optimizer_on_host(config["zero_optimization"]):
         # torch's own fused AdamW in place of DeepSpeed's, which it compiles at the first start for a minute or more,
         # behind a lock that outlives a kill. Both are bound by memory: a flat partition is one kernel for either.
         config["optimizer"]["params"] |= {"torch_adam": True, "fused": True}

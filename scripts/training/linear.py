@@ -14,11 +14,15 @@ class HalfLinear(torch.nn.Linear):
 
     half_weight: torch.Tensor  # as `HalfWeights` keeps it
 
+    def in_half(self, device: torch.device) -> bool:
+        """Whether autocast is on there, to the dtype of `half_weight`."""
+        kind = device.type
+        return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == self.half_weight.dtype
+
     @torch.compiler.disable  # which would have to follow the sum into the weight's gradient
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., in_features] to [..., out_features], in half precision under autocast."""
-        device = input.device.type
-        if not torch.is_autocast_enabled(device) or torch.get_autocast_dtype(device) != self.half_weight.dtype:
+        if not self.in_half(input.device):
             return super().forward(input)
         return _Product.apply(input.to(self.half_weight.dtype), self.weight, self.bias, self)
 
@@ -83,7 +87,7 @@ def _weight_gradient(weight: torch.nn.Parameter, left: torch.Tensor, right: torc
     DDP's hook hears of the None, too, and reduces what the weight has (torch 2.11 to 2.13).
     """
     if not len(right):  # of no scored token, say
-        return torch.zeros_like(weight)
+        return torch.zeros_like(weight) if weight.grad is None else None
     if weight.grad is not None:
         add_product(weight.grad, left, right)
         return None

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 
 from recipe.keys import Recipe
 from training.attention import choose_attention
+from training.deepspeed_config import optimizer_on_host
 from training.loss import rows_of_a_chunk
 from utils.errors import UserError
 from utils.launch import has_gpu, num_processes, say
@@ -68,7 +69,7 @@ def estimate_memory(
             **held,
         }
     shard = math.ceil(num_parameters / num_processes)
-    offloaded = gpu and optimizer_offloaded(zero)
+    offloaded = gpu and optimizer_on_host(zero)
     bucket = zero.get("reduce_bucket_size", 5e8)  # the engine's default; "auto" is what Accelerate makes of it
     bucket = hidden**2 if bucket == "auto" else int(bucket)
     if not gpu:  # where memory that is never touched takes no room
@@ -82,11 +83,6 @@ def estimate_memory(
         "step": 0 if offloaded else shard * 4,  # the gradients in fp32
         **held,
     }
-
-
-def optimizer_offloaded(zero: dict[str, Any]) -> bool:
-    """Whether ZeRO keeps fp32 weights, moments and the gradients of the step in the host's memory."""
-    return (zero.get("offload_optimizer") or {}).get("device", "none") == "cpu"
 
 
 def _activations_per_token(
@@ -146,7 +142,7 @@ def check_memory(
         where = f"of each GPU ({processes} in all)"
     else:
         memory, where = psutil.virtual_memory().total, f"of memory, for the {local} process(es) here"
-    if gpu and zero and optimizer_offloaded(zero):
+    if gpu and zero and optimizer_on_host(zero):
         host, installed = local * math.ceil(num_parameters / processes) * 16, psutil.virtual_memory().total
         say(f"memory of the host, estimated: {show_bytes(host)} of {show_bytes(installed)} for the offloaded optimizer")
         if host > installed:

@@ -61,10 +61,8 @@ class FusedLayer(GPTNeoXLayer):
     def forward(self, hidden_states, attention_mask=None, *, layer_past=None, position_embeddings=None, **kwargs):
         """[batch, tokens, hidden] fp32 to the same; arguments by name are those of transformers."""
         attention = self.attention
-        dtype = attention.query_key_value.half_weight.dtype
-        device = hidden_states.device.type
-        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == dtype
-        if not autocast or layer_past is not None or hidden_states.dtype != torch.float32:
+        in_half = attention.query_key_value.in_half(hidden_states.device)
+        if not in_half or layer_past is not None or hidden_states.dtype != torch.float32:
             return super().forward(
                 hidden_states, attention_mask, layer_past=layer_past, position_embeddings=position_embeddings, **kwargs
             )
@@ -72,7 +70,10 @@ class FusedLayer(GPTNeoXLayer):
         weights = [parameter for norm in norms for parameter in (norm.weight, norm.bias)]
         batch, tokens, hidden = hidden_states.shape
         for_attention, for_mlp, rest = _TwoNorms.apply(
-            hidden_states.reshape(-1, hidden).contiguous(), *weights, norms[0].eps, dtype
+            hidden_states.reshape(-1, hidden).contiguous(),
+            *weights,
+            norms[0].eps,
+            attention.query_key_value.half_weight.dtype,
         )
         cos, sin = (each.flatten(0, 1).float().contiguous() for each in position_embeddings)
         width = 3 * attention.head_size

@@ -1,13 +1,16 @@
 """Whether the packages that requirements.txt names are here, asked before anything of them is imported."""
 
 import importlib.metadata
+import importlib.util
 import os
 import re
 import sys
 from pathlib import Path
 
+from utils.errors import UserError
+
 REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements.txt"
-# Imported by what uses them alone: an engine, a metric, a log, a faster tokenizer.
+# Imported by what uses them alone, which asks with `require`: an engine, a metric, a log; or does without: fastokens.
 WHERE_USED = ("deepspeed", "datasets", "evaluate", "wandb", "fastokens")
 
 
@@ -46,6 +49,16 @@ def check_requirements() -> None:
     """End the script with one line, and status 2, where `unmet` finds something."""
     if found := unmet():
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            remedy = "pip install -r requirements.txt -c constraints.txt"
-            print(f"error: {REQUIREMENTS.name}: {', '.join(found)}: {remedy}", file=sys.stderr)
+            print(f"error: {REQUIREMENTS.name}: {', '.join(found)}: {remedy(REQUIREMENTS.name)}", file=sys.stderr)
         raise SystemExit(2)
+
+
+def require(package: str, requirements: str = REQUIREMENTS.name) -> None:
+    """UserError where a package is missing that only what the user asked for needs."""
+    if not importlib.util.find_spec(package):
+        raise UserError(f"{package} is not installed: {remedy(requirements)}")
+
+
+def remedy(requirements: str) -> str:
+    """What brings the packages of one of the requirements files."""
+    return f"pip install -r {requirements} -c constraints.txt"

@@ -5,13 +5,12 @@ import copy
 import filecmp
 import json
 
-import hypothesis
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import run_script
 from hypothesis import strategies as st
-from mixes import make_recipe, scored_loss
+from mixes import given, make_recipe, scored_loss
 from test_loss import MODELS, make_batch, make_labels
 from test_loss import make_model as make_loss_model
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -21,10 +20,6 @@ from training.linear import HalfLinear, HalfWeights
 from training.model import ready_for_training
 
 BF16, FP16 = torch.bfloat16, torch.float16
-
-
-def given(examples: int, *strategies):
-    return lambda test: hypothesis.settings(max_examples=examples, deadline=None)(hypothesis.given(*strategies)(test))
 
 
 def with_half(model: torch.nn.Module, dtype: torch.dtype = BF16, rate: float = 0.0):

@@ -4,7 +4,6 @@ a step are cut into micro-batches and dealt to processes; and no conversation se
 import json
 from dataclasses import replace
 
-import hypothesis
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +11,7 @@ from accelerate import Accelerator
 from conftest import run_script
 from hypothesis import strategies as st
 from interruption import SCRIPT, metrics, run_here, small_recipe
-from mixes import LAYOUTS, PAD, make_mix, make_recipe, scored_loss
+from mixes import LAYOUTS, PAD, given, make_mix, make_recipe, scored_loss
 from safetensors.torch import load_file
 from test_attention import GPT2_SIZES, MODELS, VOCABULARY, end_to_end, make_model
 
@@ -27,10 +26,6 @@ from training.engine import Engine
 from training.plan import Position, training_rows
 
 IMPLEMENTATION = {"padded": "sdpa", "padding-free": "sdpa_by_conversation", "packed": "sdpa_by_conversation"}
-
-
-def given(examples: int, *strategies):
-    return lambda test: hypothesis.settings(max_examples=examples, deadline=None)(hypothesis.given(*strategies)(test))
 
 
 # ---- the same step in every layout ----
@@ -103,7 +98,7 @@ cuts = st.fixed_dictionaries({layout: st.tuples(st.integers(1, 7), st.integers(1
 lengths_of_mixes = st.lists(st.lists(st.integers(2, 24), max_size=8), min_size=1, max_size=3).filter(any)
 
 
-@given(25, lengths_of_mixes, st.integers(0, 999), st.integers(6, 26), cuts)
+@given(lengths_of_mixes, st.integers(0, 999), st.integers(6, 26), cuts, examples=25)
 def test_every_layout_makes_the_same_step(model, lengths, seed, max_length, cuts):
     """In fp32, to 1e-5 of each gradient's norm (measured: 2.4e-6 at most, and 3e-7 of the loss, in 800 examples).
 
@@ -140,7 +135,7 @@ def padding_free_model(request):
 
 
 @pytest.mark.parametrize("training", [True, False])
-@given(40, st.lists(st.integers(1, 12), min_size=2, max_size=6), st.data())
+@given(st.lists(st.integers(1, 12), min_size=2, max_size=6), st.data(), examples=40)
 def test_a_changed_conversation_leaves_the_others_as_they_are(padding_free_model, training, lengths, data):
     """Bit for bit where the shapes are the same; to rounding where it has become longer."""
     model = padding_free_model.train(training)

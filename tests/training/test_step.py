@@ -2,12 +2,11 @@
 
 import math
 
-import hypothesis
 import pytest
 import torch
 from accelerate import Accelerator
 from hypothesis import strategies as st
-from mixes import make_mix, make_recipe
+from mixes import given, make_mix, make_recipe
 from test_attention import end_to_end, make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,10 +17,6 @@ from training.engine import Engine, prepare_engine
 from training.optimizer import clip_fused_step
 
 SHAPES = [(4, 3), (5,), (1,)]
-
-
-def given(examples: int, *strategies):
-    return lambda test: hypothesis.settings(max_examples=examples, deadline=None)(hypothesis.given(*strategies)(test))
 
 
 # ---- clipping within the step ----
@@ -55,7 +50,7 @@ class Trained:
 sizes = st.floats(-6, 6).map(lambda power: 10**power)
 
 
-@given(80, sizes, st.just(0.0) | sizes, st.integers(0, 99))
+@given(sizes, st.just(0.0) | sizes, st.integers(0, 99), examples=80)
 def test_a_clipped_step_is_clip_grad_norm_and_a_plain_step(size, max_norm, seed):
     ours, plain = Trained(fused=True), Trained(fused=False)
     for step in range(3):
@@ -70,7 +65,13 @@ def test_a_clipped_step_is_clip_grad_norm_and_a_plain_step(size, max_norm, seed)
         assert (mine - expected).norm() <= 1e-4 * expected.norm()  # measured in 5,000: 1.4e-5, of a sum that cancels
 
 
-@given(40, sizes, st.sampled_from([0.0, 1.0]), st.sampled_from([math.inf, -math.inf, math.nan]), st.integers(0, 99))
+@given(
+    sizes,
+    st.sampled_from([0.0, 1.0]),
+    st.sampled_from([math.inf, -math.inf, math.nan]),
+    st.integers(0, 99),
+    examples=40,
+)
 def test_a_step_with_a_gradient_that_is_no_number_changes_no_bit(size, max_norm, bad, seed):
     ours, untouched = Trained(fused=True), Trained(fused=True)
     clip_fused_step(ours.optimizer, ours.set_gradients(size, seed, bad), max_norm)
@@ -84,7 +85,7 @@ def test_a_step_with_a_gradient_that_is_no_number_changes_no_bit(size, max_norm,
         assert torch.equal(mine, expected)
 
 
-@given(40, sizes, st.just(0.0) | sizes, st.sampled_from([None, math.inf, math.nan]), st.integers(0, 99))
+@given(sizes, st.just(0.0) | sizes, st.sampled_from([None, math.inf, math.nan]), st.integers(0, 99), examples=40)
 def test_with_a_loss_scaler_it_is_the_same_step(size, max_norm, bad, seed):
     """As fp16 has it: gradients come multiplied by a power of two; an overflow is left out, and lowers the scale."""
     ours, expected = Trained(fused=True), Trained(fused=True)

@@ -66,3 +66,33 @@ def test_every_line_of_the_requirements_is_understood():
     assert len(names) >= 15
     for name in names:
         importlib.metadata.version(name.rstrip("0123456789.,<>="))
+
+
+WITHOUT = """
+import importlib.util, runpy, sys
+missing, find_spec = sys.argv[1], importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name.split(".")[0] == missing else find_spec(name, *rest)
+sys.argv = sys.argv[2:]
+sys.path.insert(0, "scripts")
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+DEMO = ("scripts/sft.py", "recipes/demo.yaml", "--dry_run")
+NEEDED = [  # the package, and what asks for it: tracebacks before, wandb's after the model had been loaded
+    ("deepspeed", *DEMO, "--deepspeed_config", "ds_configs/zero2.json"),
+    ("wandb", *DEMO, "--log_wandb", "true"),
+    ("evaluate", "scripts/eval_gsm8k.py", "recipes/demo_data/model"),
+    ("lm_eval", "scripts/eval_harness.py", "recipes/demo_data/model", "--tasks", "any"),
+]
+
+
+@pytest.mark.parametrize(("package", "command"), [(package, command) for package, *command in NEEDED])
+def test_what_only_some_runs_use_is_one_line_where_it_is_used(package, command, tmp_path):
+    output = ["--output_dir", str(tmp_path / "out")] if "--dry_run" in command else []
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT, package, *command, *output], cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 2, run.stderr
+    line = run.stderr.splitlines()[-1]
+    assert line.startswith("error: ")
+    assert f"{package} is not installed: pip install -r requirements" in line
+    assert "Traceback" not in run.stderr

@@ -6,10 +6,9 @@ from statistics import median
 
 import torch
 
+from benchmarking.contenders import DEVICE
 from training.attention import varlen_attention
 from training.linear import add_product
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def seconds_of(work: Callable[[], object], rounds: int = 15) -> float:

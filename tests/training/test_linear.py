@@ -48,12 +48,12 @@ def assert_same(found: dict, expected: dict) -> None:
 
 
 @given(
-    40,
     st.lists(st.integers(1, 5), max_size=2),
     st.integers(1, 24),
     st.integers(1, 24),
     st.booleans(),
     st.sampled_from([torch.float32, BF16]),
+    examples=40,
 )
 def test_a_layer_computes_what_autocasts_own_does(rows, fan_in, fan_out, bias, of_input):
     """Bit for bit: output, and the gradients of input and weight; the bias's is summed in fp32."""

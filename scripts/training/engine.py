@@ -3,7 +3,6 @@
 import logging
 import math
 import os
-import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -177,8 +176,6 @@ def _join_alone() -> None:
     """Give a process that no distributed launcher started the variables of a group of one, which the engine needs."""
     if "RANK" in os.environ:
         return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    # Port 0: torch's store takes a free one as it listens; one that was looked up before is sometimes taken by then.
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     os.environ.update(alone)

@@ -96,7 +96,7 @@ def test_the_first_batch_by_tokens(prepare):
 def test_contamination_is_reported_and_dropped(prepare, tmp_path):
     """Two questions of the demo's own training data as a benchmark's test set."""
     held_out = prepare("--export", tmp_path / "before.jsonl")
-    assert "not checked for gsm8k_test" in held_out.stdout
+    assert "not checked: gsm8k_test" in held_out.stdout
     rows = read_rows(tmp_path / "before.jsonl")
     questions = [
         row["messages"][0]["content"]

@@ -386,7 +386,7 @@ def test_every_source_is_found_in_the_hubs_cache(tmp_path):
         expected.append([str(folder / commits[0] / files[0])])
     asked.append(["my_chats", OWN.hub_name, "data/test-*", None, "v1"])
     expected.append([str(folder / commits[0] / "data/test-00000-of-00001.parquet")])
-    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    environment, taken = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}, []
 
     def answers(questions):
         process = subprocess.run(
@@ -399,10 +399,13 @@ def test_every_source_is_found_in_the_hubs_cache(tmp_path):
             timeout=120,
         )
         assert process.returncode == 0, process.stderr
-        return [json.loads(line) for line in process.stdout.splitlines()]
+        said = process.stdout.splitlines()
+        taken.extend(line for line in said if line.startswith("files of "))
+        return [json.loads(line) for line in said if line not in taken]
 
     assert set(HUB_FILES) - {"my_chats"} == set(SOURCES) - {"messages"}
     assert answers(asked) == expected
+    assert "files of the hub's someone/chats: data/train-00000-of-00001.parquet" in taken  # named by no pattern
     unknown, missing, other = answers(
         [
             ["vicuna", None, None, None, "v2"],

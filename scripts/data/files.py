@@ -14,12 +14,12 @@ from recipe.keys import Recipe
 from sources.registry import find_source
 from sources.source import HubSource
 from utils.errors import UserError
-from utils.launch import say
 
 # In the order in which they are looked for on the hub.
 HUB_SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".json", ".json.gz")
 OTHER_SPLITS = {"test", "tests", "testing", "validation", "valid", "val", "dev", "eval", "evaluation", "heldout"}
-PART = re.compile(r"\d*|of|part|shard|chunk|[0-9a-f]{16}")  # -00000-of-00003-<hash>, as the hub's own files have it
+# What numbers the parts of a split: -00000-of-00003-<hash>, as in the hub's own files.
+PART = re.compile(r"\d*|of|(part|shard|chunk)\d*|[0-9a-f]{16}")
 MOST_LISTED = 10
 LOCAL_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 
@@ -112,8 +112,8 @@ def fetch_from_hub(repo: str, patterns: list[str], revision: str | None, local_o
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     if not patterns:
         chosen = training_split(names)
-        if chosen and not local_only:
-            say(f"files of the hub's {repo}: {_listed(chosen)}")
+        if chosen and not local_only and os.environ.get("RANK", "0") == "0":  # utils.launch would bring torch for it
+            print(f"files of the hub's {repo}: {_listed(chosen)}", flush=True)
         return [folder / name for name in chosen], "no such file there"
     for pattern in patterns:
         if matching := sorted(name for name in names if fnmatch.fnmatchcase(name, pattern)):

@@ -93,7 +93,8 @@ def _read_parquet(path: Path, fields: Collection[str] | None) -> Iterator[tuple[
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            if repeated := [name for name in names if names.count(name) > 1]:
+            used = [name for name in names if fields is None or name.lower() in fields]
+            if repeated := [name for name in used if used.count(name) > 1]:
                 raise UserError(f"{path}: has the column {repeated[0]!r} twice")
             unread = dict.fromkeys(names)
             for batch in file.iter_batches(batch_size=1000, columns=_columns(file.schema, fields)):

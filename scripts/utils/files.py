@@ -59,15 +59,26 @@ def read_text(path: Path, what: str = "file", most: int = MOST_BYTES) -> str:
 
 
 def parse_json(text: str, source: str | Path, line: int | None = None) -> Any:
-    """The value of a JSON text, all of `source` or this `line` of it; UserError, with the place, if it is none."""
+    """The value of a JSON text, all of `source` or this `line` of it.
+
+    Raises: UserError, with the place, if it is none, or gives a key twice, of which one would be passed over.
+    """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_each_key_once)
     except json.JSONDecodeError as error:
         place = f"{source} line {line or error.lineno}, column {error.colno}"
         raise UserError(f"{place}: JSON does not parse: {error.msg}") from None
     except (ValueError, RecursionError) as error:  # a number of more than 4,300 digits, thousands of brackets
         place = f"{source} line {line}" if line else source
         raise UserError(f"{place}: JSON does not parse: {error}") from None
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key in found if sum(key == other for other, _ in pairs) > 1)
+        raise ValueError(f"the key {twice!r} is given twice")
+    return found
 
 
 def read_json(path: Path, what: str = "file") -> Any:

@@ -7,7 +7,6 @@ The recipe owns every number. Accelerate (1.15) fills only some `auto` values it
 import copy
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +66,7 @@ def fill_config(
     where it is not known yet, as in a dry run by epochs.
 
     Raises: UserError for a key or value that sft.py cannot run with, a fixed value that contradicts the recipe (both
-        are named), or an `auto` that nothing here can fill.
+        are named).
     """
     config = copy.deepcopy(config)
     check_keys(config, source)
@@ -109,10 +108,7 @@ def fill_config(
             remedy = "remove it" if source == ACCELERATE_CONFIG else 'write "auto" there'
             raise UserError(f"{source}: {key} = {present} contradicts the recipe: {ours} = {value}; {remedy}")
         section[name] = value
-    left = [key for key in _autos(config) if key != "zero_optimization.reduce_bucket_size"]  # which Accelerate fills
-    if left:
-        raise UserError(f"{source}: {', '.join(left)} = auto: no key of the recipe says this; give a value")
-    check_precision(config, source)
+    check_precision(config, source, dtype)
     return config
 
 
@@ -124,17 +120,6 @@ def _section(config: dict[str, Any], source: str, key: str) -> tuple[dict[str, A
         if not isinstance(config, dict):
             raise UserError(f"{source}: {key.rpartition('.')[0]} = {json.dumps(config)}: not a JSON object")
     return config, name
-
-
-def _autos(value: Any, key: str = "") -> Iterator[str]:
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _autos(inner, f"{key}.{name}" if key else name)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _autos(inner, key)
-    elif value == "auto":
-        yield key
 
 
 def deepspeed_config(recipe: Recipe, total_steps: int | None, dtype: torch.dtype) -> dict[str, Any] | None:

@@ -6,19 +6,23 @@ misspelt key in silence. Its own models of its sections know names and types; wh
 
 import json
 import math
+import os
 from collections.abc import Collection
 from functools import cache
 from typing import Any, NoReturn
 
+import torch
 from pydantic import BaseModel, ValidationError
 
 from recipe.load import nearest
 from utils.errors import UserError, reason
+from utils.launch import has_gpu
 
 FLAGS = ("prescale_gradients", "wall_clock_breakdown", "memory_breakdown", "dump_state")
 FLAGS += ("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer")
 # What a key has to be that is neither the recipe's nor in one of DeepSpeed's models.
-DTYPE = ("fp32, fp16 or bf16", lambda value: value in (None, "fp32", "fp16", "bf16"))
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPE = ("fp32, fp16 or bf16", lambda value: value is None or (isinstance(value, str) and value in DTYPES))
 VALUES = {
     **{name: ("true or false", lambda value: isinstance(value, bool)) for name in FLAGS},
     "steps_per_print": ("a number of at least 1", lambda value: _is_number(value) and value >= 1),
@@ -54,6 +58,8 @@ SUPPORTED = {
     "zero_optimization.offload_optimizer": ("device", "pin_memory"),
     "zero_optimization.offload_param": (),
 }
+# Where these say "auto" they are filled, the last by Accelerate.
+FILLED = ("fp16.enabled", "bf16.enabled", "bf16.check_grad_overflow", "zero_optimization.reduce_bucket_size")
 # Other keys of DeepSpeed, and what does it here. Where one is switched off it is left out, and nobody need remove it.
 NOT_HERE = {
     "activation_checkpointing": "the recipe's gradient_checkpointing does that",
@@ -80,6 +86,8 @@ LARGEST_POWER = 127  # of two, that fp32 holds
 
 @cache
 def _models() -> dict[str, type[BaseModel]]:
+    if not has_gpu():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # which it would find out by itself, with a warning
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from deepspeed.runtime.zero.offload_config import (
@@ -133,13 +141,20 @@ def check_keys(config: dict[str, Any], source: str) -> None:
         _refuse(source, "fp16.hysteresis", fp16["hysteresis"], "should be at least 1")
 
 
-def check_precision(config: dict[str, Any], source: str) -> None:
-    """UserError where a complete config accumulates gradients as the engine cannot be saved from."""
+def check_precision(config: dict[str, Any], source: str, dtype: torch.dtype) -> None:
+    """UserError where a complete config for training in `dtype` has gradients added up as the engine cannot."""
     zero, accumulated = config["zero_optimization"], config.get("data_types", {}).get("grad_accum_dtype")
-    offload = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
-    if zero["stage"] == 1 and config["bf16"]["enabled"] and accumulated == "fp32" and not offload:
+    if accumulated is None or DTYPES[accumulated] == dtype:
+        return
+    if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
+        # Each norm is no finite number, so that no step changes the weights.
+        what = f"does not go with offload_optimizer and {dtype}"
+    elif zero["stage"] == 1 and (dtype, accumulated) == (torch.bfloat16, "fp32"):
         # For this alone DeepSpeed takes its BF16_Optimizer, without a loss scaler and with other partitions.
-        _refuse(source, "data_types.grad_accum_dtype", accumulated, "does not go with stage 1 and bf16: take stage 2")
+        what = "does not go with stage 1 and bf16: take stage 2"
+    else:
+        return
+    _refuse(source, "data_types.grad_accum_dtype", accumulated, f"{what}, or leave it out")
 
 
 def _check_section(config: dict[str, Any], source: str, section: str) -> None:
@@ -168,6 +183,8 @@ def _check_section(config: dict[str, Any], source: str, section: str) -> None:
         raise UserError(f"{source}: {section}: {reason(error)}") from None
     for name, given in values.items():
         taken = getattr(found, name)
+        if given == "auto" and f"{section}.{name}" not in FILLED:
+            _refuse(source, f"{section}.{name}", given, "no key of the recipe says this: give a value")
         if given == "auto" or isinstance(given, dict):
             continue
         if isinstance(given, bool) != isinstance(taken, bool) or isinstance(given, str) != isinstance(taken, str):

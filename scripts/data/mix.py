@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from data.text_encoder import TextEncoder, fast_text_encoder
 from recipe.keys import Recipe
 from sources.registry import SOURCES
 from sources.source import Conversation, keys_that_change
-from utils.errors import UserError
+from utils.errors import UserError, reason
 from utils.files import remove_tree
 
 ROOM = Path(__file__).parent
@@ -109,7 +110,7 @@ def prepare_mix(recipe: Recipe, tokenizer) -> Mix:
         loading = thread.submit(fast_text_encoder, tokenizer) if missing else None
         for name in missing:
             folder = folders[name]
-            with FileLock(f"{folder}.lock"):
+            with _locked(folder):
                 opened[name] = _open_whole(folder, name)
                 if not opened[name]:
                     _prepare(folder, name, paths[name], recipe, tokenizer, loading)
@@ -118,6 +119,14 @@ def prepare_mix(recipe: Recipe, tokenizer) -> Mix:
     tables, codes = ([getattr(one, what) for one in opened.values()] for what in ("table", "codes"))
     reports = {name: one.report for name, one in opened.items()}
     return Mix(list(opened), _split(tables, codes, TRAIN), _split(tables, codes, VALIDATION), reports)
+
+
+def _locked(folder: Path) -> AbstractContextManager:
+    lock = FileLock(f"{folder}.lock")
+    try:
+        return lock.acquire()
+    except (OSError, NotImplementedError) as error:  # another user's file; a file system without locks
+        raise UserError(f"{lock.lock_file}: {reason(error)}: give another cache_dir") from None
 
 
 def _open_whole(folder: Path, locked_for: str | None = None) -> Prepared | None:

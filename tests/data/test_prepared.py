@@ -171,6 +171,16 @@ def test_what_cannot_be_removed_is_the_users_error(whole, copy, tmp_path, monkey
         prepare_mix(recipe.model_copy(update={"cache_dir": tmp_path}), tokenizer)
 
 
+def test_a_lock_that_cannot_be_had_is_the_users_error(whole, copy, tmp_path):
+    recipe, tokenizer, *_ = whole
+    cut(copy[0] / SPLIT, 0.5)
+    lock = copy[0].with_name(f"{copy[0].name}.lock")
+    lock.unlink()
+    lock.mkdir()
+    with pytest.raises(UserError, match=rf"\A{lock}: IsADirectoryError: [^\n]*: give another cache_dir\Z"):
+        prepare_mix(recipe.model_copy(update={"cache_dir": tmp_path}), tokenizer)
+
+
 # ---- any damage at all ----
 
 

@@ -7,7 +7,8 @@ import numpy as np
 import pyarrow as pa
 from hypothesis import strategies as st
 
-from data.mix import SCHEMA, Mix, Split
+from data.mix import Mix, Split
+from data.prepared import SCHEMA
 from recipe.keys import Datasets, Recipe
 from run.progress import Progress
 from training.collate import Batch

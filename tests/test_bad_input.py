@@ -474,7 +474,7 @@ ZERO2 = json.loads((ROOT / "ds_configs" / "zero2.json").read_text())
         ({**ZERO2, "fp16": {"enabled": True}}, ("fp16.enabled = True", "torch.float32")),
         ({**ZERO2, "optimizer": {"type": "Lamb"}}, ("optimizer.type = Lamb", "AdamW")),
         ({**ZERO2, "scheduler": {"type": "WarmupLR"}}, ("scheduler.type = WarmupLR", "WarmupDecayLR")),
-        ({**ZERO2, "gradient_cliping": "auto"}, ("gradient_cliping = auto", "give a value")),
+        ({**ZERO2, "gradient_cliping": "auto"}, ("unknown key gradient_cliping: did you mean gradient_clipping?",)),
         ({**ZERO2, "optimizer": "auto"}, ("optimizer", "not a JSON object")),
         ({**ZERO2, "fp16": True}, ("fp16 = true", "not a JSON object")),
         ({**ZERO2, "scheduler": {"params": None}}, ("scheduler.params = null", "not a JSON object")),

@@ -96,7 +96,9 @@ def test_the_first_batch_by_tokens(prepare):
 def test_contamination_is_reported_and_dropped(prepare, tmp_path):
     """Two questions of the demo's own training data as a benchmark's test set."""
     held_out = prepare("--export", tmp_path / "before.jsonl")
-    assert "not checked for gsm8k_test" in held_out.stdout
+    (unchecked,) = (line for line in held_out.stdout.splitlines() if "gsm8k" in line and "contamination" in line)
+    assert unchecked.startswith("contamination: not checked: gsm8k_test is not on this machine, and the hub's ")
+    assert unchecked.endswith("/gsm8k_test.jsonl")  # all of it, in one line
     rows = read_rows(tmp_path / "before.jsonl")
     questions = [
         row["messages"][0]["content"]
@@ -118,7 +120,7 @@ def test_contamination_is_reported_and_dropped(prepare, tmp_path):
 def test_dropping_what_cannot_be_checked_is_refused(prepare):
     run = prepare("--drop_contaminated", "true", check=False)
     assert run.returncode == 2
-    assert "drop_contaminated: data set gsm8k_test" in run.errors[0]
+    assert "drop_contaminated: gsm8k_test is not on this machine" in run.errors[0]
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,12 @@
 """The prepared mix: every conversation of every data set, tokenized once, in memory-mapped Arrow files.
 
-A data set's folder holds examples.arrow (its conversations in the order of its files), split.npy (int8 [conversations]:
-0 training, 1 validation, 2 left out by max_val_set) and report.json (what was read and what was dropped). It is written
-as the source is read, so that memory stays flat whatever the source's size.
+A data set's folder (`data/prepared.py`) is written as the source is read, so that memory stays flat whatever the
+source's size.
 
 Preparation runs before any process group exists. Whichever process comes first does it, under a file lock; the others
 wait for the lock, not in a collective that would time out, and read the same files. The folder's name is a hash of
-everything that changes its content, and it appears under that name only when it is whole.
+everything that changes its content, and it appears under that name only when it is whole. What is found damaged there
+is made anew.
 """
 
 import gc
@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,27 +29,19 @@ import sources
 from data.arrow_arrays import booleans, integers, numbers, starts_of, texts
 from data.dialogue import encode
 from data.files import source_files
+from data.prepared import EXAMPLES, SCHEMA, SPLIT, Prepared, open_prepared, seal
 from data.reading import TRAIN, VALIDATION, Reading
 from data.text_encoder import TextEncoder, fast_text_encoder
 from recipe.keys import Recipe
 from sources.registry import SOURCES
 from sources.source import Conversation, keys_that_change
-from utils.errors import UserError
-from utils.files import read_json
+from utils.errors import UserError, reason
+from utils.files import remove_tree
 
 ROOM = Path(__file__).parent
 ROWS_AT_A_TIME = 1000
 CHARACTERS_AT_A_TIME = 2**29  # of up to 4 bytes, since Arrow's texts lie at offsets of 32 bits
 ENCODING_KEYS = {"label_masking", "use_system_tag", "system_property_dropout", "system_add_length"}
-SCHEMA = pa.schema(
-    {
-        "messages": pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})),
-        "input_ids": pa.large_list(pa.int32()),
-        "scored": pa.large_list(pa.bool_()),
-        "length": pa.int64(),
-        "targets": pa.int64(),
-    }
-)
 
 
 @dataclass
@@ -88,9 +81,7 @@ class Mix:
     names: list[str]
     train: Split
     validation: Split
-    # Of each data set by name, its report.json: rows_read, dropped {reason: count}, bad_records, first_bad_record,
-    # conversations, and fingerprint, 20 hex digits that stand for the input_ids, scored flags and split of all its
-    # conversations in order: equal where the data are equal, whatever files, cache or version of this code made them.
+    # Of each data set by name, the fields of `data.prepared.Report`.
     reports: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
@@ -112,22 +103,50 @@ def prepare_mix(recipe: Recipe, tokenizer) -> Mix:
         key = _cache_key(name, paths[name], recipe, tokenizer.eos_token, tokenizer_json)
         folders[name] = root / f"{name}-{key}"
 
-    missing = [name for name in folders if not folders[name].exists()]
+    opened = {name: _open_whole(folder) for name, folder in folders.items()}
+    missing = [name for name in folders if not opened[name]]
     missing.sort(key=lambda name: sum(path.stat().st_size for path in paths[name]), reverse=True)
     with ThreadPoolExecutor(1) as thread:  # loads the encoder while the first data set, the largest, is read
         loading = thread.submit(fast_text_encoder, tokenizer) if missing else None
         for name in missing:
-            with FileLock(f"{folders[name]}.lock"):
-                if not folders[name].exists():
-                    _prepare(folders[name], name, paths[name], recipe, tokenizer, loading)
+            folder = folders[name]
+            with _locked(folder):
+                opened[name] = _open_whole(folder, name)
+                if not opened[name]:
+                    _prepare(folder, name, paths[name], recipe, tokenizer, loading)
+                    opened[name] = open_prepared(folder)
 
-    tables, codes, reports = [], [], {}
-    for name, folder in folders.items():
-        with pa.memory_map(str(folder / "examples.arrow")) as file:
-            tables.append(pa.ipc.open_stream(file).read_all())
-        codes.append(np.load(folder / "split.npy"))
-        reports[name] = read_json(folder / "report.json")
-    return Mix(list(reports), _split(tables, codes, TRAIN), _split(tables, codes, VALIDATION), reports)
+    tables, codes = ([getattr(one, what) for one in opened.values()] for what in ("table", "codes"))
+    reports = {name: one.report for name, one in opened.items()}
+    return Mix(list(opened), _split(tables, codes, TRAIN), _split(tables, codes, VALIDATION), reports)
+
+
+def _locked(folder: Path) -> AbstractContextManager:
+    lock = FileLock(f"{folder}.lock")
+    try:
+        return lock.acquire()
+    except (OSError, NotImplementedError) as error:  # another user's file; a file system without locks
+        raise UserError(f"{lock.lock_file}: {reason(error)}: give another cache_dir") from None
+
+
+def _open_whole(folder: Path, locked_for: str | None = None) -> Prepared | None:
+    """The data set in a folder; None where there is none, or it is damaged. Then, with its lock held for the data set
+    of this name, it is removed, with a line that says so."""
+    try:
+        return open_prepared(folder)
+    except UserError as error:
+        if locked_for:
+            print(f"prepared data of {locked_for}: {error}: made anew", flush=True)
+            _remove(folder)
+        return None
+
+
+def _remove(folder: Path) -> None:
+    try:
+        if os.path.lexists(folder):
+            remove_tree(folder)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made anew: {error.strerror}: give another cache_dir") from None
 
 
 def prepared_folder(recipe: Recipe) -> Path:
@@ -180,13 +199,13 @@ def _prepare(
     """Read, tokenize and split one data set into `folder`, which appears only when it is whole; under its lock."""
     source = Reading(name, recipe.datasets.chosen()[name], paths, recipe.rng_seed)
     work = folder.with_name(f".{folder.name}")
-    shutil.rmtree(work, ignore_errors=True)  # left by a run that was killed, since the lock is ours
+    _remove(work)  # left by a run that was killed, since the lock is ours
     work.mkdir()
     kept: list[bool] = []  # of each conversation, whether any token is scored; else there is nothing to learn
     content = hashlib.blake2b(digest_size=10)
     gc.freeze()  # else the collector looks through all that the libraries made, again and again: a fifth of the time
     try:
-        with pa.ipc.new_stream(work / "examples.arrow", SCHEMA) as writer:
+        with pa.ipc.new_stream(work / EXAMPLES, SCHEMA) as writer:
             conversations, again = itertools.tee(source)  # encode reads ahead by one batch
             encoded = encode(
                 tokenizer,
@@ -210,7 +229,7 @@ def _prepare(
                     content.update(ids)
                     content.update(scored)
         codes = source.split(np.array(kept, dtype=bool))
-        np.save(work / "split.npy", codes)
+        np.save(work / SPLIT, codes)
         content.update(codes)
         report = {
             "rows_read": source.rows_read,
@@ -220,7 +239,7 @@ def _prepare(
             "conversations": len(codes),
             "fingerprint": content.hexdigest(),
         }
-        (work / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        seal(work, folder, report)
         work.rename(folder)
     finally:
         gc.unfreeze()

@@ -45,7 +45,7 @@ class Reading:
         """The conversations in the order of the files; UserError for a damaged file, or a field missing."""
         skip = self._skip if self.options.on_bad_records == "skip" else None
         for path in self.paths:
-            for number, values in read_records(path, skip):
+            for number, values in read_records(path, skip, self.source.fields):
                 record = Record(values, path, number, self.rows_read + 1)
                 dropped: Counter = Counter()  # of this record, forgotten when it turns out to be bad
                 try:

@@ -1,7 +1,8 @@
 """What data files hold, one record at a time: JSON Lines and JSON arrays, each plain or gzipped, and parquet.
 
-Records are streamed, so memory stays flat whatever the file's size. Whatever is wrong with a file is a `UserError` of
-one line that names the file and the line or record; under `on_bad_records: skip` it is reported and passed over.
+A file is what it begins with, whatever its name says: downloads and exports lose endings, and get wrong ones. Records
+are streamed, so memory stays flat whatever the file's size. Whatever is wrong with a file is a `UserError` of one line
+that names the file and the line or record; under `on_bad_records: skip` it is reported and passed over.
 """
 
 import codecs
@@ -9,24 +10,31 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from data.kinds import GZIP, PARQUET, refuse_other_kinds
 from sources.source import kind_of
-from utils.errors import UserError
+from utils.errors import UserError, reason
 
 CHUNK_BYTES = 1 << 20
 BLANK = re.compile(r"[ \t\r\n]*")
 ESCAPED_BYTE = re.compile("[\udc80-\udcff]")  # what the surrogateescape handler makes of a byte that is not UTF-8
 
+NOT_IN_JSON = ("TIMESTAMP", "DATE", "TIME", "DECIMAL", "INTERVAL", "DURATION")  # parquet's types that no source uses
 
-def read_records(path: Path, skip: Callable[[UserError], None] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Stream the records of a .jsonl, .json or .parquet file, the first two possibly gzipped.
 
-    Text is a JSON array if its first character that is not blank is `[`, else JSON Lines, whatever the name says.
+def read_records(
+    path: Path, skip: Callable[[UserError], None] | None = None, fields: Collection[str] | None = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Stream the records of a file of JSON or parquet, the former possibly gzipped.
+
+    Text is a JSON array if its first character that is not blank is `[`, else JSON Lines.
 
     Args:
+        fields: those that are used, in lower case; None for all. Another column of a parquet file is not read, and
+            None in each record.
         skip: called with what is wrong with a record, in place of raising it. Reading then goes on after a bad line of
             JSON Lines or bad bytes; a broken array or parquet file or a cut-off gzip ends there.
     Yields: (number from 1, record); the number is the line in JSON Lines, the place in the array or table elsewhere.
@@ -36,7 +44,7 @@ def read_records(path: Path, skip: Callable[[UserError], None] | None = None) ->
     number, whole = 0, False
     problem = ended = None  # the last one that was skipped; what ended the reading
     try:
-        for number, record in _read_parquet(path) if path.suffix == ".parquet" else _read_text(path):
+        for number, record in _read(path, fields):
             if isinstance(record, dict):
                 whole = True
                 yield number, record
@@ -63,47 +71,71 @@ def read_records(path: Path, skip: Callable[[UserError], None] | None = None) ->
         raise problem or UserError(f"{path}: holds no records")
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
-    import pyarrow
+def _read(path: Path, fields: Collection[str] | None) -> Iterator[tuple[int, Any]]:
+    with open(path, "rb") as file:
+        head = file.read(512)
+    if not head:
+        raise UserError(f"{path}: the file is empty")
+    if head.startswith(PARQUET):
+        yield from _read_parquet(path, fields)
+        return
+    refuse_other_kinds(path, head)
+    if path.suffix == ".parquet":
+        raise UserError(f"{path}: is no parquet file, which begins with PAR1: download it anew, or name it .jsonl")
+    with gzip.open(path, "rb") if head.startswith(GZIP) else open(path, "rb") as file:
+        yield from _read_text(path, file)
+
+
+def _read_parquet(path: Path, fields: Collection[str] | None) -> Iterator[tuple[int, Any]]:
     import pyarrow.parquet
 
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1000):
-                for record in batch.to_pylist():
+            names = file.schema_arrow.names
+            used = [name for name in names if fields is None or name.lower() in fields]
+            if repeated := [name for name in used if used.count(name) > 1]:
+                raise UserError(f"{path}: has the column {repeated[0]!r} twice")
+            unread = dict.fromkeys(names)
+            for batch in file.iter_batches(batch_size=1000, columns=_columns(file.schema, fields)):
+                for record in batch.to_pylist() if batch.num_columns else [{}] * batch.num_rows:
                     number += 1
-                    yield number, record
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        message = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: not readable as parquet after record {number}: {message}") from None
+                    yield number, unread | record
+    except UserError:
+        raise
+    except Exception as error:  # pyarrow's own, and whatever Python makes of its values: dates after the year 9999, ...
+        raise UserError(f"{path}: not readable as parquet after record {number}: {reason(error)}") from None
 
 
-def _open(path: Path) -> IO[bytes]:
-    with open(path, "rb") as file:
-        magic = file.read(2)
-    # By its content too: a gzipped file that lost its ending is common among browser downloads.
-    return gzip.open(path, "rb") if path.suffix == ".gz" or magic == b"\x1f\x8b" else open(path, "rb")
+def _columns(schema: Any, fields: Collection[str] | None) -> list[str]:
+    """The paths of the leaves that are read; not those of times and decimals within lists and structs, of which some
+    values are none of Python's."""
+    paths = []
+    for leaf in map(schema.column, range(len(schema))):
+        top, *inner = leaf.path.split(".")
+        unused = inner and (leaf.logical_type.type in NOT_IN_JSON or leaf.physical_type == "INT96")
+        if fields is None or (top.lower() in fields and not unused):
+            paths.append(leaf.path)
+    return paths
 
 
-def _read_text(path: Path) -> Iterator[tuple[int, Any]]:
-    if path.stat().st_size == 0:
-        raise UserError(f"{path}: the file is empty")
-    with _open(path) as file:
-        first = b""
-        while not first:
-            if not (chunk := file.read1(4096)):
-                raise UserError(f"{path}: the file is empty")
-            first = chunk.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
-        file.seek(0)
-        yield from _read_array(path, file) if first == b"[" else _read_lines(path, file)
+def _read_text(path: Path, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
+    first = b""
+    while not first:
+        if not (chunk := file.read1(4096)):
+            raise UserError(f"{path}: the file is empty")
+        if file.tell() == len(chunk):
+            refuse_other_kinds(path, chunk, within_gzip=isinstance(file, gzip.GzipFile))
+        first = chunk.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+    file.seek(0)
+    yield from _read_array(path, file) if first == b"[" else _read_lines(path, file)
 
 
 def _read_lines(path: Path, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
     """Yields a UserError in the place of a line that is no record."""
     for number, raw in enumerate(file, start=1):
         try:
-            line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            line = raw.removeprefix(codecs.BOM_UTF8).decode()  # at the seams of files that were put together, too
             record = json.loads(line) if line.strip() else None
         except UnicodeDecodeError as error:
             record = UserError(f"{path}, line {number}: not UTF-8 at byte {error.start + 1} of the line")

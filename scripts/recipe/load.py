@@ -106,12 +106,13 @@ def _override(values: dict[str, Any], parts: tuple[str, ...], value: Any) -> Non
     raise UserError(f"command line: {name}: {parts[1]} is not in this recipe's mix{nearest(parts[1], known)}")
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str], otherwise: str = " (--help lists the keys)") -> str:
+    """What to say behind a name that is none of the known ones; `otherwise` where none is near, of ten or more."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1)
     if close:
         return f": did you mean {close[0]}?"
-    return f" (known: {', '.join(known)})" if len(known) < 10 else " (--help lists the keys)"
+    return f" (known: {', '.join(known)})" if len(known) < 10 else otherwise
 
 
 # Where pydantic speaks of Python's types.

@@ -5,7 +5,7 @@ import os
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
-from data.files import hub_patterns, source_files
+from data.files import may_be_on_hub, source_files
 from data.reading import TRAIN, VALIDATION, Reading
 from recipe.keys import Recipe
 from run.folder import check_own_names
@@ -37,7 +37,7 @@ def dry_run(recipe: Recipe, allow_changes: bool) -> None:
     say(recipe.to_yaml())
     for name, options in recipe.datasets.chosen().items():
         hub, paths = find_source(name, options).hub, source_files(name, recipe, download=False)
-        if not paths and not hub_patterns(options.input_file_path, hub):
+        if not paths and not may_be_on_hub(options.input_file_path, hub):
             source_files(name, recipe)  # says where it looked
         if not paths:
             say(f"{name}: not here, would be fetched from the hub ({hub.repo})")

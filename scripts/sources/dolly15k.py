@@ -55,7 +55,8 @@ def read_dolly(record: Record, options: Any, dropped: Counter, rng_seed: int) ->
 SOURCE = Source(
     about="databricks-dolly-15k",
     licence="CC BY-SA 3.0; about 15,000 rows",
-    hub=HubSource("OllieStanley/oa_dolly_15k", ("*train*.parquet",)),
+    hub=HubSource("OllieStanley/oa_dolly_15k"),
     read=read_dolly,
+    fields=("instruction", "response", "context", "metadata"),
     options=DollyOptions,
 )

@@ -20,7 +20,8 @@ def read_math(record: Record, options: Any, dropped: Counter, rng_seed: int) -> 
 SOURCE = Source(
     about="GSM8K as instructions",
     licence="MIT; 8,792 rows: GSM8K's 7,473 train and 1,319 TEST rows, so a GSM8K score afterwards is contaminated",
-    hub=HubSource("qwedsacf/grade-school-math-instructions", ("*train*.parquet",)),
+    hub=HubSource("qwedsacf/grade-school-math-instructions"),
     read=read_math,
+    fields=("instruction", "response"),
     shuffled=True,
 )

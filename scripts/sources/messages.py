@@ -46,7 +46,7 @@ class MessagesOptions(DatasetOptions):
 
     source: Literal["messages"] = key(..., "messages; it lets a data set have any name", PREPARED)
     hub_name: str | None = key(None, "data set on the hub, as org/name", "")
-    files: str | None = key(None, "pattern of its data files; null: those named train", "")
+    files: str | None = key(None, "pattern of its data files; null: those of its training split", "")
 
     @model_validator(mode="after")
     def _one_place(self):
@@ -124,7 +124,8 @@ def _system(record: Record, fields: dict[str, str]) -> list[Message]:
 SOURCE = Source(
     about="chat data of your own; under any other name with `source: messages`",
     licence="that of the data",
-    hub=HubSource(None, ()),
+    hub=HubSource(None),
     read=read_messages,
+    fields=(*LISTS, *QUESTIONS, *PASSAGES, *ANSWERS, *SYSTEMS),
     options=MessagesOptions,
 )

@@ -112,6 +112,7 @@ SOURCE = Source(
         "2023-04-12_oasst_release_ready_synth.jsonl.gz was never published, its public twin is the default file",
     ),
     read=read_oasst,
+    fields=("tree_state", "prompt"),
     options=OasstOptions,
     split="random_split",
 )

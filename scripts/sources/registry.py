@@ -10,7 +10,6 @@ from sources.source import HubSource, Source
 
 # The seed's mix. The order of data sets decides the order of training: another file never changes an old recipe's.
 SEED_MIX = ("oasst_export", "vicuna", "dolly15k", "grade_school_math_instructions", "code_alpaca")
-TRAIN_FILES = tuple(f"*train*{suffix}" for suffix in (".parquet", ".jsonl", ".jsonl.gz", ".json", ".json.gz"))
 
 
 def _all_sources() -> dict[str, Source]:
@@ -27,6 +26,6 @@ def find_source(name: str, options: Any) -> Source:
     """The source of a data set of the mix: the one of its name, or messages for a data set of any other name."""
     if name in SOURCES and name != "messages":
         return SOURCES[name]
-    files = (options.files,) if options.files else TRAIN_FILES
+    files = (options.files,) if options.files else ()
     hint = "name its data files by a pattern, `files: data/train_sft-*.parquet`" if options.hub_name else ""
     return replace(SOURCES["messages"], hub=HubSource(options.hub_name, files, hint))

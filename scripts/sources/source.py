@@ -159,11 +159,12 @@ def pair(question: str, answer: str, properties: dict | None = None) -> Conversa
 class HubSource:
     """Where a data set lives on the hub: `files` are fnmatch patterns within the data set repository `repo`.
 
-    The first pattern that matches any file counts. Without a `repo`, only this machine is searched.
+    The first pattern that matches any file counts; without one, the files of its training split do. Without a `repo`,
+    only this machine is searched.
     """
 
     repo: str | None
-    files: tuple[str, ...]
+    files: tuple[str, ...] = ()
     hint: str = ""  # what to try when the file is not found, put at the end of the error message
 
 
@@ -180,6 +181,7 @@ class Source:
     licence: str  # of the data, and their size
     hub: HubSource
     read: Reader
+    fields: tuple[str, ...]  # of a record, in lower case, that `read` uses; no other column of a parquet file is read
     options: type[DatasetOptions] = DatasetOptions  # the schema of what a recipe can say of it
     # scikit-learn's over the records kept, or torch's "random_split" over them, each with a seed of its own
     split: Literal["train_test_split", "random_split"] = "train_test_split"

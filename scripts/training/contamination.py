@@ -50,10 +50,15 @@ BENCHMARKS = {"gsm8k_test": (HubSource("openai/gsm8k", ("main/test-*.parquet",))
 def load_benchmark(name: str, cache_dir: Path, download: bool = True) -> list[str] | str:
     """A benchmark's questions, or one line that says why they are not to be had (missing, unreachable, damaged)."""
     hub, field = BENCHMARKS[name]
+    try:
+        paths = find_data_file(name, None, cache_dir, None, hub, download)
+    except UserError:
+        return f"{name} is not on this machine, and the hub's {hub.repo} not to be had: give {cache_dir}/{name}.jsonl"
     questions = []
     try:
-        for path in find_data_file(name, None, cache_dir, None, hub, download) or []:
-            questions += [Record(values, path, number, number).get(field) for number, values in read_records(path)]
+        for path in paths or []:
+            records = read_records(path, fields={field})
+            questions += [Record(values, path, number, number).get(field) for number, values in records]
     except UserError as error:
         return str(error)
     return questions or f"{name} is not on this machine"

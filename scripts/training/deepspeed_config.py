@@ -7,7 +7,6 @@ The recipe owns every number. Accelerate (1.15) fills only some `auto` values it
 import copy
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,10 @@ import torch
 from accelerate.utils import DeepSpeedPlugin
 
 from recipe.keys import Recipe
+from training.deepspeed_keys import check_keys, check_precision
 from training.optimizer import shortest_warmup
 from training.plan import accumulation_steps, micro_batch_size
-from utils.errors import UserError
+from utils.errors import UserError, reason
 from utils.files import read_json
 from utils.launch import launcher_plugin, num_processes, say
 from utils.requirements import require
@@ -47,7 +47,10 @@ def find_config(recipe: Recipe) -> tuple[dict[str, Any], str] | None:
         return None
     require("deepspeed")
     if path == "none":  # the accelerate config spells the plugin out, without a JSON file
-        return DeepSpeedPlugin().deepspeed_config, ACCELERATE_CONFIG
+        try:
+            return DeepSpeedPlugin().deepspeed_config, ACCELERATE_CONFIG
+        except ValueError as error:  # of a number that is none
+            raise UserError(f"{ACCELERATE_CONFIG}: its deepspeed_config: {reason(error)}") from None
     config = read_json(Path(path), "deepspeed_config")
     if not isinstance(config, dict):
         raise UserError(f"deepspeed_config: {path}: not a JSON object")
@@ -62,10 +65,11 @@ def fill_config(
     A config without an optimizer or scheduler section gets the seed's (AdamW, WarmupDecayLR). `total_steps` is None
     where it is not known yet, as in a dry run by epochs.
 
-    Raises: UserError for a fixed value that contradicts the recipe (both are named), an `auto` that nothing here can
-        fill, or a ZeRO stage that sft.py cannot run.
+    Raises: UserError for a key or value that sft.py cannot run with, a fixed value that contradicts the recipe (both
+        are named).
     """
     config = copy.deepcopy(config)
+    check_keys(config, source)
     # By micro_batch_tokens steps have different numbers of micro-batches; the engine is told the most. It only divides
     # the loss by that, which sft.py undoes, and learns from sft.py which micro-batch ends a step.
     micro_batch, accumulation = micro_batch_size(recipe), accumulation_steps(recipe, num_processes())
@@ -84,6 +88,7 @@ def fill_config(
         "scheduler.params.warmup_min_lr": ("the start of warm-up", 0.0),
         "scheduler.params.warmup_max_lr": ("learning_rate", recipe.learning_rate),
         "scheduler.params.warmup_num_steps": ("warmup_steps", shortest_warmup(recipe.warmup_steps)),
+        "scheduler.params.warmup_type": ("the schedule of every run", "log"),
         "scheduler.params.total_num_steps": ("the steps of this run", total_steps),
         "gradient_accumulation_steps": (
             "gradient_accumulation_steps" if by_number else "the most micro-batches a step",
@@ -103,12 +108,7 @@ def fill_config(
             remedy = "remove it" if source == ACCELERATE_CONFIG else 'write "auto" there'
             raise UserError(f"{source}: {key} = {present} contradicts the recipe: {ours} = {value}; {remedy}")
         section[name] = value
-    stage = _section(config, source, "zero_optimization.stage")[0].get("stage", 0)
-    if stage not in (1, 2):  # 3 leaves no process with whole weights to save, 0 tells no gradient norm
-        raise UserError(f"{source}: zero_optimization.stage = {stage}: stages 1 and 2 are supported")
-    left = [key for key in _autos(config) if key != "zero_optimization.reduce_bucket_size"]  # which Accelerate fills
-    if left:
-        raise UserError(f"{source}: {', '.join(left)} = auto: no key of the recipe says this; give a value")
+    check_precision(config, source, dtype)
     return config
 
 
@@ -120,14 +120,6 @@ def _section(config: dict[str, Any], source: str, key: str) -> tuple[dict[str, A
         if not isinstance(config, dict):
             raise UserError(f"{source}: {key.rpartition('.')[0]} = {json.dumps(config)}: not a JSON object")
     return config, name
-
-
-def _autos(config: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    for key, value in config.items():
-        if isinstance(value, dict):
-            yield from _autos(value, f"{prefix}{key}.")
-        elif value == "auto":
-            yield prefix + key
 
 
 def deepspeed_config(recipe: Recipe, total_steps: int | None, dtype: torch.dtype) -> dict[str, Any] | None:

@@ -1,14 +1,20 @@
 """Locating data files and reading records, whole and damaged."""
 
+import bz2
+import codecs
 import contextlib
 import gzip
+import io
 import json
+import lzma
 import os
 import random
 import re
 import subprocess
 import sys
+import tarfile
 import tracemalloc
+import zipfile
 from types import SimpleNamespace
 
 import pyarrow
@@ -66,10 +72,136 @@ def test_line_numbers_count_blank_lines(tmp_path):
     ]
 
 
-def test_gzip_without_its_ending(tmp_path):
-    path = tmp_path / "x.json"
-    path.write_bytes(gzip.compress(b'[{"a": 1}]'))
-    assert list(read_records(path)) == [(1, {"a": 1})]
+ROW = b'{"a": 1}\n'
+PARQUET = pyarrow.BufferOutputStream()
+pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"a": 1}]), PARQUET)
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.jsonl", "x.jsonl.gz", "x", "x.txt.gz"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        ROW,
+        b"[" + ROW + b"]",
+        gzip.compress(ROW),
+        gzip.compress(ROW) + gzip.compress(b""),
+        codecs.BOM_UTF8 + ROW,
+        gzip.compress(codecs.BOM_UTF8 + ROW),
+        PARQUET.getvalue().to_pybytes(),
+    ],
+    ids=["text", "array", "gzip", "gzip in parts", "byte order mark", "gzip of one", "parquet"],
+)
+def test_a_file_is_what_it_begins_with(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert list(read_records(tmp_path / name)) == [(1, {"a": 1})]
+
+
+def test_a_byte_order_mark_where_files_were_put_together(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes((codecs.BOM_UTF8 + ROW) * 2)
+    assert list(read_records(tmp_path / "x.jsonl")) == [(1, {"a": 1}), (2, {"a": 1})]
+
+
+def archive(kind) -> bytes:
+    content = io.BytesIO()
+    if kind is tarfile:
+        with tarfile.open(fileobj=content, mode="w") as file:
+            member = tarfile.TarInfo("x.jsonl")
+            member.size = len(ROW)
+            file.addfile(member, io.BytesIO(ROW))
+    else:
+        with zipfile.ZipFile(content, "w") as file:
+            file.writestr("x.jsonl", ROW)
+    return content.getvalue()
+
+
+OTHER_KINDS = {
+    "a zip archive": archive(zipfile),
+    "a tar archive": archive(tarfile),
+    "bzip2 data": bz2.compress(ROW),
+    "xz data": lzma.compress(ROW),
+    "zstd data": bytes.fromhex("28b52ffd2009490000") + ROW,
+    "text in UTF-16": ROW.decode().encode("utf-16"),
+    "text in UTF-16, no mark": ROW.decode().encode("utf-16-be"),
+    "text in UTF-16 without a mark": ROW.decode().encode("utf-16-le"),
+    "text in UTF-32": ROW.decode().encode("utf-32"),
+    "zero bytes": bytes(5000),
+    "a pointer of Git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+    "a web page": b"<!DOCTYPE html>\n<html></html>\n",
+}
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json.gz", "x.parquet"])
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_what_is_none_of_them_is_named(tmp_path, name, kind):
+    (tmp_path / name).write_bytes(OTHER_KINDS[kind])
+    said = re.split(",| without", kind)[0]
+    with refuse(name, f"is {said}", "not JSON or parquet"):
+        list(read_records(tmp_path / name))
+    (tmp_path / name).write_bytes(gzip.compress(OTHER_KINDS[kind]))
+    with refuse(name, "is no parquet file" if name == "x.parquet" else f"is {said}.* in gzip data"):
+        list(read_records(tmp_path / name))
+
+
+def test_gzipped_twice_and_gzipped_parquet(tmp_path):
+    for content, said in ((gzip.compress(ROW), "gzip data"), (PARQUET.getvalue().to_pybytes(), "parquet")):
+        (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(content))
+        with refuse("x.jsonl.gz", f"is {said} in gzip data"):
+            list(read_records(tmp_path / "x.jsonl.gz"))
+
+
+TEXTS = pyarrow.struct({"role": pyarrow.string(), "at": pyarrow.timestamp("ns")})
+LATE = pyarrow.array([2**62 + 1], pyarrow.timestamp("us"))
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ({"used": ["x"], "at": LATE}, {"used": "x", "at": None}),
+        ({"USED": ["x"], "more": [[1]]}, {"USED": "x", "more": None}),
+        ({"used": pyarrow.array([[{"role": "x", "at": 2**62 + 1}]], pyarrow.list_(TEXTS))}, {"used": [{"role": "x"}]}),
+        ({"used": pyarrow.array(["x"]).dictionary_encode()}, {"used": "x"}),
+        ({"used": pyarrow.array(["x"], pyarrow.large_string())}, {"used": "x"}),
+        ({"used": pyarrow.array([["x"]], pyarrow.large_list(pyarrow.large_string()))}, {"used": ["x"]}),
+        ({"used": pyarrow.nulls(1)}, {"used": None}),
+        ({"other": ["x"]}, {"other": None}),
+        ({"a.b": ["x"], "used": [True]}, {"a.b": None, "used": True}),
+        ({"used": LATE}, "not readable as parquet after record 0: OverflowError"),
+        ({"used": pyarrow.array([], pyarrow.string())}, "holds no records"),
+        ({}, "holds no records"),
+    ],
+)
+def test_of_parquet_only_what_is_used_is_read(tmp_path, columns, expected):
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "x.parquet")
+    if isinstance(expected, str):
+        with refuse("x.parquet", expected):
+            list(read_records(tmp_path / "x.parquet", fields=("used",)))
+    else:
+        assert list(read_records(tmp_path / "x.parquet", fields=("used",))) == [(1, expected)]
+
+
+def test_a_column_given_twice(tmp_path):
+    table = pyarrow.Table.from_arrays([pyarrow.array(["x"])] * 3, names=["used", "other", "other"])
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    assert list(read_records(tmp_path / "x.parquet", fields=("used",))) == [(1, {"used": "x", "other": None})]
+    with refuse("x.parquet", "column 'other' twice"):
+        list(read_records(tmp_path / "x.parquet"))
+
+
+def test_damaged_parquet(tmp_path):
+    """Whatever pyarrow makes of it is one line, and never another number of rows."""
+    rows = [{"used": f"text {number}", "more": number} for number in range(3000)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet", row_group_size=500)
+    whole, dice = (tmp_path / "x.parquet").read_bytes(), random.Random(0)
+    for damage in range(60):
+        place = dice.randrange(4, len(whole))
+        part = b"" if damage % 3 == 0 else bytes(20) if damage % 3 == 1 else dice.randbytes(1)
+        rest = b"" if damage % 3 == 0 else whole[place + len(part) :]
+        (tmp_path / "x.parquet").write_bytes(whole[:place] + part + rest)
+        try:
+            outcome = len(list(read_records(tmp_path / "x.parquet", fields=("used",))))
+        except UserError as error:
+            outcome = str(error)
+        assert outcome == 3000 or ("x.parquet" in outcome and "\n" not in outcome)
 
 
 def test_parquet(tmp_path):
@@ -150,7 +282,7 @@ def test_damaged_gzip(tmp_path):
     for damaged, part in (
         (whole[: len(whole) // 2], "cut off"),
         (whole[:-3], "cut off"),
-        (b"plain text\n", "gzip"),
+        (b"plain text\n", "not valid JSON"),
         (whole[:-8] + b"\0" * 8, "gzip"),
         (whole[:10] + b"\xff" * 20, "gzip|cut off"),
     ):
@@ -259,17 +391,23 @@ def hub(monkeypatch, tmp_path):
     """A hub whose one repository holds `files`, unreachable while `down`; `calls` are the downloads asked for."""
 
     class Hub:
-        files, calls, down = (), [], False
+        files, calls, down, cached = (), [], False, False
 
     def snapshot_download(repo, *, repo_type, allow_patterns, revision, local_files_only):
         Hub.calls.append((repo, repo_type, allow_patterns, revision, local_files_only))
-        if Hub.down:
+        if Hub.down and not (Hub.cached and local_files_only):
             raise ConnectionError("no route\nto host")
         for name in Hub.files:
             write(tmp_path / "hub" / name, "{}")
         return str(tmp_path / "hub")
 
+    def list_repo_files(self, repo, *, repo_type, revision):
+        if Hub.down:
+            raise ConnectionError("no route\nto host")
+        return [*Hub.files]
+
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", list_repo_files)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "hub").mkdir()
     return Hub
@@ -302,6 +440,77 @@ def test_default_file(tmp_path, hub):
     assert find_data_file("d", None, tmp_path / "cache", None, HUB) == [by_hub_name]
 
 
+TRAIN = HubSource("someone/some-data", hint="name them by `files`")
+
+
+@pytest.mark.parametrize(
+    ("files", "taken"),
+    [
+        (
+            ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", "data/constraints_test.parquet"],
+            2,
+        ),
+        (
+            [
+                "data/train-00000-of-00002-a09b74b3ef9c3b56.parquet",
+                "data/train-00001-of-00002-93fc5c3b56a09b74.parquet",
+            ],
+            2,
+        ),
+        (["default/train/0000.parquet", "default/train/0001.parquet", "default/test/0000.parquet"], 2),
+        (["train_sft.jsonl", "train_sft.json", "train_sft.csv"], 1),  # the first format that there is
+        (["Train.parquet", "training.parquet", "restrained.parquet", "train_test.parquet", "val/train.parquet"], 1),
+        (["train.part1.jsonl.gz", "train.part2.jsonl.gz"], 2),
+        (["a [b]/train.json", "a b/test.json"], 1),
+        (["constraints_test.parquet", "strain.json", "test.json", "README.md"], 0),
+    ],
+)
+def test_the_training_split_is_a_word_of_the_path(tmp_path, hub, capsys, files, taken):
+    hub.files = files
+    if not taken:
+        with refuse("data set d", "a file of its training split not found", "no such file there", "name them by"):
+            find_data_file("d", None, tmp_path, None, TRAIN)
+        assert not hub.calls
+        return
+    assert find_data_file("d", None, tmp_path, None, TRAIN) == [tmp_path / "hub" / name for name in files[:taken]]
+    assert hub.calls[0][2] == [name.replace("[", "[[]") for name in files[:taken]]  # nothing else is downloaded
+    assert capsys.readouterr().out == f"files of the hub's someone/some-data: {', '.join(files[:taken])}\n"
+    assert find_data_file("d", None, tmp_path, None, TRAIN, download=False) == find_data_file(
+        "d", None, tmp_path, None, TRAIN
+    )
+
+
+@pytest.mark.parametrize(
+    "splits",
+    [
+        ["main/train", "socratic/train"],
+        ["data/train-gen", "data/train-sft"],
+        ["de/train", "en/train", "fr/train"],
+        ["train-de", "train-en"],
+        ["2023-01/train", "2023-02/train"],
+    ],
+)
+def test_several_training_splits_are_never_mixed(tmp_path, hub, splits):
+    hub.files = [f"{split.replace('-', '_')}-0000{part}-of-00002.parquet" for split in splits for part in (0, 1)]
+    if "2023" in splits[0]:
+        hub.files = [f"{split}.jsonl" for split in splits]
+    with refuse("data set d", f"{len(splits)} training splits", ", ".join(splits), "name them by"):
+        find_data_file("d", None, tmp_path, None, TRAIN)
+    assert not hub.calls
+    for name in hub.files:  # as an earlier version left them here
+        write(tmp_path / "hub" / name, "{}")
+    for download in (True, False):
+        hub.down = hub.cached = True
+        with refuse("data set d", f"{len(splits)} training splits"):
+            find_data_file("d", None, tmp_path, None, TRAIN, download=download)
+
+
+def test_a_split_in_a_hundred_parts_is_listed_in_one_line(tmp_path, hub, capsys):
+    hub.files = [f"train-{part:05d}-of-00100.parquet" for part in range(100)]
+    assert len(find_data_file("d", None, tmp_path, None, TRAIN)) == 100
+    assert capsys.readouterr().out.endswith("train-00009-of-00100.parquet and 90 more\n")
+
+
 def test_nothing_found(tmp_path, hub):
     with refuse("data set d", "x.jsonl", "cache/x.jsonl", "someone/some-data at revision v1", "no such file", "twin"):
         find_data_file("d", "x.jsonl", tmp_path / "cache", "v1", HUB)
@@ -327,8 +536,8 @@ def test_locate_stays_off_the_network(tmp_path, hub):
 
 def test_no_repository_no_hub(tmp_path, hub):
     with refuse("data set d", "x.jsonl not found"):
-        find_data_file("d", "x.jsonl", tmp_path, None, HubSource(None, ()))
-    assert find_data_file("d", "x.jsonl", tmp_path, None, HubSource(None, ()), download=False) is None
+        find_data_file("d", "x.jsonl", tmp_path, None, HubSource(None))
+    assert find_data_file("d", "x.jsonl", tmp_path, None, HubSource(None), download=False) is None
     assert not hub.calls
 
 
@@ -386,7 +595,7 @@ def test_every_source_is_found_in_the_hubs_cache(tmp_path):
         expected.append([str(folder / commits[0] / files[0])])
     asked.append(["my_chats", OWN.hub_name, "data/test-*", None, "v1"])
     expected.append([str(folder / commits[0] / "data/test-00000-of-00001.parquet")])
-    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    environment, taken = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}, []
 
     def answers(questions):
         process = subprocess.run(
@@ -399,10 +608,13 @@ def test_every_source_is_found_in_the_hubs_cache(tmp_path):
             timeout=120,
         )
         assert process.returncode == 0, process.stderr
-        return [json.loads(line) for line in process.stdout.splitlines()]
+        said = process.stdout.splitlines()
+        taken.extend(line for line in said if line.startswith("files of "))
+        return [json.loads(line) for line in said if line not in taken]
 
     assert set(HUB_FILES) - {"my_chats"} == set(SOURCES) - {"messages"}
     assert answers(asked) == expected
+    assert "files of the hub's someone/chats: data/train-00000-of-00001.parquet" in taken  # named by no pattern
     unknown, missing, other = answers(
         [
             ["vicuna", None, None, None, "v2"],

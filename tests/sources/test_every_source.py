@@ -4,15 +4,19 @@ A new source wants one more line in CASES.
 """
 
 import json
+from types import SimpleNamespace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from conftest import ROOT
 
 from data.mix import prepare_mix
+from data.records import read_records
 from recipe.command_line import describe_keys
 from recipe.load import load_recipe
-from sources.registry import SEED_MIX, SOURCES
+from sources.registry import SEED_MIX, SOURCES, find_source
 from training.model import load_tokenizer
 
 TREE = {
@@ -62,3 +66,14 @@ def test_a_record_becomes_its_conversation(tmp_path, name):
     expected = [{"role": role, "content": text} for role, text in turns or QUESTION_AND_ANSWER]
     assert [mix.train.messages(row) for row in range(3)] == [expected] * 3
     assert (mix.train.targets > 0).all()
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_of_a_parquet_file_only_what_it_uses_is_read(tmp_path, name):
+    record, _ = CASES[name]
+    table = pa.Table.from_pylist([record])
+    late = pa.array([2**62], pa.timestamp("us"))  # in the year 148,107, which no datetime of Python's holds
+    pq.write_table(table.append_column("created", late), tmp_path / "data.parquet")
+    options = SimpleNamespace(hub_name=None, files=None)
+    ((number, read),) = read_records(tmp_path / "data.parquet", fields=find_source(name, options).fields)
+    assert (number, read) == (1, table.to_pylist()[0] | {"created": None})

@@ -1,0 +1,234 @@
+"""Which keys of a DeepSpeed config sft.py runs with, and with which values.
+
+DeepSpeed (0.19.8) looks at a part of its config when it starts, at others in the middle of a step, and passes over a
+misspelt key in silence. Its own models of its sections know names and types; what they do not say is here.
+"""
+
+import json
+import math
+import os
+from collections.abc import Collection
+from functools import cache
+from typing import Any, NoReturn
+
+import torch
+from pydantic import BaseModel, ValidationError
+
+from recipe.load import nearest
+from utils.errors import UserError, reason
+from utils.launch import has_gpu
+
+FLAGS = ("prescale_gradients", "wall_clock_breakdown", "memory_breakdown", "dump_state")
+FLAGS += ("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer")
+# What a key has to be that is neither the recipe's nor in one of DeepSpeed's models.
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPE = ("fp32, fp16 or bf16", lambda value: value is None or (isinstance(value, str) and value in DTYPES))
+VALUES = {
+    **{name: ("true or false", lambda value: isinstance(value, bool)) for name in FLAGS},
+    "steps_per_print": ("a number of at least 1", lambda value: _is_number(value) and value >= 1),
+    "gradient_predivide_factor": ("a number over 0", lambda value: _is_number(value) and 0 < value < math.inf),
+    "communication_data_type": DTYPE,
+    "data_types.grad_accum_dtype": DTYPE,
+}
+# The names of a section without such a model. Most are filled from the recipe or compared with it, by
+# training/deepspeed_config.py.
+NAMES = {
+    "": (
+        *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+        *("optimizer", "scheduler", "data_types", "fp16", "bf16", "zero_optimization", *VALUES),
+    ),
+    "optimizer": ("type", "params"),
+    "optimizer.params": ("lr", "betas", "eps", "weight_decay"),
+    "scheduler": ("type", "params"),
+    "scheduler.params": ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps", "warmup_type"),
+    "data_types": ("grad_accum_dtype",),
+}
+# Of DeepSpeed's models: what does something in the stages that are supported, and leaves the loop what it is.
+SUPPORTED = {
+    "fp16": (
+        *("enabled", "auto_cast", "loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis"),
+        *("consecutive_hysteresis", "min_loss_scale"),
+    ),
+    "bf16": ("enabled", "check_grad_overflow"),
+    "zero_optimization": (
+        *("stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "overlap_comm"),
+        *("use_multi_rank_bucket_allreduce", "allgather_partitions", "allgather_bucket_size", "offload_optimizer"),
+        *("ignore_unused_parameters", "round_robin_gradients", "parameter_alignment", "enable_sanity_checks"),
+    ),
+    "zero_optimization.offload_optimizer": ("device", "pin_memory"),
+    "zero_optimization.offload_param": (),
+}
+# Where these say "auto" they are filled, the last by Accelerate.
+FILLED = ("fp16.enabled", "bf16.enabled", "bf16.check_grad_overflow", "zero_optimization.reduce_bucket_size")
+# Other keys of DeepSpeed, and what does it here. Where one is switched off it is left out, and nobody need remove it.
+NOT_HERE = {
+    "activation_checkpointing": "the recipe's gradient_checkpointing does that",
+    "bfloat16": "write bf16",
+    "tensorboard": "training.png has the curves",
+    "wandb": "the recipe's log_wandb does that",
+    **dict.fromkeys(
+        (
+            *("aio", "amp", "autotuning", "checkpoint", "comet", "comms_logger", "compile", "compression_training"),
+            *("csv_monitor", "curriculum_learning", "data_efficiency", "dataloader_drop_last", "datastates"),
+            *("disable_allgather", "disable_python_gc", "eigenvalue", "elasticity", "expert_parallel"),
+            *("flops_profiler", "gradient_allreduce_op", "graph_harvesting", "hybrid_engine", "log_level"),
+            *("managed_gradient_accumulation", "mesh_param", "moe", "msamp", "nebula", "pipeline"),
+            *("progressive_layer_drop", "quantize_training", "seq_parallel_communication_data_type"),
+            *("sequence_parallel_size", "sparse_attention", "sparse_gradients", "tensor_parallel", "timers"),
+            *("torch_autocast", "use_data_before_expert_parallelism", "vocabulary_size", "weight_quantization"),
+        ),
+        "remove it",
+    ),
+}
+MOST_ELEMENTS = 2**31  # of a bucket, which is allocated whole: 8 GB in fp32, and more than any model here asks for
+LARGEST_POWER = 127  # of two, that fp32 holds
+
+
+@cache
+def _models() -> dict[str, type[BaseModel]]:
+    if not has_gpu():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # which it would find out by itself, with a warning
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.offload_config import (
+        DeepSpeedZeroOffloadOptimizerConfig,
+        DeepSpeedZeroOffloadParamConfig,
+    )
+
+    return {
+        "fp16": DeepSpeedFP16Config,
+        "bf16": DeepSpeedBF16Config,
+        "zero_optimization": DeepSpeedZeroConfig,
+        "zero_optimization.offload_optimizer": DeepSpeedZeroOffloadOptimizerConfig,
+        "zero_optimization.offload_param": DeepSpeedZeroOffloadParamConfig,
+    }
+
+
+def check_keys(config: dict[str, Any], source: str) -> None:
+    """Take out of a config, as the user wrote it, what is switched off and not supported.
+
+    Raises: UserError, naming `source` and the key, for one that is unknown (with the nearest that is known), that
+        sft.py does not run with, or of another type or value than DeepSpeed takes.
+    """
+    for section, names in NAMES.items():
+        _check_names(_at(config, source, section), source, section, names)
+    for key, (what, fits) in VALUES.items():
+        section, _, name = key.rpartition(".")
+        values = _at(config, source, section)
+        if name in values and not fits(values[name]):
+            _refuse(source, key, values[name], f"should be {what}")
+    zero, fp16 = _at(config, source, "zero_optimization"), _at(config, source, "fp16")
+    stage = zero.get("stage", 0)
+    if isinstance(stage, bool) or stage not in (1, 2):
+        # 3 leaves no process with whole weights to save, 0 tells no gradient norm.
+        _refuse(source, "zero_optimization.stage", stage, "stages 1 and 2 are supported")
+    for section in reversed(SUPPORTED):  # what lies within first
+        _check_section(config, source, section)
+    if (zero.get("offload_optimizer") or {}).get("device") == "nvme":
+        _refuse(source, "zero_optimization.offload_optimizer.device", "nvme", "is for stage 3 only: give cpu")
+    for name in ("reduce_bucket_size", "allgather_bucket_size"):
+        if _is_number(zero.get(name)) and zero[name] > MOST_ELEMENTS:
+            _refuse(source, f"zero_optimization.{name}", zero[name], f"over {MOST_ELEMENTS:,} elements")
+    if zero.get("allgather_bucket_size", 0) % 2:
+        _refuse(source, "zero_optimization.allgather_bucket_size", zero["allgather_bucket_size"], "has to be even")
+    if stage == 2 and zero.get("reduce_scatter", True):
+        for name, neutral in (("prescale_gradients", False), ("gradient_predivide_factor", 1)):
+            if config.get(name, neutral) != neutral:
+                _refuse(source, name, config[name], "needs zero_optimization.reduce_scatter = false in stage 2")
+    if not 0 <= fp16.get("initial_scale_power", 0) <= LARGEST_POWER:
+        _refuse(source, "fp16.initial_scale_power", fp16["initial_scale_power"], f"should be 0 to {LARGEST_POWER}")
+    if fp16.get("hysteresis", 1) < 1:
+        _refuse(source, "fp16.hysteresis", fp16["hysteresis"], "should be at least 1")
+
+
+def check_precision(config: dict[str, Any], source: str, dtype: torch.dtype) -> None:
+    """UserError where a complete config for training in `dtype` has gradients added up as the engine cannot."""
+    zero, accumulated = config["zero_optimization"], config.get("data_types", {}).get("grad_accum_dtype")
+    if accumulated is None or DTYPES[accumulated] == dtype:
+        return
+    if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
+        # Each norm is no finite number, so that no step changes the weights.
+        what = f"does not go with offload_optimizer and {dtype}"
+    elif zero["stage"] == 1 and (dtype, accumulated) == (torch.bfloat16, "fp32"):
+        # For this alone DeepSpeed takes its BF16_Optimizer, without a loss scaler and with other partitions.
+        what = "does not go with stage 1 and bf16: take stage 2"
+    else:
+        return
+    _refuse(source, "data_types.grad_accum_dtype", accumulated, f"{what}, or leave it out")
+
+
+def _check_section(config: dict[str, Any], source: str, section: str) -> None:
+    """One that has a model of DeepSpeed's: its names, then its values."""
+    parent, _, own = section.rpartition(".")
+    if _at(config, source, parent).get(own) is None:
+        return
+    values, model = _at(config, source, section), _models()[section]
+    defaults = {
+        field.alias or name: field.get_default(call_default_factory=True) for name, field in model.model_fields.items()
+    }
+    _check_names(values, source, section, defaults.keys())
+    for name in [name for name in values if name not in SUPPORTED[section]]:
+        given = values.pop(name)
+        if f"{section}.{name}" in SUPPORTED:
+            continue  # checked, and off
+        if given != defaults[name] or isinstance(given, bool) != isinstance(defaults[name], bool):
+            _refuse(source, f"{section}.{name}", given, "sft.py does not run with this: remove it")
+    try:
+        found = model(**values)
+    except ValidationError as error:
+        detail = error.errors()[0]
+        key = ".".join([section, *map(str, detail["loc"])])
+        _refuse(source, key, detail["input"], detail["msg"].removeprefix("Value error, ").removeprefix("Input "))
+    except Exception as error:  # of the models' own code
+        raise UserError(f"{source}: {section}: {reason(error)}") from None
+    for name, given in values.items():
+        taken = getattr(found, name)
+        if given == "auto" and f"{section}.{name}" not in FILLED:
+            _refuse(source, f"{section}.{name}", given, "no key of the recipe says this: give a value")
+        if given == "auto" or isinstance(given, dict):
+            continue
+        if isinstance(given, bool) != isinstance(taken, bool) or isinstance(given, str) != isinstance(taken, str):
+            what = "true or false" if isinstance(taken, bool) else "a number"
+            _refuse(source, f"{section}.{name}", given, f"should be {what}")
+        if isinstance(taken, int) and not isinstance(taken, bool):
+            values[name] = int(taken)  # 1e9, which JSON writes as a float
+
+
+def _check_names(values: dict[str, Any], source: str, section: str, known: Collection[str]) -> None:
+    for name in list(values):
+        key = f"{section}.{name}" if section else name
+        if name in known:
+            continue
+        if not section and name in NOT_HERE:
+            if not _is_off(values.pop(name)):
+                raise UserError(f"{source}: {key}: sft.py does not run with this of DeepSpeed's: {NOT_HERE[name]}")
+            continue
+        raise UserError(f"{source}: unknown key {key}{nearest(name, known, '')}")
+
+
+def _at(config: dict[str, Any], source: str, section: str) -> dict[str, Any]:
+    """The values of a section, {} where it is not there."""
+    for name in section.split(".") if section else ():
+        config = config.get(name, {})
+        if not isinstance(config, dict):
+            _refuse(source, section, config, "not a JSON object")
+    return config
+
+
+def _is_off(value: Any) -> bool:
+    if isinstance(value, dict):
+        return value.get("enabled") is False or all(map(_is_off, value.values()))
+    return value is None or value is False
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _refuse(source: str, key: str, value: Any, what: str) -> NoReturn:
+    raise UserError(f"{source}: {key} = {_shown(value)}: {what}")
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text[:80] + "..." * (len(text) > 80)

@@ -2,25 +2,25 @@
 
 import os
 
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
-
 from data.files import may_be_on_hub, source_files
 from data.reading import TRAIN, VALIDATION, Reading
 from recipe.keys import Recipe
 from run.folder import check_own_names
 from run.model_files import check_savable
+from run.preflight import vocabulary_warnings
 from run.resume import find_checkpoint, is_finished
 from sources.registry import find_source
 from training.deepspeed_config import fill_config, find_config
-from training.model import count_parameters, load_config, load_tokenizer
+from training.model import check_tiny, check_weights, count_parameters, load_config, load_tokenizer
 from training.plan import describe_step
+from training.weight_files import model_folder, weights_are_here
 from utils.errors import UserError
-from utils.launch import num_processes, process_index, say, training_dtype
+from utils.launch import num_processes, process_index, say, set_up_process, training_dtype
 
 
 def dry_run(recipe: Recipe, allow_changes: bool) -> None:
     """Print the resolved recipe and what was found of all that it names; UserError when the run could not start."""
+    set_up_process()
     dtype = training_dtype(recipe.dtype)
     if process_index() == 0 and not is_finished(recipe):
         checkpoint = find_checkpoint(recipe, allow_changes)
@@ -50,28 +50,37 @@ def dry_run(recipe: Recipe, allow_changes: bool) -> None:
             f"{name}: {', '.join(map(str, paths))}: {(codes == TRAIN).sum():,} training and "
             f"{(codes == VALIDATION).sum():,} validation conversations ({source.losses()})"
         )
-    say(f"{recipe.model_name}: {_describe_model(recipe)}")
+    say(f"{recipe.model_name}: {describe_model(recipe)}")
     if found := find_config(recipe):
         fill_config(*found, recipe, total_steps=recipe.max_steps, dtype=dtype)
         say(f"{found[1]}: agrees with the recipe")
     say(f"{describe_step(recipe, num_processes())} with {num_processes()} processes")
 
 
-def _describe_model(recipe: Recipe) -> str:
-    if not os.path.isdir(recipe.model_name):
-        try:
-            cached = try_to_load_from_cache(recipe.model_name, "config.json")
-        except HFValidationError:
-            raise UserError(f"model_name = {recipe.model_name}: neither a model's folder nor a hub name") from None
-        if not isinstance(cached, str):
-            return "not here, would be fetched from the hub"
-    # Not whether it fits into memory: a dry run may be made where the run is not, on a laptop or a login node.
+def describe_model(recipe: Recipe) -> str:
+    """What the model is, after all checks of a run that need no weights in memory, and what was not here to look at.
+
+    Not whether it fits into memory: a dry run may be made where the run is not, on a laptop or a login node.
+    """
+    folder = model_folder(recipe.model_name)
+    if folder is None:
+        return "not here, would be fetched from the hub"
+    own, unseen = os.path.isdir(recipe.model_name), []
     config = load_config(recipe)
     parameters = count_parameters(recipe, config)
-    here = os.path.isdir(recipe.model_name)
-    if here or isinstance(try_to_load_from_cache(recipe.model_name, "tokenizer.json"), str):
+    if not check_tiny(recipe, config):
+        unseen.append("whether its kind can be trained, since no tiny model of it can be made")
+    if own or (folder / "tokenizer.json").exists():
         tokenizer = load_tokenizer(recipe)
-        if here:  # a generation config on the hub could be what is not fetched yet
-            check_savable(recipe, config, tokenizer)
+        check_savable(recipe, config, tokenizer, fetch=False)
+        for warning in vocabulary_warnings(recipe, config, tokenizer):
+            say(f"warning: {warning}")
+    else:
+        unseen.append("its tokenizer, which would be fetched from the hub")
+    if not recipe.from_scratch and (own or weights_are_here(folder)):
+        check_weights(recipe, config)
+    elif not recipe.from_scratch:
+        unseen.append("its weights, which would be fetched from the hub")
     rows = config.get_text_config().vocab_size
-    return f"{config.model_type}, {parameters:,} parameters, {rows:,} rows in its embedding"
+    described = f"{config.model_type}, {parameters:,} parameters, {rows:,} rows in its embedding"
+    return "; not looked at: ".join([described, *[", ".join(unseen)] * bool(unseen)])

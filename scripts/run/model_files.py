@@ -32,9 +32,12 @@ def save_model(model: PreTrainedModel, tokenizer, folder: Path) -> None:
     _save_beside_weights(tokenizer, folder)
 
 
-def check_savable(recipe: Recipe, config: PretrainedConfig, tokenizer) -> None:
+def check_savable(recipe: Recipe, config: PretrainedConfig, tokenizer, fetch: bool = True) -> None:
     """Save all but the weights and read it back, so that what would fail at the first save fails before the first step.
     (The tokenizer as it was loaded: `load_tokenizer`.)
+
+    Args:
+        fetch: the generation config from the hub, where it is not on this machine.
 
     Raises:
         UserError: it cannot be saved, or is not read back as it was.
@@ -44,7 +47,9 @@ def check_savable(recipe: Recipe, config: PretrainedConfig, tokenizer) -> None:
         try:
             if not recipe.from_scratch:
                 with contextlib.suppress(OSError):  # there need not be one
-                    model.generation_config = GenerationConfig.from_pretrained(recipe.model_name)
+                    model.generation_config = GenerationConfig.from_pretrained(
+                        recipe.model_name, local_files_only=not fetch
+                    )
             fit_to_tokenizer(model, tokenizer, mean_resizing=False)
             model.config.save_pretrained(folder)
             model.generation_config.save_pretrained(folder)

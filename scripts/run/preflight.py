@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig
 
+from data.dialogue import CHAT_TOKENS
 from data.mix import Mix
 from recipe.keys import Recipe
 from run.model_files import check_savable
@@ -15,7 +16,7 @@ from run.retention import check_disk, steps_between_checkpoints
 from training.collate import kept_targets
 from training.memory import check_memory
 from training.micro_batches import MicroBatch, largest_micro_batches
-from training.model import count_parameters
+from training.model import check_tiny, count_parameters
 from training.plan import steps_per_epoch, training_rows
 from utils.errors import UserError
 from utils.launch import num_processes, say
@@ -56,13 +57,15 @@ def preflight(
     parameters, epoch_steps = count_parameters(recipe, config), steps_per_epoch(mix, recipe, processes)
     if not progress.steps_left:
         return None
+    check_tiny(recipe, config)
     check_savable(recipe, config, tokenizer)
     lost = check_targets(recipe, mix)
     largest = largest_micro_batches(mix, recipe, processes, progress.steps_left, progress.position)
     zero = deepspeed and deepspeed["zero_optimization"]
     check_memory(recipe, config, parameters, zero, dtype, largest[0].shape)
     check_disk(recipe, parameters, dtype, deepspeed is not None, epoch_steps, total_steps, progress.step)
-    for warning in [*lost, *recipe_warnings(recipe, config, mix, parameters, epoch_steps, total_steps)]:
+    found = recipe_warnings(recipe, config, mix, parameters, epoch_steps, total_steps)
+    for warning in [*lost, *vocabulary_warnings(recipe, config, tokenizer), *found]:
         say(f"warning: {warning}")
     return largest
 
@@ -91,6 +94,18 @@ def check_targets(recipe: Recipe, mix: Mix) -> list[str]:
                 )
                 found.append(f"max_length = {recipe.max_length}: cut to it, {name} keeps {left}: {remedy}")
     return found
+
+
+def vocabulary_warnings(recipe: Recipe, config: PretrainedConfig, tokenizer) -> list[str]:
+    """A line where the tokenizer's own ids, without those that the chat format adds, go beyond the embedding."""
+    rows = config.get_text_config().vocab_size
+    beyond = [token for token, own in tokenizer.get_vocab().items() if own >= rows and token not in CHAT_TOKENS]
+    if recipe.from_scratch or not beyond:
+        return []
+    return [
+        f"model_name = {recipe.model_name}: {len(beyond):,} tokens of its tokenizer ({min(beyond)!r} is one) are "
+        f"beyond the {rows:,} rows of its embedding and begin as the mean of all others: is it the model's own?"
+    ]
 
 
 def recipe_warnings(

@@ -50,6 +50,8 @@ def _why_not(name: str, recipe: Recipe, config: PretrainedConfig) -> str | None:
     """Why an implementation cannot be used here; None when it can."""
     if name == "sdpa":
         return None
+    if not attention_heads(config.get_text_config())[0]:
+        return "the model has no attention"
     if not has_gpu():
         return "there is no GPU"
     if recipe.dtype == "fp32":
@@ -62,13 +64,19 @@ def _why_not(name: str, recipe: Recipe, config: PretrainedConfig) -> str | None:
         return "padding_free is false"
     if not torch.backends.cuda.is_flash_attention_available():
         return "this build of PyTorch has no flash attention"
-    text = config.get_text_config()
-    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    _, head_size = attention_heads(config.get_text_config())
     if head_size % 8 or head_size > 256:
         return f"its heads would have to be a multiple of 8, up to 256 wide, and are {head_size}"
     if attention_dropout(config):
         return "the model has dropout in its attention, which it lacks"
     return None
+
+
+def attention_heads(text: PretrainedConfig) -> tuple[int, int]:
+    """How many attention heads each layer of a language model has, and how wide each is; 0, 0 for one of states alone
+    (Mamba, RWKV)."""
+    heads = getattr(text, "num_attention_heads", None) or 0
+    return heads, heads and (getattr(text, "head_dim", None) or text.hidden_size // heads)
 
 
 def attention_dropout(config: PretrainedConfig) -> bool:

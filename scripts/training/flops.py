@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from training.attention import attention_heads
 from training.collate import Batch
 
 # Dense fp16 and bf16 FLOP/s with fp32 accumulation, by words of the device's name; the first that fits. From NVIDIA's
@@ -50,12 +51,13 @@ class ModelFlops:
     def __init__(self, model: PreTrainedModel):
         head, text = model.get_output_embeddings(), model.config.get_text_config()
         matrices = [module for module in model.modules() if isinstance(module, (torch.nn.Linear, Conv1D))]
+        trained = [module.weight.numel() for module in matrices if module.weight.requires_grad and module is not head]
         # FLOPs of each token, of each scored one, and of each query and key that meet.
-        self.per_token = 6 * sum(module.weight.numel() for module in matrices if module is not head)
+        self.per_token = 6 * sum(trained)
         self.per_target = 6 * head.weight.numel()
-        head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         # Queries by keys and shares by values, each 2 FLOPs a number; three times, with the backward pass.
-        self.per_pair = 3 * 4 * text.num_hidden_layers * text.num_attention_heads * head_size
+        heads, head_size = attention_heads(text)
+        self.per_pair = 3 * 4 * text.num_hidden_layers * heads * head_size
 
     def of(self, batch: Batch) -> float:
         """FLOPs of a batch; neither sliding windows nor the experts of a mixture are looked at."""

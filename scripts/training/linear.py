@@ -36,10 +36,12 @@ class HalfWeights:
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, dtype: torch.dtype):
         """
         Args:
-            model: on its device, in fp32. Its `nn.Linear`s become `HalfLinear`s; what is saved of it stays as it is.
+            model: on its device, in fp32. Its `nn.Linear`s become `HalfLinear`s where they are trained; what is
+                saved of it stays as it is.
             dtype: fp16 or bf16.
         """
-        self.layers = [layer for layer in model.modules() if type(layer) is torch.nn.Linear]
+        linear = (layer for layer in model.modules() if type(layer) is torch.nn.Linear)
+        self.layers = [layer for layer in linear if layer.weight.requires_grad]
         for layer in self.layers:
             layer.__class__ = HalfLinear
             # No buffers: in no file, and moved by nobody.

@@ -11,7 +11,7 @@ import torch
 from transformers import PretrainedConfig
 
 from recipe.keys import Recipe
-from training.attention import choose_attention
+from training.attention import attention_heads, choose_attention
 from training.deepspeed_config import optimizer_on_host
 from training.loss import rows_of_a_chunk
 from utils.errors import UserError
@@ -91,8 +91,8 @@ def _activations_per_token(
     """Bytes that the backward pass needs of each token of a micro-batch, and those of its own work in one layer."""
     text = config.get_text_config()
     hidden, layers, vocabulary = text.hidden_size, text.num_hidden_layers, text.vocab_size
-    head = getattr(text, "head_dim", None) or hidden // text.num_attention_heads
-    heads, key_heads = text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    heads, head = attention_heads(text)
+    key_heads = getattr(text, "num_key_value_heads", None) or heads
     inner = getattr(text, "intermediate_size", None) or 4 * hidden
     # Two matrices, or three of a gated MLP: no config says it, but the number of parameters does.
     embeddings = vocabulary * hidden * (1 if config.tie_word_embeddings else 2)

@@ -1,5 +1,6 @@
 """The model and its tokenizer: from a folder or the hub, or built; checked, and made ready for the chat tokens."""
 
+import copy
 import os
 import re
 from functools import partial
@@ -7,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import (
     AutoConfig,
@@ -21,10 +21,11 @@ from transformers import (
 from data.dialogue import prepare_tokenizer
 from recipe.keys import Recipe
 from training.attention import attention_dropout, choose_attention, keep_attention
-from training.collate import end_to_end
+from training.family import check_output_layer, check_own_loss, check_padding_free, freeze_unreached, tiny_config
 from training.tokenizer_files import check_tokenizer
+from training.weight_files import check_headers, model_folder
 from utils.errors import UserError, reason
-from utils.launch import has_gpu, say
+from utils.launch import has_gpu, num_processes, say
 
 # Of a generation config: what only sampling uses.
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
@@ -39,20 +40,29 @@ def load_pretrained(auto_class: Any, name: str, who: str = "", trust_remote_code
     """
     who = who or name
     if auto_class is AutoModelForCausalLM:
-        kwargs["output_loading_info"] = True
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # which are refused below, by name
     try:
         found = auto_class.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
     except Exception as error:  # what transformers makes of a bad file ranges from OSError to AttributeError
         raise UserError(f"{who}: no usable {KINDS[auto_class]}: {_where(name)}: {reason(error)}") from error
     if auto_class is AutoModelForCausalLM:
         found, info = found
+        for key, stored, wanted in sorted(info["mismatched_keys"]):
+            raise UserError(
+                f"{who}: its weights have {key} as {[*stored]}, for which its config.json calls as {[*wanted]}"
+            )
         if missing := sorted(info["missing_keys"]):  # transformers would go on with random numbers in their place
-            names = ", ".join(missing[:3]) + f" and {len(missing) - 3} more" * (len(missing) > 3)
-            raise UserError(f"{who}: its weights lack {names}, which its config.json calls for")
+            raise UserError(f"{who}: its weights lack {_some(missing)}, which its config.json calls for")
+        if left_out := sorted(info["unexpected_keys"]):
+            say(f"warning: {who}: its config.json has no place for {_some(left_out)} of its weights: left out")
     if auto_class is AutoTokenizer and set(found.encode("a b c", add_special_tokens=False)) <= {found.unk_token_id}:
         # Where there are no files, transformers makes an empty tokenizer of the model's kind and says nothing.
         raise UserError(f"{who}: no tokenizer: {_where(name)}")
     return found
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
 
 
 def _where(name: str) -> str:
@@ -96,18 +106,39 @@ def load_config(recipe: Recipe) -> PretrainedConfig:
     if recipe.fuse_gelu and getattr(config, "hidden_act", None) == "gelu":
         # Saved with the checkpoint, so that it is used as it was trained.
         config.hidden_act = "gelu_pytorch_tanh"
-    if not getattr(config.get_text_config(), "num_attention_heads", None):
-        kind = f"models of type {config.model_type}, which have no attention heads (Mamba, RWKV)"
-        raise UserError(f"model_name = {recipe.model_name}: {kind}, are not supported")
+    check_training_kind(recipe, config)
     choose_attention(recipe, config)
-    # The headers of a folder's safetensors say how long each file has to be.
-    for path in [] if recipe.from_scratch else sorted(Path(recipe.model_name).glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"model_name = {recipe.model_name}: {path}: cut off or damaged: {error}") from error
+    folder = model_folder(recipe.model_name)
+    if folder and not recipe.from_scratch:
+        check_headers(folder, f"model_name = {recipe.model_name}")
     return config
+
+
+def check_training_kind(recipe: Recipe, config: PretrainedConfig) -> None:
+    """Refuse what a config says of a training that is another one than is made here.
+
+    A router's auxiliary loss is one: it is no sum over tokens (over the experts, the share of the tokens that go to
+    each times its mean probability, of one forward pass: Mixtral's `load_balancing_loss_func`), so that it would depend
+    on how a step is cut into micro-batches and processes, which nothing else does here.
+    """
+    text, who = config.get_text_config(), f"model_name = {recipe.model_name}"
+    weights = [value for key, value in text.to_dict().items() if re.fullmatch("(router_)?aux_loss_coef", key)]
+    if getattr(text, "output_router_logits", False) and any(weights or [1]):
+        raise UserError(
+            f"{who}: its config.json has output_router_logits = true, for the auxiliary loss of its router, which is "
+            "not computed here: give output_router_logits: false there, to train without it"
+        )
+    if getattr(text, "layerdrop", 0) and num_processes() > 1:
+        raise UserError(
+            f"{who}: its config.json has layerdrop = {text.layerdrop}, by which each process leaves out other layers, "
+            "and their gradients cannot be added: give layerdrop: 0.0 there, or one process"
+        )
+    if method := getattr(config, "quantization_config", None):
+        method = method.get("quant_method", "") if isinstance(method, dict) else method
+        raise UserError(
+            f"{who}: its weights are quantized ({method}), and cannot be trained: give the model in bf16 or fp32, "
+            "without the quantization_config in its config.json"
+        )
 
 
 def without_weights(recipe: Recipe, config: PretrainedConfig) -> PreTrainedModel:
@@ -144,12 +175,57 @@ def load_model(
     else:
         # safetensors where there are any; a .bin is loaded by torch with weights_only, which transformers insists on.
         model = _load(AutoModelForCausalLM, recipe, config=config, dtype=dtype)
+    if left_out := check_family(model, recipe):
+        say(f"not trained, since no text reaches them: {', '.join(left_out)}")
+    fit_to_tokenizer(model, tokenizer)
+    ready_for_training(model, recipe)
+    say(f"attention: {'; '.join([model.config._attn_implementation, *choose_attention(recipe, model.config)[1]])}")
+    return model
+
+
+def check_family(model: PreTrainedModel, recipe: Recipe) -> list[str]:
+    """Refuse a model of a kind that cannot be trained here, or not padding-free; take out of training what no text
+    reaches, and return its names."""
     model.eval()  # no dropout in the checks
     check_output_layer(model, recipe.model_name)
+    left_out = freeze_unreached(model, recipe.model_name)
     if recipe.padding_free:
         check_padding_free(model, recipe.model_name)
-    fit_to_tokenizer(model, tokenizer)
-    return ready_for_training(model, recipe)
+    return left_out
+
+
+def check_tiny(recipe: Recipe, config: PretrainedConfig) -> bool:
+    """Find on a tiny model of the same kind, without any weights, what `load_model` would refuse in its kind.
+
+    Returns: whether there is one; the sizes of some do not fit together when they are made smaller.
+    Raises: UserError in the words of `load_model`.
+    """
+    try:
+        tiny = AutoModelForCausalLM.from_config(
+            tiny_config(config), dtype=torch.float32, trust_remote_code=recipe.trust_remote_code
+        ).train()  # as RWKV would change its weights already
+        with torch.no_grad():
+            logits = tiny(input_ids=torch.arange(8)[None], use_cache=False).logits
+    except Exception:  # as many kinds as there are models
+        return False
+    if not logits.isfinite().all():
+        return False
+    check_family(tiny, recipe)
+    check_own_loss(tiny, recipe.model_name)
+    ready_for_training(tiny, recipe)
+    return True
+
+
+def check_weights(recipe: Recipe, config: PretrainedConfig) -> None:
+    """Find what loading the weights of model_name, all on this machine, would refuse, by names and shapes alone: none
+    is read. (A 7B model takes 1.5 s and 20 MiB.)
+
+    Raises: UserError in the words of `load_model`.
+    """
+    folder, who = str(model_folder(recipe.model_name)), f"model_name = {recipe.model_name}"
+    config, dtype = copy.deepcopy(config), torch.float32  # transformers notes in it what it was loaded as
+    trust = recipe.trust_remote_code
+    load_pretrained(AutoModelForCausalLM, folder, who, trust, config=config, dtype=dtype, device_map="meta")
 
 
 def fit_to_tokenizer(model: PreTrainedModel, tokenizer, mean_resizing: bool = True) -> None:
@@ -177,22 +253,27 @@ def fit_to_tokenizer(model: PreTrainedModel, tokenizer, mean_resizing: bool = Tr
 
 
 def ready_for_training(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
-    """The model with the attention, the gradient checkpointing and the compiled layers that the recipe asks for."""
-    attention, reasons = choose_attention(recipe, model.config)
+    """The model with the attention, the gradient checkpointing and the compiled layers that the recipe asks for.
+
+    Raises: UserError when it has no such attention, or no gradient checkpointing.
+    """
+    attention, _ = choose_attention(recipe, model.config)
     name = "sdpa_by_conversation" if attention == "sdpa" and recipe.padding_free else attention
     if name != "sdpa" or recipe.attn_implementation:  # else a model without SDPA keeps what it has
         try:
             model.set_attn_implementation(name)
         except (ValueError, ImportError) as error:
             raise UserError(f"attention: this model cannot use {name}: {reason(error)}") from error
-    say(f"attention: {'; '.join([model.config._attn_implementation, *reasons])}")
     if recipe.gradient_checkpointing:
         options: dict[str, Any] = {"use_reentrant": False}  # the kind that DDP needs
         if not attention_dropout(model.config):
             # What is kept is not drawn anew: with dropout in it, what a layer draws after it would be another mask, and
             # gradients were off by 41 % (attention and residual dropout of 0.1).
             options["context_fn"] = partial(create_selective_checkpoint_contexts, keep_attention)
-        model.activation_checkpointing_enable(options)
+        try:
+            model.activation_checkpointing_enable(options)
+        except ValueError as error:
+            raise UserError(f"gradient_checkpointing = true: {recipe.model_name}: {reason(error)}") from error
     if recipe.torch_compile:
         for layer in model.modules():
             if type(layer).__name__ in model._no_split_modules:
@@ -203,47 +284,3 @@ def ready_for_training(model: PreTrainedModel, recipe: Recipe) -> PreTrainedMode
 def _load(auto_class, recipe: Recipe, **kwargs):
     name, who = recipe.model_name, f"model_name = {recipe.model_name}"
     return load_pretrained(auto_class, name, who, trust_remote_code=recipe.trust_remote_code, **kwargs)
-
-
-@torch.no_grad()
-def check_output_layer(model: PreTrainedModel, name: str) -> None:
-    """Refuse a model whose logits are not its output layer's of its body's hidden states, as training/loss.py has them:
-    that differ on eight tokens (a scaled, capped or deeper head), or are not finite."""
-    vocabulary = model.get_input_embeddings().num_embeddings
-    ids = (torch.arange(8, device=model.device) * 997 % vocabulary)[None]
-    try:
-        logits = model(input_ids=ids, use_cache=False).logits
-        ours = model.get_output_embeddings()(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
-    except (AttributeError, TypeError, RuntimeError) as error:
-        raise UserError(f"model_name = {name}: not a model that can be trained here: {reason(error)}") from error
-    if not logits.isfinite().all():
-        raise UserError(f"model_name = {name}: its weights give logits that are not finite numbers")
-    if not torch.allclose(ours.float(), logits.float(), rtol=1e-2, atol=1e-2 * float(logits.abs().max())):
-        raise UserError(f"model_name = {name}: its logits are not those of its output layer alone: not supported")
-
-
-@torch.no_grad()
-def check_padding_free(model: PreTrainedModel, name: str) -> None:
-    """Refuse a model in which conversations laid end to end see each other, or their positions: where the second of two
-    moves with the first, or differs from what it is alone."""
-    first, second = (torch.arange(n) * 997 % model.get_input_embeddings().num_embeddings for n in (5, 7))
-
-    def hidden_states(*conversations: torch.Tensor) -> torch.Tensor:
-        """Of the last conversation, after the last layer."""
-        inputs = end_to_end([*conversations]).to(model.device).model_inputs()
-        return model.base_model(**inputs, use_cache=False).last_hidden_state[0, -len(conversations[-1]) :].float()
-
-    try:
-        model.set_attn_implementation("sdpa_by_conversation")  # all that runs on a CPU, where the model mostly still is
-        alone, together = hidden_states(second), hidden_states(first, second)
-        beside_another = hidden_states(first.flip(0), second)
-    except (AttributeError, TypeError, RuntimeError, ValueError) as error:
-        raise UserError(
-            f"model_name = {name}: it takes no padding-free batches ({reason(error)}): give padding_free: false"
-        ) from error
-    largest = float(alone.abs().max())
-    rounding = 8 * torch.finfo(model.dtype).eps  # in a mixture of experts the others change the shape of the products
-    if (together - alone).abs().max() > 1e-2 * largest or (together - beside_another).abs().max() > rounding * largest:
-        raise UserError(
-            f"model_name = {name}: in it, conversations laid end to end see each other: give padding_free: false"
-        )

@@ -126,7 +126,7 @@ def _fragments(accelerator: Accelerator, model: PreTrainedModel, optimizer) -> I
             if state:
                 tensors = {"weights": parameter.data} | {moment: state[moment] for moment in MOMENTS}
                 yield Fragment(name, 0, {kind: tensor.view(-1) for kind, tensor in tensors.items()})
-        elif parameter._hp_mapping is not None:  # some of it lies in this process's partition
+        elif getattr(parameter, "_hp_mapping", None) is not None:  # trained, and some of it lies in this partition
             mapping = parameter._hp_mapping
             flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
             tensors = {"weights": flat.data} | {moment: adam.state[flat][moment] for moment in MOMENTS}

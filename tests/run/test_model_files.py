@@ -224,12 +224,15 @@ def test_what_cannot_be_saved_is_one_line_before_the_first_step(tmp_path, dry_ru
     assert "training:" not in run.stderr
 
 
-def test_models_without_attention_are_one_line(tmp_path):
+def test_a_model_without_attention_trains_padded(tmp_path):
     config = AutoConfig.for_model("mamba", vocab_size=1024, hidden_size=32, num_hidden_layers=2, state_size=4)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
     for path in DEMO.glob("tokenizer*"):
         shutil.copy(path, tmp_path / "base")
-    for more in ([], ["--padding_free", "false"], ["--dry_run"]):
+    for more in ([], ["--dry_run"]):
         run = run_of(tmp_path / "base", tmp_path, *more)
         assert run.returncode == 2
-        assert "models of type mamba, which have no attention heads" in run.errors[0]
+        assert "it has states in place of attention: give padding_free: false" in run.errors[0]
+    run = run_of(tmp_path / "base", tmp_path, "--padding_free", "false")
+    assert run.returncode == 0, run.stderr
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.model_type == "mamba"

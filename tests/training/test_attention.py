@@ -17,7 +17,8 @@ from recipe.keys import Recipe
 from training import attention
 from training.attention import KERNELS, choose_attention
 from training.collate import Batch
-from training.model import check_padding_free, load_config, load_model, load_tokenizer
+from training.family import check_padding_free
+from training.model import load_config, load_model, load_tokenizer
 from utils.errors import UserError
 
 VOCABULARY = 104

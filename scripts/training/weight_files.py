@@ -1,0 +1,56 @@
+"""Where a model's files are on this machine, and what the headers of its weights say, before any is loaded."""
+
+import os
+from pathlib import Path
+
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError, safe_open
+
+from utils.errors import UserError
+from utils.files import read_json
+
+# In the order in which transformers looks for them; an index names the files of weights in several.
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def model_folder(name: str) -> Path | None:
+    """The folder of a model: its own, or of a hub name the one in the hub's cache; None where it is not here.
+
+    Raises: UserError where it is neither a folder nor a hub name.
+    """
+    if os.path.isdir(name):
+        return Path(name)
+    try:
+        config = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:
+        raise UserError(f"model_name = {name}: neither a model's folder nor a hub name") from None
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def weights_are_here(folder: Path) -> bool:
+    """Whether a folder of the hub's cache, which holds what was fetched, has all files of the weights."""
+    found = next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
+    if found is None:
+        return False
+    names = set(read_json(found)["weight_map"].values()) if found.suffix == ".json" else ()
+    return all((folder / name).exists() for name in names)
+
+
+def check_headers(folder: Path, who: str) -> None:
+    """Refuse safetensors that are cut off (a header says how long its file has to be), or hold no numbers to train.
+
+    `who` is how a message names the model.  Raises: UserError.
+    """
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                kinds = {name: file.get_slice(name).get_dtype() for name in file.keys() if name.endswith("weight")}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{who}: {path}: cut off or damaged: {error}") from error
+        for name, kind in kinds.items():
+            if kind not in FLOATS:
+                raise UserError(
+                    f"{who}: {path}: {name} is quantized ({kind}), and cannot be trained: give it in bf16 or fp32"
+                )

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,8 @@ UNFINISHED = ".tmp"  # how the name of a file ends that is being written
 NO_FLUSH = (errno.EINVAL, errno.EBADF, errno.ENOTSUP)
 
 
-def read_text(path: Path, what: str = "file", most: int = MOST_BYTES) -> str:
-    """A text file in UTF-8, a byte order mark left out.
+def read_text(path: Path, what: str = "file", most: int = MOST_BYTES, errors: str = "strict") -> str:
+    """A text file in UTF-8, a byte order mark left out; `errors` says what to do with other bytes, as `bytes.decode`.
 
     Raises: UserError, naming `what` it is, if it is unreadable, no file that ends, over `most` bytes, or not UTF-8.
     """
@@ -46,7 +47,7 @@ def read_text(path: Path, what: str = "file", most: int = MOST_BYTES) -> str:
                 content += chunk
         if len(content) > most:
             raise UserError(f"{path}: cannot read this {what}: over {most:,} bytes")
-        return content.decode("utf-8-sig")
+        return content.decode("utf-8-sig", errors)
     except ValueError as error:
         if isinstance(error, UnicodeDecodeError):
             line = error.object[: error.start].count(b"\n") + 1
@@ -56,16 +57,27 @@ def read_text(path: Path, what: str = "file", most: int = MOST_BYTES) -> str:
         raise UserError(f"{path}: cannot read this {what}: {error.strerror} (looked in {Path.cwd()})") from None
 
 
-def parse_json(text: str, source: str | Path, line: int | None = None) -> Any:
-    """The value of a JSON text, all of `source` or this `line` of it; UserError, with the place, if it is none."""
+def parse_json(text: str, source: str | Path, line: int | None = None, keys_once: bool = False) -> Any:
+    """The value of a JSON text, all of `source` or this `line` of it.
+
+    Raises: UserError, with the place, if it is none, or, under `keys_once`, a key is given twice in one mapping.
+    """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_keys_once if keys_once else None)
     except json.JSONDecodeError as error:
         place = f"{source} line {line or error.lineno}, column {error.colno}"
         raise UserError(f"{place}: JSON does not parse: {error.msg}") from None
     except (ValueError, RecursionError) as error:  # a number of more than 4,300 digits, thousands of brackets
         place = f"{source} line {line}" if line else source
         raise UserError(f"{place}: JSON does not parse: {error}") from None
+
+
+def _keys_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {twice[:80]!r} is given twice")
+    return mapping
 
 
 def read_json(path: Path, what: str = "file") -> Any:

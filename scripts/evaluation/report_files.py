@@ -101,7 +101,7 @@ class _SettingsFile(Schema):
 def read_configs(path: Path) -> dict[str, dict[str, Any]]:
     """Sampling settings by name, those of `default` filled in; `generate` checks what they say.
 
-    Raises: UserError for another format, a name that is missing or given twice.
+    Raises: UserError for another format, a name that is missing or given twice, fewer tokens than the least.
     """
     file = read_as(_SettingsFile, path, "a file of sampling settings")
     configs: dict[str, dict[str, Any]] = {}
@@ -109,7 +109,9 @@ def read_configs(path: Path) -> dict[str, dict[str, Any]]:
         if not chosen.name or chosen.name in configs:
             problem = f"the name {chosen.name} is given twice" if chosen.name else "no name"
             raise UserError(f"{path}: configuration {number}: {problem}")
-        configs[chosen.name] = file.default.generate_args | chosen.generate_args
+        args = configs[chosen.name] = file.default.generate_args | chosen.generate_args
+        if args.get("min_new_tokens", 0) > args.get("max_new_tokens", MOST_TOKENS):
+            raise UserError(f"{path}: configuration {number}: its min_new_tokens are over its max_new_tokens")
     return configs
 
 

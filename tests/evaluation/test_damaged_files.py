@@ -194,7 +194,8 @@ def test_sampling_settings(here, data):
             list(generate(model, tokenizer, [], chosen, 1))
         except UserError:
             continue
-        chosen["max_new_tokens"] = min(chosen["max_new_tokens"], 3)  # sampling_report.py fits it to the model
+        # sampling_report.py fits both to the model's positions.
+        chosen |= {key: min(chosen[key], 3) for key in ("max_new_tokens", "min_new_tokens") if key in chosen}
         ((_, reply),) = generate(model, tokenizer, [[5, 6, 7]], chosen, 1, [0])
         assert 0 < reply.tokens <= 3
 

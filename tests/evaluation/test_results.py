@@ -104,6 +104,21 @@ def with_broken_template(folder):
     (folder / "chat_template.jinja").write_text("{% for message in %}")
 
 
+def with_a_template_cut_off(folder):
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text()[:1])
+
+
+def with_an_end_that_is_no_token(folder):
+    config = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": "x"}))
+
+
+def with_a_length_that_is_no_number(folder):
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": []}))
+
+
 def with_damaged_weights(folder):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
@@ -122,6 +137,9 @@ def with_too_many_tokens(folder):
         (without_tokenizer, "tokenizer"),
         (with_other_tokens, r"lacks the chat tokens <\|human\|>"),
         (with_broken_template, "chat template does not work"),
+        (with_a_template_cut_off, "its chat template does not write what the user says"),
+        (with_an_end_that_is_no_token, "eos_token_id of its generation config is x"),
+        (with_a_length_that_is_no_number, "model_max_length of its tokenizer_config.json is "),
         (with_damaged_weights, "no usable weights"),
         (with_too_many_tokens, "its embedding"),
     ],

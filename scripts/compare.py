@@ -254,9 +254,11 @@ def plot(columns: list[Column], path: Path) -> None:
             intervals = [metric.interval for metric in metrics]
             if whole and all(intervals):
                 axis.fill_between(steps, *zip(*intervals, strict=True), alpha=0.2)
-        axis.set(title=title, xlabel="step")
+        axis.set(xlabel="step")
+        axis.set_title(title, parse_math=False)  # a name may hold $
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+        for text in axis.legend(fontsize=7).get_texts():
+            text.set_parse_math(False)
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:

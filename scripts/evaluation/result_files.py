@@ -31,6 +31,8 @@ def _shown(text: str) -> str:
 
 Name = Annotated[str, AfterValidator(_shown)]
 Count = Annotated[NonNegativeInt, Field(le=MOST)]
+# The perplexity of a model that diverged is up to e to the power of 700, 1e304; what is drawn of more is over float64.
+Figure = Annotated[float, Field(ge=-1e305, le=1e305)]
 
 
 class Metric(Schema):
@@ -40,9 +42,9 @@ class Metric(Schema):
     another result (`evaluation/intervals.py`).
     """
 
-    value: float | None  # None where the model gives none, as the loss of one whose weights are not finite
-    low: float | None = None
-    high: float | None = None
+    value: Figure | None  # None where the model gives none, as the loss of one whose weights are not finite
+    low: Figure | None = None
+    high: Figure | None = None
     better: Literal["higher", "lower"] | None = None
     n: Count | None = None
     ratio: Annotated[tuple[str | None, str | None], Field(strict=False)] | None = None  # None counts the items

@@ -146,6 +146,8 @@ def test_a_damaged_file_hides_no_other(run, tmp_path):
     write_result(copy / "checkpoint-400", 400, 3.2)
     damaged = [copy / f"checkpoint-{step}" / "eval" / "loss.json" for step in (20, 400)]
     damaged[0].write_text(damaged[0].read_text()[:-9])
+    half_a_pair = json.loads((copy / "checkpoint-300/eval/loss.json").read_text()) | {"warnings": ["\ud800"]}
+    (copy / "checkpoint-300" / "eval" / "surrogate.json").write_text(json.dumps(half_a_pair))
     damaged[1].write_text(json.dumps(json.loads(damaged[1].read_text()) | {"format": 99}))
     (copy / "checkpoint-100" / "eval" / "of_before.json").write_text(
         (copy / "checkpoint-300/eval/loss.json").read_text()
@@ -154,12 +156,13 @@ def test_a_damaged_file_hides_no_other(run, tmp_path):
     found = compare(copy, "--plot", tmp_path / "curves.png")
     assert steps_shown(found.stdout) == [100, 300]
     said = [line for line in found.stderr.splitlines() if line.startswith("passed over: ")]
-    assert len(said) == 4
+    assert len(said) == 5
     for place, problem in (
         (f"{damaged[0]} line", "JSON does not parse"),
         (damaged[1], "its format is 99, newer than the 1 that these scripts know: update them"),
         ("of_before.json", "loss.json is shown, which is of the same evaluation (loss)"),
         ("pipe.json", "Is a named pipe"),
+        ("surrogate.json", "warnings.0 holds half of a surrogate pair"),
     ):
         assert sum(str(place) in line and problem in line for line in said) == 1, problem
     alone = compare(*damaged, check=False)

@@ -58,16 +58,15 @@ def paired_differences(first: ResultFile, other: ResultFile, seed: int = 0) -> d
     if not keys or not metrics:
         return {}
     sides = [[result.items[key] for key in keys] for result in (first, other)]
-    columns = []
-    for name in metrics:
-        ratio, where, _ = kinds[0][name]
-        # Taking part is for both to say: one checkpoint's training data may hold what the other's do not.
-        both = np.logical_and(*(item_columns(items, [None], where) > 0 for items in sides))
-        columns += [both * item_columns(items, ratio, where) for items in sides]
-    columns = np.concatenate(columns, axis=1)
-    found = {}
+    found, columns = {}, []
     # A resample may miss every item of a small part; a model that diverged has what no number can hold.
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        for name in metrics:
+            ratio, where, _ = kinds[0][name]
+            # Taking part is for both to say: one checkpoint's training data may hold what the other's do not.
+            both = np.logical_and(*(item_columns(items, [None], where) > 0 for items in sides))
+            columns += [both * item_columns(items, ratio, where) for items in sides]
+        columns = np.concatenate(columns, axis=1)
         drawn = resampled_sums(sides[0], columns, seed)
         for number, name in enumerate(metrics):
             own = slice(4 * number, 4 * number + 4)

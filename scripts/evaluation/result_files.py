@@ -29,6 +29,12 @@ def _shown(text: str) -> str:
     return text
 
 
+def _written(text: str) -> str:
+    if not text.isprintable() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("holds half of a surrogate pair")
+    return text
+
+
 Name = Annotated[str, AfterValidator(_shown)]
 Count = Annotated[NonNegativeInt, Field(le=MOST)]
 # The perplexity of a model that diverged is up to e to the power of 700, 1e304; what is drawn of more is over float64.
@@ -91,7 +97,7 @@ class ResultFile(Schema):
     checkpoint: EvaluatedCheckpoint
     settings: dict[Name, JsonValue] = Field({})  # the same ones on the same weights give the same results
     results: dict[Name, Metric] = Field(min_length=1)
-    warnings: list[str] = Field([])  # what whoever reads the results has to know
+    warnings: list[Annotated[str, AfterValidator(_written)]] = Field([])  # what whoever reads the results has to know
     items: dict[str, Item] = Field({})
 
     @model_validator(mode="after")

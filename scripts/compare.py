@@ -10,7 +10,8 @@ was: a result file, or a folder of them. Below each value stands its difference 
 interval. Where both results keep what was measured on each item, it is a paired bootstrap over the items that both
 have; else, marked ~, it comes from the two intervals as if they were of different items, and is wider. A difference
 whose interval holds 0 may be chance. Of a run with more than 8 checkpoints the first, the newest 3 and the best are
-shown; --all shows each, and the plot has them all.
+shown; --all shows each, and the plot has them all. A damaged result file, or one of a newer format, is passed over with
+a line that names file and field.
 """
 
 from utils.command_line import OneLineParser
@@ -32,6 +33,7 @@ if __name__ == "__main__":
 
 import math
 import os
+import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,67 +42,23 @@ from rich.table import Column as TableColumn
 from rich.table import Table
 
 from evaluation.intervals import RESAMPLES, paired_differences
-from utils.files import read_json
+from evaluation.result_files import Column, Metric, ResultFile, read_columns
 from utils.tables import make_console
 
 MOST_OF_A_RUN = 8  # checkpoints; a column takes 30 characters, of 200 a line took 6,400
 NEWEST = BEST = 3  # of a run that has more
 
 
-@dataclass
-class Column:
-    """A checkpoint with its results, the whole result files by the name of the evaluation."""
-
-    name: str
-    run: str
-    files: dict[str, dict]
-
-    @property
-    def step(self) -> int | None:
-        return next(iter(self.files.values()))["checkpoint"]["step"]
-
-
 def main(options) -> None:
-    columns = [column for path in options.paths for column in read_columns(Path(path))]
+    columns, problems = read_columns(map(Path, options.paths))
+    for problem in problems:
+        print(f"passed over: {' '.join(problem.split())}", file=sys.stderr)
     shown, left_out = (columns, []) if options.all else some_of(columns)
     rows, notes = table_rows(shown, columns)
     show = print_markdown if options.markdown else print_table
     show(shown, rows, [*left_out, *notes])
     if options.plot:
         plot(columns, Path(options.plot))
-
-
-# ---- Reading results ----
-
-
-def read_columns(path: Path) -> list[Column]:
-    """Those of an argument that have results.  Raises: UserError for nothing there, no result, a file that is none."""
-    if path.is_file():
-        return [Column(str(path), str(path.parent), read_results([path], strict=True))]
-    if not path.is_dir():
-        raise UserError(f"{path}: no such file or folder")
-    found = []
-    for folder in [*path.glob("checkpoint-*"), path]:
-        files = read_results(sorted((folder / "eval").glob("*.json")))
-        if not files and folder == path:  # a folder of --output
-            files = read_results(sorted(path.glob("*.json")))
-        if files:
-            found.append(Column(str(folder), str(path), files))
-    if not found:
-        raise UserError(f"{path}: no results; run an eval script on it first")
-    return sorted(found, key=lambda column: (column.step is None, column.step or 0, column.name == str(path)))
-
-
-def read_results(paths: list[Path], strict: bool = False) -> dict[str, dict]:
-    """Result files by the name of their evaluation; others (a sampling report, a config) are passed over."""
-    files = {}
-    for path in paths:
-        content = read_json(path, "result file")
-        if isinstance(content, dict) and {"name", "checkpoint", "results"} <= content.keys():
-            files[content["name"]] = content
-        elif strict:
-            raise UserError(f"{path}: not a result file of the eval scripts")
-    return files
 
 
 # ---- Choosing ----
@@ -129,11 +87,15 @@ def some_of(columns: list[Column]) -> tuple[list[Column], list[str]]:
 
 def best_by(evaluation: str, columns: list[Column]) -> list[int]:
     """The columns from the best on, by an evaluation's first metric that can be better; of equals the earliest."""
-    results = [column.files[evaluation]["results"] if evaluation in column.files else {} for column in columns]
-    ranked = ((name, result["better"]) for own in results for name, result in own.items() if result.get("better"))
-    metric, better = next(ranked, (None, None))
-    values = {number: own[metric]["value"] for number, own in enumerate(results) if metric in own}
+    results = [column.files[evaluation].results if evaluation in column.files else {} for column in columns]
+    ranked = ((name, metric.better) for own in results for name, metric in own.items() if metric.better)
+    name, better = next(ranked, (None, None))
+    values = {number: own[name].value for number, own in enumerate(results) if has_value(own.get(name))}
     return sorted(values, key=lambda number: values[number] if better == "lower" else -values[number])
+
+
+def has_value(metric: Metric | None) -> bool:
+    return metric is not None and metric.value is not None
 
 
 # ---- Comparing ----
@@ -156,45 +118,54 @@ def table_rows(columns: list[Column], every: list[Column]) -> tuple[list[tuple[s
         files = [column.files.get(evaluation) for column in columns]
         pairs = [paired_differences(files[0], file) if files[0] and file else {} for file in files]
         notes += differing_settings(evaluation, columns)
-        for metric in dict.fromkeys(metric for file in files if file for metric in file["results"]):
-            results = [(file or {"results": {}})["results"].get(metric) for file in files]
-            of_every = [column.files[evaluation]["results"] for column in every if evaluation in column.files]
-            values = [of_one[metric]["value"] for of_one in of_every if metric in of_one]
-            better = next(result.get("better") for result in results if result)
+        for name in dict.fromkeys(name for file in files if file for name in file.results):
+            metrics = [file.results.get(name) if file else None for file in files]
+            of_every = [column.files[evaluation].results.get(name) for column in every if evaluation in column.files]
+            values = [metric.value for metric in of_every if has_value(metric)]
+            better = next(metric.better for metric in metrics if metric)
             best = {"higher": max, "lower": min}[better](values) if better and len(set(values)) > 1 else None
-            cells = [Cell(result["value"], result["value"] == best) if result else Cell(None) for result in results]
-            for cell, result, pair in zip(cells[1:], results[1:], pairs[1:], strict=True):
-                if result and results[0]:
-                    cell.difference = describe_difference(results[0], result, pair.get(metric))
-            rows.append((evaluation, metric, cells))
+            shown = [metric.value if metric else None for metric in metrics]
+            cells = [Cell(value, value is not None and value == best) for value in shown]
+            for cell, metric, pair in zip(cells[1:], metrics[1:], pairs[1:], strict=True):
+                if has_value(metrics[0]) and has_value(metric):
+                    cell.difference = describe_difference(metrics[0], metric, pair.get(name))
+            rows.append((evaluation, name, cells))
         for column, file in zip(columns, files, strict=True):
-            notes += [f"{column.name}, {evaluation}: {warning}" for warning in (file or {}).get("warnings", [])]
+            notes += [f"{column.name}, {evaluation}: {problem}" for problem in (said_of(file) if file else [])]
     return rows, notes
+
+
+def said_of(file: ResultFile) -> list[str]:
+    """What has to be known of a result: its own warnings, and metrics that are not what they say."""
+    odd = [name for name, metric in file.results.items() if None not in metric.ends and not metric.interval]
+    return [" ".join(warning.split()) for warning in file.warnings] + [
+        f"the interval of {name} does not hold its value, and is left out" for name in odd
+    ]
 
 
 def differing_settings(evaluation: str, columns: list[Column]) -> list[str]:
     """A line for each column whose evaluation was not that of the first that has it."""
     first, *others = [column for column in columns if evaluation in column.files]
-    usual, notes = first.files[evaluation]["settings"], []
+    usual, notes = first.files[evaluation].settings, []
     for column in others:
-        settings = column.files[evaluation]["settings"]
+        settings = column.files[evaluation].settings
         if keys := [key for key in {**usual, **settings} if usual.get(key) != settings.get(key)]:
             notes.append(f"{evaluation}: {column.name} and {first.name} differ in {', '.join(keys)}")
     return notes
 
 
-def describe_difference(first: dict, other: dict, pair: tuple | None) -> str:
+def describe_difference(first: Metric, other: Metric, pair: tuple | None) -> str:
     """`-0.4100 [-0.5200, -0.3000]`; ~ where it is not paired."""
     if pair and math.isfinite(pair[0]):
         difference, (low, high), items = pair
-        over = f" ({items:,} in both)" if {items} != {first["n"], other["n"]} else ""
+        over = f" ({items:,} in both)" if {items} != {first.n, other.n} else ""
         return f"{difference:+.4f}" + (f" [{low:+.4f}, {high:+.4f}]" if low is not None else "") + over
-    difference = other["value"] - first["value"]
-    if None in [result.get(end) for result in (first, other) for end in ("low", "high")]:
+    difference = other.value - first.value
+    if not first.interval or not other.interval:
         return f"{difference:+.4f}"
     # The distances of the ends from the values add up as squares (Newcombe's method 10, where these are Wilson's).
-    low = difference - math.hypot(other["value"] - other["low"], first["high"] - first["value"])
-    high = difference + math.hypot(other["high"] - other["value"], first["value"] - first["low"])
+    low = difference - math.hypot(other.value - other.low, first.high - first.value)
+    high = difference + math.hypot(other.high - other.value, first.value - first.low)
     return f"~{difference:+.4f} [{low:+.4f}, {high:+.4f}]"
 
 
@@ -264,10 +235,11 @@ def plot(columns: list[Column], path: Path) -> None:
     runs = dict.fromkeys(column.run for column in columns)
     for column in columns:
         for evaluation, file in column.files.items() if column.step is not None else ():
-            for metric, result in file["results"].items():
-                kind, _, part = metric.partition("/")
+            for name, metric in file.results.items():
+                kind, _, part = name.partition("/")
                 label = " ".join([part or "all", *([column.run] if len(runs) > 1 else [])])
-                panels[f"{evaluation}: {kind}"][label].append((column.step, result))
+                if has_value(metric):
+                    panels[f"{evaluation}: {kind}"][label].append((column.step, metric))
     if not any(len({step for step, _ in points}) > 1 for lines in panels.values() for points in lines.values()):
         raise UserError("--plot: needs results at two steps of a run, evaluate more of its checkpoints")
     across = min(3, len(panels))
@@ -276,15 +248,17 @@ def plot(columns: list[Column], path: Path) -> None:
     for place, (title, lines) in enumerate(panels.items(), 1):
         axis = figure.add_subplot(down, across, place)
         for label, points in lines.items():
-            steps, results = zip(*sorted(points, key=lambda point: point[0]), strict=True)
+            steps, metrics = zip(*sorted(points, key=lambda point: point[0]), strict=True)
             whole = label.startswith("all")
-            axis.plot(steps, [result["value"] for result in results], marker="o", lw=2.5 if whole else 1, label=label)
-            bounds = [(result.get("low"), result.get("high")) for result in results]
-            if whole and not any(None in ends for ends in bounds):
-                axis.fill_between(steps, *zip(*bounds, strict=True), alpha=0.2)
-        axis.set(title=title, xlabel="step")
+            axis.plot(steps, [metric.value for metric in metrics], marker="o", lw=2.5 if whole else 1, label=label)
+            intervals = [metric.interval for metric in metrics]
+            if whole and all(intervals):
+                axis.fill_between(steps, *zip(*intervals, strict=True), alpha=0.2)
+        axis.set(xlabel="step")
+        axis.set_title(title, parse_math=False)  # a name may hold $
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+        for text in axis.legend(fontsize=7).get_texts():
+            text.set_parse_math(False)
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:

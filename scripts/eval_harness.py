@@ -64,16 +64,23 @@ from evaluation.chat_model import load_chat_model
 from evaluation.harness import SharedModel
 from evaluation.intervals import wilson
 from evaluation.results import Evaluation, metric, start_processes
-from utils.files import read_json
 from utils.launch import say
+from utils.schemas import Schema, read_as
 from utils.tables import make_console
 
 PUBLISHED = Path(__file__).parent / "tasks" / "stablelm_base_scores.json"
 CPU_BATCH_SIZE = 8  # on a GPU lm_eval tries which one fits
 
 
+class PublishedScores(Schema):
+    note: str
+    num_fewshot: int
+    models: dict[str, dict[str, dict[str, float]]]  # {model: {task: {metric: value}}}
+
+
 def main(options, checkpoint) -> None:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are about what this script does on purpose
+    published = read_as(PublishedScores, PUBLISHED, "a file of published scores")
     # Before any process group exists, as data sets may have to be downloaded.
     manager, tasks = load_tasks(options.tasks)
 
@@ -117,7 +124,7 @@ def main(options, checkpoint) -> None:
                 evaluation.warn(f"{task} ({mode}): the task fixes its number of examples at {shots}")
     settings["prompts"] = prompts  # of all documents; compare.py says where two checkpoints were asked differently
     if accelerator.is_main_process:
-        print_table(harness, results, options.limit)
+        print_table(harness, results, options.limit, published)
     evaluation.write(results, first_prompts=first_prompts, lm_eval=harness, items=items)
     accelerator.end_training()
 
@@ -222,20 +229,22 @@ def scores(found: dict):
                 yield task, name, filter_name, value, stderr if isinstance(stderr, int | float) else None
 
 
-def print_table(harness: dict[str, dict], results: dict[str, dict], limit: int | None) -> None:
+def print_table(
+    harness: dict[str, dict], results: dict[str, dict], limit: int | None, published: PublishedScores
+) -> None:
     """Each metric with and without the chat template, beside the published scores of tasks asked in the same way."""
-    published = read_json(PUBLISHED)
     rows: dict[tuple, dict[str, str]] = defaultdict(dict)
     for mode, found in harness.items():
-        for task, name, filter_name, value, stderr in scores(found):
+        for task, name, filter_name, value, _ in scores(found):
             row = rows[task, label(name, filter_name)]
             row["n"] = f"{found['results'][task].get('sample_len', 0):,}"
             result = results[f"{task}/{label(name, filter_name)} ({mode})"]
-            row[mode] = f"{value:.4f}" + ("" if stderr is None else f" ({result['low']:.4f} to {result['high']:.4f})")
-            for model, known in published["models"].items():
-                if found["n-shot"].get(task) == published["num_fewshot"] and name in known.get(task, {}):
+            ends = result["low"], result["high"]
+            row[mode] = f"{value:.4f}" + ("" if None in ends else f" ({ends[0]:.4f} to {ends[1]:.4f})")
+            for model, known in published.models.items():
+                if found["n-shot"].get(task) == published.num_fewshot and name in known.get(task, {}):
                     row[model] = f"{known[task][name]:.4f}"
-    columns = [name for name in ("n", *harness, *published["models"]) if any(name in row for row in rows.values())]
+    columns = [name for name in ("n", *harness, *published.models) if any(name in row for row in rows.values())]
     table = Table("task", "metric", *columns, title="lm-evaluation-harness", title_justify="left")
     last = None
     for (task, name), row in rows.items():
@@ -245,7 +254,7 @@ def print_table(harness: dict[str, dict], results: dict[str, dict], limit: int |
     console.print(table)
     console.print("chat: with the chat template; plain: without; in brackets the 95 % interval")
     if len(columns) > 1 + len(harness):
-        console.print(f"stablelm-base: {published['note']}" + "; here, only the first documents" * bool(limit))
+        console.print(f"stablelm-base: {published.note}" + "; here, only the first documents" * bool(limit))
 
 
 if __name__ == "__main__":

@@ -93,7 +93,8 @@ def main(options, checkpoint, prompts: list[list[dict]], configs: dict[str, dict
     for config, most in fitted.items():
         if most < settings[config]["max_new_tokens"]:
             say(f"{config}: replies of up to {most} tokens: more have no room in the model's positions")
-            settings[config]["max_new_tokens"] = most
+            least = min(most, settings[config].get("min_new_tokens", 0))
+            settings[config] |= {"max_new_tokens": most, "min_new_tokens": least}
     depends_on = {
         "prompts": digest(prompts, 7),
         "settings": settings,

@@ -1,7 +1,9 @@
 """compare.py: the table of what is there, the best, the differences, the curves; other files are passed over."""
 
 import json
+import os
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -41,7 +43,7 @@ def run(tmp_path_factory):
     run = tmp_path_factory.mktemp("run")
     for step, loss in ((100, 3.0), (20, 4.0), (300, 3.5)):
         write_result(run / f"checkpoint-{step}", step, loss)
-    (run / "config.json").write_text("{}")
+    (run / "config.json").write_text('{"model_type": "gpt_neox"}')
     (run / "checkpoint-20" / "eval" / "sampling_report.json").write_text('{"model_name": "x", "prompts": []}')
     return run
 
@@ -137,6 +139,52 @@ def test_a_result_file_and_an_output_folder(run, tmp_path):
     assert "eval/loss.json (step 20) |" in shown
     assert "/out (step 20) |" in shown
     assert "**" not in shown.split("bold")[0].rpartition("**")[0]  # equal: none is the best
+
+
+def test_a_damaged_file_hides_no_other(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    write_result(copy / "checkpoint-400", 400, 3.2)
+    damaged = [copy / f"checkpoint-{step}" / "eval" / "loss.json" for step in (20, 400)]
+    damaged[0].write_text(damaged[0].read_text()[:-9])
+    half_a_pair = json.loads((copy / "checkpoint-300/eval/loss.json").read_text()) | {"warnings": ["\ud800"]}
+    (copy / "checkpoint-300" / "eval" / "surrogate.json").write_text(json.dumps(half_a_pair))
+    damaged[1].write_text(json.dumps(json.loads(damaged[1].read_text()) | {"format": 99}))
+    (copy / "checkpoint-100" / "eval" / "of_before.json").write_text(
+        (copy / "checkpoint-300/eval/loss.json").read_text()
+    )
+    os.mkfifo(copy / "checkpoint-300" / "eval" / "pipe.json")
+    found = compare(copy, "--plot", tmp_path / "curves.png")
+    assert steps_shown(found.stdout) == [100, 300]
+    said = [line for line in found.stderr.splitlines() if line.startswith("passed over: ")]
+    assert len(said) == 5
+    for place, problem in (
+        (f"{damaged[0]} line", "JSON does not parse"),
+        (damaged[1], "its format is 99, newer than the 1 that these scripts know: update them"),
+        ("of_before.json", "loss.json is shown, which is of the same evaluation (loss)"),
+        ("pipe.json", "Is a named pipe"),
+        ("surrogate.json", "warnings.0 holds half of a surrogate pair"),
+    ):
+        assert sum(str(place) in line and problem in line for line in said) == 1, problem
+    alone = compare(*damaged, check=False)
+    assert alone.returncode == 2
+    assert alone.stderr.count("\n") == len(alone.errors) == 1
+    assert "(and 1 more file)" in alone.errors[0]
+
+
+def test_results_of_before_there_were_all_fields(run, tmp_path):
+    """As far as their meaning is known; what nobody knows is left out of the table."""
+    old = {
+        "name": "loss",
+        "checkpoint": {"name": "x"},
+        "results": {"loss": {"value": 2, "low": 3.0, "high": 4.0}, "diverged": {"value": None}},
+    }
+    (tmp_path / "loss.json").write_text(json.dumps(old))
+    shown = compare(run / "checkpoint-20", tmp_path / "loss.json", "--markdown").stdout
+    loss = next(line for line in shown.splitlines() if "| loss |" in line)
+    assert "**2.0000**<br>-2" in loss
+    assert "[" not in loss
+    assert "the interval of loss does not hold its value" in shown
+    assert next(line for line in shown.splitlines() if "| diverged |" in line).endswith("|  |  |")
 
 
 @pytest.mark.parametrize(

@@ -212,6 +212,26 @@ def test_the_table(run):
     assert "stablelm-base" not in run.stdout
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            '{"note": "", "num_fewshot": 0, "models": {"m": {"t": {"acc": "1"}}}}',
+            "models.m.t.acc should be a valid number",
+        ),
+        ('{"note": "", "num_fewshot": 0}', "models is missing"),
+        ("[" * 100_000, "JSON does not parse"),
+    ],
+)
+def test_damaged_published_scores(tmp_path, monkeypatch, content, message):
+    """Said before a model is loaded, not when all is computed."""
+    (tmp_path / "scores.json").write_text(content)
+    monkeypatch.setattr(eval_harness, "PUBLISHED", tmp_path / "scores.json")
+    with pytest.raises(UserError, match=r"scores\.json: ") as caught:
+        eval_harness.main(None, None)
+    assert message in str(caught.value)
+
+
 def test_published_scores_are_the_source_s():
     folder = ROOT.parent / "shared" / "reference"
     if not folder.is_dir():

@@ -273,6 +273,20 @@ def test_good_prompts(tmp_path):
         ({"configurations": [{"name": "a", "pre_text": "You are"}]}, "configurations.0.pre_text should be None"),
         ({"configurations": [{"name": "a", "top_p": 0.9}]}, "configurations.0.top_p is not known here"),
         ([1], "should be a valid dictionary"),
+        *(
+            (
+                {"configurations": [{"name": "a", "generate_args": {"max_new_tokens": 4, **args}}]},
+                message,
+            )
+            for args, message in (
+                ({"do_sample": "no"}, "configurations.0.generate_args.do_sample should be a valid boolean"),
+                ({"max_new_tokens": True}, "max_new_tokens should be a valid integer"),
+                ({"temperature": float("nan")}, "temperature should be a finite number"),
+                ({"repetition_penalty": 0}, "repetition_penalty should be greater than 0"),
+                ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size should be greater than or equal to 0"),
+                ({"min_new_tokens": 5}, "configuration 1: its min_new_tokens are over its max_new_tokens"),
+            )
+        ),
     ],
 )
 def test_bad_settings_files(tmp_path, content, message):

@@ -13,11 +13,12 @@ from typing import Annotated, Any
 import numpy as np
 import pyarrow as pa
 import xxhash
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field
 
 from data.reading import LEFT_OUT, TRAIN
 from utils.errors import UserError, reason
-from utils.files import checksum, read_json
+from utils.files import checksum
+from utils.schemas import Schema, read_as
 
 EXAMPLES, SPLIT, REPORT = "examples.arrow", "split.npy", "report.json"
 SCHEMA = pa.schema(
@@ -32,14 +33,10 @@ SCHEMA = pa.schema(
 Count = Annotated[int, Field(ge=0)]
 
 
-class Strict(BaseModel):
-    """Fields of their very types, and no others."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-
-
-class Report(Strict):
+class Report(Schema):
     """What was read of a data set."""
+
+    model_config = ConfigDict(extra="forbid")
 
     rows_read: Count
     dropped: dict[str, Count]  # reason -> how many
@@ -51,8 +48,10 @@ class Report(Strict):
     fingerprint: Annotated[str, Field(pattern=r"\A[0-9a-f]{20}\z")]
 
 
-class Sealed(Strict):
+class Sealed(Schema):
     """All of report.json."""
+
+    model_config = ConfigDict(extra="forbid")
 
     folder: str  # the folder's own name, which is the key of what is in it
     files: dict[str, str]  # the other files' names -> checksums
@@ -89,12 +88,7 @@ def open_prepared(folder: Path) -> Prepared | None:
     """
     if not os.path.lexists(folder):
         return None
-    try:
-        sealed = Sealed.model_validate(read_json(folder / REPORT))
-    except ValidationError as error:
-        detail = error.errors()[0]
-        where = ".".join(map(str, detail["loc"]))
-        raise UserError(f"{folder / REPORT}: {where + ': ' if where else ''}{detail['msg']}") from None
+    sealed = read_as(Sealed, folder / REPORT, "the report of prepared data")
     if sealed.checksum != sealed.own_checksum():
         raise UserError(f"{folder / REPORT}: is not as it was written")
     if sealed.folder != folder.name:

@@ -48,9 +48,12 @@ def load_chat_tokenizer(checkpoint: EvaluatedModel, template: bool = True):
     if missing := sorted(set(CHAT_MARK.findall(str(tokenizer.chat_template))) - known.keys()):
         raise UserError(f"{checkpoint.name}: its tokenizer lacks the chat tokens {' '.join(missing)}")
     try:
-        tokenizer.apply_chat_template([{"role": "user", "content": "a"}], add_generation_prompt=True)
+        question = {"role": "user", "content": "a question"}
+        written = tokenizer.apply_chat_template([question], add_generation_prompt=True, tokenize=False)
     except Exception as error:  # jinja's own, and whatever the template raises
         raise UserError(f"{checkpoint.name}: its chat template does not work: {reason(error)}") from error
+    if question["content"] not in written:  # a template that was cut off is a text like any other
+        raise UserError(f"{checkpoint.name}: its chat template does not write what the user says: is it cut off?")
     return tokenizer
 
 

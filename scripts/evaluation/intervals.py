@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from evaluation.result_files import ResultFile
+
 RESAMPLES = 2000
 AT_ONCE = 4_000_000  # draws held in memory
 
@@ -17,12 +19,12 @@ def item_columns(items: Sequence[dict], fields: Sequence[str | None], where: dic
     """What items add to the sums: float64 [items, fields], 0 for an item that is not as `where` says.
 
     Args:
-        fields: of the items, 0 where one lacks it; None counts items.
+        fields: of the items, 0 where one lacks it, NaN where it is None; None counts items.
         where: {field: value} of the items that take part.
     """
     weights = [item.get("times", 1) * all(item.get(key) == value for key, value in where.items()) for item in items]
-    values = [[1.0 if field is None else float(item.get(field, 0)) for field in fields] for item in items]
-    return np.array(weights, dtype=np.float64)[:, None] * np.array(values)
+    values = [[1.0 if field is None else item.get(field, 0) for field in fields] for item in items]
+    return np.array(weights, dtype=np.float64)[:, None] * np.array(values, dtype=np.float64)
 
 
 def resampled_sums(items: Sequence[dict], columns: np.ndarray, seed: int) -> np.ndarray:
@@ -45,31 +47,31 @@ def resampled_sums(items: Sequence[dict], columns: np.ndarray, seed: int) -> np.
     return total
 
 
-def paired_differences(first: dict, other: dict, seed: int = 0) -> dict[str, tuple[float, tuple, int]]:
+def paired_differences(first: ResultFile, other: ResultFile, seed: int = 0) -> dict[str, tuple[float, tuple, int]]:
     """How much more each metric is in another result file than in the first, over the items that both have.
 
     Returns: {metric: (difference, ends of its interval, items)} of each metric that both keep by item.
     """
-    keys = [key for key in first.get("items", {}) if key in other.get("items", {})]
-    first_of, other_of = ({name: one.get("ratio") for name, one in file["results"].items()} for file in (first, other))
-    metrics = [name for name, ratio in first_of.items() if ratio and ratio == other_of.get(name)]
+    keys = [key for key in first.items if key in other.items]
+    kinds = [{name: (one.ratio, one.where, one.exp) for name, one in file.results.items()} for file in (first, other)]
+    metrics = [name for name, kind in kinds[0].items() if kind[0] and kind == kinds[1].get(name)]
     if not keys or not metrics:
         return {}
-    sides = [[result["items"][key] for key in keys] for result in (first, other)]
-    columns = []
-    for name in metrics:
-        ratio, where = first_of[name], first["results"][name]["where"]
-        # Taking part is for both to say: one checkpoint's training data may hold what the other's do not.
-        both = np.logical_and(*(item_columns(items, [None], where) > 0 for items in sides))
-        columns += [both * item_columns(items, ratio, where) for items in sides]
-    columns = np.concatenate(columns, axis=1)
-    drawn = resampled_sums(sides[0], columns, seed)
-    found = {}
-    with np.errstate(invalid="ignore", divide="ignore"):  # a resample may miss every item of a small part
+    sides = [[result.items[key] for key in keys] for result in (first, other)]
+    found, columns = {}, []
+    # A resample may miss every item of a small part; a model that diverged has what no number can hold.
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        for name in metrics:
+            ratio, where, _ = kinds[0][name]
+            # Taking part is for both to say: one checkpoint's training data may hold what the other's do not.
+            both = np.logical_and(*(item_columns(items, [None], where) > 0 for items in sides))
+            columns += [both * item_columns(items, ratio, where) for items in sides]
+        columns = np.concatenate(columns, axis=1)
+        drawn = resampled_sums(sides[0], columns, seed)
         for number, name in enumerate(metrics):
             own = slice(4 * number, 4 * number + 4)
             values, samples = columns[:, own].sum(0), drawn[:, own].T
-            shape = np.exp if first["results"][name].get("exp") else np.asarray
+            shape = np.exp if kinds[0][name][2] else np.asarray
             difference = shape(values[2] / values[3]) - shape(values[0] / values[1])
             bounds = interval(shape(samples[2] / samples[3]) - shape(samples[0] / samples[1]))
             items = (columns[:, own][:, [1, 3]] > 0).any(1)

@@ -4,15 +4,19 @@ A checkpoint is OUTPUT_DIR/checkpoint-N (its recipe lies one level up), OUTPUT_D
 other model by folder or hub name, which has no recipe.
 """
 
-import json
 import os
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import NonNegativeInt
+
 from utils.command_line import OneLineParser, positive
 from utils.errors import UserError
+from utils.files import parse_json, read_text
+from utils.schemas import Schema, checked
 
 
 @dataclass(frozen=True)
@@ -51,10 +55,23 @@ def find_model(name: str) -> EvaluatedModel:
     return EvaluatedModel(name, recipe_file if recipe_file.is_file() else None, step)
 
 
+class _MetricsLine(Schema):
+    step: NonNegativeInt
+
+
 def _last_step(metrics: Path) -> int | None:
+    """The step of the last whole line of a run's metrics.jsonl; where it is damaged, a line says so."""
+    if not os.path.lexists(metrics):
+        return None
     try:
-        return json.loads(metrics.read_text(encoding="utf-8").splitlines()[-1])["step"]
-    except (OSError, ValueError, LookupError, TypeError):
+        *lines, _ = read_text(metrics, errors="replace").split("\n")  # the last is empty, or was cut off
+        if not lines:
+            return None
+        values = parse_json(lines[-1], metrics, len(lines))
+        return checked(_MetricsLine, values, f"{metrics} line {len(lines)}", "metrics").step
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"warning: {error}: the result does not say of which step the model is", file=sys.stderr)
         return None
 
 

@@ -4,12 +4,16 @@ Settings and reports are in the formats of Open-Assistant's model_eval/manual/sa
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, JsonValue, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from typing_extensions import TypedDict  # pydantic reads typing's own from Python 3.12 on
 
 from utils.errors import UserError
-from utils.files import parse_json, read_json, read_text
+from utils.files import parse_json, read_text
+from utils.schemas import Schema, read_as
+
+MOST_TOKENS = 2**31 - 1  # of a reply; 64 bits would hold as many, and their sum with the prompt's not
 
 # ---- Prompts ----
 
@@ -25,7 +29,8 @@ def read_prompts(path: Path) -> list[list[dict[str, str]]]:
     if path.suffix == ".txt":
         values = [(str(path), line.strip()) for line in text.split("\n") if line.strip()]
     elif text.lstrip().startswith("["):
-        values = [(f"{path}, prompt {number}", value) for number, value in enumerate(parse_json(text, path), 1)]
+        prompts = parse_json(text, path)
+        values = [(f"{path}, prompt {number}", prompt) for number, prompt in enumerate(prompts, 1)]
     else:
         lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
         values = [(f"{path}, line {number}", parse_json(line, path, number)) for number, line in lines]
@@ -44,7 +49,8 @@ def _as_messages(prompt: Any, where: str) -> list[dict[str, str]]:
         role, content = (message.get(key) if isinstance(message, dict) else None for key in ("role", "content"))
         roles = ("user", "assistant", "system")[: 3 if number == 1 else 2]
         if role not in roles:
-            raise UserError(f"{where}: message {number}: its role is {role!r}, not one of {', '.join(roles)}")
+            given = f"{role[:40]!r}" if isinstance(role, str) else "no text"
+            raise UserError(f"{where}: message {number}: its role is {given}, not one of {', '.join(roles)}")
         if not isinstance(content, str) or not content.strip():
             raise UserError(f"{where}: message {number}: its content is empty or no text")
         if content.encode("utf-8", "replace").decode() != content:
@@ -57,19 +63,36 @@ def _as_messages(prompt: Any, where: str) -> list[dict[str, str]]:
 # ---- Sampling settings ----
 
 
-class _Settings(BaseModel):
+class GenerateArgs(TypedDict, total=False):
+    """The types of what `evaluation/generation.py` knows, which checks names and most values."""
+
+    __pydantic_config__ = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
+    max_new_tokens: Annotated[PositiveInt, Field(le=MOST_TOKENS)]
+    do_sample: bool
+    temperature: NonNegativeFloat  # 0 is greedy
+    top_k: PositiveInt
+    top_p: float
+    min_p: float
+    typical_p: float
+    epsilon_cutoff: float
+    min_new_tokens: Annotated[NonNegativeInt, Field(le=MOST_TOKENS)]
+    repetition_penalty: PositiveFloat
+    no_repeat_ngram_size: Annotated[NonNegativeInt, Field(le=MOST_TOKENS)]
+
+
+class _Settings(Schema):
     """Settings of one name, or the `default` of all. The chat template gives the texts around a prompt."""
 
     model_config = ConfigDict(extra="forbid")
     name: str = ""
-    generate_args: dict[str, Any] = {}
+    generate_args: GenerateArgs = Field({})
     pre_text: None = None
     add_prefix_tokens: bool = False  # about pre_text
     human_name: str | None = None  # these two: of a mode without chat tokens, without effect in the others
     bot_name: str | None = None
 
 
-class _SettingsFile(BaseModel):
+class _SettingsFile(Schema):
     model_config = ConfigDict(extra="forbid")
     default: _Settings = _Settings()
     configurations: list[_Settings] = Field(min_length=1)
@@ -78,52 +101,43 @@ class _SettingsFile(BaseModel):
 def read_configs(path: Path) -> dict[str, dict[str, Any]]:
     """Sampling settings by name, those of `default` filled in; `generate` checks what they say.
 
-    Raises: UserError for another format, a name that is missing or given twice.
+    Raises: UserError for another format, a name that is missing or given twice, fewer tokens than the least.
     """
-    file = _validated(_SettingsFile, path, "a file of sampling settings")
+    file = read_as(_SettingsFile, path, "a file of sampling settings")
     configs: dict[str, dict[str, Any]] = {}
     for number, chosen in enumerate(file.configurations, 1):
         if not chosen.name or chosen.name in configs:
             problem = f"the name {chosen.name} is given twice" if chosen.name else "no name"
             raise UserError(f"{path}: configuration {number}: {problem}")
-        configs[chosen.name] = file.default.generate_args | chosen.generate_args
+        args = configs[chosen.name] = file.default.generate_args | chosen.generate_args
+        if args.get("min_new_tokens", 0) > args.get("max_new_tokens", MOST_TOKENS):
+            raise UserError(f"{path}: configuration {number}: its min_new_tokens are over its max_new_tokens")
     return configs
 
 
 # ---- Reports ----
 
 
-class Result(BaseModel):
+class Result(Schema):
     sampling_config: str
-    sampling_params: dict[str, Any]
+    sampling_params: dict[str, JsonValue]
     outputs: list[str]
 
 
-class PromptResults(BaseModel):
+class PromptResults(Schema):
     prompt: str
     results: list[Result]
 
 
-class SamplingReport(BaseModel):
+class SamplingReport(Schema):
     """Other keys are left out."""
 
     model_name: str
     date: str = ""
-    args: dict[str, Any] = {}
+    args: dict[str, JsonValue] = Field({})
     prompts: list[PromptResults] = Field(min_length=1)
 
 
 def read_report(path: Path) -> SamplingReport:
     """A report.  Raises: UserError for a file that is none."""
-    return _validated(SamplingReport, path, "a sampling report")
-
-
-def _validated(model: type[BaseModel], path: Path, what: str) -> Any:
-    try:
-        return model.model_validate(read_json(path))
-    except ValidationError as error:
-        problem = error.errors()[0]
-        place = ".".join(map(str, problem["loc"]))
-        message = {"missing": "is missing", "extra_forbidden": "is not known here"}.get(problem["type"])
-        message = message or problem["msg"].replace("Input should", "should").removesuffix(" or instance of Settings")
-        raise UserError(f"{path}: not {what}: {place} {message}".replace("  ", " ")) from None
+    return read_as(SamplingReport, path, "a sampling report")

@@ -1,21 +1,12 @@
 """Running an evaluation: its processes, the results of its items as they come, and the file with all of them.
 
-The result of an evaluation is CHECKPOINT/eval/<name>.json:
-
-    name, checkpoint {name, step, fingerprint}, created, seconds, processes, device, versions
-    settings      all that the results depend on; the same settings on the same weights give the same results
-    results       {metric: {"value", "low", "high", "better": "higher" | "lower" | None, "n"}}; low and high are the
-                  95 % interval; all but value may be absent or null. compare.py shows every metric that is here.
-                  "ratio": [field, field or None] says that it is the sum of a field of the items over that of another
-                  (or over their number), "where" ({field: value}) of which items, "exp" that it is e to the power of
-                  it: then compare.py pairs the items of two results
-    warnings      lines that whoever reads the results has to know
-    items         {key: {...}} what was measured on each item (`evaluation/intervals.py`)
+`evaluation/result_files.py` has the schema of the file that is written here, and reads it back.
 """
 
-import contextlib
+import errno
 import hashlib
 import json
+import math
 import os
 import platform
 import time
@@ -27,17 +18,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from pydantic import ConfigDict, JsonValue
 
 from evaluation.chat_model import fingerprint
 from evaluation.model import EvaluatedModel
+from evaluation.result_files import FORMAT
 from utils.errors import UserError
-from utils.files import write_whole
+from utils.files import parse_json, read_text, write_whole
 from utils.launch import check_processes, has_gpu, launcher_plugin, process_group_options, say, set_up_process
+from utils.schemas import Schema, checked
 
 if TYPE_CHECKING:
     import evaluate
 
 METRICS = Path(__file__).parents[1] / "metrics"
+PART_FORMAT = 2  # of a part file's lines: those of another one are left alone
 PACKAGES = ("torch", "transformers", "tokenizers", "accelerate", "numpy")
 
 
@@ -58,12 +53,22 @@ def start_processes(mixed_precision: str = "no") -> Accelerator:
     return accelerator
 
 
+class _PartLine(Schema):
+    """An item of a part file: what was measured on it, and the hash of `Evaluation._line`."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=True)  # the loss of a model that diverged is NaN
+    key: str
+    result: dict[str, JsonValue]
+    check: str
+
+
 class Evaluation:
     """One evaluation of a checkpoint: remembers each item's result at once, and writes the whole at the end.
 
     What `add` is given goes into a part file of its process beside the result file, so that an evaluation that was
     interrupted goes on where it stopped when the same one is started again: same weights, same settings, any number of
-    processes. Part files go when the result is written.
+    processes. Each line there has a checksum, of the evaluation that it belongs to, too: of one that does not fit, cut
+    off, damaged or of another run, the item is made anew. Part files go when the result is written.
 
     Attributes:
         path: the result file.
@@ -89,8 +94,8 @@ class Evaluation:
         main = accelerator.is_main_process
         [self.fingerprint] = broadcast_object_list([fingerprint(checkpoint) if main else None])
         # Part files of other weights or settings have other names, so that none is mixed in.
-        depends_on = json.dumps([self.fingerprint, settings], sort_keys=True)
-        self._stem = f"{self.path.with_suffix('')}-{digest(depends_on, 4)}.partial-"
+        self._depends_on = json.dumps([self.fingerprint, settings, PART_FORMAT], sort_keys=True)
+        self._stem = f"{self.path.with_suffix('')}-{digest(self._depends_on, 4)}.partial-"
         [self.done] = broadcast_object_list([self._collect_parts() if main else None])
         self._part = open(f"{self._stem}{accelerator.process_index}.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         if self.done:
@@ -101,23 +106,37 @@ class Evaluation:
         return sorted(path for path in stem.parent.glob("*.partial-*.jsonl") if path.name.startswith(stem.name))
 
     def _collect_parts(self) -> dict[str, Any]:
-        """All part files as one, lines that were cut off left out."""
+        """All part files as one, lines that do not fit left out."""
         done = {}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
             for part in self._parts():
-                for line in part.read_text(encoding="utf-8", errors="replace").split("\n"):
-                    with contextlib.suppress(ValueError):  # of a line that was cut off
-                        item = json.loads(line)
-                        done[item["key"]] = item["result"]
+                lines = read_text(part, "part of an evaluation (remove it)", errors="replace").split("\n")
+                found = [item for line in lines if (item := self._read_line(line, part))]
+                done |= {item.key: item.result for item in found}
+                if damaged := len(lines) - (not lines[-1]) - len(found):
+                    say(f"{part}: items of damaged lines, or of another run's, are made anew: {damaged:,}")
             first = Path(f"{self._stem}0.jsonl")
-            write_whole(first, "".join(_line(key, result) for key, result in done.items()))
+            write_whole(first, "".join(self._line(key, result) for key, result in done.items()))
             for part in {*self._parts()} - {first}:
                 part.unlink()
         except OSError as error:
             problem = f"cannot write there ({error.strerror}); give --output FILE.json or FOLDER"
             raise UserError(f"{self.path}: {problem}") from error
         return done
+
+    def _line(self, key: str, result: dict[str, Any]) -> str:
+        item = {"key": key, "result": result}
+        return json.dumps({**item, "check": digest([self._depends_on, item])}) + "\n"
+
+    def _read_line(self, line: str, part: Path) -> "_PartLine | None":
+        try:
+            item = checked(_PartLine, parse_json(line, part), part, "an item")
+        except UserError:
+            return None
+        return item if self._line(item.key, item.result) == line + "\n" else None
 
     def share(self, keys: list[str]) -> list[str]:
         """This process's share of the items that have no result yet, dealt in turn: give the keys by their cost."""
@@ -127,7 +146,7 @@ class Evaluation:
     def add(self, key: str, result: dict[str, Any]) -> None:
         """Keep the result of an item (JSON), on the process that made it."""
         self._new[key] = result
-        self._part.write(_line(key, result))
+        self._part.write(self._line(key, result))
         self._part.flush()
 
     def gather(self) -> dict[str, Any]:
@@ -144,6 +163,7 @@ class Evaluation:
         """Write the result file and remove the part files; every process calls this.  `more`: items, and its own."""
         checkpoint = {"name": self.checkpoint.name, "step": self.checkpoint.step, "fingerprint": self.fingerprint}
         content = {
+            "format": FORMAT,
             "name": self.name,
             "checkpoint": checkpoint,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -164,14 +184,11 @@ class Evaluation:
         self._part.close()
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            write_whole(self.path, json.dumps(content, indent=1, ensure_ascii=False, default=float) + "\n")
+            text = json.dumps(_without_nan(content), indent=1, ensure_ascii=False, default=float, allow_nan=False)
+            write_whole(self.path, text + "\n")
             for part in self._parts():
                 part.unlink()
             say(f"results: {self.path}")
-
-
-def _line(key: str, result: Any) -> str:
-    return json.dumps({"key": key, "result": result}) + "\n"
 
 
 def result_path(checkpoint: EvaluatedModel, name: str, output: str | None) -> Path:
@@ -186,9 +203,19 @@ def result_path(checkpoint: EvaluatedModel, name: str, output: str | None) -> Pa
     return checkpoint.folder / "eval" / f"{name}.json"
 
 
+def _without_nan(value: Any) -> Any:
+    """None in place of numbers that JSON does not have, as the loss of a model that diverged."""
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def metric(value: float, bounds: tuple, better: str | None, n: int, **more: Any) -> dict[str, Any]:
-    """An entry of `results`; bounds are the ends of its interval, or (None, None)."""
-    return {"value": float(value), "low": bounds[0], "high": bounds[1], "better": better, "n": n, **more}
+    """An entry of `results`; bounds are the ends of its interval, or (None, None). What is not finite is None."""
+    value, low, high = _without_nan([float(value), *bounds])
+    return {"value": value, "low": low, "high": high, "better": better, "n": n, **more}
 
 
 def digest(value: Any, size: int = 8) -> str:

@@ -43,6 +43,7 @@ def load_pretrained(auto_class: Any, name: str, who: str = "", trust_remote_code
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # which are refused below, by name
     try:
         found = auto_class.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
+        _check_numbers(found[0] if auto_class is AutoModelForCausalLM else found)
     except Exception as error:  # what transformers makes of a bad file ranges from OSError to AttributeError
         raise UserError(f"{who}: no usable {KINDS[auto_class]}: {_where(name)}: {reason(error)}") from error
     if auto_class is AutoModelForCausalLM:
@@ -63,6 +64,18 @@ def load_pretrained(auto_class: Any, name: str, who: str = "", trust_remote_code
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
+
+
+def _check_numbers(found: Any) -> None:
+    """Raises ValueError for numbers that transformers takes from a file as they are, and stumbles over later."""
+    config = getattr(found, "generation_config", None)
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config else ():
+        ids = getattr(config, key, None)
+        for number in ids if isinstance(ids, list) else [ids]:
+            if number is not None and not (type(number) is int and -1 <= number < 2**31):  # Llama 1's pad token is -1
+                raise ValueError(f"{key} of its generation config is {str(ids)[:40]}")
+    if not isinstance(limit := getattr(found, "model_max_length", 0), int | float):
+        raise ValueError(f"model_max_length of its tokenizer_config.json is {str(limit)[:40]}")
 
 
 def _where(name: str) -> str:

@@ -28,8 +28,8 @@ UNFINISHED = ".tmp"  # how the name of a file ends that is being written
 NO_FLUSH = (errno.EINVAL, errno.EBADF, errno.ENOTSUP)
 
 
-def read_text(path: Path, what: str = "file", most: int = MOST_BYTES) -> str:
-    """A text file in UTF-8, a byte order mark left out.
+def read_text(path: Path, what: str = "file", most: int = MOST_BYTES, errors: str = "strict") -> str:
+    """A text file in UTF-8, a byte order mark left out; `errors` says what to do with other bytes, as `bytes.decode`.
 
     Raises: UserError, naming `what` it is, if it is unreadable, no file that ends, over `most` bytes, or not UTF-8.
     """
@@ -48,7 +48,7 @@ def read_text(path: Path, what: str = "file", most: int = MOST_BYTES) -> str:
                 content += chunk
         if len(content) > most:
             raise UserError(f"{path}: cannot read this {what}: over {most:,} bytes")
-        return content.decode("utf-8-sig")
+        return content.decode("utf-8-sig", errors)
     except ValueError as error:
         if isinstance(error, UnicodeDecodeError):
             line = error.object[: error.start].count(b"\n") + 1
@@ -77,7 +77,7 @@ def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(key for key in found if sum(key == other for other, _ in pairs) > 1)
-        raise ValueError(f"the key {twice!r} is given twice")
+        raise ValueError(f"the key {twice[:80]!r} is given twice")
     return found
 
 

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evaluation.intervals import interval, item_columns, paired_differences, resampled_sums, wilson
+from evaluation.result_files import ResultFile
 
 
 def ratio_interval(items, seed=0):
@@ -63,7 +64,8 @@ def test_wilson_solves_its_equation():
 
 def result(items, value, ratio=("loss", "targets"), where=None):
     entry = {"value": value, "ratio": list(ratio), "where": where or {}}
-    return {"results": {"loss": entry}, "items": {f"key {place}": item for place, item in enumerate(items)}}
+    items = {f"key {place}": item for place, item in enumerate(items)}
+    return ResultFile(name="loss", checkpoint={"name": "x"}, results={"loss": entry}, items=items)
 
 
 def test_paired_difference_of_equal_noise_is_sharp():
@@ -83,8 +85,16 @@ def test_paired_difference_is_over_what_both_have():
     assert difference == pytest.approx(sums[1] - sums[0])
     assert low < difference < high
     assert items == 30
-    half = result([{**item, "in_training": place % 2 == 0} for place, item in enumerate(first)], 2.0)
-    half["results"]["loss"]["where"] = {"in_training": False}
-    half["items"]["key 1"]["in_training"] = False
+    items = [{**item, "in_training": place % 2 == 0} for place, item in enumerate(first)]
+    half = result(items, 2.0, where={"in_training": False})
     assert paired_differences(half, half)["loss"][2] == 25
-    assert paired_differences(result(first, 2.0), {"results": {}, "items": {}}) == {}
+    assert paired_differences(result(items, 2.0), half) == {}  # of other items
+    assert paired_differences(result(first, 2.0), result([], 2.0)) == {}
+
+
+def test_what_is_no_number_is_paired_with_nothing():
+    """As the loss of a model that diverged; and numbers of which the sum is none."""
+    for value in (None, 1e308):
+        found = paired_differences(result(make_items(9), 2.0), result([{"loss": value, "targets": 9}] * 9, 2.0))
+        assert not np.isfinite(found["loss"][0])
+        assert found["loss"][1] == (None, None)

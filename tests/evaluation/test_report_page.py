@@ -47,7 +47,7 @@ def test_prompts_of_several_reports_are_side_by_side():
 
 def test_a_prompt_that_a_report_repeats():
     repeated = make_report("one", {"a": {"greedy": ["first"]}})
-    repeated.prompts += make_report("one", {"a": {"greedy": ["second"]}}).prompts
+    repeated.prompts.extend(make_report("one", {"a": {"greedy": ["second"]}}).prompts)
     data = page_data([repeated, make_report("two", {"a": {"greedy": ["other"]}})])
     assert [prompt["results"] for prompt in data["prompts"]] == [
         [[0, 0, ["first"]], [1, 0, ["other"]]],

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import shutil
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoTokenizer
 
 from evaluation.chat_model import fingerprint, load_chat_model, load_chat_tokenizer
 from evaluation.model import EvaluatedModel, find_model
+from evaluation.result_files import read_result
 from evaluation.results import Evaluation, metric, result_path, start_processes
 from utils.errors import UserError
 
@@ -102,6 +104,21 @@ def with_broken_template(folder):
     (folder / "chat_template.jinja").write_text("{% for message in %}")
 
 
+def with_a_template_cut_off(folder):
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text()[:1])
+
+
+def with_an_end_that_is_no_token(folder):
+    config = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": "x"}))
+
+
+def with_a_length_that_is_no_number(folder):
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": []}))
+
+
 def with_damaged_weights(folder):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
@@ -120,6 +137,9 @@ def with_too_many_tokens(folder):
         (without_tokenizer, "tokenizer"),
         (with_other_tokens, r"lacks the chat tokens <\|human\|>"),
         (with_broken_template, "chat template does not work"),
+        (with_a_template_cut_off, "its chat template does not write what the user says"),
+        (with_an_end_that_is_no_token, "eos_token_id of its generation config is x"),
+        (with_a_length_that_is_no_number, "model_max_length of its tokenizer_config.json is "),
         (with_damaged_weights, "no usable weights"),
         (with_too_many_tokens, "its embedding"),
     ],
@@ -150,7 +170,8 @@ def test_an_interrupted_evaluation_goes_on(accelerator, chat_model, tmp_path):
     with open(part, "a") as file:
         file.write('{"key": "c", "resu')  # killed while it wrote
     # What another process of it had done.
-    part.with_name(part.name.replace("partial-0", "partial-1")).write_text('{"key": "d", "result": {"value": 4}}\n')
+    other_part = part.with_name(part.name.replace("partial-0", "partial-1"))
+    other_part.write_text(first._line("d", {"value": 4}))
 
     other = Evaluation(accelerator, checkpoint, "test", {"seed": 2}, str(tmp_path))
     assert other.done == {}  # of other settings
@@ -174,6 +195,104 @@ def test_an_interrupted_evaluation_goes_on(accelerator, chat_model, tmp_path):
     other.add("x", {})
     assert Evaluation(accelerator, checkpoint, "test", {"seed": 2}, str(tmp_path)).done == {"x": {}}
     assert Evaluation(accelerator, checkpoint, "test", {"seed": 1}, str(tmp_path)).done == {}
+
+
+DAMAGED_LINES = [
+    *(
+        b"5",
+        b"[]",
+        b"null",
+        b"{}",
+        b'{"result": {}}',
+        b'{"key": "a", "result": {}}',
+        b"[" * 100_000,
+        b"\xff\x00",
+        b"\0",
+    ),
+    *(b'{"key": "a", "result": {"value": 2}, "check": "0123456789abcdef"}', b'{"key": "a", "key": "a"}', b'"\\ud800"'),
+]
+
+
+@pytest.mark.parametrize("line", DAMAGED_LINES, ids=lambda line: repr(line[:40]))
+def test_damaged_lines_of_a_part_are_made_anew(accelerator, chat_model, tmp_path, capsys, line):
+    def evaluation():
+        return Evaluation(accelerator, find_model(str(chat_model)), "test", {}, str(tmp_path))
+
+    first = evaluation()
+    first.add("a", {"value": 1})
+    first.add("b", {"value": float("nan")})
+    (part,) = tmp_path.glob("*.jsonl")
+    whole = part.read_bytes()
+    part.write_bytes(line + b"\n" + whole)
+    capsys.readouterr()
+    again = evaluation()
+    assert list(again.done) == ["a", "b"]
+    assert again.done["a"] == {"value": 1}
+    assert "made anew: 1\n" in capsys.readouterr().out
+    assert part.read_bytes() == whole
+    assert evaluation().done.keys() == {"a", "b"}
+    assert "made anew" not in capsys.readouterr().out  # said once
+
+
+def test_a_part_of_another_run_is_not_mixed_in(accelerator, chat_model, tmp_path, capsys):
+    """The file of an evaluation with other settings under the name that this one's has; and one changed digit."""
+
+    def evaluation(seed):
+        return Evaluation(accelerator, find_model(str(chat_model)), "test", {"seed": seed}, str(tmp_path))
+
+    evaluation(1).add("a", {"value": 1})
+    (part,) = tmp_path.glob("*.jsonl")
+    evaluation(2).add("b", {"value": 2})
+    (other,) = {*tmp_path.glob("*.jsonl")} - {part}
+    other.write_bytes(part.read_bytes() + other.read_bytes())
+    assert evaluation(2).done == {"b": {"value": 2}}
+    other.write_text(other.read_text().replace('"value": 2', '"value": 3'))
+    assert evaluation(2).done == {}
+    assert capsys.readouterr().out.count("made anew: 1\n") == 2
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_no_file_in_the_place_of_one(accelerator, chat_model, tmp_path, make):
+    checkpoint = find_model(str(chat_model))
+    Evaluation(accelerator, checkpoint, "test", {}, str(tmp_path))
+    (part,) = tmp_path.glob("*.jsonl")
+    part.unlink()
+    make(part)
+    with pytest.raises(UserError, match=r"partial-0.jsonl: cannot read this part of an evaluation \(remove it\): Is a"):
+        Evaluation(accelerator, checkpoint, "test", {}, str(tmp_path))
+    (tmp_path / "out" / "test.json").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"test.json: cannot write there \(Is a directory\)"):
+        Evaluation(accelerator, checkpoint, "test", {}, str(tmp_path / "out"))
+
+
+def test_what_is_no_number_is_null_in_a_result(accelerator, chat_model, tmp_path):
+    evaluation = Evaluation(accelerator, find_model(str(chat_model)), "test", {}, str(tmp_path))
+    nan = float("nan")
+    evaluation.write({"m": metric(nan, (nan, 1.0), "lower", 1)}, items={"a": {"loss": nan, "answer": (nan, True)}})
+    written = json.loads((tmp_path / "test.json").read_text(), parse_constant=pytest.fail)
+    assert written["items"] == {"a": {"loss": None, "answer": [None, True]}}
+    found = read_result(tmp_path / "test.json")
+    assert (found.format, found.results["m"].value, found.results["m"].interval) == (1, None, None)
+
+
+@pytest.mark.parametrize(
+    ("last", "message"),
+    [
+        ('{"step": 12}\n{"step": 1', None),  # being written
+        ("[" * 100_000 + "\n", "line 2: JSON does not parse"),
+        ('{"step": "12"}\n', "line 2: not metrics: step should be a valid integer"),
+        ('{"step": true}\n', "line 2: not metrics: step should be a valid integer"),
+        ('{"step": -1}\n', "line 2: not metrics: step should be greater"),
+        ("\0\0\n", "line 2, column 1: JSON does not parse"),
+        ("null\n", "line 2: not metrics: should be a valid dictionary"),
+    ],
+)
+def test_the_step_of_a_damaged_metrics_file(tmp_path, capsys, last, message):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 10}\n' + last)
+    assert find_model(str(tmp_path)).step == (None if message else 12)
+    said = capsys.readouterr().err
+    assert (message in said and said.count("\n") == 1) if message else not said
 
 
 def test_other_weights_are_another_evaluation(accelerator, chat_model, tmp_path):

@@ -21,5 +21,6 @@ SOURCE = Source(
     licence="CC BY-NC 4.0 in its authors' repository, written by an OpenAI model; about 20,000 rows",
     hub=HubSource("sahil2801/CodeAlpaca-20k", ("code_alpaca_20k.json",)),
     read=read_alpaca,
+    languages=("en",),
     split="random_split",
 )

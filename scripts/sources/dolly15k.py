@@ -57,5 +57,6 @@ SOURCE = Source(
     licence="CC BY-SA 3.0; about 15,000 rows",
     hub=HubSource("OllieStanley/oa_dolly_15k", ("*train*.parquet",)),
     read=read_dolly,
+    languages=("en",),
     options=DollyOptions,
 )

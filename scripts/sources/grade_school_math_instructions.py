@@ -22,5 +22,6 @@ SOURCE = Source(
     licence="MIT; 8,792 rows: GSM8K's 7,473 train and 1,319 TEST rows, so a GSM8K score afterwards is contaminated",
     hub=HubSource("qwedsacf/grade-school-math-instructions", ("*train*.parquet",)),
     read=read_math,
+    languages=("en",),
     shuffled=True,
 )

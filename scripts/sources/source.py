@@ -180,6 +180,7 @@ class Source:
     licence: str  # of the data, and their size
     hub: HubSource
     read: Reader
+    languages: tuple[str, ...] = ()  # that most of it is in, ISO 639-1; none where only the options can tell
     options: type[DatasetOptions] = DatasetOptions  # the schema of what a recipe can say of it
     # scikit-learn's over the records kept, or torch's "random_split" over them, each with a seed of its own
     split: Literal["train_test_split", "random_split"] = "train_test_split"

@@ -50,4 +50,5 @@ SOURCE = Source(
     licence="texts shared by ChatGPT users, without a licence of theirs; about 94,000 conversations",
     hub=HubSource("Aeala/ShareGPT_Vicuna_unfiltered", ("ShareGPT_V4.3_unfiltered_cleaned_split.json",)),
     read=read_vicuna,
+    languages=("en",),
 )

@@ -1,0 +1,171 @@
+"""What is known of a model from the files beside it: the run that made it, and its evaluations.
+
+Whatever is damaged is left out with a line that says so: a card says less then, and a run does not fail for it.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+from typing import Any
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from evaluation.chat_model import fingerprint
+from evaluation.model import EvaluatedModel
+from recipe.keys import Recipe
+from recipe.load import load_recipe
+from recipe.secrets import redact_text
+from run.curves import metrics_lines
+from run.record_file import read_record
+from sources.registry import find_source
+from utils.errors import UserError
+from utils.files import read_json
+from utils.launch import say
+
+DEMO_DATA = "recipes/demo_data/"  # what the demo reads under the names of the seed's data sets is this collection's own
+ABSOLUTE_PATH = re.compile(r"(?<![\w:/.<])~?(?:/[^\s/'\",;:()|`<>]+)+/?")
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """The run that wrote a model.
+
+    Attributes:
+        record: its run.json; {} without one.
+        at_end: the last line of metrics.jsonl up to the model's step, {} without one.
+        tokens: trained on until then; None where that is not known.
+        validation: the last evaluation up to then, by the names of metrics.jsonl.
+    """
+
+    folder: Path
+    recipe: Recipe
+    record: dict[str, Any] = field(default_factory=dict)
+    at_end: dict[str, Any] = field(default_factory=dict)
+    tokens: int | None = None
+    validation: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def base_model(self) -> str | None:
+        """The hub name of the model that was fine-tuned; None for a folder of this machine, and for random weights."""
+        name, described = self.recipe.model_name, self.record.get("model") or {}
+        is_folder = "files" in described if described else Path(name).exists()
+        return None if self.recipe.from_scratch or is_folder or not is_hub_name(name) else name
+
+    def hub_data_set(self, name: str) -> str | None:
+        """The hub name of a data set of the mix; None for data of one's own, which only this machine has."""
+        files = [PurePath(file["path"]).as_posix() for file in self.data(name).get("files") or []]
+        repo = find_source(name, self.recipe.datasets.chosen()[name]).hub.repo
+        given = self.recipe.datasets.chosen()[name].input_file_path or ""
+        of_the_demo = any(DEMO_DATA in path for path in files or [given])
+        return repo if repo and is_hub_name(repo) and not of_the_demo else None
+
+    def data(self, name: str) -> dict[str, Any]:
+        """What run.json tells of a data set of the mix."""
+        return (self.record.get("data") or {}).get(name) or {}
+
+
+def find_run(model: EvaluatedModel) -> TrainedRun | None:
+    """The run that a model is of; None where no recipe is beside it, or none that can be read."""
+    if model.recipe_file is None:
+        return None
+    folder = model.recipe_file.parent
+    try:
+        recipe = load_recipe(model.recipe_file)
+    except UserError as problem:
+        say(f"warning: the card leaves out the run: {problem}")
+        return None
+    record, metrics = {}, folder / "metrics.jsonl"
+    try:
+        if (folder / "run.json").exists():
+            record = read_record(folder / "run.json")
+    except UserError as problem:
+        say(f"warning: the card leaves out what run.json tells: {problem}")
+    at_end, tokens, validation = {}, None, {}
+    try:
+        for _, line in metrics_lines(metrics):
+            if model.step is None or line["step"] <= model.step:
+                at_end, tokens = line, line.get("tokens", tokens)
+                validation = line if "eval_loss" in line else validation
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as problem:
+        say(f"warning: the card leaves out what {metrics} tells from a damaged line on: {problem}")
+    return TrainedRun(folder, recipe, record, at_end, tokens, validation)
+
+
+def find_results(model: EvaluatedModel) -> dict[str, dict[str, Any]]:
+    """The evaluations of these very weights in CHECKPOINT/eval, whole result files by the evaluation's name."""
+    files = {path: content for path, content in _result_files(model.folder / "eval")}
+    own = fingerprint(model) if files else None
+    found = {}
+    for path, content in files.items():
+        if content["checkpoint"].get("fingerprint") == own:
+            found[content["name"]] = content
+        else:
+            say(f"warning: the card leaves out {path}: it is of other weights than those beside it")
+    return found
+
+
+def _result_files(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Those of a folder that are results of the eval scripts; others (a sampling report) are passed over."""
+    for path in sorted(folder.glob("*.json")):
+        try:
+            content = read_json(path, "result file")
+        except UserError as problem:
+            say(f"warning: the card leaves out a result: {problem}")
+            continue
+        kinds = {"name": str, "checkpoint": dict, "results": dict}
+        if isinstance(content, dict) and all(isinstance(content.get(key), kind) for key, kind in kinds.items()):
+            yield path, content
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether this can be the name of a model or data set on the hub."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not name.startswith((".", "~")) and name.count("/") == 1
+
+
+def shareable_recipe(recipe: Recipe, base_model: str | None) -> dict[str, Any]:
+    """The values of a recipe as others may see them: no secret, and of a path on this machine only its last part.
+
+    Options of a data set that say nothing (null) are left out.
+    """
+    values = recipe.values()
+    paths = {"cache_dir", "output_dir", "log_dir", "deepspeed_config"} | ({"model_name"} if not base_model else set())
+    if recipe.resume_from_checkpoint not in ("auto", "never"):
+        paths.add("resume_from_checkpoint")
+    for name in paths:
+        values[name] = values[name] and _last_part(values[name])
+    values["datasets"] = [
+        {
+            name: {
+                key: _last_part(value) if key == "input_file_path" else value
+                for key, value in options.items()
+                if value is not None
+            }
+        }
+        for entry in values["datasets"]
+        for name, options in entry.items()
+    ]
+    return redacted(values)
+
+
+def redacted(value: Any, name: str = "") -> Any:
+    """What looks like a secret replaced, in every text of a structure."""
+    if isinstance(value, dict):
+        return {key: redacted(entry, str(key)) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [redacted(entry, name) for entry in value]
+    return redact_text(value, name) if isinstance(value, str) else value
+
+
+def shareable_text(text: str) -> str:
+    """A text without secrets, and without the folders of the absolute paths in it."""
+    return ABSOLUTE_PATH.sub(lambda path: _last_part(path[0]), redact_text(text))
+
+
+def _last_part(path: str) -> str:
+    return PurePath(path).name or "."

@@ -68,7 +68,8 @@ from evaluation.model import EvaluatedModel
 from publishing.hub import check_hub, push
 from publishing.model_card import model_card
 from publishing.provenance import TrainedRun, find_run
-from publishing.verification import check_same, make_reference, read_back
+from publishing.read_back import logits_of
+from publishing.verification import check_precision, check_same, distance, make_reference, read_back
 from publishing.vocabulary import fit_vocabulary
 from publishing.weights import Weights, decimal_bytes, read_weights
 from publishing.whole_folder import check_target, whole_folder
@@ -101,6 +102,8 @@ def main(options) -> None:
         check_finite(model, dtype)
     with named(source.name):
         say(f"vocabulary: {fit_vocabulary(model, tokenizer, options.vocab)}")
+        logits = logits_of(model, reference.ids)
+        check_precision(reference, logits, dtype)
 
     # ---- The folder: written, read back by another process, and only then there ----
     with whole_folder(out) as work:
@@ -109,11 +112,12 @@ def main(options) -> None:
         gc.collect()
         write_beside(source, run, work, name=(repo or out.name).rpartition("/")[2], hub_name=repo)
         with named(options.out):
-            difference = check_same(reference, *read_back(work, reference), dtype)
+            check_same(reference, logits, read_back(work, reference), dtype)
         written = read_weights(work)
     say(f"weights: {stored.dtype}, {decimal_bytes(stored.size)} in {source.name}")
     say(f"         {written.dtype}, {decimal_bytes(written.size)} in {options.out}, {written.files} file(s)")
-    say(f"read back: the ids of {len(reference.chats)} chats are the same, {difference}")
+    apart = f"{distance(reference.logits, logits):.2g} of their spread"
+    say(f"read back: the ids of {len(reference.chats)} chats are those of {source.name}, the logits within {apart}")
     say(f"in {options.out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
     if repo:
         push(out, repo, options.private)

@@ -25,7 +25,7 @@ from utils.files import read_json
 from utils.launch import say
 
 DEMO_DATA = "recipes/demo_data/"  # what the demo reads under the names of the seed's data sets is this collection's own
-ABSOLUTE_PATH = re.compile(r"(?<![\w:/.<])~?(?:/[^\s/'\",;:()|`<>]+)+/?")
+ABSOLUTE_PATH = re.compile(r"(?<![\w/.<])~?(?:/[^\s/'\",;:()|`<>]+)+/?")
 
 
 @dataclass(frozen=True)

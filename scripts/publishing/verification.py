@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -21,10 +22,11 @@ from utils.errors import UserError, reason
 QUESTION = "Name three rivers of Europe, and say in one sentence each where they rise and into which sea they flow."
 REPLY = "The Rhine rises in the Alps; the Danube in the Black Forest; the Volga in the Valdai Hills.\n\n- 3 of many"
 MOST_TOKENS = 128
-# Of the logits' spread, what rounding to a precision may change. Weights and hidden states of bf16 have 8 bits: 0.4 %
-# at each of some hundred places. A rotary base or a row that is wrong changes them by half and more.
+# Of the logits' spread, what rounding to a precision may change: weights and hidden states of bf16 have 8 bits, 0.4 %
+# at each of some hundred places.
 ROUNDING = {"fp32": 1e-4, "fp16": 0.02, "bf16": 0.1}
-SAME = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 1.6e-2}  # in the same precision, where matrices have another shape
+# What the order of sums may, which is up to the process: two units in the last place. Mostly nothing is changed at all.
+SAME = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 8e-3}
 
 
 @dataclass(frozen=True)
@@ -83,27 +85,38 @@ def read_back(folder: Path, reference: Reference) -> tuple[list[list[int]], np.n
         raise UserError(f"what was written could not be read back: {reason(error)}") from error
 
 
-def check_same(reference: Reference, template: list[list[int]], logits: np.ndarray, dtype: str) -> str:
-    """Compare what was read back, of a model in `dtype`, with the reference.
+def check_precision(reference: Reference, logits: np.ndarray, dtype: str) -> None:
+    """See that a model in another precision, `dtype`, makes the logits of the reference but for rounding.
 
-    Returns: how far they are apart, in words.
-    Raises: UserError where ids differ, or logits by more than rounding.
+    Raises: UserError where it does not, or they are not finite.
     """
-    for chat, here, there in zip(reference.chats, reference.template, template, strict=True):
-        if here != there:
-            raise UserError(f"read back, its chat template makes other ids of {chat[-1]['content']!r} than training")
     if not np.isfinite(logits).all():
         raise UserError(f"in {dtype} its logits are not finite numbers: give --dtype bf16 or fp32")
-    rows = min(logits.shape[1], reference.logits.shape[1])
-    before, after = reference.logits[:, :rows].astype(np.float64), logits[:, :rows].astype(np.float64)
-    if np.array_equal(before, after):
-        return "the same logits"
-    spread = before.std(axis=1)
-    # The median over the text's tokens: in a mixture of experts rounding sends one or another to another expert.
-    share = float(np.median(np.sqrt(((after - before) ** 2).mean(axis=1)) / np.maximum(spread, 1e-12)))
-    limit = SAME[dtype] if dtype == reference.dtype else max(ROUNDING[dtype], ROUNDING[reference.dtype])
+    share, limit = distance(reference.logits, logits), max(ROUNDING[dtype], ROUNDING[reference.dtype])
     if not share <= limit:
-        raise UserError(
-            f"read back, its logits differ by {share:.2%} of their spread, rounding to {dtype} explains {limit:.2%}"
-        )
-    return f"logits apart by {share:.2g} of their spread, at most by {np.abs(after - before).max():.2g}"
+        raise UserError(f"in {dtype} its logits differ by {share:.2%} of their spread, over {limit:.2%}: give another")
+
+
+def check_same(reference: Reference, logits: np.ndarray, found: tuple[list[list[int]], np.ndarray], dtype: str) -> None:
+    """See that what was read back (`read_back`) is the model that was written, of `logits` over the text in `dtype`.
+
+    Raises: UserError where ids differ from the reference's, or logits by more than the order of sums explains.
+    """
+    template, there = found
+    for chat, here, other in zip(reference.chats, reference.template, template, strict=True):
+        if here != other:
+            raise UserError(f"read back, its chat template makes other ids of {chat[-1]['content']!r} than training")
+    share = distance(logits, there) if logits.shape == there.shape else math.inf
+    if not share <= SAME[dtype]:
+        raise UserError(f"read back, it is another model: its logits differ by {share:.2%} of their spread")
+
+
+def distance(first: np.ndarray, other: np.ndarray) -> float:
+    """How far logits over a text are apart, as a share of their spread, over the rows that both have.
+
+    The median over the text's tokens: in a mixture of experts rounding sends one or another to another expert.
+    """
+    rows = min(first.shape[1], other.shape[1])
+    first, other = first[:, :rows].astype(np.float64), other[:, :rows].astype(np.float64)
+    apart = np.sqrt(((other - first) ** 2).mean(axis=1))
+    return float(np.median(apart / np.maximum(first.std(axis=1), 1e-12)))

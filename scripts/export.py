@@ -67,6 +67,7 @@ from evaluation.chat_model import DTYPES, load_chat_tokenizer
 from evaluation.model import EvaluatedModel
 from publishing.hub import check_hub, push
 from publishing.model_card import model_card
+from publishing.prompting import describe_prompting
 from publishing.provenance import TrainedRun, find_run
 from publishing.read_back import logits_of
 from publishing.verification import check_precision, check_same, distance, make_reference, read_back
@@ -90,6 +91,9 @@ def main(options) -> None:
     tokenizer = load_chat_tokenizer(source)
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"{source.name}: its tokenizer has no tokenizer.json (a fast tokenizer)")
+
+    with named(source.name):
+        describe_prompting(tokenizer)  # a template that takes no conversation is found before the weights are read
 
     # ---- The model as it is, then in the precision asked for; never two at a time ----
     model = load(source, stored.dtype)
@@ -146,7 +150,7 @@ def open_source(name: str) -> tuple[EvaluatedModel, Weights]:
 def computed_in(run: TrainedRun) -> str:
     """The precision of a run's forward and backward pass; fp16 without a GPU was fp32, which its record knows."""
     names = {str(value).removeprefix("torch."): name for name, value in DTYPES.items()}
-    return names.get(run.record.get("dtype")) or run.recipe.dtype
+    return names.get(run.record and run.record.dtype) or run.recipe.dtype
 
 
 def load(source: EvaluatedModel, dtype: str):

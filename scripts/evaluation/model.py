@@ -53,7 +53,8 @@ def find_model(name: str) -> EvaluatedModel:
 
 def _last_step(metrics: Path) -> int | None:
     try:
-        return json.loads(metrics.read_text(encoding="utf-8").splitlines()[-1])["step"]
+        step = json.loads(metrics.read_text(encoding="utf-8").splitlines()[-1])["step"]
+        return step if isinstance(step, int) else None
     except (OSError, ValueError, LookupError, TypeError):
         return None
 

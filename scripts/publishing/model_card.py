@@ -18,7 +18,7 @@ from evaluation.chat_model import load_chat_tokenizer
 from evaluation.model import EvaluatedModel, find_model
 from publishing.card_data import card_data, describe_interval, is_number, languages, measured
 from publishing.prompting import QUESTIONS, describe_prompting
-from publishing.provenance import TrainedRun, find_results, find_run, redacted, shareable_recipe, shareable_text
+from publishing.provenance import Record, TrainedRun, find_results, find_run, redacted, shareable_recipe, shareable_text
 from publishing.weights import read_weights
 from sources.registry import find_source
 from training.model import load_pretrained
@@ -94,26 +94,20 @@ def model_card(
 
 def _of_the_run(run: TrainedRun, model: EvaluatedModel, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What the template says of a run."""
-    recipe, record = run.recipe, run.record
+    recipe, record = run.recipe, run.record or Record()
     values = shareable_recipe(recipe, run.base_model)
     base = f"[{run.base_model}]({HUB}/{run.base_model})" if run.base_model else f"`{values['model_name']}`"
     if recipe.from_scratch:
         base = f"random weights of the shape of `{values['model_name']}`"
     elif not run.base_model:
         base += ", a model that is not on the hub"
-    commit = (record.get("git") or {}).get("commit")
-    changed = " and changes of its own" * bool((record.get("git") or {}).get("dirty"))
-    packages = record.get("packages") or {}
-    used = [
-        f"{package} {packages[package]}" for package in ("transformers", "torch", "deepspeed") if package in packages
-    ]
-    processes = record.get("num_processes")
-    gpus = (record.get("hardware") or {}).get("GPUs") or []
+    commit = record.git.commit and f", commit {record.git.commit}{' and changes of its own' * record.git.dirty}"
+    packages = [name for name in ("transformers", "torch", "deepspeed") if name in record.packages]
+    versions = ", ".join(f"{name} {record.packages[name]}" for name in packages)
+    device = record.hardware.GPUs[0].partition(",")[0] if record.hardware.GPUs else "CPU"
     tokens = f", {run.tokens:,} tokens" if run.tokens else ""
-    epochs = run.at_end.get("epoch")
     steps = "an unknown number of steps" if model.step is None else f"{model.step:,} steps"
-    done = f"{epochs:g} {'epoch' if epochs == 1 else 'epochs'} ({steps})" if epochs is not None else steps
-    block = record.get("deepspeed")
+    done = steps if run.epochs is None else f"{run.epochs:g} {'epoch' if run.epochs == 1 else 'epochs'} ({steps})"
     return {
         "summary": (
             f"A chat model: {base}, fine-tuned for {done}{tokens} on the conversations of "
@@ -121,40 +115,34 @@ def _of_the_run(run: TrainedRun, model: EvaluatedModel, results: dict[str, dict[
         ),
         "languages": ", ".join(languages(run)) or "not known",
         "base": base,
-        "code": "".join([f", commit {commit}{changed}" if commit else "", f" ({', '.join(used)})" if used else ""]),
-        "wandb": (record.get("wandb") or "") if str(record.get("wandb")).startswith("https://") else "",
+        "code": (commit or "") + f" ({versions})" * bool(versions),
+        "wandb": record.wandb if record.wandb and record.wandb.startswith("https://") else "",
         "progress": done + tokens + (f", of {recipe.num_train_epochs:g} epochs" if recipe.max_steps is None else ""),
-        "dtype": record.get("dtype") or recipe.dtype,
-        "processes": (
-            f"{processes} process(es), {gpus[0].partition(',')[0] if gpus else 'CPU'}"
-            if processes
-            else "a machine unknown"
-        ),
-        "command": " ".join([*_launch(record), "scripts/sft.py recipe.yaml --output_dir NEW"]),
+        "dtype": record.dtype or recipe.dtype,
+        "processes": f"{record.num_processes} process(es), {device}" if record.num_processes else "an unknown machine",
+        "command": " ".join([*_launch(run.record), "scripts/sft.py recipe.yaml --output_dir NEW"]),
         "data_block": _yaml({"datasets": values.pop("datasets")}),
         "hyperparameter_block": _yaml(values),
-        "deepspeed_block": json.dumps(redacted(block), indent=2) if block else None,
-        "without_deepspeed": _without_deepspeed(record),
+        "deepspeed_block": json.dumps(redacted(record.deepspeed), indent=2) if record.deepspeed else None,
+        "without_deepspeed": _without_deepspeed(run.record),
         "data_rows": [_data_row(run, name) for name in recipe.datasets.chosen()],
         "curves": (run.folder / "training.png").is_file(),
         "contamination": _contamination(run, results),
     }
 
 
-def _launch(record: dict[str, Any]) -> list[str]:
-    launcher = (record.get("command") or {}).get("launcher") or {}
-    if not launcher and record:
+def _launch(record: Record | None) -> list[str]:
+    if record and not record.command.launcher:
         return ["python"]
-    processes = record.get("num_processes") or 1
+    processes = (record and record.num_processes) or 1
     return ["accelerate launch", *([f"--num_processes {processes}"] if processes > 1 else [])]
 
 
-def _without_deepspeed(record: dict[str, Any]) -> str:
+def _without_deepspeed(record: Record | None) -> str:
     """Why a card has no DeepSpeed config."""
-    launcher = (record.get("command") or {}).get("launcher") or {}
-    if record.get("deepspeed_config") or not record:
+    if record is None or record.deepspeed_config:
         return "not known, the record of the run does not hold it"
-    if launcher.get("ACCELERATE_USE_DEEPSPEED") == "true":
+    if record.command.launcher.get("ACCELERATE_USE_DEEPSPEED") == "true":
         return "spelled out in the accelerate config, without a file"
     return "none, the run did without DeepSpeed"
 
@@ -162,7 +150,7 @@ def _without_deepspeed(record: dict[str, Any]) -> str:
 def _data_row(run: TrainedRun, name: str) -> list[str]:
     """A data set of the mix: its name, conversations, where it is from, and its licence."""
     options = run.recipe.datasets.chosen()[name]
-    source, hub, counts = find_source(name, options), run.hub_data_set(name), run.data(name).get("conversations") or {}
+    source, hub, counts = find_source(name, options), run.hub_data_set(name), run.data(name).conversations
     given = options.input_file_path and f"`{Path(options.input_file_path).name}`"
     place = f"[{hub}]({HUB}/datasets/{hub})" if hub else "data of its own"
     counted = [f"{counts[split]:,}" if split in counts else "?" for split in ("train", "validation")]

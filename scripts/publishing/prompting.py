@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data.dialogue import CHAT_TEMPLATE
+from utils.errors import UserError, reason
 
 # For the hub's widget, and the first of them for the example of the card.
 QUESTIONS = (
@@ -22,7 +23,7 @@ class Prompting:
         example: a longer one: a question, a reply and another question.
         before_reply, after_reply: the text between a user's message and the reply to it, and behind a reply.
         dialogue: whether it is the dialogue format of this collection.
-        roles: those that the template takes besides user and assistant.
+        system: whether it takes a system message in front.
         special: the special tokens that stand in the example.
     """
 
@@ -36,11 +37,14 @@ class Prompting:
 
 
 def describe_prompting(tokenizer: Any) -> Prompting:
-    """Of a tokenizer with a chat template that works (`load_chat_tokenizer`)."""
+    """Of a tokenizer with a chat template.  Raises: UserError where it does not take a conversation."""
 
-    def render(*texts: str, prompt: bool = True) -> str:
+    def render(*texts: str) -> str:
         messages = [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(texts)]
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        try:
+            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # jinja's own, and whatever the template raises
+            raise UserError(f"its chat template does not take user and assistant in turn: {reason(error)}") from error
 
     marked = render("QUESTION", "REPLY", "ANOTHER")
     behind = marked.partition("QUESTION")[2]

@@ -3,6 +3,7 @@
 Whatever is damaged is left out with a line that says so: a card says less then, and a run does not fail for it.
 """
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from pydantic import BaseModel, ValidationError, model_validator
 
 from evaluation.chat_model import fingerprint
 from evaluation.model import EvaluatedModel
@@ -20,7 +22,7 @@ from recipe.secrets import redact_text
 from run.curves import metrics_lines
 from run.record_file import read_record
 from sources.registry import find_source
-from utils.errors import UserError
+from utils.errors import UserError, reason
 from utils.files import read_json
 from utils.launch import say
 
@@ -28,42 +30,92 @@ DEMO_DATA = "recipes/demo_data/"  # what the demo reads under the names of the s
 ABSOLUTE_PATH = re.compile(r"(?<![\w/.<])~?(?:/[^\s/'\",;:()|`<>]+)+/?")
 
 
+class _Part(BaseModel):
+    """What a card tells of a part of run.json; null is as good as absent, and so is what it does not tell of."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, value: Any) -> Any:
+        return {key: entry for key, entry in value.items() if entry is not None} if isinstance(value, dict) else value
+
+
+class _File(_Part):
+    path: str
+
+
+class _Data(_Part):
+    conversations: dict[str, int] = {}
+    files: list[_File] = []
+
+
+class _Model(_Part):
+    files: dict[str, Any] | None = None  # of a folder; a model of the hub has none
+
+
+class _Command(_Part):
+    launcher: dict[str, str] = {}
+
+
+class _Git(_Part):
+    commit: str | None = None
+    dirty: bool = False
+
+
+class _Hardware(_Part):
+    GPUs: list[str] = []
+
+
+class Record(_Part):
+    """run.json (`run/record.py`), as far as a card tells of it; of an earlier version's, what it has."""
+
+    command: _Command = _Command()
+    data: dict[str, _Data] = {}
+    model: _Model | None = None
+    deepspeed: dict[str, Any] | None = None
+    deepspeed_config: dict[str, Any] | None = None
+    dtype: str | None = None
+    num_processes: int | None = None
+    packages: dict[str, str] = {}
+    git: _Git = _Git()
+    hardware: _Hardware = _Hardware()
+    wandb: str | None = None
+
+
 @dataclass(frozen=True)
 class TrainedRun:
     """The run that wrote a model.
 
     Attributes:
-        record: its run.json; {} without one.
-        at_end: the last line of metrics.jsonl up to the model's step, {} without one.
-        tokens: trained on until then; None where that is not known.
+        record: its run.json; None without one.
+        epochs, tokens: trained on up to the model's step, by metrics.jsonl; None where that is not known.
         validation: the last evaluation up to then, by the names of metrics.jsonl.
     """
 
     folder: Path
     recipe: Recipe
-    record: dict[str, Any] = field(default_factory=dict)
-    at_end: dict[str, Any] = field(default_factory=dict)
+    record: Record | None = None
+    epochs: float | None = None
     tokens: int | None = None
     validation: dict[str, Any] = field(default_factory=dict)
 
     @property
     def base_model(self) -> str | None:
         """The hub name of the model that was fine-tuned; None for a folder of this machine, and for random weights."""
-        name, described = self.recipe.model_name, self.record.get("model") or {}
-        is_folder = "files" in described if described else Path(name).exists()
+        name, recorded = self.recipe.model_name, self.record and self.record.model
+        is_folder = recorded.files is not None if recorded else os.path.exists(name)
         return None if self.recipe.from_scratch or is_folder or not is_hub_name(name) else name
 
     def hub_data_set(self, name: str) -> str | None:
         """The hub name of a data set of the mix; None for data of one's own, which only this machine has."""
-        files = [PurePath(file["path"]).as_posix() for file in self.data(name).get("files") or []]
+        files = [PurePath(file.path).as_posix() for file in self.data(name).files]
         repo = find_source(name, self.recipe.datasets.chosen()[name]).hub.repo
         given = self.recipe.datasets.chosen()[name].input_file_path or ""
         of_the_demo = any(DEMO_DATA in path for path in files or [given])
         return repo if repo and is_hub_name(repo) and not of_the_demo else None
 
-    def data(self, name: str) -> dict[str, Any]:
+    def data(self, name: str) -> _Data:
         """What run.json tells of a data set of the mix."""
-        return (self.record.get("data") or {}).get(name) or {}
+        return self.record.data.get(name, _Data()) if self.record else _Data()
 
 
 def find_run(model: EvaluatedModel) -> TrainedRun | None:
@@ -76,21 +128,24 @@ def find_run(model: EvaluatedModel) -> TrainedRun | None:
     except UserError as problem:
         say(f"warning: the card leaves out the run: {problem}")
         return None
-    record, metrics = {}, folder / "metrics.jsonl"
+    epochs, tokens, validation = None, None, {}
     try:
-        if (folder / "run.json").exists():
-            record = read_record(folder / "run.json")
-    except UserError as problem:
-        say(f"warning: the card leaves out what run.json tells: {problem}")
-    at_end, tokens, validation = {}, None, {}
-    try:
-        for _, line in metrics_lines(metrics):
+        for _, line in metrics_lines(folder / "metrics.jsonl"):
             if model.step is None or line["step"] <= model.step:
-                at_end, tokens = line, line.get("tokens", tokens)
+                epochs, tokens = float(line["epoch"]), int(line.get("tokens", tokens or 0))
                 validation = line if "eval_loss" in line else validation
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as problem:
-        say(f"warning: the card leaves out what {metrics} tells from a damaged line on: {problem}")
-    return TrainedRun(folder, recipe, record, at_end, tokens, validation)
+        say(f"warning: the card leaves out {folder / 'metrics.jsonl'} from a damaged line on: {reason(problem)}")
+    return TrainedRun(folder, recipe, _find_record(folder / "run.json"), epochs, tokens or None, validation)
+
+
+def _find_record(path: Path) -> Record | None:
+    try:
+        return Record.model_validate(read_record(path)) if path.exists() else None
+    except (UserError, ValidationError) as problem:
+        why = problem if isinstance(problem, UserError) else f"{path}: {problem.errors()[0]['loc']} is damaged"
+        say(f"warning: the card leaves out the record of the run: {why}")
+        return None
 
 
 def find_results(model: EvaluatedModel) -> dict[str, dict[str, Any]]:
@@ -114,8 +169,13 @@ def _result_files(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
         except UserError as problem:
             say(f"warning: the card leaves out a result: {problem}")
             continue
-        kinds = {"name": str, "checkpoint": dict, "results": dict}
-        if isinstance(content, dict) and all(isinstance(content.get(key), kind) for key, kind in kinds.items()):
+        needed = {"name": str, "checkpoint": dict, "results": dict}
+        optional = {"warnings": list, "contamination": dict}
+        if (
+            isinstance(content, dict)
+            and all(isinstance(content.get(key), kind) for key, kind in needed.items())
+            and all(isinstance(content.get(key, kind()), kind) for key, kind in optional.items())
+        ):
             yield path, content
 
 

@@ -343,6 +343,22 @@ def test_what_is_damaged_is_left_out_with_a_line(run_folder, capsys, damage):
     assert damage.rpartition("/")[2] in line
 
 
+@pytest.mark.parametrize("value", [{"data": []}, {"git": "x"}, {"num_processes": "many"}, {"hardware": {"GPUs": 4}}])
+def test_a_record_that_was_edited_is_left_out_with_a_line(run_folder, capsys, value):
+    card = card_of(run_folder(RECORD | value))
+    assert "- checkpoint: 3 epochs (12,000 steps)" in card.text
+    said = capsys.readouterr().out
+    assert "warning: the card leaves out the record of the run: " in said
+    assert f"'{next(iter(value))}'" in said
+
+
+@pytest.mark.parametrize("line", [{"step": "x"}, {"step": 12000}, {"step": 12000, "epoch": []}, [1], 3, None])
+def test_a_line_of_metrics_that_was_edited(run_folder, capsys, line):
+    card = card_of(run_folder(lines=[*LINES[:3], line]))
+    assert "123,456,789 tokens" in card.text
+    assert "metrics.jsonl from a damaged line on" in capsys.readouterr().out
+
+
 def test_a_run_of_before_that_has_less(run_folder):
     card = card_of(run_folder(None, []))
     assert "- checkpoint: an unknown number of steps, of 4 epochs" in card.text

@@ -268,9 +268,9 @@ def test_a_precision_that_the_model_cannot_do_with(trained):
     with pytest.raises(UserError, match="in fp16 its logits are not finite numbers: give --dtype bf16 or fp32"):
         check_precision(reference, reference.logits * float("nan"), "fp16")
     noise = np.random.default_rng(0).normal(size=reference.logits.shape) * reference.logits.std()
-    check_precision(reference, reference.logits + 0.01 * noise, "fp16")
+    check_precision(reference, reference.logits + 0.05 * noise, "fp16")
     with pytest.raises(UserError, match=r"in fp16 its logits differ by .* of their spread"):
-        check_precision(reference, reference.logits + 0.1 * noise, "fp16")
+        check_precision(reference, reference.logits + 0.5 * noise, "fp16")
 
 
 def test_other_ids_are_found(trained):

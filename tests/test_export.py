@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_script
+from huggingface_hub import constants
 from read_elsewhere import read
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -308,37 +309,29 @@ def test_the_script(trained, tmp_path):
         torch.testing.assert_close(torch.tensor(found["logits"]), torch.tensor(here["logits"]), rtol=1e-5, atol=1e-6)
 
 
-def test_what_the_command_line_refuses(tmp_path):
-    for options, problem in {
-        ("a",): "the following arguments are required: OUT",
-        ("a", "b", "--dtype", "int8"): "--dtype",
-        ("a", "b", "--max_shard_size", "0GB"): "0GB is no size such as 5GB or 500MB",
-        ("a", "b", "--max_shard_size", "large"): "large is no size",
-        ("a", "b", "--vocab", "cut"): "--vocab",
-        ("a", "b", "--private"): "give --push_to_hub REPO too",
-        (str(tmp_path), "b", "--push_to_hub", "x"): "not a model",
-    }.items():
-        run = run_script(*options, script="scripts/export.py", output_dir=tmp_path, check=False)
-        assert (run.returncode, len(run.errors)) == (2, 1), run.stderr
-        assert problem in run.errors[0]
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (("a",), "the following arguments are required: OUT"),
+        (("a", "b", "--dtype", "int8"), "--dtype"),
+        (("a", "b", "--max_shard_size", "0GB"), "0GB is no size such as 5GB or 500MB"),
+        (("a", "b", "--max_shard_size", "large"), "large is no size"),
+        (("a", "b", "--vocab", "cut"), "--vocab"),
+        (("a", "b", "--private"), "give --push_to_hub REPO too"),
+    ],
+)
+def test_what_the_command_line_refuses(monkeypatch, options, problem):
+    monkeypatch.setattr(sys, "argv", ["export.py", *options])
+    with pytest.raises(UserError, match=problem):
+        export.arguments()
 
 
-def test_nothing_is_published_without_a_login(trained, tmp_path):
-    run = run_script(
-        *(trained["gpt_neox"], tmp_path / "out", "--push_to_hub", "someone/mine"),
-        script="scripts/export.py",
-        output_dir=tmp_path,
-        check=False,
-    )
-    assert run.returncode == 2
-    assert run.errors in (  # in the tests' environment the hub is off
-        [f"error: --push_to_hub: {why}"]
-        for why in (
-            "HF_HUB_OFFLINE is set: unset it to reach the hub",
-            "nobody is logged in: run `hf auth login`, or set HF_TOKEN",
-        )
-    )
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("name", ["someone/mine", "no name"])
+def test_what_cannot_be_published_is_not_written(trained, tmp_path, run_export, monkeypatch, name):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="--push_to_hub"):
+        run_export(trained["gpt_neox"], push_to_hub=name)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_the_sizes_are_those_of_the_files(trained):

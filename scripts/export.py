@@ -20,7 +20,7 @@ import re
 
 from evaluation.model import find_model
 from utils.command_line import OneLineParser
-from utils.errors import UserError, one_line_errors
+from utils.errors import UserError, one_line_errors, reason
 
 
 def shard_size(text: str) -> str:
@@ -74,6 +74,7 @@ from publishing.verification import check_precision, check_same, distance, make_
 from publishing.vocabulary import fit_vocabulary
 from publishing.weights import Weights, decimal_bytes, read_weights
 from publishing.whole_folder import check_target, whole_folder
+from run.checkpoint import is_disk_error
 from run.model_files import as_readable_as_others, save_model
 from training.model import load_pretrained
 from utils.files import read_json
@@ -91,7 +92,6 @@ def main(options) -> None:
     tokenizer = load_chat_tokenizer(source)
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"{source.name}: its tokenizer has no tokenizer.json (a fast tokenizer)")
-
     with named(source.name):
         describe_prompting(tokenizer)  # a template that takes no conversation is found before the weights are read
 
@@ -111,7 +111,7 @@ def main(options) -> None:
 
     # ---- The folder: written, read back by another process, and only then there ----
     with whole_folder(out) as work:
-        save_model(model, tokenizer, work, options.max_shard_size)
+        save(model, tokenizer, work, source.name, options.max_shard_size)
         del model
         gc.collect()
         write_beside(source, run, work, name=(repo or out.name).rpartition("/")[2], hub_name=repo)
@@ -156,6 +156,16 @@ def computed_in(run: TrainedRun) -> str:
 def load(source: EvaluatedModel, dtype: str):
     """On the CPU, where there is room for a model that a GPU cannot hold in fp32."""
     return load_pretrained(AutoModelForCausalLM, source.name, dtype=DTYPES[dtype])
+
+
+def save(model, tokenizer, folder: Path, name: str, max_shard_size: str) -> None:
+    """`save_model`, where what transformers refuses to save of a model from elsewhere is one line."""
+    try:
+        save_model(model, tokenizer, folder, max_shard_size)
+    except Exception as error:  # as many kinds as transformers has
+        if is_disk_error(error):
+            raise
+        raise UserError(f"{name}: it cannot be saved: {reason(error)}") from error
 
 
 def check_finite(model, dtype: str) -> None:

@@ -30,6 +30,7 @@ import time
 import torch
 
 from data.mix import prepare_mix
+from publishing.model_card import write_model_card
 from recipe.keys import Recipe
 from run.dry_run import dry_run
 from run.preflight import preflight
@@ -110,6 +111,8 @@ def main(options, recipe: Recipe, stop: StopSignal) -> None:
     engine.close()
     if stopped:
         raise SystemExit(EXIT_STOPPED)
+    if accelerator.is_main_process:
+        write_model_card(recipe.output_dir)
     if recipe.sample_replies and accelerator.is_main_process and not stop.name:
         show_replies(language_model, tokenizer, mix, recipe)
 

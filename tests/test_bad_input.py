@@ -20,11 +20,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, launch_command
-from mixes import make_progress
 
 from recipe.load import load_recipe
 from run.folder import OWN_FILES, check_own_names
-from run.model_card import write_model_card
 from run.record_file import read_record
 from run.stopping import SIGNALS
 from training.deepspeed_config import fill_config, find_config
@@ -271,15 +269,6 @@ def test_all_that_a_run_writes_is_known(run_sft):
     files = {path.name for path in run.output_dir.iterdir() if path.is_file()}
     assert files - {".lock", "chat_template.jinja"} <= set(OWN_FILES)
     assert {path.name for path in run.output_dir.iterdir()} - files == set()
-
-
-def test_a_card_that_cannot_be_written_costs_nothing_else(tmp_path, capsys):
-    """All training is done: the run is to end as one that is finished."""
-    (tmp_path / "README.md").mkdir()
-    recipe = load_recipe(DEMO, {"output_dir": str(tmp_path)})
-    write_model_card(recipe, SimpleNamespace(eos_token="</s>"), make_progress(3), tokens=5)
-    assert f"warning: {tmp_path}/README.md: the model's card could not be written: " in capsys.readouterr().out
-    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
 
 
 READERS = {

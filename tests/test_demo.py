@@ -5,7 +5,8 @@ import re
 
 import pytest
 import torch
-from conftest import run_script
+from conftest import ROOT, run_script
+from huggingface_hub import ModelCard
 from interruption import MEASURED, metrics
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -58,7 +59,10 @@ def test_output_folder(demo):
     assert MEASURED - {"mfu"} <= training.keys()  # no data sheet says what a CPU can do
     assert 0 <= training["data_wait_share"] < 1
     assert (demo.output_dir / "training.png").read_bytes().startswith(b"\x89PNG")
-    assert all(name in (demo.output_dir / "README.md").read_text() for name in DATASETS)
+    card = ModelCard.load(demo.output_dir / "README.md")
+    assert all(f"\n| {name} | " in card.text for name in DATASETS)
+    assert len(card.data.eval_results) == 2 * len([*DATASETS, "all"])
+    assert str(ROOT) not in str(card)
     assert json.loads((demo.output_dir / "config.json").read_text())["hidden_act"] == "gelu_pytorch_tanh"
 
 

@@ -89,6 +89,13 @@ class EvaluatedCheckpoint(Schema):
     fingerprint: str | None = None  # of its weights, config and tokenizer (`evaluation/chat_model.py`)
 
 
+class Contamination(Schema):
+    """Whether the questions of a benchmark were in training (`eval_gsm8k.py`)."""
+
+    contaminated: bool | None = None  # None where that is not known
+    verdict: str | None = None
+
+
 class ResultFile(Schema):
     """All that is read back."""
 
@@ -99,6 +106,7 @@ class ResultFile(Schema):
     results: dict[Name, Metric] = Field(min_length=1)
     warnings: list[Annotated[str, AfterValidator(_written)]] = Field([])  # what whoever reads the results has to know
     items: dict[str, Item] = Field({})
+    contamination: Contamination = Contamination()
 
     @model_validator(mode="after")
     def _items_can_be_paired(self) -> "ResultFile":
@@ -177,9 +185,9 @@ def _columns_of(path: Path) -> tuple[list[Column], list[str]]:
         return [Column(str(path), str(path.parent), {result.name: result})], []
     columns, problems = [], []
     for folder in [*path.glob("checkpoint-*"), path]:
-        files, passed_over = _results_in(folder / "eval")
+        files, passed_over = results_in(folder / "eval")
         if not files and folder == path:  # a folder of --output
-            files, more = _results_in(path)
+            files, more = results_in(path)
             passed_over += more
         problems += passed_over
         if files:
@@ -188,7 +196,7 @@ def _columns_of(path: Path) -> tuple[list[Column], list[str]]:
     return columns, problems
 
 
-def _results_in(folder: Path) -> tuple[dict[str, ResultFile], list[str]]:
+def results_in(folder: Path) -> tuple[dict[str, ResultFile], list[str]]:
     """The results of a folder; other files of JSON are left out without a word."""
     files: dict[str, ResultFile] = {}
     taken: dict[str, Path] = {}

@@ -143,7 +143,7 @@ def save_checkpoint(engine: Engine, tokenizer, recipe: Recipe, state: dict[str, 
             try:
                 action()
             except Exception as error:
-                if not _is_disk_error(error):
+                if not is_disk_error(error):
                     raise
                 problem = f"{error} (process {accelerator.process_index})"
         problems = [problem for problem in gather_object([problem]) if problem]
@@ -175,7 +175,7 @@ def save_final_model(model: PreTrainedModel, tokenizer, folder: Path) -> None:
             os.replace(path, folder / path.name)
         work.rmdir()
     except Exception as error:
-        if not _is_disk_error(error):
+        if not is_disk_error(error):
             raise
         shutil.rmtree(work, ignore_errors=True)
         raise UserError(f"{folder}: the final model could not be written: {error}") from error
@@ -192,6 +192,6 @@ def remove_leftovers(folder: Path) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in leftovers + files]
 
 
-def _is_disk_error(error: Exception) -> bool:
+def is_disk_error(error: Exception) -> bool:
     """Whether a write failed for the disk's sake. The Rust libraries have no errno, only its text."""
     return isinstance(error, (OSError, SafetensorError)) or "(os error " in str(error)

@@ -33,8 +33,10 @@ class RunLog:
         self.curves = Curves(self.path)
         self.main_process = main_process
         self.wandb = _start_wandb(recipe, progress.wandb_id) if main_process and recipe.log_wandb else None
+        self.wandb_url: str | None = None  # of a run that is logged online
         if self.wandb:
             progress.wandb_id = self.wandb.id
+            self.wandb_url = None if self.wandb.offline or self.wandb.disabled else self.wandb.url
         self.progress = tqdm(
             total=progress.total_steps,
             initial=progress.step,

@@ -26,9 +26,9 @@ from utils.files import read_json
 MODEL_PART = "2GB"  # at most so much of the model is copied from the GPU at a time
 
 
-def save_model(model: PreTrainedModel, tokenizer, folder: Path) -> None:
+def save_model(model: PreTrainedModel, tokenizer, folder: Path, max_shard_size: str | None = None) -> None:
     """Write model and tokenizer as AutoModelForCausalLM and AutoTokenizer read them.  Raises: OSError and the like."""
-    model.save_pretrained(folder, max_shard_size=MODEL_PART)
+    model.save_pretrained(folder, max_shard_size=max_shard_size or MODEL_PART)
     _save_beside_weights(tokenizer, folder)
 
 

@@ -24,7 +24,7 @@ from data.files import source_files
 from data.mix import Mix
 from recipe.keys import Recipe
 from run.record_file import FORMAT, read_record, redact, utc_now, write_record
-from utils.files import fingerprint
+from utils.files import fingerprint, read_json
 from utils.launch import has_gpu, launcher_plugin, num_processes, say
 
 SCRIPTS = Path(__file__).parent.parent
@@ -72,6 +72,7 @@ def start_record(recipe: Recipe, mix: Mix, num_processes: int, dtype: torch.dtyp
         "data": {name: _describe_data(name, index, recipe, mix) for index, name in enumerate(mix.names)},
         "model": _describe_model(recipe.model_name),
         "deepspeed_config": fingerprint(Path(deepspeed)) if deepspeed and os.path.isfile(deepspeed) else None,
+        "deepspeed": read_json(Path(deepspeed)) if deepspeed and os.path.isfile(deepspeed) else None,  # for the card
         "dtype": str(dtype).removeprefix("torch."),
         "num_processes": num_processes,
         "packages": _versions(),

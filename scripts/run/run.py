@@ -13,7 +13,6 @@ from run.checkpoint import Checkpoint, save_checkpoint, save_final_model
 from run.folder import claim_output_dir, lock_output_dir, wait_for_other_run
 from run.health import StepHealth, one_line_at_minimum_scale
 from run.log import RunLog
-from run.model_card import write_model_card
 from run.progress import Progress
 from run.record import begin_record
 from run.record_file import update_status
@@ -122,16 +121,16 @@ class Run:
     # ---- The end ----
 
     def end(self, tokenizer, stopped: bool) -> None:
-        """Write the final model and its card, unless the run was stopped; say what it came to."""
+        """Write the final model, unless the run was stopped; say what it came to."""
         self.log.close()
         if not self.main_process:
             return
         if not stopped:
             with self.clock.spend("saving"):
                 save_final_model(self.engine.language_model, tokenizer, self.recipe.output_dir)
-            write_model_card(self.recipe, tokenizer, self.progress, self.stats.tokens)
         report = end_report(self.recipe, self.progress, self.stats, self.health)
-        update_status(self.record, "interrupted" if stopped else "finished", report=report)
+        status = "interrupted" if stopped else "finished"
+        update_status(self.record, status, report=report, wandb=self.log.wandb_url)
 
 
 def open_run(recipe: Recipe, allow_changes: bool) -> Run:

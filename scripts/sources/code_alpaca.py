@@ -22,5 +22,6 @@ SOURCE = Source(
     hub=HubSource("sahil2801/CodeAlpaca-20k", ("code_alpaca_20k.json",)),
     read=read_alpaca,
     fields=("instruction", "input", "output"),
+    languages=("en",),
     split="random_split",
 )

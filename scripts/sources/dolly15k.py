@@ -58,5 +58,6 @@ SOURCE = Source(
     hub=HubSource("OllieStanley/oa_dolly_15k"),
     read=read_dolly,
     fields=("instruction", "response", "context", "metadata"),
+    languages=("en",),
     options=DollyOptions,
 )

@@ -23,5 +23,6 @@ SOURCE = Source(
     hub=HubSource("qwedsacf/grade-school-math-instructions"),
     read=read_math,
     fields=("instruction", "response"),
+    languages=("en",),
     shuffled=True,
 )

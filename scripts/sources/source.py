@@ -182,6 +182,7 @@ class Source:
     hub: HubSource
     read: Reader
     fields: tuple[str, ...]  # of a record, in lower case, that `read` uses; no other column of a parquet file is read
+    languages: tuple[str, ...] = ()  # that most of it is in, ISO 639-1; none where only the options can tell
     options: type[DatasetOptions] = DatasetOptions  # the schema of what a recipe can say of it
     # scikit-learn's over the records kept, or torch's "random_split" over them, each with a seed of its own
     split: Literal["train_test_split", "random_split"] = "train_test_split"

@@ -51,4 +51,5 @@ SOURCE = Source(
     hub=HubSource("Aeala/ShareGPT_Vicuna_unfiltered", ("ShareGPT_V4.3_unfiltered_cleaned_split.json",)),
     read=read_vicuna,
     fields=("conversations",),
+    languages=("en",),
 )

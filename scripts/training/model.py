@@ -249,11 +249,13 @@ def fit_to_tokenizer(model: PreTrainedModel, tokenizer, mean_resizing: bool = Tr
     """
     highest = max(tokenizer.get_vocab().values())
     model.resize_token_embeddings(highest + 1, pad_to_multiple_of=16, mean_resizing=mean_resizing)
-    rows, generation, defaults = (
-        model.get_input_embeddings().num_embeddings,
-        model.generation_config,
-        GenerationConfig(),
-    )
+    set_special_ids(model, tokenizer)
+
+
+def set_special_ids(model: PreTrainedModel, tokenizer) -> None:
+    """Let the generation config name the tokenizer's end and pad tokens, and nothing a row that is no more."""
+    rows = model.get_input_embeddings().num_embeddings
+    generation, defaults = model.generation_config, GenerationConfig()
     for config in (model.config, model.config.get_text_config(), generation):
         for name, own in {"pad_token_id": None, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}.items():
             ids = getattr(config, name, None)

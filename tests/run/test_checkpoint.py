@@ -8,9 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import yaml
 from accelerate import Accelerator
-from mixes import make_progress
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -18,7 +16,6 @@ from data.dialogue import CHAT_TOKENS, prepare_tokenizer
 from recipe.keys import Recipe
 from run import checkpoint, model_files
 from run.checkpoint import FORMAT, read_checkpoint, remove_leftovers, save_checkpoint, save_final_model
-from run.model_card import write_model_card
 from run.retention import list_checkpoints
 from run.stats import Clock, TrainingStats
 from training.engine import Engine
@@ -293,39 +290,3 @@ def test_a_final_model_that_cannot_be_written(tmp_path, model, tokenizer, monkey
     with pytest.raises(UserError, match=r"the final model could not be written: .*No space left on device"):
         save_final_model(model, tokenizer, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-# ---- the card ----
-
-
-def card_of(recipe: Recipe, tokenizer, results: dict) -> tuple[dict, str]:
-    """The card's front matter and text."""
-    recipe.output_dir.mkdir(exist_ok=True)
-    progress = make_progress(12_000, step=12_000, results=results)
-    write_model_card(recipe, tokenizer, progress, tokens=3_456_789)
-    _, head, text = (recipe.output_dir / "README.md").read_text().split("---\n", 2)
-    return yaml.safe_load(head), text
-
-
-def test_the_model_card(tmp_path, tokenizer):
-    recipe = make_recipe(
-        tmp_path / "my_model", model_name="stabilityai/stablelm-base-alpha-7b", datasets=["oasst_export", "vicuna"]
-    )
-    results = {"eval_vicuna_loss": 0.98765, "eval_vicuna_accuracy": 0.7654, "eval_loss": 1.0, "eval_accuracy": 0.7}
-    head, text = card_of(recipe, tokenizer, results)
-    assert head["base_model"] == "stabilityai/stablelm-base-alpha-7b"
-    assert (head["library_name"], head["pipeline_tag"]) == ("transformers", "text-generation")
-    assert "# my_model\n" in text
-    assert "12,000 steps on 3,456,789 tokens" in text
-    assert "| vicuna | 0.9877 | 76.54% |" in text
-    assert "| oasst_export |" not in text  # nothing of it was held out
-    assert f"<|prompter|>What is a meme?{tokenizer.eos_token}<|assistant|>" in text
-
-
-@pytest.mark.parametrize("keys", [{"from_scratch": True, "model_name": "someone/model"}, {"model_name": "."}])
-def test_a_base_model_that_is_not_on_the_hub_is_not_linked(tmp_path, tokenizer, keys):
-    head, text = card_of(make_recipe(tmp_path / "out", **keys), tokenizer, {})
-    assert "base_model" not in head
-    assert ("random weights" in text) == bool(keys.get("from_scratch"))
-    assert "No conversation was held out." in text
-    assert "|---" not in text

@@ -122,6 +122,7 @@ def test_only_the_launchers_variables(recipe, mix, monkeypatch):
         "WORLD_SIZE": "2",
     }
     assert record["deepspeed_config"] == fingerprint(ROOT / "ds_configs/zero2.json")
+    assert record["deepspeed"] == json.loads((ROOT / "ds_configs/zero2.json").read_text())
     assert "swordfish" not in json.dumps(record)
 
 

@@ -1,0 +1,206 @@
+#!/usr/bin/env python3
+"""Write a checkpoint as a clean folder for use elsewhere, with its model card; publish it on the hub if asked to.
+
+    python scripts/export.py stablelm_7b/checkpoint-12000 stablelm-7b-sft
+    python scripts/export.py stablelm_7b exported --dtype bf16 --max_shard_size 2GB
+    python scripts/export.py stablelm_7b exported --push_to_hub me/stablelm-7b-sft --private
+
+CHECKPOINT is a run's checkpoint, a run's folder (its final model), or any folder with a causal LM and a chat template.
+OUT gets safetensors, tokenizer with chat template, generation config with the stop token, card, and nothing else; it is
+read by transformers 4 and 5, and by what takes their folders (vLLM, converters). It appears only when it is whole and
+was read back by a fresh process, with the ids of training and the logits of CHECKPOINT.
+
+Weights are written in the precision that the run computed in: a run in bf16 or fp16 keeps fp32 weights, twice the size.
+The embedding's rows beyond the tokenizer's tokens, which trip converters and can be sampled, are removed; --vocab name
+gives them tokens (<|unused_0|>, ...) instead, and keep leaves them.
+"""
+
+import argparse
+import re
+
+from evaluation.model import find_model
+from utils.command_line import OneLineParser
+from utils.errors import UserError, one_line_errors, reason
+
+
+def shard_size(text: str) -> str:
+    """A size such as 5GB, as argparse's `type`."""
+    if not re.fullmatch(r"[1-9]\d*(KB|MB|GB)", text):
+        raise argparse.ArgumentTypeError(f"{text} is no size such as 5GB or 500MB")
+    return text
+
+
+def arguments():
+    parser = OneLineParser(__doc__)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a model")
+    parser.add_argument("out", metavar="OUT", help="folder to write, a new one or an empty one")
+    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="precision of the weights (the run's)")
+    parser.add_argument(
+        "--max_shard_size", type=shard_size, default="5GB", metavar="SIZE", help="of a weights file (5GB)"
+    )
+    parser.add_argument(
+        "--vocab", choices=("trim", "name", "keep"), default="trim", help="rows that have no token (trim)"
+    )
+    parser.add_argument("--push_to_hub", metavar="REPO", help="publish it there, as you/name")
+    parser.add_argument("--private", action="store_true", help="for you and your organization alone, if it is new")
+    options = parser.parse_args()
+    if options.private and not options.push_to_hub:
+        raise UserError("command line: --private says how to publish: give --push_to_hub REPO too")
+    return options
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        OPTIONS = arguments()
+
+import contextlib
+import gc
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from evaluation.chat_model import DTYPES, load_chat_tokenizer
+from evaluation.model import EvaluatedModel
+from publishing.hub import check_hub, push
+from publishing.model_card import model_card
+from publishing.prompting import describe_prompting
+from publishing.provenance import TrainedRun, find_run
+from publishing.read_back import logits_of
+from publishing.verification import check_precision, check_same, distance, make_reference, read_back
+from publishing.vocabulary import fit_vocabulary
+from publishing.weights import Weights, decimal_bytes, read_weights
+from publishing.whole_folder import check_target, whole_folder
+from run.checkpoint import is_disk_error
+from run.model_files import as_readable_as_others, save_model
+from training.model import load_pretrained
+from utils.files import read_json
+from utils.launch import say, set_up_process
+
+
+def main(options) -> None:
+    # ---- What can be refused before anything large is read ----
+    set_up_process()
+    source, stored = open_source(options.checkpoint)
+    run = find_run(source)
+    dtype = options.dtype or (run and computed_in(run)) or stored.dtype
+    out = check_target(Path(options.out), source.folder, stored.count * DTYPES[dtype].itemsize)
+    repo = check_hub(options.push_to_hub, options.private) if options.push_to_hub else None
+    tokenizer = load_chat_tokenizer(source)
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(f"{source.name}: its tokenizer has no tokenizer.json (a fast tokenizer)")
+    with named(source.name):
+        describe_prompting(tokenizer)  # a template that takes no conversation is found before the weights are read
+
+    # ---- The model as it is, then in the precision asked for; never two at a time ----
+    model = load(source, stored.dtype)
+    with named(source.name):
+        reference = make_reference(model, tokenizer, stored.dtype)
+    if dtype != stored.dtype:
+        del model
+        gc.collect()
+        model = load(source, dtype)
+        check_finite(model, dtype)
+    with named(source.name):
+        say(f"vocabulary: {fit_vocabulary(model, tokenizer, options.vocab)}")
+        logits = logits_of(model, reference.ids)
+        check_precision(reference, logits, dtype)
+
+    # ---- The folder: written, read back by another process, and only then there ----
+    with whole_folder(out) as work:
+        save(model, tokenizer, work, source.name, options.max_shard_size)
+        del model
+        gc.collect()
+        write_beside(source, run, work, name=(repo or out.name).rpartition("/")[2], hub_name=repo)
+        with named(options.out):
+            check_same(reference, logits, read_back(work, reference), dtype)
+        written = read_weights(work)
+    say(f"weights: {stored.dtype}, {decimal_bytes(stored.size)} in {source.name}")
+    say(f"         {written.dtype}, {decimal_bytes(written.size)} in {options.out}, {written.files} file(s)")
+    apart = f"{distance(reference.logits, logits):.2g} of their spread"
+    say(f"read back: the ids of {len(reference.chats)} chats are those of {source.name}, the logits within {apart}")
+    say(f"in {options.out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+    if repo:
+        push(out, repo, options.private)
+
+
+def open_source(name: str) -> tuple[EvaluatedModel, Weights]:
+    """The model to export, and what its weights files hold.
+
+    Raises: UserError for what is no folder with a model, an adapter without its base, or quantized weights.
+    """
+    folder = Path(name)
+    if (folder / "adapter_config.json").is_file():
+        merge = "peft's AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)"
+        raise UserError(f"{name}: holds an adapter, which has to be merged into its base model first: {merge}")
+    if not folder.is_dir():
+        raise UserError(f"{name}: no such folder under {Path.cwd()}")
+    source = find_model(name)
+    config, weights = read_json(folder / "config.json", "config"), read_weights(folder)
+    if weights is None:
+        raise UserError(f"{name}: holds no *.safetensors, the weights: save it by transformers' save_pretrained first")
+    if (isinstance(config, dict) and config.get("quantization_config")) or weights.dtype not in DTYPES:
+        raise UserError(f"{name}: its weights are quantized ({weights.dtype}): export the model they were made from")
+    return source, weights
+
+
+def computed_in(run: TrainedRun) -> str:
+    """The precision of a run's forward and backward pass; fp16 without a GPU was fp32, which its record knows."""
+    names = {str(value).removeprefix("torch."): name for name, value in DTYPES.items()}
+    return names.get(run.record and run.record.dtype) or run.recipe.dtype
+
+
+def load(source: EvaluatedModel, dtype: str):
+    """On the CPU, where there is room for a model that a GPU cannot hold in fp32."""
+    return load_pretrained(AutoModelForCausalLM, source.name, dtype=DTYPES[dtype])
+
+
+def save(model, tokenizer, folder: Path, name: str, max_shard_size: str) -> None:
+    """`save_model`, where what transformers refuses to save of a model from elsewhere is one line."""
+    try:
+        save_model(model, tokenizer, folder, max_shard_size)
+    except Exception as error:  # as many kinds as transformers has
+        if is_disk_error(error):
+            raise
+        raise UserError(f"{name}: it cannot be saved: {reason(error)}") from error
+
+
+def check_finite(model, dtype: str) -> None:
+    """Refuse a precision that cannot hold the weights."""
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            most = f"{torch.finfo(DTYPES[dtype]).max:,.0f}"
+            raise UserError(f"--dtype {dtype}: {name} holds weights over {most}, the largest number: give bf16 or fp32")
+
+
+def write_beside(source: EvaluatedModel, run: TrainedRun | None, folder: Path, name: str, hub_name: str | None) -> None:
+    """What belongs to a model beside what it is loaded from: card, curves, licence.
+
+    A model that no run here has made keeps its own card.
+    """
+    for path in [*source.folder.glob("LICENSE*"), *([] if run else source.folder.glob("README.md"))]:
+        shutil.copyfile(path, folder / path.name)
+    if run and (run.folder / "training.png").is_file():
+        shutil.copyfile(run.folder / "training.png", folder / "training.png")
+    if not (folder / "README.md").exists():
+        card = model_card(source, run, folder, name, hub_name)
+        (folder / "README.md").write_text(str(card), encoding="utf-8")
+    as_readable_as_others(folder)
+
+
+@contextlib.contextmanager
+def named(name: str):
+    """Around what raises a `UserError` that does not say of which model."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what is half written is removed
+    with one_line_errors():
+        main(OPTIONS)

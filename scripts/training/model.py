@@ -31,10 +31,13 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cuto
 KINDS = {AutoConfig: "config", AutoTokenizer: "tokenizer", AutoModelForCausalLM: "weights"}
 
 
-def load_pretrained(auto_class: Any, name: str, who: str = "", trust_remote_code: bool = False, **kwargs: Any) -> Any:
+def load_pretrained(
+    auto_class: Any, name: str, who: str = "", trust_remote_code: bool = False, exact: bool = False, **kwargs: Any
+) -> Any:
     """What `auto_class.from_pretrained` makes of a folder or hub name; transformers is never left to ask for trust.
 
-    `who` is how a message names the model, such as `model_name = org/name`; else its name.
+    `who` is how a message names the model, such as `model_name = org/name`; else its name. `exact` refuses weights that
+    the config does not call for: base models bring such (buffers, heads for something else), a checkpoint does not.
     Raises: UserError when it is not there, or damaged; or a model's weights or a tokenizer's files are not there.
     """
     who = who or name
@@ -47,12 +50,17 @@ def load_pretrained(auto_class: Any, name: str, who: str = "", trust_remote_code
     if auto_class is AutoModelForCausalLM:
         found, info = found
         if missing := sorted(info["missing_keys"]):  # transformers would go on with random numbers in their place
-            names = ", ".join(missing[:3]) + f" and {len(missing) - 3} more" * (len(missing) > 3)
-            raise UserError(f"{who}: its weights lack {names}, which its config.json calls for")
+            raise UserError(f"{who}: its weights lack {_some(missing)}, which its config.json calls for")
+        if exact and (unexpected := sorted(info["unexpected_keys"])):
+            raise UserError(f"{who}: its weights have {_some(unexpected)}, which its config.json does not call for")
     if auto_class is AutoTokenizer and set(found.encode("a b c", add_special_tokens=False)) <= {found.unk_token_id}:
         # Where there are no files, transformers makes an empty tokenizer of the model's kind and says nothing.
         raise UserError(f"{who}: no tokenizer: {_where(name)}")
     return found
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
 
 
 def _where(name: str) -> str:
@@ -132,11 +140,15 @@ def load_model(
     """The model, its embedding resized to the next multiple of 16 over the tokenizer, ready for training.
 
     Its weights are of `dtype`: fp32 for autocast (fp32 master weights), the half precision for DeepSpeed's engine,
-    which keeps fp32 masters of its own; from the folder `checkpoint`, which the run goes on from, or model_name.
+    which keeps fp32 masters of its own; from model_name, or of the checkpoint in a folder, which the run goes on from
+    and whose `config` this is.
     Raises: UserError when the weights cannot be found, are damaged, or not those that the config calls for.
     """
     if checkpoint:
-        model = load_pretrained(AutoModelForCausalLM, str(checkpoint), "", recipe.trust_remote_code, dtype=dtype)
+        options = {"exact": True, "config": config, "dtype": dtype}
+        model = load_pretrained(
+            AutoModelForCausalLM, str(checkpoint), checkpoint.name, recipe.trust_remote_code, **options
+        )
     elif recipe.from_scratch:
         # On the GPU where there is one: a CPU draws the 3.6 billion weights of a 3B for 45 s.
         with torch.device(torch.cuda.current_device() if has_gpu() else "cpu"):

@@ -6,9 +6,12 @@ import json
 import os
 import shutil
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from utils.errors import UserError
 
@@ -56,16 +59,27 @@ def read_text(path: Path, what: str = "file", most: int = MOST_BYTES) -> str:
         raise UserError(f"{path}: cannot read this {what}: {error.strerror} (looked in {Path.cwd()})") from None
 
 
-def parse_json(text: str, source: str | Path, line: int | None = None) -> Any:
-    """The value of a JSON text, all of `source` or this `line` of it; UserError, with the place, if it is none."""
+def parse_json(text: str, source: str | Path, line: int | None = None, keys_once: bool = False) -> Any:
+    """The value of a JSON text, all of `source` or this `line` of it.
+
+    Raises: UserError, with the place, if it is none, or, under `keys_once`, a key is given twice in one mapping.
+    """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_keys_once if keys_once else None)
     except json.JSONDecodeError as error:
         place = f"{source} line {line or error.lineno}, column {error.colno}"
         raise UserError(f"{place}: JSON does not parse: {error.msg}") from None
     except (ValueError, RecursionError) as error:  # a number of more than 4,300 digits, thousands of brackets
         place = f"{source} line {line}" if line else source
         raise UserError(f"{place}: JSON does not parse: {error}") from None
+
+
+def _keys_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {twice[:80]!r} is given twice")
+    return mapping
 
 
 def read_json(path: Path, what: str = "file") -> Any:
@@ -111,6 +125,18 @@ def flush(*paths: Path) -> None:
                 raise
         finally:
             os.close(handle)
+
+
+def checksum(path: Path) -> str:
+    """A hash of all of a file's contents, as `xxh3_128:<32 hex digits>`. It tells damage, not ill will.
+
+    A GB that is in memory takes 0.11 s, of which reading it is 0.08 (crc32 takes 0.43, BLAKE2b 1.3).
+    """
+    digest, block = xxhash.xxh3_128(), memoryview(bytearray(2**20))
+    with open(path, "rb", buffering=0) as file:
+        while size := file.readinto(block):
+            digest.update(block[:size])
+    return f"xxh3_128:{digest.hexdigest()}"
 
 
 def fingerprint(path: Path) -> dict[str, Any]:

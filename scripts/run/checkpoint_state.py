@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 import xxhash
-from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
 from recipe.keys import Recipe
 from run.health import WINDOW
@@ -91,10 +91,6 @@ def _whose_scale(value: Any) -> str | None:
     return str(value.get("by", "nobody")) if isinstance(value, dict) else None
 
 
-def _still_keys(values: Any) -> Any:
-    return still_keys(values) if isinstance(values, dict) else values
-
-
 class State(Exact):
     """state.json: where a run stands, and every other file of the checkpoint."""
 
@@ -102,9 +98,7 @@ class State(Exact):
     step: Count
     position: Place
     num_processes: Annotated[int, Field(ge=1, le=2**20)]
-    recipe: Annotated[
-        Recipe, BeforeValidator(lambda values: still_keys(values) if isinstance(values, dict) else values)
-    ]
+    recipe: Recipe
     data: dict[str, str]
     health: Health
     loss_scale: Annotated[
@@ -197,6 +191,8 @@ class Random(Exact):
     @model_validator(mode="after")
     def _can_be_set(self) -> "Random":
         # In generators of no account: those of the process are set when all of the checkpoint has been taken over.
+        if self.python[:1] != [random.Random.VERSION]:
+            raise ValueError("python: no state of this generator")
         attempts = {
             "python": lambda: random.Random().setstate((self.python[0], tuple(self.python[1]), self.python[2])),
             "numpy": lambda: np.random.RandomState().set_state(self.numpy.model_dump()),
@@ -244,9 +240,12 @@ def read_state(path: Path) -> State:
     number = values.get("format") if isinstance(values, dict) else None
     if type(number) is int and number > FORMAT:
         raise UserError(f"{path}: of a later version of this collection (format {number})")
+    known = values
+    if isinstance(values, dict) and isinstance(values.get("recipe"), dict):
+        known = known | {"recipe": still_keys(values["recipe"])}
     if number == 1 and isinstance(values.get("files"), dict):
-        values = values | {"files": {name: {"bytes": size} for name, size in values["files"].items()}}
-    state = checked(State, values, file, "the state of a run")
+        known = known | {"files": {name: {"bytes": size} for name, size in values["files"].items()}}
+    state = checked(State, known, file, "the state of a run")
     if number != 1 and (state.checksum is None or any(listed.checksum is None for listed in state.files.values())):
         raise UserError(f"{file}: not the state of a run: a checksum is missing")
     if number != 1 and sealed(values)["checksum"] != state.checksum:

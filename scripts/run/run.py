@@ -124,6 +124,7 @@ class Run:
 
     def write_metrics(self, learning_rate: float, grad_norm: float) -> None:
         """A line of metrics.jsonl for the steps since the last one. Every process calls this."""
+        self.check_folder()
         metrics = self.stats.close(self.engine.accelerator) | {"learning_rate": learning_rate, "grad_norm": grad_norm}
         scale = loss_scale(self.engine.accelerator)
         self.log.write(self.progress.as_metrics() | metrics | self.health.metrics(metrics.get("loss"), scale))

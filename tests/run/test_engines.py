@@ -162,6 +162,9 @@ def test_what_only_the_second_process_lacks_is_an_error_that_is_found(tmp_path):
     lost = next(key for key in tensors if key.startswith("exp_avg/"))
     tensors[f"{lost}.of_another"] = tensors.pop(lost)
     save_file(tensors, part)
+    run = walk.start(ZERO2, output, status=1)
+    (error,) = run.errors
+    assert f"trainer_state/{part.name} " in error
     reseal(folder.parent)
     run = walk.start(ZERO2, output, status=1)
     (error,) = run.errors

@@ -305,7 +305,7 @@ def test_refuses_what_is_no_record(tmp_path):
     with refuse("run.json: JSON does not parse: the key 'status' is given twice"):
         read_record(path)
     path.write_text(json.dumps(whole | {"hardware": {"a": json.loads("[" * 900 + "]" * 900)}}))
-    with refuse("run.json: not a record of a run: nested 902 deep"):
+    with refuse("run.json: not a record of a run: nested 901 deep"):
         read_record(path)
     path.write_text(json.dumps({"format": FORMAT + 1, "recipe": {}}))
     with refuse(f"its format is {FORMAT + 1}, newer than the {FORMAT}"):

@@ -191,7 +191,7 @@ class Random(Exact):
     @model_validator(mode="after")
     def _can_be_set(self) -> "Random":
         # In generators of no account: those of the process are set when all of the checkpoint has been taken over.
-        if self.python[:1] != [random.Random.VERSION]:
+        if len(self.python) != 3 or self.python[0] != random.Random.VERSION:
             raise ValueError("python: no state of this generator")
         attempts = {
             "python": lambda: random.Random().setstate((self.python[0], tuple(self.python[1]), self.python[2])),

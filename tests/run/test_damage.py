@@ -420,7 +420,7 @@ def test_values_of_a_process_that_no_run_writes(recipe_file, output, newest, cap
         *[("random", own | {name: wrong}) for name in own for wrong in (None, [], {}, "x", [[]], [3, [], None])],
         ("random", own | {"torch": own["torch"][:-1]}),
         *[("random", own | {"torch": [256, *own["torch"][1:]]}), ("random", own | {"cuda": "x"})],
-        *[("random", own | {"python": [2, *own["python"][1:]]})],
+        *[("random", own | {"python": wrong}) for wrong in ([2, *own["python"][1:]], [*own["python"], None])],
         *[("random", own | {"python": [3, [*words[:-1], wrong], None]}) for wrong in (625, -1, "x", HUGE)],
         *[("random", own | {"numpy": numpy | {"state": numpy["state"] | {"pos": wrong}}}) for wrong in (625, -1, HUGE)],
         *[("random", own | {"numpy": numpy | {"state": numpy["state"] | {"key": [1, 2]}}})],

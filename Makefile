@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Not compiled ahead: Python compiles the tenth of it that is imported, which takes a third of the time.
 INSTALL := $(BIN)/python -m pip install -q --no-compile -c constraints.txt
 
-.PHONY: help install demo test test-kernels test-transformers4 soak lint
+.PHONY: help install demo test test-kernels test-transformers4 soak fuzz lint
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 22
@@ -26,6 +26,9 @@ test-transformers4: .venv/tests .venv/transformers4  ## what a run saves and an 
 
 soak: .venv/tests  ## kill a plain and a ZeRO-2 run 20 times each; alone on the machine, since it takes a while
 	$(BIN)/python -m pytest -q -s -m soak
+
+fuzz: .venv/tests  ## damage what is read back, thousands of times; FUZZ_CASES=N of each kind
+	$(BIN)/python -m pytest -q -n 2 -m fuzz
 
 lint: .venv/tests  ## ruff's checks and its formatting
 	$(BIN)/ruff check .

@@ -76,7 +76,7 @@ from publishing.weights import Weights, decimal_bytes, read_weights
 from publishing.whole_folder import check_target, whole_folder
 from run.checkpoint import is_disk_error
 from run.model_files import as_readable_as_others, save_model
-from training.model import load_pretrained
+from training.pretrained import load_pretrained
 from utils.files import read_json
 from utils.launch import say, set_up_process
 

@@ -41,7 +41,7 @@ from training.batches import Batches, prefetched
 from training.contamination import without_contamination
 from training.deepspeed_config import deepspeed_config
 from training.engine import Engine, prepare_engine, start_accelerator
-from training.model import load_config, load_model, load_tokenizer
+from training.model import load_config, load_tokenizer
 from utils.launch import say, set_up_process, training_dtype
 
 
@@ -60,14 +60,13 @@ def main(options, recipe: Recipe, stop: StopSignal) -> None:
     mix = without_contamination(prepare_mix(recipe, tokenizer), recipe)
 
     # ---- Plan and checks, before anything large is loaded ----
-    progress = run.plan(mix, dtype, options.allow_changes, options.reproduce)
+    progress = run.plan(config, tokenizer, mix, dtype, options.allow_changes, options.reproduce)
     deepspeed = deepspeed_config(recipe, progress.total_steps, dtype)
     largest_batches = preflight(recipe, config, tokenizer, mix, dtype, deepspeed, progress)
 
     # ---- Model. Autocast wants fp32 weights, DeepSpeed the dtype it trains in: it keeps fp32 masters itself ----
     accelerator = start_accelerator(recipe, dtype, deepspeed, progress.step)
-    weights_from = run.checkpoint.path if run.checkpoint else None  # else from model_name
-    language_model = load_model(recipe, config, tokenizer, dtype if deepspeed else torch.float32, weights_from)
+    language_model = run.load_model(config, tokenizer, dtype if deepspeed else torch.float32)
     engine = prepare_engine(accelerator, language_model, recipe, progress.total_steps)
     batches = Batches(mix, recipe, accelerator.process_index, accelerator.num_processes, tokenizer.pad_token_id)
     run.attach(engine, batches, dtype)

@@ -20,3 +20,21 @@ def save_chat_model(tiny_model: Path, folder: Path, seed: int = 0) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def state_at(recipe, step: int, **values) -> dict:
+    """What `run_state` makes of a run of one process that has gone well so far."""
+    health = dict.fromkeys(("skipped", "bad", "bad_in_a_row", "norm_spikes"), 0)
+    return {
+        "step": step,
+        "position": {"epoch": 0, "conversations": step},
+        "num_processes": 1,
+        "recipe": recipe.values(),
+        "data": dict.fromkeys(recipe.datasets.chosen(), "0123456789"),
+        "health": {**health, "norm_peak": 1.5, "norms": [], "losses": []},
+        "loss_scale": {},
+        "results": {},
+        "evaluation_due": False,
+        "wandb_id": None,
+        **values,
+    }

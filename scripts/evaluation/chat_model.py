@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from evaluation.model import EvaluatedModel
-from training.model import load_pretrained
+from training.pretrained import load_pretrained
 from utils.errors import UserError, reason
 from utils.files import sampled
 from utils.launch import has_gpu

@@ -22,7 +22,7 @@ from publishing.prompting import QUESTIONS, describe_prompting
 from publishing.provenance import Record, TrainedRun, find_results, find_run, redacted, shareable_recipe, shareable_text
 from publishing.weights import read_weights
 from sources.registry import find_source
-from training.model import load_pretrained
+from training.pretrained import load_pretrained
 from utils.errors import UserError
 from utils.files import write_whole
 from utils.launch import say

@@ -19,10 +19,10 @@ from evaluation.result_files import ResultFile, results_in
 from recipe.keys import Recipe
 from recipe.load import load_recipe
 from recipe.secrets import redact_text
-from run.curves import metrics_lines
+from run.lines import metrics_lines
 from run.record_file import read_record
 from sources.registry import find_source
-from utils.errors import UserError, reason
+from utils.errors import UserError
 from utils.launch import say
 
 DEMO_DATA = "recipes/demo_data/"  # what the demo reads under the names of the seed's data sets is this collection's own
@@ -128,14 +128,11 @@ def find_run(model: EvaluatedModel) -> TrainedRun | None:
         say(f"warning: the card leaves out the run: {problem}")
         return None
     epochs, tokens, validation = None, None, {}
-    try:
-        for _, line in metrics_lines(folder / "metrics.jsonl"):
-            if model.step is None or line["step"] <= model.step:
-                epochs, tokens = float(line["epoch"]), int(line.get("tokens", tokens or 0))
-                validation = line if "eval_loss" in line else validation
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as problem:
-        say(f"warning: the card leaves out {folder / 'metrics.jsonl'} from a damaged line on: {reason(problem)}")
-    return TrainedRun(folder, recipe, _find_record(folder / "run.json"), epochs, tokens or None, validation)
+    for _, line in metrics_lines(folder / "metrics.jsonl"):
+        if model.step is None or line["step"] <= model.step:
+            epochs, tokens = line.get("epoch", epochs), line.get("tokens", tokens)
+            validation = line if "eval_loss" in line else validation
+    return TrainedRun(folder, recipe, _find_record(folder / "run.json"), epochs, tokens, validation)
 
 
 def _find_record(path: Path) -> Record | None:

@@ -219,6 +219,8 @@ class Recipe(Schema):
     @model_validator(mode="before")
     @classmethod
     def _leave_out_ignored(cls, values: Any) -> Any:
+        if not isinstance(values, dict):  # which pydantic refuses
+            return values
         return {name: value for name, value in values.items() if name not in IGNORED}
 
     @model_validator(mode="after")

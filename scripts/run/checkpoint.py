@@ -1,18 +1,20 @@
 """Checkpoints: whole or absent, verified, and only as many as the recipe keeps.
 
     checkpoint-<step>/                 the model and tokenizer, as AutoModelForCausalLM and AutoTokenizer read them
-    checkpoint-<step>/trainer_state/   state.json: where the run stands, and the size of every file
+    checkpoint-<step>/trainer_state/   state.json: where the run stands, and the checksum of every file
                                        process-<n>.json: a process's random states and sums
                                        optimizer-<process>-<part>.safetensors (training/optimizer_state.py)
 
 A checkpoint is written as .checkpoint-<step>, by every process its part, and takes its name when all of it is verified
-and on the disk.
+and on the disk. What it holds beside the files of its state.json is never read.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,17 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from recipe.keys import Recipe
+from run.checkpoint_state import (
+    FORMAT,
+    TRAINER_STATE,
+    ProcessState,
+    State,
+    process_file,
+    read_process_states,
+    read_state,
+    sealed,
+    state_file,
+)
 from run.model_files import as_readable_as_others, save_model
 from run.retention import NUMBERED, prune, remove_folder
 from run.stats import TrainingStats
@@ -29,10 +42,8 @@ from training.engine import Engine
 from training.optimizer_state import random_state, save_optimizer
 from training.plan import Position
 from utils.errors import UserError
-from utils.files import UNFINISHED, flush, read_json, read_text, remove_tree
+from utils.files import UNFINISHED, checksum, flush, remove_tree
 from utils.launch import stop_all
-
-FORMAT = 1  # of trainer_state/; tests/fixtures keeps a checkpoint of each
 
 
 @dataclass
@@ -41,55 +52,80 @@ class Checkpoint:
 
     Attributes:
         state: its state.json.
+        processes: what each process that wrote it wrote of itself.
     """
 
     path: Path
-    state: dict[str, Any]
+    state: State
+    processes: list[ProcessState]
 
     @property
     def step(self) -> int:
         """Optimizer steps made."""
-        return self.state["step"]
+        return self.state.step
 
     @property
     def position(self) -> Position:
         """How far it has come in the data."""
-        return Position(**self.state["position"])
+        return Position(**self.state.position.model_dump())
 
-    def process_state(self, process: int) -> dict[str, Any]:
-        """What process `process` wrote of itself."""
-        return read_json(self.path / "trainer_state" / f"process-{process}.json")
+    @property
+    def optimizer_files(self) -> list[Path]:
+        return [self.path / name for name in self.state.optimizer_files]
+
+    @contextmanager
+    def model_folder(self) -> Iterator[Path]:
+        """A folder of links to the model's files: transformers takes what it finds, and somebody may have added some
+        (a model.safetensors beside the parts of one is read in their place, an adapter_config.json on top)."""
+        with tempfile.TemporaryDirectory() as folder:
+            links = Path(folder) / self.path.name
+            for name in self.state.model_files:
+                (links / name).parent.mkdir(parents=True, exist_ok=True)
+                (links / name).symlink_to(os.path.abspath(self.path / name))
+            yield links
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
-    """Open a checkpoint to go on from, after checking that all of it is there.
+def read_checkpoint(path: Path, contents: bool = True) -> Checkpoint:
+    """Open a checkpoint to go on from, after checking that all of it is there, as it was written.
+
+    Args:
+        contents: compare checksums; off for one that this very process has just made them of.
 
     Raises:
-        UserError: it holds no trainer_state, one of a later format, is not whole, or has the number of another step;
-            the message says which.
+        UserError: it holds no trainer_state, one of a later format, is not whole, is changed, or has the number of
+            another step; the message says which, with the file.
     """
-    file = path / "trainer_state" / "state.json"
-    if not file.exists():
-        raise UserError(f"{path}: holds no trainer_state/, so that no run can go on from it")
+    if not os.path.lexists(state_file(path)):
+        raise UserError(f"{path}: holds no {TRAINER_STATE}/, so that no run can go on from it")
     try:
-        state = json.loads(read_text(file))
-        if state["format"] > FORMAT:
-            raise UserError(f"{path}: of a later version of this collection (format {state['format']})")
-        for name, size in state["files"].items():
-            if (path / name).stat().st_size != size:
-                raise UserError(f"{path}: not whole: {name} has {(path / name).stat().st_size:,} of {size:,} bytes")
-            if name.endswith(".safetensors"):
-                with safe_open(path / name, framework="pt"):  # reads the header, which has to fit the file
-                    pass
-        step = state["step"]
-        if type(step) is not int or step < 0:
-            raise UserError(f"{path}: not whole: its step is {step!r}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise UserError(f"{path}: not whole: {error}") from error
+        state = read_state(path)
+        for name, listed in state.files.items():
+            _check_file(path / name, listed.bytes, listed.checksum if contents else None)
+        processes = read_process_states(path, state)
+    except UserError as problem:
+        text = str(problem).replace(f"{path}/", "")
+        raise UserError(text if text.startswith(str(path)) else f"{path}: not whole: {text}") from None
     for name in (path.name, path.resolve().name):  # a link's own, and of what it leads to
-        if NUMBERED.fullmatch(name) and name != f"checkpoint-{step}":
-            raise UserError(f"{path}: {name} holds the state after step {step}: its name has to be checkpoint-{step}")
-    return Checkpoint(path, state)
+        if NUMBERED.fullmatch(name) and name != f"checkpoint-{state.step}":
+            raise UserError(
+                f"{path}: {name} holds the state after step {state.step}: its name has to be checkpoint-{state.step}"
+            )
+    return Checkpoint(path, state, processes)
+
+
+def _check_file(path: Path, size: int, expected: str | None) -> None:
+    try:
+        if not path.is_file():
+            raise UserError(f"{path} is not there, or no file")
+        if path.stat().st_size != size:
+            raise UserError(f"{path} has {path.stat().st_size:,} of {size:,} bytes")
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt"):  # reads the header, which has to fit the file
+                pass
+        if expected and checksum(path) != expected:
+            raise UserError(f"{path} is changed since it was written: its checksum is another")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def save_checkpoint(engine: Engine, tokenizer, recipe: Recipe, state: dict[str, Any], stats: TrainingStats) -> None:
@@ -105,29 +141,36 @@ def save_checkpoint(engine: Engine, tokenizer, recipe: Recipe, state: dict[str, 
     accelerator = engine.accelerator
     name = f"checkpoint-{state['step']}"
     work, whole = recipe.output_dir / f".{name}", recipe.output_dir / name
+    written: dict[str, dict[str, Any]] = {}  # by this process, as state.json lists it
 
     def make_folder() -> None:
         shutil.rmtree(work, ignore_errors=True)
-        (work / "trainer_state").mkdir(parents=True)
+        work.mkdir()  # not its parents: an output_dir that is gone was taken away from this run
+        (work / TRAINER_STATE).mkdir()
 
     def write_model() -> None:
         save_model(engine.language_model, tokenizer, work)
+        take_note(path for path in work.rglob("*") if path.is_file())
 
     def write_state() -> None:
-        save_optimizer(work / "trainer_state", accelerator, engine.language_model, engine.optimizer)
-        file = work / "trainer_state" / f"process-{accelerator.process_index}.json"
+        own = work / process_file(accelerator.process_index)
         process = {"stats": stats.state_dict(), "random": random_state()}
-        file.write_text(json.dumps(process), encoding="utf-8")
+        own.write_text(json.dumps(process), encoding="utf-8")
+        take_note([own, *save_optimizer(work / TRAINER_STATE, accelerator, engine.language_model, engine.optimizer)])
+
+    def take_note(paths: Iterable[Path]) -> None:
+        for path in paths:
+            listed = {"bytes": path.stat().st_size, "checksum": checksum(path)}
+            written[path.relative_to(work).as_posix()] = listed
 
     def publish() -> None:
         if recipe.save_only_model:
-            (work / "trainer_state").rmdir()
+            (work / TRAINER_STATE).rmdir()
         else:
-            files = [path for path in sorted(work.rglob("*")) if path.is_file()]
-            sizes = {path.relative_to(work).as_posix(): path.stat().st_size for path in files}
-            text = json.dumps({"format": FORMAT, **state, "files": sizes}, indent=1)
-            (work / "trainer_state" / "state.json").write_text(text + "\n", encoding="utf-8")
-            read_checkpoint(work)
+            files = {name: listed for part in parts for name, listed in part.items()}
+            values = sealed({"format": FORMAT, **state, "files": dict(sorted(files.items()))})
+            state_file(work).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+            read_checkpoint(work, contents=False)
         as_readable_as_others(work)
         flush(work, *work.rglob("*"))
         if os.path.lexists(whole):  # of before the run was taken back to an earlier step, and then over this one again
@@ -157,6 +200,7 @@ def save_checkpoint(engine: Engine, tokenizer, recipe: Recipe, state: dict[str, 
     as_one(write_model, main_process_only=True)
     if not recipe.save_only_model:
         as_one(write_state)
+    parts = gather_object([written])
     as_one(publish, main_process_only=True)
 
 

@@ -1,14 +1,12 @@
 """training.png: the curves of metrics.jsonl, drawn at every evaluation, in a second however long the run is."""
 
-import json
 from collections import defaultdict
-from collections.abc import Iterator
 from functools import cache
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
 from recipe.refusals import RESERVED_DATASETS
+from run.lines import metrics_lines
 
 # Bins of a curve at most, twice and more of the 430 pixels that a panel is wide: every line looks as all points would.
 MOST_BINS = 1024
@@ -22,27 +20,6 @@ PANELS = {
     "tokens a second": lambda name: name == "tokens_per_second",
 }
 Point = tuple[int, float]  # step and value
-
-
-def metrics_lines(path: Path, start: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The whole lines of a metrics.jsonl from a byte on, each with the byte after it; none where somebody has taken the
-    file away."""
-    if not path.exists():
-        return
-    with open(path, "rb") as file:
-        file.seek(start)
-        for line in file:
-            if not line.endswith(b"\n"):  # which is being written, or was cut off by a full disk
-                return
-            start += len(line)
-            yield start, json.loads(line)
-
-
-def best_point(path: Path, name: str) -> Point | None:
-    """The first (step, value) at which a metric was lowest; None where it never was a number."""
-    found = ((line[name], line["step"]) for _, line in metrics_lines(path) if line.get(name) is not None)
-    value, step = min(found, default=(None, None))
-    return None if value is None else (step, value)
 
 
 class Curve:

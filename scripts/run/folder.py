@@ -1,7 +1,6 @@
 """The output folder: whose it is, and making it ready for a run."""
 
 import fcntl
-import json
 import os
 import re
 import time
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from recipe.keys import Recipe
 from run.checkpoint import Checkpoint, remove_leftovers
+from run.lines import lines_up_to
 from run.retention import SET_ASIDE, list_checkpoints, list_set_aside, step_of
 from utils.errors import UserError
 from utils.files import read_text, remove_tree, write_whole
@@ -75,16 +75,35 @@ def wait_for_other_run(recipe: Recipe) -> None:
         lock_output_dir(recipe)
 
 
-def lock_output_dir(recipe: Recipe) -> None:
+def lock_output_dir(recipe: Recipe) -> int:
     """Make the output folder, and make it ours for as long as this process lives; the first process.
 
+    Returns: the descriptor of the file that is locked, open from now on, for `check_still_ours`.
     Raises: UserError when it cannot be written, or another process is at it.
     """
     try:
         recipe.output_dir.mkdir(parents=True, exist_ok=True)
-        _lock(recipe.output_dir / ".lock")
+        return _lock(recipe.output_dir / ".lock")
     except OSError as error:
         raise UserError(f"output_dir = {recipe.output_dir}: cannot write there: {error.strerror}") from error
+
+
+def check_still_ours(recipe: Recipe, lock: int) -> None:
+    """See that the output folder is the one that was locked, with this run's recipe in it; the first process.
+
+    By the file that is locked, since a file system may give a folder that nobody holds open another number.
+    Raises: UserError where it was deleted, moved, emptied or replaced: what came into a new one would lack its past.
+    """
+    folder = recipe.output_dir
+    try:
+        ours = os.path.samestat(os.fstat(lock), os.stat(folder / ".lock")) and os.path.lexists(folder / "recipe.yaml")
+    except OSError:
+        ours = False
+    if not ours:
+        raise UserError(
+            f"output_dir = {folder}: no longer the folder that this run began in: deleted, moved, emptied or replaced "
+            "meanwhile: stopped"
+        )
 
 
 def claim_output_dir(recipe: Recipe, checkpoint: Checkpoint | None) -> None:
@@ -114,9 +133,8 @@ def claim_output_dir(recipe: Recipe, checkpoint: Checkpoint | None) -> None:
         for file in (folder / "metrics.jsonl", folder / "bad_steps.jsonl"):
             source = file if checkpoint is None or file.exists() else checkpoint.path.parent / file.name
             if source.exists():
-                # Not splitlines: what bad_steps.jsonl quotes may hold U+2028. A full disk may have cut a character.
-                lines = source.read_text(encoding="utf-8", errors="replace").split("\n") if checkpoint else []
-                write_whole(file, "".join(f"{line}\n" for line in lines if _is_before(line, checkpoint)))
+                kept = lines_up_to(source, checkpoint.step, checkpoint.state.evaluation_due) if checkpoint else ""
+                write_whole(file, kept)
     except OSError as error:
         raise UserError(f"output_dir = {folder}: cannot write there: {error.strerror}") from error
 
@@ -135,8 +153,8 @@ def _passed_over(folder: Path, checkpoint: Checkpoint) -> list[Path]:
     return [path for path in others if step_of(path) >= checkpoint.step]
 
 
-def _lock(path: Path) -> None:
-    """Lock a file until this process ends: two runs in one folder would each remove the other's checkpoints.
+def _lock(path: Path) -> int:
+    """Lock a file until this process ends, and return it open: two runs would each remove the other's checkpoints.
 
     A POSIX lock, which the system gives back when the process dies, and which NFS knows.
     """
@@ -145,20 +163,10 @@ def _lock(path: Path) -> None:
     while True:
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
+            return handle
         except (BlockingIOError, PermissionError) as error:
             if time.monotonic() > until:
                 raise UserError(f"output_dir = {path.parent}: another process is training there") from error
         except OSError:  # a file system without locks
-            return
+            return handle
         time.sleep(0.2)
-
-
-def _is_before(line: str, checkpoint: Checkpoint) -> bool:
-    """Whether a line was written before a checkpoint, which may have left the evaluation of its step to do."""
-    try:
-        metrics = json.loads(line)
-    except ValueError:  # the last line of a run that was killed while writing it
-        return False
-    due = checkpoint.state["evaluation_due"] and metrics["step"] == checkpoint.step and "eval_loss" in metrics
-    return metrics["step"] <= checkpoint.step and not due

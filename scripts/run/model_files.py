@@ -23,6 +23,16 @@ from training.tokenizer_files import save_tokenizer
 from utils.errors import UserError, reason
 from utils.files import read_json
 
+# Keys of a config.json of which no weight and no logit depends.
+NO_PART_OF_THE_MODEL = (
+    "architectures",
+    "auto_map",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+    "_name_or_path",
+)
 MODEL_PART = "2GB"  # at most so much of the model is copied from the GPU at a time
 
 
@@ -59,6 +69,32 @@ def check_savable(recipe: Recipe, config: PretrainedConfig, tokenizer, fetch: bo
             raise UserError(
                 f"model_name = {recipe.model_name}: what a run saves of it could not be read back: {reason(error)}"
             ) from error
+
+
+def config_of_run(recipe: Recipe, config: PretrainedConfig, tokenizer) -> PretrainedConfig:
+    """The config of the model that a run trains, as it is saved and read back: that of model_name, and an embedding for
+    the tokenizer."""
+    model = without_weights(recipe, copy.deepcopy(config))
+    fit_to_tokenizer(model, tokenizer, mean_resizing=False)
+    with tempfile.TemporaryDirectory() as folder:
+        model.config.save_pretrained(folder)
+        _rewrite(Path(folder) / "config.json", with_older_rope)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=recipe.trust_remote_code)
+
+
+def config_changes(then: PretrainedConfig, now: PretrainedConfig) -> list[str]:
+    """What of a model is another: `key: then, now`. Not what the weights are saved as, by whom, or where from."""
+    old, new = (_flat(each.to_dict()) for each in (then, now))
+    keys = [key for key in sorted(old | new) if key.rpartition(".")[2] not in NO_PART_OF_THE_MODEL]
+    pairs = {key: (old.get(key, "absent"), new.get(key, "absent")) for key in keys}
+    return [f"{key}: {before} then, {after} now" for key, (before, after) in pairs.items() if before != after]
+
+
+def _flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value}
+    return flat
 
 
 def _save_beside_weights(tokenizer, folder: Path) -> None:

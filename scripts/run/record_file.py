@@ -7,18 +7,22 @@ loaded.
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from recipe.keys import Recipe
 from recipe.load import checked_recipe
 from recipe.secrets import REDACTED, redact_text
 from utils.errors import UserError
 from utils.files import read_json, write_whole
+from utils.schemas import Schema, checked
 
 FORMAT = 1  # of the record; a newer one is refused
+MOST_DEPTH = 20  # of mappings and lists within each other; a run's has 5, Python's own limit is at 1,000
 
 
 def redact(value: Any, name: str = "") -> Any:
@@ -45,18 +49,52 @@ def write_record(record: dict[str, Any], path: Path) -> None:
         raise UserError(f"{path}: cannot write the record of this run: {error.strerror}") from error
 
 
+class Record(Schema):
+    """What stands in run.json, as far as it is read back; `run/record.py` has more of it."""
+
+    format: Annotated[int, Field(ge=1)]
+    status: Literal["running", "interrupted", "finished", "failed"]
+    recipe: dict[str, Any]
+    num_processes: Annotated[int, Field(ge=1, le=2**20)]
+    data: dict[str, dict[str, Any]] | None = None
+    model: dict[str, Any] | None = None
+    deepspeed_config: dict[str, Any] | None = None
+    dtype: str | None = None
+    packages: dict[str, str] | None = None
+    git: dict[str, Any] | None = None
+    hardware: dict[str, Any] | None = None
+
+
 def read_record(path: Path) -> dict[str, Any]:
     """Read what `write_record` wrote.
 
     Raises: UserError when it is missing, cannot be read, is not a run's record, or is of a newer format than this.
     """
-    record = read_json(path, "record of a run")
+    what = "record of a run"
+    record = read_json(path, what)
     number = record.get("format") if isinstance(record, dict) else None
-    if not isinstance(number, int) or not isinstance(record.get("recipe"), dict):
-        raise UserError(f"{path}: not a record of a run (sft.py writes one as OUTPUT_DIR/run.json)")
-    if number > FORMAT:
+    if type(number) is int and number > FORMAT:
         raise UserError(f"{path}: its format is {number}, newer than the {FORMAT} that these scripts know: update them")
+    checked(Record, record, path, f"a {what} (sft.py writes one as OUTPUT_DIR/run.json)")
+    if (depth := _depth(record)) > MOST_DEPTH:
+        raise UserError(f"{path}: not a {what}: nested {depth} deep")
     return record
+
+
+def _depth(value: Any) -> int:
+    depth, layer = 0, [value]
+    while layer := [inner for outer in layer for inner in _inside(outer)]:
+        depth += 1
+    return depth
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def still_keys(values: dict[str, Any]) -> dict[str, Any]:
+    """A recipe that a run has written down, without keys that are no more."""
+    return {key: value for key, value in values.items() if key in Recipe.model_fields}
 
 
 def update_status(path: Path, status: Literal["interrupted", "finished", "failed"], **more: Any) -> None:

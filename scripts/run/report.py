@@ -7,8 +7,8 @@ from transformers import PreTrainedModel
 from data.dialogue import render_scored
 from data.mix import Mix
 from recipe.keys import Recipe
-from run.curves import best_point
 from run.health import StepHealth
+from run.lines import best_point
 from run.progress import Progress
 from run.retention import list_checkpoints
 from run.stats import TrainingStats

@@ -4,14 +4,18 @@ import os
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig, PretrainedConfig
+
 from data.mix import Mix
 from recipe.keys import Recipe
 from recipe.load import load_recipe
 from run.checkpoint import Checkpoint, read_checkpoint
+from run.checkpoint_state import state_file
 from run.folder import is_ours, refuse_other_run
 from run.health import StepHealth
+from run.model_files import config_changes
 from run.progress import Progress
-from run.record_file import read_record
+from run.record_file import read_record, still_keys
 from run.retention import list_checkpoints, list_set_aside, step_of
 from run.stats import TrainingStats
 from sources.source import keys_that_change
@@ -19,8 +23,10 @@ from training.engine import Engine
 from training.optimizer import set_schedule
 from training.optimizer_state import load_loss_scale, load_optimizer, load_random_state, loss_scale_state
 from training.plan import Position, packs_per_step, steps_left, training_rows
+from training.pretrained import load_pretrained
 from utils.errors import UserError
 from utils.launch import num_processes, say
+from utils.schemas import checked
 
 
 def find_checkpoint(recipe: Recipe, allow_changes: bool) -> Checkpoint | None:
@@ -75,8 +81,7 @@ def _same_run_without_checkpoint(recipe: Recipe) -> bool:
 
 
 def _checked(checkpoint: Checkpoint, recipe: Recipe, allow_changes: bool) -> Checkpoint:
-    state = checkpoint.state
-    changed = changed_keys(recipe_of(state["recipe"]), recipe, state["num_processes"])
+    changed = changed_keys(checkpoint.state.recipe, recipe, checkpoint.state.num_processes)
     if changed and not allow_changes:
         raise UserError(
             f"{checkpoint.path} belongs to another recipe: {'; '.join(changed)}. "
@@ -112,34 +117,64 @@ def changed_keys(then: Recipe, now: Recipe, num_processes: int) -> list[str]:
     return lines
 
 
-def recipe_of(values: dict[str, Any]) -> Recipe:
-    """The recipe that a run has written down, without keys that are no more."""
-    return Recipe.model_validate({key: value for key, value in values.items() if key in Recipe.model_fields})
-
-
 def is_finished(recipe: Recipe) -> bool:
     """Whether this very run has come to its end in output_dir."""
     record = recipe.output_dir / "run.json"
     if recipe.resume_from_checkpoint == "never" or not record.exists():
         return False
     run = read_record(record)
-    return run["status"] == "finished" and not changed_keys(recipe_of(run["recipe"]), recipe, run["num_processes"])
+    if run["status"] != "finished":
+        return False
+    then = checked(Recipe, still_keys(run["recipe"]), record, "the record of a run, for its recipe")
+    return not changed_keys(then, recipe, run["num_processes"])
 
 
-def check_data(checkpoint: Checkpoint, mix: Mix, allow_changes: bool) -> None:
-    """See that the prepared data are what the run was trained on.
+def check_data(checkpoint: Checkpoint, mix: Mix, recipe: Recipe, allow_changes: bool) -> None:
+    """See that the prepared data are what the run was trained on, and that it can have come so far in them.
 
     Raises:
         UserError: they are not, unless changes are allowed.
     """
-    then, now = checkpoint.state["data"], mix.fingerprints
+    then, now = checkpoint.state.data, mix.fingerprints
     changed = [name for name in then | now if then.get(name) != now.get(name)]
-    if not changed:
+    if changed:
+        what = f"the data of {', '.join(changed)} are not those that {checkpoint.path} was trained on"
+        if not allow_changes:
+            raise UserError(f"{what}: give another --output_dir, or go on with --allow_changes")
+        say(what)
+    if allow_changes:
         return
-    what = f"the data of {', '.join(changed)} are not those that {checkpoint.path} was trained on"
-    if not allow_changes:
-        raise UserError(f"{what}: give another --output_dir, or go on with --allow_changes")
-    say(what)
+    position, rows = checkpoint.position, len(training_rows(mix, recipe, checkpoint.position.epoch))
+    file = f"{state_file(checkpoint.path)}: damaged"
+    if position.conversations >= rows:
+        raise UserError(
+            f"{file}: position.conversations = {position.conversations} of an epoch of {rows}: remove this checkpoint"
+        )
+    used = position.epoch * rows + position.conversations
+    if checkpoint.step > used:
+        raise UserError(f"{file}: step = {checkpoint.step} after {used} conversations: remove this checkpoint")
+
+
+def check_config(checkpoint: Checkpoint, config: PretrainedConfig, recipe: Recipe, allow_changes: bool) -> None:
+    """See that the checkpoint's model has the config with which the run trains it.
+
+    Args:
+        config: the run's own, as `config_of_run` makes it.
+
+    Raises:
+        UserError: its config.json says something else, unless changes are allowed.
+    """
+    with checkpoint.model_folder() as folder:
+        who = str(checkpoint.path)
+        then = load_pretrained(AutoConfig, str(folder), who, trust_remote_code=recipe.trust_remote_code)
+    changed = config_changes(then, config)
+    if changed and not allow_changes:
+        raise UserError(
+            f"{checkpoint.path}/config.json is not that of model_name = {recipe.model_name}: {'; '.join(changed[:5])}: "
+            "give another --output_dir, or go on with the model as it is now by --allow_changes"
+        )
+    for change in changed:
+        say(f"changed: config.json: {change}")
 
 
 def starting_point(checkpoint: Checkpoint | None, mix: Mix, recipe: Recipe) -> Progress:
@@ -148,7 +183,7 @@ def starting_point(checkpoint: Checkpoint | None, mix: Mix, recipe: Recipe) -> P
     stood = {"step": 0, "position": Position()}
     if checkpoint:
         kept = ("step", "results", "evaluation_due", "wandb_id")
-        stood = {name: checkpoint.state[name] for name in kept} | {"position": checkpoint.position}
+        stood = {name: getattr(checkpoint.state, name) for name in kept} | {"position": checkpoint.position}
         if checkpoint.position.conversations >= len(training_rows(mix, recipe, checkpoint.position.epoch)):
             stood["position"] = Position(checkpoint.position.epoch + 1)  # of a mix that was made smaller
     end = recipe.max_steps or stood["step"] + steps_left(mix, recipe, num_processes(), stood["position"])
@@ -170,29 +205,29 @@ def run_state(recipe: Recipe, mix: Mix, engine: Engine, progress: Progress, heal
 def restore(checkpoint: Checkpoint, recipe: Recipe, engine: Engine, stats: TrainingStats, health: StepHealth) -> None:
     """Put everything but the model's weights, which are loaded from the checkpoint, where it was after that step."""
     state, accelerator = checkpoint.state, engine.accelerator
-    processes = accelerator.num_processes
-    health.load_state_dict(state["health"])
+    processes, before = accelerator.num_processes, state.num_processes
+    health.load_state_dict(state.health.model_dump())
     updates = checkpoint.step - health.skipped
-    folder = checkpoint.path / "trainer_state"
-    load_optimizer(folder, accelerator, engine.language_model, engine.optimizer, updates)
+    with checkpoint.model_folder() as folder:
+        files = checkpoint.optimizer_files
+        load_optimizer(files, folder, accelerator, engine.language_model, engine.optimizer, updates)
     if engine.half_weights:
         engine.half_weights.refresh()  # another engine's state brings fp32 weights that are not the model's file's
-    load_loss_scale(accelerator, state["loss_scale"])
+    load_loss_scale(accelerator, state.loss_scale.model_dump(by_alias=True))
     set_schedule(engine.scheduler, updates)
     say(f"going on from {checkpoint.path}, after step {checkpoint.step:,}")
-    if processes == state["num_processes"]:
-        own = checkpoint.process_state(accelerator.process_index)
-        stats.load_state_dict([own["stats"]])
-        load_random_state(own["random"])
+    if processes == before:
+        own = checkpoint.processes[accelerator.process_index]
+        stats.load_state_dict([own.stats.model_dump(exclude_none=True)])
+        load_random_state(own.random.model_dump(exclude_none=True))
         return
-    everyone = [checkpoint.process_state(process)["stats"] for process in range(state["num_processes"])]
+    everyone = [process.stats.model_dump(exclude_none=True) for process in checkpoint.processes]
     stats.load_state_dict(everyone, with_sums=accelerator.is_main_process)
-    before = packs_per_step(recipe_of(state["recipe"]), state["num_processes"])
-    now = packs_per_step(recipe, processes)
+    then, now = packs_per_step(state.recipe, before), packs_per_step(recipe, processes)
     what = "packs" if recipe.packing else "conversations"
     steps = (
         f"{now} {what} in a step, as before"
-        if now == before
-        else f"{now} {what} in a step where there were {before} (global_batch_size keeps their number)"
+        if now == then
+        else f"{now} {what} in a step where there were {then} (global_batch_size keeps their number)"
     )
-    say(f"written by {state['num_processes']} process(es), {processes} now: {steps}; random states begin anew")
+    say(f"written by {before} process(es), {processes} now: {steps}; random states begin anew")

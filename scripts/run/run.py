@@ -6,22 +6,25 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from transformers import PretrainedConfig, PreTrainedModel
 
 from data.mix import Mix
 from recipe.keys import Recipe
 from run.checkpoint import Checkpoint, save_checkpoint, save_final_model
-from run.folder import claim_output_dir, lock_output_dir, wait_for_other_run
+from run.folder import check_still_ours, claim_output_dir, lock_output_dir, wait_for_other_run
 from run.health import StepHealth, one_line_at_minimum_scale
 from run.log import RunLog
+from run.model_files import config_of_run
 from run.progress import Progress
 from run.record import begin_record
 from run.record_file import update_status
 from run.report import end_report
-from run.resume import check_data, find_checkpoint, restore, run_state, starting_point
+from run.resume import check_config, check_data, find_checkpoint, restore, run_state, starting_point
 from run.stats import Clock, TrainingStats
 from training.batches import Batches
 from training.engine import Engine
 from training.flops import ModelFlops, peak_flops
+from training.model import load_model
 from training.optimizer_state import loss_scale
 from utils.launch import process_index
 
@@ -35,28 +38,49 @@ class Run:
         clock, stats, health: what its time goes into, what its steps add up to, and what went wrong in them.
     """
 
-    def __init__(self, recipe: Recipe, checkpoint: Checkpoint | None):
-        self.recipe, self.checkpoint = recipe, checkpoint
+    def __init__(self, recipe: Recipe, checkpoint: Checkpoint | None, lock: int | None):
+        """
+        Args:
+            lock: of the output folder, as `lock_output_dir` returns it; None on all processes but the first.
+        """
+        self.recipe, self.checkpoint, self.lock = recipe, checkpoint, lock
         self.record = recipe.output_dir / "run.json"
         self.clock = Clock()
 
-    def plan(self, mix: Mix, dtype: torch.dtype, allow_changes: bool, reproduced: Path | None) -> Progress:
+    def plan(
+        self,
+        config: PretrainedConfig,
+        tokenizer,
+        mix: Mix,
+        dtype: torch.dtype,
+        allow_changes: bool,
+        reproduced: Path | None,
+    ) -> Progress:
         """From which step to which it goes with these data, written to run.json with all that a repeat needs.
 
         Args:
             reproduced: the record of an earlier run that this one repeats.
 
         Raises:
-            UserError: the data are not those that the checkpoint was trained on.
+            UserError: the data or the model are not those of the checkpoint.
         """
         if self.checkpoint:
-            check_data(self.checkpoint, mix, allow_changes)
+            check_data(self.checkpoint, mix, self.recipe, allow_changes)
+            check_config(self.checkpoint, config_of_run(self.recipe, config, tokenizer), self.recipe, allow_changes)
         self.mix = mix
         self.progress = starting_point(self.checkpoint, mix, self.recipe)
         if process_index() == 0:
             earlier = reproduced or (self.record if self.checkpoint and self.record.exists() else None)
             begin_record(self.record, self.recipe, mix, dtype, earlier)
         return self.progress
+
+    def load_model(self, config: PretrainedConfig, tokenizer, dtype: torch.dtype) -> PreTrainedModel:
+        """The model as it is at this start: of the checkpoint, or of model_name.  Raises: UserError as `load_model`."""
+        if not self.checkpoint:
+            return load_model(self.recipe, config, tokenizer, dtype)
+        with self.checkpoint.model_folder() as folder:
+            config = config_of_run(self.recipe, config, tokenizer)
+            return load_model(self.recipe, config, tokenizer, dtype, checkpoint=folder)
 
     def attach(self, engine: Engine, batches: Batches, dtype: torch.dtype) -> None:
         """What makes its steps from now on, and counts them."""
@@ -73,6 +97,11 @@ class Run:
             restore(self.checkpoint, self.recipe, self.engine, self.stats, self.health)
         self.log = RunLog(self.recipe, self.progress, self.main_process)
 
+    def check_folder(self) -> None:
+        """Before anything is written.  Raises: UserError, on the first process, where output_dir is another by now."""
+        if self.lock is not None:
+            check_still_ours(self.recipe, self.lock)
+
     # ---- A step ----
 
     @contextmanager
@@ -87,12 +116,14 @@ class Run:
         Raises:
             UserError: on the first process (SystemExit on the others): too many steps went wrong.
         """
+        self.check_folder()
         self.health.judge((grad_norm, updated), self.progress, self.stats, self.engine, self.batches)
         self.progress.advance(position)
         self.log.progress.update()
 
     def write_metrics(self, learning_rate: float, grad_norm: float) -> None:
         """A line of metrics.jsonl for the steps since the last one. Every process calls this."""
+        self.check_folder()
         metrics = self.stats.close(self.engine.accelerator) | {"learning_rate": learning_rate, "grad_norm": grad_norm}
         scale = loss_scale(self.engine.accelerator)
         self.log.write(self.progress.as_metrics() | metrics | self.health.metrics(metrics.get("loss"), scale))
@@ -108,12 +139,14 @@ class Run:
 
     def write_evaluation(self, results: dict[str, float]) -> None:
         """The results of an evaluation, for metrics.jsonl, the curves, the screen and the model card."""
+        self.check_folder()
         self.progress.results, self.progress.evaluation_due = results, False
         self.log.write(self.progress.as_metrics() | results)
         self.log.show_evaluation(self.progress.step, results)
 
     def save(self, tokenizer) -> None:
         """Write a checkpoint. Every process calls this."""
+        self.check_folder()
         with self.clock.spend("saving"):
             state = run_state(self.recipe, self.mix, self.engine, self.progress, self.health)
             save_checkpoint(self.engine, tokenizer, self.recipe, state, self.stats)
@@ -122,6 +155,7 @@ class Run:
 
     def end(self, tokenizer, stopped: bool) -> None:
         """Write the final model, unless the run was stopped; say what it came to."""
+        self.check_folder()
         self.log.close()
         if not self.main_process:
             return
@@ -143,10 +177,10 @@ def open_run(recipe: Recipe, allow_changes: bool) -> Run:
     if process_index() == 0:
         wait_for_other_run(recipe)
     was_there = os.path.lexists(recipe_file)
-    checkpoint = find_checkpoint(recipe, allow_changes)
+    checkpoint, lock = find_checkpoint(recipe, allow_changes), None
     if process_index() == 0:
-        lock_output_dir(recipe)
+        lock = lock_output_dir(recipe)
         if os.path.lexists(recipe_file) and not was_there:  # of a start that was a moment before this one
             checkpoint = find_checkpoint(recipe, allow_changes)
         claim_output_dir(recipe, checkpoint)
-    return Run(recipe, checkpoint)
+    return Run(recipe, checkpoint, lock)

@@ -1,7 +1,6 @@
 """The model and its tokenizer: from a folder or the hub, or built; checked, and made ready for the chat tokens."""
 
 import copy
-import os
 import re
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from data.dialogue import prepare_tokenizer
 from recipe.keys import Recipe
 from training.attention import attention_dropout, choose_attention, keep_attention
 from training.family import check_output_layer, check_own_loss, check_padding_free, freeze_unreached, tiny_config
+from training.pretrained import load_pretrained
 from training.tokenizer_files import check_tokenizer
 from training.weight_files import check_headers, model_folder
 from utils.errors import UserError, reason
@@ -29,61 +29,6 @@ from utils.launch import has_gpu, num_processes, say
 
 # Of a generation config: what only sampling uses.
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
-KINDS = {AutoConfig: "config", AutoTokenizer: "tokenizer", AutoModelForCausalLM: "weights"}
-
-
-def load_pretrained(auto_class: Any, name: str, who: str = "", trust_remote_code: bool = False, **kwargs: Any) -> Any:
-    """What `auto_class.from_pretrained` makes of a folder or hub name; transformers is never left to ask for trust.
-
-    `who` is how a message names the model, such as `model_name = org/name`; else its name.
-    Raises: UserError when it is not there, or damaged; or a model's weights or a tokenizer's files are not there.
-    """
-    who = who or name
-    if auto_class is AutoModelForCausalLM:
-        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # which are refused below, by name
-    try:
-        found = auto_class.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
-        _check_numbers(found[0] if auto_class is AutoModelForCausalLM else found)
-    except Exception as error:  # what transformers makes of a bad file ranges from OSError to AttributeError
-        raise UserError(f"{who}: no usable {KINDS[auto_class]}: {_where(name)}: {reason(error)}") from error
-    if auto_class is AutoModelForCausalLM:
-        found, info = found
-        for key, stored, wanted in sorted(info["mismatched_keys"]):
-            raise UserError(
-                f"{who}: its weights have {key} as {[*stored]}, for which its config.json calls as {[*wanted]}"
-            )
-        if missing := sorted(info["missing_keys"]):  # transformers would go on with random numbers in their place
-            raise UserError(f"{who}: its weights lack {_some(missing)}, which its config.json calls for")
-        if left_out := sorted(info["unexpected_keys"]):
-            say(f"warning: {who}: its config.json has no place for {_some(left_out)} of its weights: left out")
-    if auto_class is AutoTokenizer and set(found.encode("a b c", add_special_tokens=False)) <= {found.unk_token_id}:
-        # Where there are no files, transformers makes an empty tokenizer of the model's kind and says nothing.
-        raise UserError(f"{who}: no tokenizer: {_where(name)}")
-    return found
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
-
-
-def _check_numbers(found: Any) -> None:
-    """Raises ValueError for numbers that transformers takes from a file as they are, and stumbles over later."""
-    config = getattr(found, "generation_config", None)
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config else ():
-        ids = getattr(config, key, None)
-        for number in ids if isinstance(ids, list) else [ids]:
-            if number is not None and not (type(number) is int and -1 <= number < 2**31):  # Llama 1's pad token is -1
-                raise ValueError(f"{key} of its generation config is {str(ids)[:40]}")
-    if not isinstance(limit := getattr(found, "model_max_length", 0), int | float):
-        raise ValueError(f"model_max_length of its tokenizer_config.json is {str(limit)[:40]}")
-
-
-def _where(name: str) -> str:
-    """What there is under a name, for a message."""
-    if os.path.isdir(name):
-        return f"the folder holds {', '.join(sorted(os.listdir(name))[:8]) or 'nothing'}"
-    return f"no such folder under {Path.cwd()}, and the hub did not give it"
-
 
 # Config keys of models that change the logits after the output layer, which training/loss.py applies by itself. Weights
 # can be too small for `check_output_layer` to see a cap.
@@ -176,11 +121,15 @@ def load_model(
     """The model, its embedding resized to the next multiple of 16 over the tokenizer, ready for training.
 
     Its weights are of `dtype`: fp32 for autocast (fp32 master weights), the half precision for DeepSpeed's engine,
-    which keeps fp32 masters of its own; from the folder `checkpoint`, which the run goes on from, or model_name.
+    which keeps fp32 masters of its own; from model_name, or of the checkpoint in a folder, which the run goes on from
+    and whose `config` this is.
     Raises: UserError when the weights cannot be found, are damaged, or not those that the config calls for.
     """
     if checkpoint:
-        model = load_pretrained(AutoModelForCausalLM, str(checkpoint), "", recipe.trust_remote_code, dtype=dtype)
+        options = {"exact": True, "config": config, "dtype": dtype}
+        model = load_pretrained(
+            AutoModelForCausalLM, str(checkpoint), checkpoint.name, recipe.trust_remote_code, **options
+        )
     elif recipe.from_scratch:
         # On the GPU where there is one: a CPU draws the 3.6 billion weights of a 3B for 45 s.
         with torch.device(torch.cuda.current_device() if has_gpu() else "cpu"):

@@ -7,9 +7,11 @@ parameter has its name in memory; in the model's own files it has the name, and 
 (DeepSpeed's own checkpoints are pickles, and its engine refuses another number of processes: 0.19.8, engine.py.)
 """
 
+import math
 import random
+import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -52,21 +54,25 @@ def allocate_moments(accelerator: Accelerator, optimizer) -> None:
                     state[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
 
 
-def save_optimizer(folder: Path, accelerator: Accelerator, model: PreTrainedModel, optimizer) -> None:
-    """Write this process's share of the optimizer's state; every process calls this, with the language model itself."""
+def save_optimizer(folder: Path, accelerator: Accelerator, model: PreTrainedModel, optimizer) -> list[Path]:
+    """Write this process's share of the optimizer's state; every process calls this, with the language model itself.
+
+    Returns: the files that it wrote.
+    """
     zero = _zero_optimizer(accelerator)
     if zero is None and not accelerator.is_main_process:
-        return  # all processes hold the same
+        return []  # all processes hold the same
     kinds = MOMENTS if next(model.parameters()).dtype == torch.float32 else ("weights", *MOMENTS)
     part: dict[str, torch.Tensor] = {}
-    parts = size = 0
+    files: list[Path] = []
+    size = 0
 
     def write() -> None:
-        nonlocal parts, size
-        name = f"optimizer-{accelerator.process_index:05d}-{parts:03d}.safetensors"
-        save_file({key: tensor.cpu() for key, tensor in part.items()}, folder / name)
+        nonlocal size
+        files.append(folder / f"optimizer-{accelerator.process_index:05d}-{len(files):03d}.safetensors")
+        save_file({key: tensor.cpu() for key, tensor in part.items()}, files[-1])
         part.clear()
-        parts, size = parts + 1, 0
+        size = 0
 
     allocate_moments(accelerator, optimizer)
     for fragment in _fragments(accelerator, model, optimizer):
@@ -77,15 +83,19 @@ def save_optimizer(folder: Path, accelerator: Accelerator, model: PreTrainedMode
             part[f"{kind}/{fragment.start}/{fragment.name}"] = tensor
             size += tensor.nbytes
     write()
+    return files
 
 
-def load_optimizer(folder: Path, accelerator: Accelerator, model: PreTrainedModel, optimizer, steps: int) -> None:
-    """Fill the optimizer's state from what any number of processes wrote to a checkpoint's trainer_state.
+def load_optimizer(
+    files: Sequence[Path], model_folder: Path, accelerator: Accelerator, model: PreTrainedModel, optimizer, steps: int
+) -> None:
+    """Fill the optimizer's state from the files that any number of processes wrote to a checkpoint's trainer_state.
 
-    `steps` are the updates that it has made, which Adam's bias correction counts. Every process calls this.
-    Raises: UserError when the state of a parameter is not there.
+    `model_folder` has the checkpoint's model; `steps` are the updates that it has made, which Adam's bias correction
+    counts. Every process calls this.
+    Raises: UserError when the state of a parameter is not there, or no state that Adam could have.
     """
-    stored = _Stored(folder)
+    stored = _Stored(files)
     kinds = ("weights", *MOMENTS) if stored.has_weights else MOMENTS  # else the model's own files are in fp32
     allocate_moments(accelerator, optimizer)
     fragments = [*_fragments(accelerator, model, optimizer)]
@@ -95,10 +105,13 @@ def load_optimizer(folder: Path, accelerator: Accelerator, model: PreTrainedMode
             for kind in kinds:
                 stored.read_into(fragment.tensors[kind], kind, fragment.name, fragment.start)
         if half and not stored.has_weights:
-            _read_fp32_model(folder.parent, accelerator, model, fragments)
+            _read_fp32_model(model_folder, accelerator, model, fragments)
         if _zero_optimizer(accelerator) and (half or stored.has_weights):
             # What computes is cast from the fp32 weights. The model's file may have fewer bits, of an earlier dtype.
             _zero_optimizer(accelerator).update_lp_params()
+        for fragment in fragments:
+            for kind, tensor in fragment.tensors.items():
+                _check_values(stored.folder, tensor, kind, fragment.name)
     for state in _adam(accelerator, optimizer).state.values():
         if isinstance(state["step"], torch.Tensor):
             state["step"].fill_(steps)
@@ -159,6 +172,15 @@ def _read_fp32_model(folder: Path, accelerator: Accelerator, model: PreTrainedMo
         accelerator.wait_for_everyone()
 
 
+def _check_values(folder: Path, tensor: torch.Tensor, kind: str, name: str) -> None:
+    """Refuse what is not finite, or below zero where it is a mean of squares: a step would spread it over the model."""
+    low, high = map(float, tensor.aminmax())  # NaN where one of them is
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise UserError(f"{folder}: {kind} of {name} holds values that are no finite numbers")
+    if kind == "exp_avg_sq" and low < 0:
+        raise UserError(f"{folder}: {kind} of {name}, a mean of squares, holds {low:g}")
+
+
 def _refuse(folder: Path, filled: int, tensor: torch.Tensor, kind: str, name: str) -> NoReturn:
     raise UserError(f"{folder}: holds {filled:,} of {tensor.numel():,} elements of {kind} of {name}")
 
@@ -166,15 +188,17 @@ def _refuse(folder: Path, filled: int, tensor: torch.Tensor, kind: str, name: st
 class _Stored:
     """The fragments in a checkpoint, whoever wrote them."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, files: Sequence[Path]):
+        self.folder = files[0].parent
         # (kind, parameter) -> the file, the key and the first element of each fragment.
         self.places: dict[tuple[str, str], list[tuple[Any, str, int]]] = defaultdict(list)
-        for path in sorted(folder.glob("optimizer-*.safetensors")):
+        for path in files:
             file = safe_open(path, framework="pt")
             for key in file.keys():  # noqa: SIM118, it is no mapping
-                kind, start, name = key.split("/", 2)
-                self.places[kind, name].append((file, key, int(start)))
+                place = re.fullmatch(r"(\w+)/(\d{1,18})/(.*)", key, flags=re.DOTALL)
+                if not place:
+                    raise UserError(f"{path}: {key[:80]!r} is no part of an optimizer's state")
+                self.places[place[1], place[3]].append((file, key, int(place[2])))
         self.has_weights = any(kind == "weights" for kind, _ in self.places)
 
     def read_into(self, tensor: torch.Tensor, kind: str, name: str, start: int) -> None:

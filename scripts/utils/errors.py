@@ -42,8 +42,9 @@ def one_line_errors():
         line = f"process {rank} ends, since another one has"
     if line:
         tqdm = sys.modules.get("tqdm")
-        write = tqdm.tqdm.write if tqdm else print  # not behind a progress bar
-        write(line, file=sys.stderr)
+        for bar in list(tqdm.tqdm._instances) if tqdm else []:
+            bar.close()  # so that the line begins a line: behind a bar there is no newline, only a carriage return
+        print(line, file=sys.stderr)
     sys.stderr.flush()
     sys.stdout.flush()
     # Without a traceback and without waiting for the other processes, which may stand in a collective.

@@ -8,14 +8,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import xxhash
 from accelerate import Accelerator
+from checkpoints import state_at
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data.dialogue import CHAT_TOKENS, prepare_tokenizer
 from recipe.keys import Recipe
 from run import checkpoint, model_files
-from run.checkpoint import FORMAT, read_checkpoint, remove_leftovers, save_checkpoint, save_final_model
+from run.checkpoint import read_checkpoint, remove_leftovers, save_checkpoint, save_final_model
+from run.checkpoint_state import FORMAT
 from run.retention import list_checkpoints
 from run.stats import Clock, TrainingStats
 from training.engine import Engine
@@ -56,8 +59,9 @@ def save(tmp_path, model, tokenizer):
     stats = TrainingStats(SimpleNamespace(names=["vicuna"]), torch.device("cpu"), Clock())
 
     def save(step: int, **keys) -> Path:
-        state = {"step": step, "position": {"epoch": 2, "conversations": 30}, "num_processes": 1}
-        save_checkpoint(engine, tokenizer, make_recipe(tmp_path, **keys), state, stats)
+        recipe = make_recipe(tmp_path, **keys)
+        state = state_at(recipe, step, position={"epoch": 2, "conversations": 30})
+        save_checkpoint(engine, tokenizer, recipe, state, stats)
         return tmp_path / f"checkpoint-{step}"
 
     return save
@@ -93,12 +97,15 @@ def test_it_says_where_the_run_stands_and_what_belongs_to_it(save):
     folder = save(7)
     found = read_checkpoint(folder)
     assert (found.step, found.position) == (7, Position(2, 30))
-    assert found.state["format"] == FORMAT
-    files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
-    assert files.pop("trainer_state/state.json") > 0
-    assert found.state["files"] == files
+    assert found.state.format == FORMAT
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    assert files.pop("trainer_state/state.json").stat().st_size > 0
+    assert found.state.files.keys() == files.keys()
+    for name, path in files.items():
+        own = f"xxh3_128:{xxhash.xxh3_128_hexdigest(path.read_bytes())}"
+        assert (found.state.files[name].bytes, found.state.files[name].checksum) == (path.stat().st_size, own)
     assert {path.suffix for path in folder.rglob("*") if path.is_file()} <= {".safetensors", ".json", ".jinja"}
-    assert found.process_state(0)["stats"]["tokens"] == 0
+    assert [process.stats.tokens for process in found.processes] == [0]
 
 
 def test_a_model_in_several_files(save, monkeypatch, model):

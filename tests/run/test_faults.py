@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
+from checkpoints import state_at
 from conftest import ROOT
 from fault_injection import WAYS, CutOff, SmallDisk, cut_off_at, fail_at, has_begun, kill_at, places
 from interruption import metrics
@@ -173,7 +174,8 @@ def test_a_save_cut_off_at_any_operation_on_files(tmp_path, tiny_model):
         return Recipe.model_validate({**keys, "output_dir": str(folder)})
 
     def save(step: int, folder: Path) -> None:
-        save_checkpoint(engine, tokenizer, recipe(folder), {"step": step}, stats)
+        folder.mkdir(exist_ok=True)
+        save_checkpoint(engine, tokenizer, recipe(folder), state_at(recipe(folder), step), stats)
 
     optimizer = accelerator.prepare(make_optimizer(model, recipe(tmp_path), 10, deepspeed=False)[0])
     engine = Engine(accelerator, model, model, optimizer, None)

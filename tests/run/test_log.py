@@ -18,9 +18,10 @@ from mixes import make_progress
 from PIL import Image
 
 from recipe.keys import Recipe
-from run import curves
+from run import curves, lines
 from run.checkpoint import read_checkpoint
-from run.curves import MOST_BINS, Curves, best_point
+from run.curves import MOST_BINS, Curves
+from run.lines import best_point
 from run.log import RunLog
 from run.stats import Clock, TrainingStats
 from training.collate import Batch
@@ -316,7 +317,7 @@ def test_a_drawing_takes_as_long_however_long_the_run_is(tmp_path, monkeypatch):
     metrics, image = tmp_path / "metrics.jsonl", tmp_path / "training.png"
     drawn, parsed = Curves(metrics), []
     parse = json.loads
-    monkeypatch.setattr(curves.json, "loads", lambda text: parsed.append(text) or parse(text))
+    monkeypatch.setattr(lines.json, "loads", lambda text: parsed.append(text) or parse(text))
     for first, end in ((0, 100), (100, 30_000), (30_000, 30_007)):
         long_run(metrics, first, end)
         parsed.clear()
@@ -474,7 +475,7 @@ def test_a_resumed_run_is_the_same_run_of_wandb(tmp_path, tiny_model, monkeypatc
     monkeypatch.setenv("WANDB_MODE", "offline")
     recipe, output = small_recipe(tmp_path, tiny_model, log_wandb=True), tmp_path / "out"
     assert run_here(recipe, output_dir=output, steps=8).returncode == 75
-    wandb_id = read_checkpoint(output / "checkpoint-8").state["wandb_id"]
+    wandb_id = read_checkpoint(output / "checkpoint-8").state.wandb_id
     assert run_here(recipe, output_dir=output).returncode == 0
     runs = sorted((output / "base" / "wandb").glob("offline-run-*"), key=lambda path: path.stat().st_mtime)
     assert len(runs) == 2

@@ -286,10 +286,28 @@ def test_refuses_what_is_no_record(tmp_path):
             UserError, match=r"run\.json(: JSON does not parse| line 1(: not UTF-8|, .*JSON does not parse))"
         ):
             read_record(path)
-    for values in (None, [], 1, {}, {"format": 1}, {"format": "1", "recipe": {}}, {"format": 1, "recipe": []}):
+    whole = {"format": 1, "status": "running", "recipe": {}, "num_processes": 1}
+    for name in whole:
+        for wrong in (None, [], "1", -1, {"x": 1}, float("nan"), 10**400, "\ud800"):
+            values = whole | {name: wrong}
+            if (name, wrong) in [("recipe", {"x": 1}), ("format", 10**400)]:  # none, and one of a later format
+                continue
+            path.write_text(json.dumps(values))
+            with refuse("run.json: not a record of a run (sft.py writes one as OUTPUT_DIR/run.json): ", name):
+                read_record(path)
+        path.write_text(json.dumps({key: value for key, value in whole.items() if key != name}))
+        with refuse(f"run.json: not a record of a run (sft.py writes one as OUTPUT_DIR/run.json): {name} is missing"):
+            read_record(path)
+    for values in (None, [], 1, {}):
         path.write_text(json.dumps(values))
         with refuse("run.json: not a record of a run (sft.py writes one"):
             read_record(path)
+    path.write_text('{"format": 1, "status": "failed", "status": "finished", "recipe": {}, "num_processes": 1}')
+    with refuse("run.json: JSON does not parse: the key 'status' is given twice"):
+        read_record(path)
+    path.write_text(json.dumps(whole | {"hardware": {"a": json.loads("[" * 900 + "]" * 900)}}))
+    with refuse("run.json: not a record of a run: nested 901 deep"):
+        read_record(path)
     path.write_text(json.dumps({"format": FORMAT + 1, "recipe": {}}))
     with refuse(f"its format is {FORMAT + 1}, newer than the {FORMAT}"):
         read_record(path)
@@ -337,8 +355,9 @@ def test_whole_whenever_it_is_killed(tmp_path):
     code = (
         "import sys\nfrom pathlib import Path\nfrom run.record_file import write_record\n"
         "path, number = Path(sys.argv[1]), 0\n"
+        "record = {'format': 1, 'status': 'running', 'recipe': {}, 'num_processes': 1}\n"
         "while True:\n"
-        "    write_record({'format': 1, 'recipe': {}, 'numbers': [number] * 300_000}, path)\n"
+        "    write_record({**record, 'numbers': [number] * 300_000}, path)\n"
         "    number += 1\n"
         "    print(number, flush=True)\n"
     )

@@ -15,11 +15,13 @@ import pytest
 import torch
 from conftest import ROOT, run_script
 from interruption import SCRIPT, metrics, run_here, small_recipe
+from mutations import reseal, rewrite_state
 from safetensors.torch import load_file, save_file
 
 from recipe.load import load_recipe
 from run import folder as folder_module
-from run.checkpoint import FORMAT, read_checkpoint
+from run.checkpoint import read_checkpoint
+from run.checkpoint_state import FORMAT
 from run.folder import RECIPE_HEADER, claim_output_dir
 from run.resume import changed_keys, find_checkpoint, restore
 from run.retention import list_checkpoints, step_of
@@ -284,6 +286,7 @@ def test_half_precision_under_zero_keeps_its_fp32_weights(tmp_path, recipe, tiny
     path = tmp_path / "alone" / "checkpoint-7" / "model.safetensors"
     coarse = {name: own.to(torch.float8_e4m3fn).to(own.dtype) for name, own in load_file(path).items()}
     save_file(coarse, path, {"format": "pt"})
+    reseal(path.parent)
     layers = []
 
     def restore_and_look(checkpoint, recipe, engine, *others) -> None:
@@ -321,7 +324,7 @@ def test_a_checkpoint_of_every_format_can_be_gone_on_from(tmp_path, number):
     """It was written by two processes under ZeRO-2; tolerances are for other machines and versions of PyTorch."""
     fixture = FIXTURES / f"checkpoint_format_{number}"
     output = shutil.copytree(fixture / "run", tmp_path / "output")
-    assert read_checkpoint(output / "checkpoint-5").state["format"] == number
+    assert read_checkpoint(output / "checkpoint-5").state.format == number
     keys = ("--output_dir", output, "--cache_dir", tmp_path / "cache")
     run = run_here(fixture.relative_to(ROOT) / "recipe.yaml", *keys, output_dir=output)
     assert run.returncode == 0, run.stderr
@@ -646,8 +649,7 @@ def renumber(output: Path, how: str) -> None:
     if how == "moved":
         seven.rename(output / "checkpoint-9")
     elif how == "a smaller step in its state":
-        state = seven / "trainer_state" / "state.json"
-        state.write_text(json.dumps(json.loads(state.read_text()) | {"step": 6}))
+        rewrite_state(seven, step=6)
     elif how.startswith("copied"):
         names = {"far ahead": "checkpoint-9999", "in other digits": "checkpoint-0007", "in Arabic ones": "checkpoint-٩"}
         shutil.copytree(seven, output / names[how.removeprefix("copied ")])
@@ -738,11 +740,13 @@ def test_what_was_set_aside_is_a_run_that_is_there(recipe, output, tmp_path):
 
 @pytest.mark.parametrize("step", ["7", 7.0, True, None, -7, [7]])
 def test_a_step_that_is_no_number(recipe, output, step, capsys):
-    state = output / "checkpoint-7" / "trainer_state" / "state.json"
-    state.write_text(json.dumps(json.loads(state.read_text()) | {"step": step}))
+    rewrite_state(output / "checkpoint-7", step=step)
     found = find_checkpoint(make(recipe, output_dir=output), allow_changes=False)
     assert found.path == output / "checkpoint-5"
-    assert f"passed over: {output}/checkpoint-7: not whole: its step is {step!r}" in capsys.readouterr().out
+    line = (
+        f"passed over: {output}/checkpoint-7: not whole: trainer_state/state.json: not the state of a run: step should"
+    )
+    assert line in capsys.readouterr().out
 
 
 def test_a_checkpoint_may_lie_on_another_disk_under_its_own_number(recipe, output, tmp_path, whole):

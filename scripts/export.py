@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Write a checkpoint as a clean folder for use elsewhere, with its model card; publish it on the hub if asked to.
+"""Write a checkpoint as a clean folder for use elsewhere, with its model card; as GGUF and on the hub if asked to.
 
     python scripts/export.py stablelm_7b/checkpoint-12000 stablelm-7b-sft
     python scripts/export.py stablelm_7b exported --dtype bf16 --max_shard_size 2GB
+    python scripts/export.py stablelm_7b exported --gguf stablelm_7b.gguf --gguf_dtype q8_0
     python scripts/export.py stablelm_7b exported --push_to_hub me/stablelm-7b-sft --private
 
 CHECKPOINT is a run's checkpoint, a run's folder (its final model), or any folder with a causal LM and a chat template.
@@ -17,10 +18,12 @@ gives them tokens (<|unused_0|>, ...) instead, and keep leaves them.
 
 import argparse
 import re
+from pathlib import Path
 
 from evaluation.model import find_model
 from utils.command_line import OneLineParser
 from utils.errors import UserError, one_line_errors, reason
+from utils.requirements import require
 
 
 def shard_size(text: str) -> str:
@@ -41,11 +44,17 @@ def arguments():
     parser.add_argument(
         "--vocab", choices=("trim", "name", "keep"), default="trim", help="rows that have no token (trim)"
     )
+    parser.add_argument("--gguf", type=Path, metavar="FILE", help="write it as one file for llama.cpp, too")
+    parser.add_argument("--gguf_dtype", choices=("f16", "q8_0"), help="precision of that file (f16)")
     parser.add_argument("--push_to_hub", metavar="REPO", help="publish it there, as you/name")
     parser.add_argument("--private", action="store_true", help="for you and your organization alone, if it is new")
     options = parser.parse_args()
     if options.private and not options.push_to_hub:
         raise UserError("command line: --private says how to publish: give --push_to_hub REPO too")
+    if options.gguf_dtype and not options.gguf:
+        raise UserError("command line: --gguf_dtype says how to write a GGUF file: give --gguf FILE too")
+    if options.gguf:
+        require("gguf")
     return options
 
 
@@ -58,7 +67,6 @@ import gc
 import shutil
 import signal
 import sys
-from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -94,6 +102,10 @@ def main(options) -> None:
         raise UserError(f"{source.name}: its tokenizer has no tokenizer.json (a fast tokenizer)")
     with named(source.name):
         describe_prompting(tokenizer)  # a template that takes no conversation is found before the weights are read
+    if options.gguf:
+        from publishing.gguf_file import check_gguf, write_gguf  # of a package that nothing else here needs
+
+        check_gguf(options.gguf, source.folder, rows=max(tokenizer.get_vocab().values()) + 1)
 
     # ---- The model as it is, then in the precision asked for; never two at a time ----
     model = load(source, stored.dtype)
@@ -123,6 +135,9 @@ def main(options) -> None:
     apart = f"{distance(reference.logits, logits):.2g} of their spread"
     say(f"read back: the ids of {len(reference.chats)} chats are those of {source.name}, the logits within {apart}")
     say(f"in {options.out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+    if options.gguf:
+        write_gguf(out, options.gguf, options.gguf_dtype or "f16")
+        say(f"in {options.gguf}: {decimal_bytes(options.gguf.stat().st_size)} for llama.cpp")
     if repo:
         push(out, repo, options.private)
 

@@ -79,7 +79,15 @@ def run_export(monkeypatch, tmp_path):
     monkeypatch.setattr(export, "read_back", read_here)
 
     def run(checkpoint: Path, out: Path | str | None = None, **options) -> Path:
-        given = {"dtype": None, "max_shard_size": "5GB", "vocab": "trim", "push_to_hub": None, "private": False}
+        given = {
+            "dtype": None,
+            "gguf": None,
+            "gguf_dtype": None,
+            "max_shard_size": "5GB",
+            "vocab": "trim",
+            "push_to_hub": None,
+            "private": False,
+        }
         out = tmp_path / "out" if out is None else Path(out)
         export.main(argparse.Namespace(checkpoint=str(checkpoint), out=str(out), **(given | options)))
         return out

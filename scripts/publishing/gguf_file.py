@@ -28,6 +28,16 @@ TANH_GELU = ("gelu_new", "gelu_fast", "gelu_pytorch_tanh")
 ACTIVATIONS = {"gpt_neox": (*TANH_GELU, "gelu"), "llama": ("silu", "swish")}
 
 
+def check_gguf(file: Path, folder: Path, rows: int) -> None:
+    """Find before a model is loaded what `write_gguf` would refuse, but for its weights.  Raises: UserError."""
+    if os.path.lexists(file):
+        raise UserError(f"{file}: is there already: give a new name")
+    if not file.parent.is_dir() or not os.access(file.parent, os.W_OK | os.X_OK):
+        raise UserError(f"{file}: cannot write there: {file.parent} is not a folder that can be written to")
+    _check(AutoConfig.from_pretrained(folder), folder)
+    read_tokenizer(folder / "tokenizer.json", rows)
+
+
 def write_gguf(folder: Path, file: Path, dtype: str) -> None:
     """Write the model of an exported folder as a GGUF file, which appears when all of it is written.
 
@@ -40,7 +50,8 @@ def write_gguf(folder: Path, file: Path, dtype: str) -> None:
         UserError: a family, shape or tokenizer that GGUF has no words for here, weights beyond fp16's range, no room.
     """
     config = AutoConfig.from_pretrained(folder)
-    _check(config, folder)
+    for difference in _check(config, folder):
+        say(f"GGUF: {difference}")
     quantization, file_type = DTYPES[dtype]
     work = file.with_name(f".{file.name}{UNFINISHED}")
     writer = gguf.GGUFWriter(work, gguf.MODEL_ARCH_NAMES[FAMILIES[config.model_type]])
@@ -82,8 +93,8 @@ def write_gguf(folder: Path, file: Path, dtype: str) -> None:
             work.unlink(missing_ok=True)
 
 
-def _check(config: PretrainedConfig, folder: Path) -> None:
-    """See that llama.cpp computes what this config says; of a difference that it always makes, say so."""
+def _check(config: PretrainedConfig, folder: Path) -> list[str]:
+    """See that llama.cpp computes what this config says; returns the differences that it makes in any case."""
     family = config.model_type
     if family not in FAMILIES:
         raise UserError(f"{folder}: GGUF is written of {' and '.join(FAMILIES)} models, not {family}; {CONVERTER}")
@@ -96,8 +107,8 @@ def _check(config: PretrainedConfig, folder: Path) -> None:
     for what, is_so in unknown.items():
         if is_so:
             raise UserError(f"{folder}: {what} cannot be written as GGUF here; {CONVERTER}")
-    if family == "gpt_neox" and config.hidden_act == "gelu":
-        say("GGUF: the model was trained with the exact GELU; llama.cpp computes the tanh approximation (to 5e-4)")
+    exact = family == "gpt_neox" and config.hidden_act == "gelu"
+    return ["the model was trained with the exact GELU; llama.cpp computes the tanh approximation (to 5e-4)"] * exact
 
 
 def _write_config(writer: gguf.GGUFWriter, config: PretrainedConfig, folder: Path) -> None:

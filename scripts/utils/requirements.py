@@ -10,7 +10,8 @@ from pathlib import Path
 from utils.errors import UserError
 
 REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements.txt"
-# Imported by what uses them alone, which asks with `require`: an engine, a metric, a log, a format; or does without: fastokens.
+# Imported by what uses them alone, which asks with `require` (an engine, a metric, a log, a file format), or does
+# without (fastokens).
 WHERE_USED = ("deepspeed", "datasets", "evaluate", "wandb", "gguf", "fastokens")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from by_heart import CHATS, SHAPE, learn, neox, user
-from conftest import ROOT, SHARED
+from conftest import ROOT, SHARED, run_script
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
@@ -232,3 +232,17 @@ def test_what_llama_cpp_computes_otherwise_is_said(tmp_path, demo_tokenizer, cap
     said = capsys.readouterr().out
     assert "exact GELU" in said
     assert "NFC" in said
+
+
+def test_export_writes_it_beside_the_folder(tmp_path, demo_tokenizer):
+    """Rows without a token are gone, and a file that is there already stays."""
+    save_model(learn(neox(demo_tokenizer), demo_tokenizer), demo_tokenizer, tmp_path / "model")
+    arguments = [tmp_path / "model", tmp_path / "out", "--gguf", tmp_path / "model.gguf", "--gguf_dtype", "q8_0"]
+    run = run_script(*arguments, script="scripts/export.py", output_dir=tmp_path)
+    assert f"in {tmp_path / 'model.gguf'}: " in run.stdout
+    llama_cpp = LlamaCpp(tmp_path / "model.gguf")
+    assert {question: llama_cpp.reply(user(question)) for question in CHATS} == CHATS
+    arguments[1] = tmp_path / "again"
+    again = run_script(*arguments, script="scripts/export.py", output_dir=tmp_path, check=False)
+    assert again.errors == [f"error: {tmp_path / 'model.gguf'}: is there already: give a new name"]
+    assert not (tmp_path / "again").exists()

@@ -60,11 +60,11 @@ def estimate_memory(
     }
     if zero is None:
         # DDP copies gradients into its buckets (gradient_as_bucket_view is off in Accelerate); autocast keeps copies of
-        # the matrices in half precision through the forward pass. Fused AdamW makes no copy of anything.
+        # the matrices in half precision through the forward pass. AdamW makes no copy of anything.
         return {
             "weights": num_parameters * (4 if element == 4 else 6),
             "gradients": num_parameters * (8 if num_processes > 1 else 4),
-            "optimizer": num_parameters * 8,
+            "optimizer": num_parameters * moment_bytes(recipe),
             "step": 0,
             **held,
         }
@@ -83,6 +83,11 @@ def estimate_memory(
         "step": 0 if offloaded else shard * 4,  # the gradients in fp32
         **held,
     }
+
+
+def moment_bytes(recipe: Recipe) -> int:
+    """Bytes of Adam's two moments of a parameter, without DeepSpeed."""
+    return 4 if recipe.optimizer_state_dtype == "bf16" else 8
 
 
 def _activations_per_token(
@@ -165,6 +170,8 @@ def check_memory(
         )
     if peak > memory:
         remedies = [] if recipe.gradient_checkpointing else ["gradient_checkpointing: true"]
+        if zero is None and recipe.optimizer_state_dtype == "fp32":
+            remedies.append("optimizer_state_dtype: bf16")
         if recipe.micro_batch_tokens is not None:
             remedies.append("a smaller micro_batch_tokens (max_length at the least)")
         elif recipe.per_device_train_batch_size > 1:

@@ -16,7 +16,7 @@ from benchmarking.gpu import Part, all_parts, benchmark_gpu
 from utils.errors import UserError
 
 # Left out below: the same code as another part's, with other numbers.
-SAME = ("mixed lengths", "sft.py, fp16", "again")
+SAME = ("mixed lengths", "in twos", "sft.py, fp16", "again")
 
 
 PREDICTION = "roofline at these rates"  # comes last, from the others' figures

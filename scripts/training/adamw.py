@@ -73,7 +73,7 @@ class AdamW(torch.optim.AdamW):
         states = [self.state[parameter] for parameter in parameters]
         self.update(
             list(parameters),
-            [parameter.grad for parameter in parameters],
+            [parameter.grad.contiguous() for parameter in parameters],
             *([state[moment] for state in states] for moment in MOMENTS),
             [self.copies[parameter] for parameter in parameters] if has_copy else [],
             [state["step"] for state in states],

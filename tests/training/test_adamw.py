@@ -5,9 +5,14 @@ The kernel is tried on a GPU, or by `make test-kernels` in the interpreter of Tr
 """
 
 import copy
+import importlib.util
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import strategies as st
 from mixes import given
 from test_linear import assert_up_to_date
@@ -190,6 +195,36 @@ def test_the_kernel_is_the_operations_bit_for_bit(sizes, dtype, half, seed, divi
             torch.testing.assert_close(own, other, rtol=EPSILON[half], atol=0)
         else:
             assert torch.equal(own, other)
+
+
+COMPILES = """
+import sys
+sys.path.insert(0, "scripts")
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from training.adamw_kernel import BLOCK, _update
+names = _update.arg_names
+for dtype in ("fp32", "bf16"):
+    for nothing in ([], ["copy", "divisor", "left_out"]):
+        kinds = dict.fromkeys(names, "*fp32") | {"first": f"*{dtype}", "second": f"*{dtype}", "copy": "*bf16"}
+        kinds |= dict.fromkeys(("beta1", "rest1", "beta2", "rest2", "epsilon", "shrink"), "fp32")
+        kinds |= dict.fromkeys(("count", "quarter", "number"), "i32") | {"seed": "i64"}
+        fixed = {"rounded": dtype == "bf16", "rounds": 7, "block": BLOCK} | dict.fromkeys(nothing)
+        kinds |= dict.fromkeys(fixed, "constexpr")
+        values = {(names.index(name),): value for name, value in fixed.items()}
+        source = ASTSource(fn=_update, signature=kinds, constexprs=values)
+        kernel = compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False})
+        assert "fma" not in kernel.asm["ptx"]
+"""
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="make test-kernels has Triton")
+def test_the_kernel_compiles_for_an_h100_without_one(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", COMPILES], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 # ---- the optimizer ----

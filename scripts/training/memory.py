@@ -133,7 +133,7 @@ def check_memory(
     UserError when weights, gradients and optimizer alone are."""
     gpu, processes, local = has_gpu(), num_processes(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
-    def need(count: int, zero: dict[str, Any] | None) -> tuple[dict[str, int], int, int]:
+    def need(count: int, zero: dict[str, Any] | None, recipe: Recipe = recipe) -> tuple[dict[str, int], int, int]:
         """The estimate; of it what is always there, and the peak."""
         parts = estimate_memory(recipe, config, num_parameters, count, zero, dtype, shape, gpu)
         parts = {name: size * (1 if gpu else local) for name, size in parts.items()}
@@ -162,7 +162,11 @@ def check_memory(
         sizes = (2, 4, 8, 16, 32, 64) if gpu else ()
         if counts := [count for count in sizes if need(count, zero or {"stage": 2})[2] < memory]:
             with_zero = "" if zero else " and deepspeed_config: ds_configs/zero2.json"
+            with_zero += "" if recipe.optimizer_state_dtype == "fp32" else " with optimizer_state_dtype: fp32"
             remedy = f"{counts[0]} such GPUs{with_zero} would hold it"
+        smaller = recipe.model_copy(update={"optimizer_state_dtype": "bf16"})
+        if zero is None and smaller != recipe and need(processes, zero, smaller)[2] < memory:
+            remedy = f"optimizer_state_dtype: bf16 would make it fit; or {remedy}"
         raise UserError(
             f"model_name = {recipe.model_name}: {'' if gpu else 'no GPU here, and '}training "
             f"{num_parameters / 1e9:.1f} billion parameters takes {show_bytes(resident)} for weights, gradients and "

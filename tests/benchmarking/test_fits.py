@@ -80,6 +80,22 @@ def test_two_rows_of_the_3b_fit_beside_moments_in_bf16(moments, fits, monkeypatc
     assert ("memory will run out: give gradient_checkpointing: true, or optimizer_state_dtype: bf16" in said) != fits
 
 
+@pytest.mark.parametrize(("moments", "gib", "remedy"), [
+    ("fp32", 60, ": optimizer_state_dtype: bf16 would make it fit; or 2 such GPUs and deepspeed_config: .*json would"),
+    ("fp32", 40, ": 2 such GPUs and deepspeed_config: ds_configs/zero2.json would hold it$"),
+    ("bf16", 40, ": 2 such GPUs and deepspeed_config: .*json with optimizer_state_dtype: fp32 would hold it$"),
+])  # fmt: skip
+def test_the_remedy_for_a_gpu_too_small_is_none_that_is_refused(moments, gib, remedy, monkeypatch):
+    keys = {"model_name": "none", "output_dir": "x", "datasets": ["vicuna"], "optimizer_state_dtype": moments}
+    monkeypatch.setattr("training.memory.has_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=gib * 2**30))
+    recipe = Recipe.model_validate(keys | {"gradient_checkpointing": True})
+    config = GPTNeoXConfig(**shape("3b", None))
+    with pytest.raises(UserError, match=remedy):
+        check_memory(recipe, config, parameters("3b", 16), None, torch.bfloat16, (1, 512))
+
+
 def test_a_gpu_on_which_no_layer_fits():
     assert refused("7b", None, 12e9).endswith(": not one layer fits")
 

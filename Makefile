@@ -19,7 +19,7 @@ test: .venv/tests lint  ## everything, two tests at a time
 	$(BIN)/python -m pytest -q -n 2
 
 test-kernels: .venv/tests .venv/liger  ## the Triton kernels, ours and Liger's, without a GPU, in Triton's interpreter (1 GB)
-	PYTHONPATH=.venv/liger TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/training/test_cross_entropy.py tests/training/test_neox.py
+	PYTHONPATH=.venv/liger TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/training/test_adamw.py tests/training/test_cross_entropy.py tests/training/test_neox.py
 
 test-transformers4: .venv/tests .venv/transformers4  ## what a run saves and an export, read by transformers 4
 	$(BIN)/python -m pytest -q tests/run/test_model_files.py tests/test_export.py

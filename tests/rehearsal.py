@@ -162,6 +162,15 @@ def liger() -> None:
     loss.choose_kernel = lambda _: (loss.with_liger, "Liger's")
 
 
+def no_kernels() -> None:
+    """A machine on which Triton's do not run."""
+    from benchmarking.fake_gpu import pretend_gpu
+    from training import neox, optimizer
+
+    pretend_gpu()  # which has them
+    neox.why_no_kernels = optimizer.why_no_kernels = lambda device: "no compiler"
+
+
 # ---- What must not be in a step ----
 
 

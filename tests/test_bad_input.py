@@ -479,6 +479,13 @@ def test_deepspeed_config(tmp_path, refused, content, parts):
     refused("--deepspeed_config", path, "--dry_run", parts=(str(path), *parts))
 
 
+def test_deepspeed_keeps_its_moments_in_fp32(refused):
+    keys = ("--deepspeed_config", "ds_configs/zero2.json", "--optimizer_state_dtype", "bf16")
+    parts = ("optimizer_state_dtype = bf16: ds_configs/zero2.json: ", "give fp32, or train without DeepSpeed")
+    refused(*keys, parts=parts)
+    refused(*keys, "--dry_run", parts=parts)
+
+
 def test_deepspeed_sections_may_be_left_out():
     recipe = load_recipe(DEMO)
     config = fill_config({"zero_optimization": {"stage": 2}}, "short.json", recipe, 100, torch.float32)

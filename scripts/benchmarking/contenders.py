@@ -31,6 +31,7 @@ class Work:
     warm_up: int = 1  # steps before the clock starts
     dtype: str = "fp32"
     gradient_checkpointing: bool = False
+    moments: str = "fp32"  # of this collection's AdamW; the others keep them in fp32
 
     @property
     def per_step(self) -> int:
@@ -95,7 +96,8 @@ def prepare_ours(work: Work):
     from utils.launch import set_up_process, training_dtype
 
     values = {"model_name": "none", "output_dir": "nothing", "datasets": ["vicuna"], "use_flash_attention": True}
-    recipe = Recipe.model_validate(values | work.settings() | {"dtype": work.dtype})
+    precision = {"dtype": work.dtype, "optimizer_state_dtype": work.moments}
+    recipe = Recipe.model_validate(values | work.settings() | precision)
     set_up_process()
     accelerator = start_accelerator(recipe, training_dtype(recipe.dtype), deepspeed=None)
     engine = prepare_engine(accelerator, ready_for_training(_model(work), recipe), recipe, total_steps=1)

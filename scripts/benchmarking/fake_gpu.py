@@ -25,6 +25,7 @@ from torch.cuda._utils import _get_device_index
 
 import training.loss
 import training.neox
+import training.optimizer
 from utils.errors import UserError
 
 NAME, CAPABILITY, MEMORY = "NVIDIA H100 80GB HBM3", (9, 0), 85_520_809_984  # as torch.cuda tells them
@@ -91,7 +92,8 @@ def pretend_gpu() -> None:
     torch.cuda.set_device = _get_device_index  # which raises, as the real one, for a device without a number
     transformers.utils.import_utils.is_fake_tensor = lambda tensor: False  # for which it leaves things out
     torch.backends.cuda.is_flash_attention_available = torch.backends.cudnn.is_available = lambda: True
-    training.neox.why_no_kernels = lambda device: None  # none of them runs, as Liger's would
+    # None of them runs, as Liger's would.
+    training.neox.why_no_kernels = training.optimizer.why_no_kernels = lambda device: None
     training.loss.choose_kernel = lambda device: (training.loss.with_pytorch, "PyTorch's operations")
     torch.nn.functional.scaled_dot_product_attention = _attention
     torch.Tensor.pin_memory = _pin_memory

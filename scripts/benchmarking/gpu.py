@@ -7,12 +7,13 @@ end, what was measured until then is in the files.
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarking.adamw import adamw_table, measure_adamw
 from benchmarking.ceilings import measure_ceilings
 from benchmarking.contenders import Work, train_bare, train_ours, train_trl
 from benchmarking.exactness import exactness_table, measure_exactness
@@ -43,6 +44,7 @@ def all_parts(rehearse: bool) -> list[Part]:
         rows, mixed = (Work(config, rows, 1, 4, 64, 2, "bf16", checkpointing) for checkpointing in (False, True))
     else:
         rows, mixed = gpu_works("3b", None).values()
+    twos = replace(rows, batch=2, accumulation=2, moments="bf16")  # which do not fit beside moments in fp32
     layer = {"hidden_size": config["hidden_size"], "intermediate_size": 4 * config["hidden_size"]}
     layer |= {"num_attention_heads": config["num_attention_heads"], "num_hidden_layers": 2}
     length, steps = (256, 6) if rehearse else (2048, 200)
@@ -60,11 +62,13 @@ def all_parts(rehearse: bool) -> list[Part]:
     return [
         Part("ceilings", measure_ceilings, (rows.max_length, config["hidden_size"], heads), 60, ceilings_line),
         Part("exactness", measure_exactness, (64 if rehearse else 512,), 120, exactness_table),
+        Part("AdamW", measure_adamw, (2**12 if rehearse else 2**26,), 45, adamw_table),
         train("this collection, rows", rows, train_ours),
         run("bf16", "--dtype", "bf16"),
         train("TRL, padding-free, rows", rows, train_trl, True),
         train("a bare loop, all logits, rows", rows, train_bare),
         Part("profile, rows", profile_ours, (asdict(rows),), 60, profile_table),
+        train("this collection, moments in bf16, rows in twos", twos, train_ours),
         train("this collection, mixed lengths", mixed, train_ours),
         train("TRL, padding-free, mixed lengths", mixed, train_trl, True),
         run("fp16", "--dtype", fp16),

@@ -151,7 +151,7 @@ def moved(func, args: tuple, kwargs: dict, out) -> tuple[list, list]:
         return [(target, touched), *_sized(given_to_it)], [(target, touched)]
     if name in FILLS:
         return [], _sized(new)
-    reads = [t for argument, t in inputs if not (argument.is_out or (_is_written(argument) and name in OVERWRITES))]
+    reads = [tensor for argument, tensor in inputs if not (argument.is_out or _overwrites(func, argument))]
     reads, writes = _sized(reads), _sized([*written, *new])
     if name in ("slice_backward", "select_backward", "embedding_dense_backward"):  # zeros first, then what there is
         writes += [(new[0], size_of(inputs[0][1]))]
@@ -164,6 +164,12 @@ def _sized(tensors: list[torch.Tensor]) -> list[tuple[torch.Tensor, int]]:
 
 def _is_written(argument) -> bool:
     return argument.alias_info is not None and argument.alias_info.is_write
+
+
+def _overwrites(func, argument) -> bool:
+    """Whether what was there is of no use to the call."""
+    copies = func.namespace == "adamw" and argument.name == "copies"
+    return _is_written(argument) and (short(func) in OVERWRITES or copies)
 
 
 def _writes(func, argument, kwargs: dict) -> bool:
@@ -187,7 +193,9 @@ def check_dtypes(func, args: tuple) -> None:
         boundaries = args[3:5] if func._schema.name == FLASH[0] else ()
         if not all(tensor.dtype == torch.int32 for tensor in tensors_in(boundaries)):
             raise RuntimeError(f"{func}: boundaries of conversations have to be int32")
-    elif name.startswith("_fused_adam"):
+    elif name.startswith("_fused_adam") or func.namespace == "adamw":
         for group in zip(*args[:4], strict=True):
-            if len({tensor.dtype for tensor in group}) > 1:
-                raise RuntimeError(f"{func}: weights, gradients, moments: {', '.join(str(t.dtype) for t in group)}")
+            dtypes = [tensor.dtype for tensor in group]
+            alike = (dtypes[:2], dtypes[2:]) if func.namespace == "adamw" else (dtypes,)
+            if any(len(set(own)) > 1 for own in alike):
+                raise RuntimeError(f"{func}: weights, gradients, moments: {', '.join(map(str, dtypes))}")

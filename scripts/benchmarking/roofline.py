@@ -42,6 +42,7 @@ LEADS = {
     "a GPT-NeoX's layers by our kernels": ("training.engine.fuse_layers", lambda _: 0),
     "cuDNN's attention": ("training.attention.cudnn_is_faster", lambda: False),
     "the head in larger chunks": ("training.loss.rows_of_a_chunk", lambda vocabulary, _: 2**28 // (4 * vocabulary)),
+    "AdamW by our kernel": ("training.optimizer.why_no_kernels", lambda _: "as before"),
 }
 AS_IT_IS = "as it is, bf16"
 
@@ -56,7 +57,9 @@ def settings(tokens: int) -> dict[str, tuple[dict[str, Any], list[list[int]]]]:
     return {
         AS_IT_IS: of(),
         "torch_compile": of(torch_compile=True),
+        "optimizer_state_dtype: bf16": of(optimizer_state_dtype="bf16"),
         "twice the tokens": of(2),
+        "twice the tokens, optimizer_state_dtype: bf16": of(2, optimizer_state_dtype="bf16"),
         "gradient_checkpointing": of(gradient_checkpointing=True),
         "twice the tokens, gradient_checkpointing": of(2, gradient_checkpointing=True),
         "fp16": of(dtype="fp16"),
@@ -75,7 +78,7 @@ def measure(gpu: str, layers: int | None, tokens: int, rates: dict[str, float], 
     for name, (keys, lengths) in settings(tokens).items():
         found[name] = figures(trace_step(config, lengths, keys), rates)
     keys, lengths = settings(tokens)[AS_IT_IS]
-    for count, name in enumerate(["without the four below", *list(LEADS)[:-1]]):
+    for count, name in enumerate(["without the five below", *list(LEADS)[:-1]]):
         with ExitStack() as stack:
             for target, other in list(LEADS.values())[count:]:
                 stack.enter_context(patch(target, other))

@@ -184,6 +184,9 @@ class Recipe(Schema):
     adam_beta1: float = key(0.9, "AdamW's beta 1", "training", ge=0, lt=1)
     adam_beta2: float = key(0.95, "AdamW's beta 2", "training", ge=0, lt=1)
     adam_epsilon: float = key(1e-12, "AdamW's epsilon", "training", gt=0, allow_inf_nan=False)
+    optimizer_state_dtype: Literal["fp32", "bf16"] = key(
+        "fp32", "dtype of Adam's moments; bf16, rounded at random: 4 bytes a weight in place of 8", "training"
+    )
     max_grad_norm: NonNegativeFloat = key(2.0, "clip the global gradient norm to this; 0: do not clip", "training")
     loss_normalization: Literal["tokens", "micro_batch"] = key(
         "tokens", "mean over all scored tokens of a step, or the original's mean of micro-batch means", "training"
@@ -207,7 +210,7 @@ class Recipe(Schema):
     save_steps: PositiveInt = key(1000, "a checkpoint every so many steps under save_strategy: steps", "")
     save_total_limit: PositiveInt | None = key(4, "keep the newest so many checkpoints; null: all", "")
     keep_trainer_state: PositiveInt | None = key(
-        2, "only the newest so many checkpoints keep what resuming needs, 8 to 12 bytes a weight; null: all", ""
+        2, "only the newest so many checkpoints keep what resuming needs, 4 to 12 bytes a weight; null: all", ""
     )
     save_only_model: bool = key(False, "checkpoints of the model alone, from which no run can go on", "")
     sample_replies: NonNegativeInt = key(

@@ -49,13 +49,14 @@ def describe_run(engine: Engine, dtype: torch.dtype, mix: Mix, recipe: Recipe, t
 
     parameters = sum(parameter.numel() for parameter in engine.model.parameters())
     processes, note = accelerator.num_processes, ""
+    moments = "Adam's moments in bf16, " if recipe.optimizer_state_dtype == "bf16" else ""
     accumulated, given = accumulation_steps(recipe, processes), "gradient_accumulation_steps" in recipe.model_fields_set
     if recipe.global_batch_size is not None and given and accumulated != recipe.gradient_accumulation_steps:
         note = f" (by global_batch_size; gradient_accumulation_steps = {recipe.gradient_accumulation_steps} yields)"
     if recipe.packing:
         print(describe_packing(mix, recipe, processes))
     print(
-        f"{parameters:,} parameters, {str(dtype).removeprefix('torch.')}, "
+        f"{parameters:,} parameters, {str(dtype).removeprefix('torch.')}, {moments}"
         f"{'alone' if processes == 1 and kind == 'NO' else kind} on {accelerator.device.type}\n"
         f"{describe_cut(recipe, processes)} = {describe_step(recipe, processes)}{note}\n"
         f"{steps_per_epoch(mix, recipe, processes):,} steps an epoch, {total_steps:,} in all; the rate rises to "

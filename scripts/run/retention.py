@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from recipe.keys import Recipe
-from training.memory import show_bytes
+from training.memory import moment_bytes, show_bytes
 from utils.errors import UserError
 from utils.files import remove_tree
 from utils.launch import say
@@ -63,11 +63,11 @@ def remove_folder(folder: Path, hidden: str | None = None) -> None:
     remove_tree(folder.rename(hidden))
 
 
-def checkpoint_bytes(num_parameters: int, dtype: torch.dtype, deepspeed: bool) -> tuple[int, int]:
+def checkpoint_bytes(recipe: Recipe, num_parameters: int, dtype: torch.dtype, deepspeed: bool) -> tuple[int, int]:
     """Bytes of a checkpoint: its model, and its trainer_state (Adam's moments, and the fp32 weights if the model has
     none: training/optimizer_state.py)."""
     half = deepspeed and dtype != torch.float32
-    return num_parameters * (2 if half else 4), num_parameters * (12 if half else 8)
+    return num_parameters * (2 if half else 4), num_parameters * (12 if half else moment_bytes(recipe))
 
 
 def disk_peak(recipe: Recipe, model: int, state: int, epoch_steps: int, total_steps: int, start_step: int = 0) -> int:
@@ -122,7 +122,7 @@ def check_disk(
     Raises:
         UserError: the disk of output_dir has less.
     """
-    model, state = checkpoint_bytes(num_parameters, dtype, deepspeed)
+    model, state = checkpoint_bytes(recipe, num_parameters, dtype, deepspeed)
     state = 0 if recipe.save_only_model else state
     peak = disk_peak(recipe, model, state, epoch_steps, total_steps, start_step)
     folder = next(path for path in (recipe.output_dir, *recipe.output_dir.absolute().parents) if path.exists())

@@ -66,8 +66,13 @@ def fill_config(
     where it is not known yet, as in a dry run by epochs.
 
     Raises: UserError for a key or value that sft.py cannot run with, a fixed value that contradicts the recipe (both
-        are named).
+        are named), or moments that are not in fp32.
     """
+    if recipe.optimizer_state_dtype != "fp32":
+        raise UserError(
+            f"optimizer_state_dtype = {recipe.optimizer_state_dtype}: {source}: DeepSpeed's optimizer keeps Adam's "
+            "moments in fp32, and shares them among the processes: give fp32, or train without DeepSpeed"
+        )
     config = copy.deepcopy(config)
     check_keys(config, source)
     # By micro_batch_tokens steps have different numbers of micro-batches; the engine is told the most. It only divides

@@ -118,6 +118,8 @@ def prepare_engine(
     """The model's loss, AdamW and the learning rate's curve, as `accelerator` runs them."""
     deepspeed = accelerator.state.deepspeed_plugin is not None
     model = ScoredLoss(language_model, recipe).train()
+    if not deepspeed:
+        model.to(accelerator.device)
     optimizer, scheduler = make_optimizer(model, recipe, total_steps, deepspeed)
     if deepspeed:
         model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)

@@ -8,6 +8,8 @@ for a product that adds to the sum itself, and 6 a step for one cast.
 import torch
 import torch.nn.functional as F
 
+from training.adamw import AdamW
+
 
 class HalfLinear(torch.nn.Linear):
     """An `nn.Linear` of fp32 weights that computes under autocast as `HalfWeights` has prepared it; else as ever."""
@@ -38,21 +40,26 @@ class HalfWeights:
         Args:
             model: on its device, in fp32. Its `nn.Linear`s become `HalfLinear`s where they are trained; what is
                 saved of it stays as it is.
+            optimizer: whose steps bring them up to date; ours writes them itself.
             dtype: fp16 or bf16.
         """
         linear = (layer for layer in model.modules() if type(layer) is torch.nn.Linear)
         self.layers = [layer for layer in linear if layer.weight.requires_grad]
+        self.copies = {layer.weight: layer.weight.detach().to(dtype) for layer in self.layers}
         for layer in self.layers:
             layer.__class__ = HalfLinear
             # No buffers: in no file, and moved by nobody.
-            layer.half_weight = layer.weight.detach().to(dtype)
-        optimizer.register_step_post_hook(lambda *_: self.refresh())
+            layer.half_weight = self.copies[layer.weight]
+        if isinstance(optimizer, AdamW):
+            optimizer.copies = self.copies
+        else:
+            optimizer.register_step_post_hook(lambda *_: self.refresh())
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Cast anew: the weights have changed. The fused AdamW leaves no trace of it in their version numbers."""
-        if self.layers:
-            torch._foreach_copy_([layer.half_weight for layer in self.layers], [layer.weight for layer in self.layers])
+        if self.copies:
+            torch._foreach_copy_([*self.copies.values()], [*self.copies])
 
 
 def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:

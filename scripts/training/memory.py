@@ -60,11 +60,11 @@ def estimate_memory(
     }
     if zero is None:
         # DDP copies gradients into its buckets (gradient_as_bucket_view is off in Accelerate); autocast keeps copies of
-        # the matrices in half precision through the forward pass. Fused AdamW makes no copy of anything.
+        # the matrices in half precision through the forward pass. AdamW makes no copy of anything.
         return {
             "weights": num_parameters * (4 if element == 4 else 6),
             "gradients": num_parameters * (8 if num_processes > 1 else 4),
-            "optimizer": num_parameters * 8,
+            "optimizer": num_parameters * moment_bytes(recipe),
             "step": 0,
             **held,
         }
@@ -83,6 +83,11 @@ def estimate_memory(
         "step": 0 if offloaded else shard * 4,  # the gradients in fp32
         **held,
     }
+
+
+def moment_bytes(recipe: Recipe) -> int:
+    """Bytes of Adam's two moments of a parameter, without DeepSpeed."""
+    return 4 if recipe.optimizer_state_dtype == "bf16" else 8
 
 
 def _activations_per_token(
@@ -128,7 +133,7 @@ def check_memory(
     UserError when weights, gradients and optimizer alone are."""
     gpu, processes, local = has_gpu(), num_processes(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
-    def need(count: int, zero: dict[str, Any] | None) -> tuple[dict[str, int], int, int]:
+    def need(count: int, zero: dict[str, Any] | None, recipe: Recipe = recipe) -> tuple[dict[str, int], int, int]:
         """The estimate; of it what is always there, and the peak."""
         parts = estimate_memory(recipe, config, num_parameters, count, zero, dtype, shape, gpu)
         parts = {name: size * (1 if gpu else local) for name, size in parts.items()}
@@ -157,7 +162,11 @@ def check_memory(
         sizes = (2, 4, 8, 16, 32, 64) if gpu else ()
         if counts := [count for count in sizes if need(count, zero or {"stage": 2})[2] < memory]:
             with_zero = "" if zero else " and deepspeed_config: ds_configs/zero2.json"
+            with_zero += "" if recipe.optimizer_state_dtype == "fp32" else " with optimizer_state_dtype: fp32"
             remedy = f"{counts[0]} such GPUs{with_zero} would hold it"
+        smaller = recipe.model_copy(update={"optimizer_state_dtype": "bf16"})
+        if zero is None and smaller != recipe and need(processes, zero, smaller)[2] < memory:
+            remedy = f"optimizer_state_dtype: bf16 would make it fit; or {remedy}"
         raise UserError(
             f"model_name = {recipe.model_name}: {'' if gpu else 'no GPU here, and '}training "
             f"{num_parameters / 1e9:.1f} billion parameters takes {show_bytes(resident)} for weights, gradients and "
@@ -165,6 +174,8 @@ def check_memory(
         )
     if peak > memory:
         remedies = [] if recipe.gradient_checkpointing else ["gradient_checkpointing: true"]
+        if zero is None and recipe.optimizer_state_dtype == "fp32":
+            remedies.append("optimizer_state_dtype: bf16")
         if recipe.micro_batch_tokens is not None:
             remedies.append("a smaller micro_batch_tokens (max_length at the least)")
         elif recipe.per_device_train_batch_size > 1:

@@ -2,7 +2,8 @@
 
 Adam's moments (and the fp32 weights, where the model itself is kept in half precision) are stored by parameter, as flat
 fragments: a whole parameter without ZeRO, the part that a process owns with it. So it does not matter who wrote them:
-a run goes on with another number of processes, with or without ZeRO, each process reading what it needs. Here a
+a run goes on with another number of processes, with or without ZeRO, each process reading what it needs; or with
+moments in another dtype, since those in bf16 are stored as they are, and read into what the optimizer has. Here a
 parameter has its name in memory; in the model's own files it has the name, and the cut, that transformers gives it.
 (DeepSpeed's own checkpoints are pickles, and its engine refuses another number of processes: 0.19.8, engine.py.)
 """
@@ -23,9 +24,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from training.adamw import MOMENTS, allocate_state
 from utils.errors import UserError
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 # Bytes of a file of fragments. On a GPU that much is copied to the host at a time; CPU tensors are written in place.
 PART_BYTES = 2 * 2**30
 
@@ -36,22 +37,13 @@ class Fragment:
 
     name: str
     start: int  # its first element in the flattened parameter
-    # `weights` (the fp32 weights that the optimizer updates), `exp_avg` and `exp_avg_sq`: flat views, fp32 [elements]
+    # Flat views [elements]: `weights` (which the optimizer updates) in fp32, `exp_avg` and `exp_avg_sq` as it has them
     tensors: dict[str, torch.Tensor]
 
 
 def allocate_moments(accelerator: Accelerator, optimizer) -> None:
     """Make Adam's state, zeros at step 0, which the optimizers would make at their first step."""
-    adam = _adam(accelerator, optimizer)
-    for group in adam.param_groups:
-        for parameter in group["params"]:
-            state = adam.state[parameter]
-            if not state:
-                torch_own = isinstance(adam, torch.optim.Adam)  # AdamW among them; DeepSpeed's own count with an int
-                device = parameter.device if group.get("fused") or group.get("capturable") else "cpu"
-                state["step"] = torch.zeros((), dtype=torch.float32, device=device) if torch_own else 0
-                for moment in MOMENTS:
-                    state[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    allocate_state(_adam(accelerator, optimizer))
 
 
 def save_optimizer(folder: Path, accelerator: Accelerator, model: PreTrainedModel, optimizer) -> list[Path]:

@@ -16,7 +16,7 @@ from benchmarking.gpu import Part, all_parts, benchmark_gpu
 from utils.errors import UserError
 
 # Left out below: the same code as another part's, with other numbers.
-SAME = ("mixed lengths", "sft.py, fp16", "again")
+SAME = ("mixed lengths", "in twos", "sft.py, fp16", "again")
 
 
 PREDICTION = "roofline at these rates"  # comes last, from the others' figures
@@ -45,6 +45,9 @@ def test_the_rehearsal_runs_every_kind_of_part(tmp_path, monkeypatch):
             assert "there is no GPU" in errors, label
             continue
         assert errors["gradients"] < (1e-5 if "float32" in label else 3e-2), label
+    for name, errors in figures["AdamW"].items():
+        assert errors["weights"] < (1e-2 if "bf16" in name else 1e-5), name
+        assert errors["exp_avg_sq"] < (1e-2 if "bf16" in name else 1e-5), name
     runs = [own for name, own in figures.items() if name.startswith("sft.py")]
     assert len(runs) == 2
     for run in runs:

@@ -27,6 +27,8 @@ PATHS = {
     "checkpointing": ({"gradient_checkpointing": True}, VARLEN),
     "checkpointing, sdpa": ({"gradient_checkpointing": True, "attn_implementation": "sdpa"}, CUDNN),
     "compiled": ({"torch_compile": True}, VARLEN),
+    "moments in bf16": ({"optimizer_state_dtype": "bf16"}, VARLEN),
+    "moments in bf16 without kernels": ({"optimizer_state_dtype": "bf16", "put": (rehearsal.no_kernels,)}, VARLEN),
     "sdpa": ({"attn_implementation": "sdpa"}, CUDNN),
     "padded": (PADDED, CUDNN),
     "padded, fp32": (PADDED | {"dtype": "fp32"}, EFFICIENT),
@@ -54,7 +56,10 @@ def test_a_path_runs_through(path):
     kernels = Counter(each.name for each in step.operations if each.kind == "attention" and not each.backward)
     assert kernels.keys() == {kernel}
     names = Counter(each.name for each in step.operations)
-    assert names["_fused_adamw_.default"] == 2  # for weights with decay, and without
+    # For weights with decay and without, and of those with decay the ones that have copies.
+    own, theirs = names["adamw.update.default"], names["_fused_adamw_.default"]
+    kernels_of_ours = 0 if "without kernels" in path else 2 if dtype == torch.float32 else 3
+    assert (own, theirs) == (kernels_of_ours, 0)
     assert names["_amp_foreach_non_finite_check_and_unscale_.default"] == (dtype == torch.float16)
     assert sum(each.layer is not None for each in step.operations) > 0 or "torch_compile" not in keys
     if path == "Liger's loss":

@@ -569,6 +569,13 @@ def test_disk_is_refused_with_the_keys_that_help(tmp_path, capsys):
         check_disk(recipe, 10**16, torch.float32, False, 10, 100)
 
 
+def test_moments_in_bf16_take_half_of_the_disk_but_not_under_deepspeed():
+    def of(deepspeed: bool, **keys) -> int:
+        return checkpoint_bytes(make_recipe(**keys), 1000, torch.bfloat16, deepspeed)[1]
+
+    assert (of(False), of(False, optimizer_state_dtype="bf16"), of(True)) == (8000, 4000, 12000)
+
+
 @pytest.mark.parametrize("how", ["python", "zero2x2"])
 def test_a_checkpoint_has_the_size_that_was_announced(run_sft, how):
     """fp32 alone; under ZeRO-2 in bf16, cut over two processes."""
@@ -579,7 +586,7 @@ def test_a_checkpoint_has_the_size_that_was_announced(run_sft, how):
     run = run_sft("recipes/demo.yaml", *keys, launch=how)
     folder = run.output_dir / "checkpoint-1"
     parameters = count(AutoConfig.from_pretrained(folder))
-    model, state = checkpoint_bytes(parameters, dtype, how == "zero2x2")
+    model, state = checkpoint_bytes(load_recipe(run.output_dir / "recipe.yaml"), parameters, dtype, how == "zero2x2")
     assert sum(path.stat().st_size for path in folder.glob("*.safetensors")) == pytest.approx(model, rel=0.02)
     written = sum(path.stat().st_size for path in (folder / "trainer_state").glob("*.safetensors"))
     assert written == pytest.approx(state, rel=0.02)

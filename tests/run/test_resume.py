@@ -241,6 +241,32 @@ def test_two_processes(tmp_path, recipe, launch, cut, batches):
     assert_same_end(output, tmp_path / "whole")
 
 
+def test_moments_in_bf16_go_on_bit_for_bit_and_in_fp32_where_that_is_allowed(tmp_path, recipe):
+    keys = ("--max_steps", 8, "--optimizer_state_dtype")
+    assert run_here(recipe, *keys, "bf16", output_dir=tmp_path / "whole").returncode == 0
+    assert run_here(recipe, *keys, "bf16", output_dir=tmp_path / "bf16", steps=3).returncode == 75
+    shutil.copytree(tmp_path / "bf16", tmp_path / "fp32")
+    run = run_here(recipe, *keys, "bf16", output_dir=tmp_path / "bf16")
+    assert run.returncode == 0, run.stderr
+    assert "Adam's moments in bf16" in run.stdout
+    assert_same_end(tmp_path / "bf16", tmp_path / "whole")
+
+    run = run_here(recipe, *keys, "fp32", output_dir=tmp_path / "fp32")
+    assert run.returncode == 2
+    assert "optimizer_state_dtype: bf16 then, fp32 now" in run.stderr
+    run = run_here(recipe, *keys, "fp32", "--allow_changes", output_dir=tmp_path / "fp32", steps=2)
+    assert run.returncode == 75, run.stderr
+    assert run_here(recipe, *keys, "bf16", "--allow_changes", output_dir=tmp_path / "fp32").returncode == 0
+    stored = {
+        step: load_file(tmp_path / "fp32" / f"checkpoint-{step}" / "trainer_state" / "optimizer-00000-000.safetensors")
+        for step in (3, 5)
+    }
+    dtypes = {step: {tensor.dtype for tensor in tensors.values()} for step, tensors in stored.items()}
+    assert dtypes == {3: {torch.bfloat16}, 5: {torch.float32}}
+    losses = [[line["loss"] for line in metrics(tmp_path / name) if "loss" in line] for name in ("fp32", "whole")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
 # ---- another number of processes ----
 
 
@@ -455,6 +481,7 @@ def make(recipe: Path, **keys):
             {"loss_normalization": "micro_batch", "global_batch_size": 8, "per_device_train_batch_size": 4},
             ["global_batch_size: None then, 8 now", "per_device_train_batch_size: 2 then, 4 now"],
         ),
+        ({}, {"optimizer_state_dtype": "bf16"}, ["optimizer_state_dtype: fp32 then, bf16 now"]),
         ({}, {"rng_seed": 3, "dtype": "bf16"}, ["dtype: fp32 then, bf16 now", "rng_seed: 2703368087 then, 3 now"]),
         (
             {},

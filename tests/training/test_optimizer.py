@@ -8,6 +8,7 @@ from mixes import scored_loss
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from recipe.keys import Recipe
+from training.adamw import AdamW, update_by_kernel, update_by_operations
 from training.optimizer import make_optimizer, parameter_groups, set_schedule, warmup_decay
 
 PEAK = 3e-4
@@ -106,6 +107,23 @@ def test_adamw_has_the_recipes_numbers():
     for group in optimizer.param_groups:
         assert (group["betas"], group["eps"], group["initial_lr"]) == ((0.8, 0.97), 1e-7, PEAK)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+
+
+@pytest.mark.parametrize("moments", ["fp32", "bf16"])
+@pytest.mark.parametrize("why", [None, "no C compiler"])
+def test_the_kernel_where_it_runs_else_operations_where_they_have_to(moments, why, monkeypatch, capsys):
+    """On the device without memory in the GPU's place."""
+    monkeypatch.setattr("training.optimizer.why_no_kernels", lambda device: why)
+    model = torch.nn.Linear(2, 2)
+    monkeypatch.setattr(model, "parameters", lambda: iter([SimpleNamespace(device=torch.device("cuda"))]))
+    monkeypatch.setattr("training.optimizer.parameter_groups", lambda *_: [{"params": [model.weight]}])
+    optimizer, _ = make_optimizer(model, make_recipe(optimizer_state_dtype=moments, rng_seed=5), 10, False)
+    assert (f"AdamW: not the kernel of training/adamw.py: {why}" in capsys.readouterr().out) == bool(why)
+    assert isinstance(optimizer, AdamW) == (not why or moments == "bf16")
+    if isinstance(optimizer, AdamW):
+        assert optimizer.update is (update_by_operations if why else update_by_kernel)
+        assert optimizer.seed == 5
+        assert optimizer.param_groups[0]["state_dtype"] == {"fp32": torch.float32, "bf16": torch.bfloat16}[moments]
 
 
 def test_the_fused_kernel_computes_adamw():

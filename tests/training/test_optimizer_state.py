@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from training import optimizer_state as trainer_state
+from training.adamw import AdamW
 from training.optimizer_state import (
     MOMENTS,
     Fragment,
@@ -69,6 +70,7 @@ def moments(model: Weights, optimizer) -> dict[str, torch.Tensor]:
     }
 
 
+BF16, FP32 = torch.bfloat16, torch.float32
 SHAPES = [(7, 5), (5,), (3, 2, 4), (1,)]
 
 
@@ -96,6 +98,31 @@ def test_training_goes_on_as_if_nothing_had_been(tmp_path, monkeypatch, part_byt
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
     assert "exp_avg/frozen" not in moments(again, other)
+
+
+@pytest.mark.parametrize("dtypes", [(FP32, BF16), (BF16, FP32), (BF16, BF16)], ids=str)
+def test_moments_are_read_into_another_dtype(tmp_path, dtypes):
+    """Those in bf16 stay what they are; those in fp32 are rounded to the nearest. Files are as large as the moments."""
+    models = [Weights(SHAPES), Weights(SHAPES)]
+    own = [partial(AdamW, rate=1e-2, betas=(0.9, 0.95), epsilon=1e-8, state_dtype=dtype) for dtype in dtypes]
+    (accelerator, optimizer), (_, other) = (
+        prepared(model, lambda parameters, lr, make=make: make([{"params": parameters}]))
+        for model, make in zip(models, own, strict=True)
+    )
+    train(models[0], optimizer, range(3))
+    save_optimizer(tmp_path, accelerator, models[0], optimizer)
+    stored = load_file(tmp_path / "optimizer-00000-000.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {dtypes[0]}
+    load_optimizer(tmp_path, accelerator, models[1], other, steps=3)
+    for name, tensor in moments(models[0], optimizer).items():
+        assert torch.equal(moments(models[1], other)[name], tensor.to(dtypes[1])), name
+    assert {int(state["step"]) for state in other.optimizer.state.values()} == {3}
+    if dtypes == (BF16, BF16):  # and so on, with the same random numbers
+        models[1].load_state_dict(models[0].state_dict())
+        for model, each in zip(models, (optimizer, other), strict=True):
+            train(model, each, range(3, 6))
+        assert all(map(torch.equal, models[0].state_dict().values(), models[1].state_dict().values()))
+        assert all(map(torch.equal, moments(models[0], optimizer).values(), moments(models[1], other).values()))
 
 
 def test_allocated_moments_are_those_of_the_first_step():

@@ -18,6 +18,8 @@ A reply depends on the conversation, the settings and the seed, which counts on 
 otherwise: 0.0.0.0 lets in whoever can reach it, without a password.
 """
 
+import errno
+import os
 import socket
 import sys
 
@@ -43,6 +45,8 @@ def arguments():
     parser.add_argument("--host", metavar="ADDRESS", help="with --web: where the page is (127.0.0.1)")
     parser.add_argument("--port", type=positive, metavar="N", help=f"with --web: its port ({PORT})")
     options = parser.parse_args()
+    if options.port is not None and options.port >= 2**16:  # which a look-up of its address takes modulo 65,536
+        raise UserError(f"command line: --port: {options.port} is over 65535")
     for name in ("other", "host", "port"):
         if getattr(options, name) is not None and not options.web:
             raise UserError(f"command line: --{name} is for --web")
@@ -61,7 +65,8 @@ def bind(host: str, port: int) -> socket.socket:
         return socket.create_server(address, family=family)
     except (OSError, OverflowError, UnicodeError) as error:  # taken, a port below 1,024, no such address or name
         remedy = "another --port may be free" if host == "127.0.0.1" else "give another --port or --host"
-        said = getattr(error, "strerror", None) or error
+        is_ours = getattr(error, "errno", None) in errno.errorcode  # the others are of looking a name up
+        said = os.strerror(error.errno) if is_ours else getattr(error, "strerror", None) or error
         raise UserError(f"command line: port {port} of {host} cannot be had: {said}: {remedy}") from None
 
 

@@ -161,7 +161,7 @@ def start_in_terminal(script: str, arguments: list[str], folder: Path) -> tuple[
     fcntl.ioctl(screen, termios.TIOCSWINSZ, struct.pack("4H", 40, 100, 0, 0))
     environment = os.environ | {"TERM": "xterm"}
     files = [_Descriptor(screen)] * 3
-    process = CONTEXT.Process(target=_run, args=(script, arguments, environment, folder, *files))
+    process = CONTEXT.Process(target=_run, args=(script, arguments, environment, folder, *files), daemon=True)
     process.start()
     os.close(screen)
     return process, keyboard
@@ -176,8 +176,8 @@ def _run(script, arguments, environment, folder, stdout, stderr, stdin=None) -> 
         os.setsid()
         fcntl.ioctl(1, termios.TIOCSCTTY, 0)  # Ctrl-C comes to this process
     if stdin is not None:
-        sys.stdin = open(0, encoding="utf-8", closefd=False)  # multiprocessing has closed it
-    sys.stdout.reconfigure(line_buffering=True)
+        sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)  # multiprocessing has closed it
+    sys.stdout = os.fdopen(1, "w", buffering=1, encoding="utf-8", closefd=False)  # of another kind than the server's
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)

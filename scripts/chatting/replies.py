@@ -4,7 +4,7 @@ import queue
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -20,7 +20,7 @@ from evaluation.model import EvaluatedModel
 from utils.errors import UserError
 from utils.launch import has_gpu
 
-HELD_BACK = "\N{REPLACEMENT CHARACTER}"  # at the end of a text: a character of which not all bytes have come yet
+HELD_BACK = "\N{REPLACEMENT CHARACTER}"  # what a part of a character's bytes is decoded as
 
 
 class Stopped(Exception):
@@ -46,7 +46,7 @@ class Talker:
         self.name, self.model, self.tokenizer = name, model, tokenizer
         self.positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="replies")  # one reply at a time
-        self._stop = threading.Event()  # of the reply that is being generated
+        self._stops: list[threading.Event] = []  # of the reply that is being generated
         # Looked at before each layer, since a long prompt is read for as long as a hundred tokens are written.
         for layer in model.modules():
             if type(layer).__name__ in (model._no_split_modules or ()):
@@ -99,25 +99,29 @@ class Talker:
         list(generate(self.model, self.tokenizer, [], settings.for_generate(), 1))
         return settings
 
-    def answer(self, chat: Chat, prompt: Prompt, settings: Settings) -> Iterator[Reply]:
+    def answer(
+        self, chat: Chat, prompt: Prompt, settings: Settings, stop: threading.Event | None = None
+    ) -> Iterator[Reply]:
         """`reply` to the conversation's last message, written into it as it comes: what there is of it stays."""
         turn = chat.turns[-1]
-        with closing(self.reply(prompt, settings)) as replies:
+        with closing(self.reply(prompt, settings, stop)) as replies:
             for reply in replies:
                 turn.reply, turn.ended = reply.text, reply.ended
                 yield reply
 
-    def reply(self, prompt: Prompt, settings: Settings) -> Iterator[Reply]:
+    def reply(self, prompt: Prompt, settings: Settings, stop: threading.Event | None = None) -> Iterator[Reply]:
         """The reply so far, longer each time; at last all of it, as `generate` returns it.
 
-        Closing the iterator, or an exception such as Ctrl-C within it, stops the generation before its next layer.
+        It is stopped, before the model's next layer, by closing the iterator, by an exception within it, such as that
+        of Ctrl-C, and from another thread by `stop`, after which the iterator ends.
 
         Raises: UserError as `generate`.
         """
         tokens: queue.SimpleQueue[int | None] = queue.SimpleQueue()  # None: there will be no more
-        stop = threading.Event()
+        closed = threading.Event()
+        stops = [closed, stop] if stop else [closed]
         chosen = settings.for_generate() | {"max_new_tokens": prompt.max_new_tokens}
-        done = self._thread.submit(self._generate, prompt.ids, chosen, settings.seed, tokens, stop)
+        done = self._thread.submit(self._generate, prompt.ids, chosen, settings.seed, tokens, stops)
         done.add_done_callback(lambda _: tokens.put(None))
         ids: list[int] = []
         try:
@@ -126,29 +130,33 @@ class Talker:
                 if token in self.model.generation_config.eos_token_id:
                     break
                 if tokens.empty():  # else the next has come already: decoding never holds the model up
-                    text = self.tokenizer.decode(ids, skip_special_tokens=False).rstrip(HELD_BACK)
-                    yield Reply(text, len(ids), ended=False)
-            yield done.result()
+                    yield Reply(self.text_so_far(ids), len(ids), ended=False)
+            with suppress(Stopped):
+                yield done.result()
         finally:
-            stop.set()
+            closed.set()
             while not done.done():
                 try:
                     wait([done])
                 except KeyboardInterrupt:  # Ctrl-C twice: it is stopping
                     continue
 
-    def _generate(self, ids, chosen, seed, tokens, stop) -> Reply:
-        self._stop = stop
+    def text_so_far(self, ids: list[int]) -> str:
+        """The text of a reply's first token ids, without a character of which some bytes have yet to come."""
+        return self.tokenizer.decode(ids, skip_special_tokens=False).rstrip(HELD_BACK)
+
+    def _generate(self, ids, chosen, seed, tokens, stops) -> Reply:
+        self._stops = stops
         try:
             self._check()  # nobody may wait for it any more by the time that it begins
             streamer = _Tokens(tokens, self._check)
             ((_, reply),) = generate(self.model, self.tokenizer, [ids], chosen, 1, [seed], streamer)
             return reply
         finally:
-            self._stop = threading.Event()
+            self._stops = []
 
     def _check(self) -> None:
-        if self._stop.is_set():
+        if any(stop.is_set() for stop in self._stops):
             raise Stopped
 
     def as_read(self, ids: list[int]) -> list[tuple[str, bool]]:

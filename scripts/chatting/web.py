@@ -3,9 +3,11 @@
 import html
 import os
 import socket
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,17 +43,28 @@ def serve(talkers: list[Talker], system: str, settings: Settings, listening: soc
     uvicorn.Server(config).run(sockets=[listening])
 
 
-class Page:
-    """The page: a panel for each model, one field for messages to all of them.
+@dataclass
+class Session:
+    """What is kept for a browser tab; the page only shows it."""
 
-    What is said is kept here, in a `Chat` for each model and browser tab; a panel only shows it, as plain text.
-    """
+    chats: list[Chat]  # one for each model
+    read: dict[int, list[int]] = field(default_factory=dict)  # the newest prompts' token ids, by the model's place
+    stop: threading.Event | None = None  # of the newest replies
+
+    def end_replies(self) -> None:
+        """Stop what is being generated, if anything is."""
+        if self.stop:
+            self.stop.set()
+
+
+class Page:
+    """The page: a panel for each model, which shows plain text, and one field for messages to all of them."""
 
     def __init__(self, talkers: list[Talker], system: str, settings: Settings):
         self.talkers, self.settings = talkers, settings
         names = " and ".join(Path(talker.name).name for talker in talkers)
         with gradio.Blocks(title=f"{names} - chat", analytics_enabled=False, fill_height=True) as self.blocks:
-            self.chats = gradio.State([Chat(system) for _ in talkers])
+            self.session = gradio.State(Session([Chat(system) for _ in talkers]))
             with gradio.Row(elem_id="panels"):
                 self.panels = [self._panel(talker) for talker in talkers]
             self.note = gradio.HTML(elem_id="note", visible=False)
@@ -72,15 +85,15 @@ class Page:
                 with gradio.Row():
                     self.fields = [self._field(name) for name in SHOWN_SETTINGS]
                 self.seed = self.fields[SHOWN_SETTINGS.index("seed")]
-            with gradio.Accordion("The prompt as the model reads it", open=False, elem_id="prompts") as prompts:
+            with gradio.Accordion("The prompt as the model reads it", open=False, elem_id="prompts"):
                 self.prompts = [gradio.HTML(elem_classes="prompt") for _ in talkers]
             new = gradio.Button("New conversation", size="sm", elem_id="new")
-            self._connect(prompts, new)
+            self._connect(new)
 
     def _panel(self, talker: Talker) -> gradio.Chatbot:
         return gradio.Chatbot(
             label=talker.name,
-            elem_classes="panel",
+            elem_classes="conversation",
             height="62vh",
             layout="bubble",
             render_markdown=False,
@@ -102,113 +115,115 @@ class Page:
             elem_id=name,
         )
 
-    def _connect(self, prompts: gradio.Accordion, new: gradio.Button) -> None:
+    def _connect(self, new: gradio.Button) -> None:
         """What happens when. Nothing of it is offered as an interface to programs."""
-        said = [self.chats, self.system, *self.fields]
-        shown = [self.chats, self.message, self.note, *self.panels, self.seed]
-        how = {"outputs": shown, "show_progress": "hidden", "api_visibility": "private"}
-        replies = [self.message.submit(self.say, [self.message, *said], **how)]
-        replies += [panel.retry(partial(self.retry, place), said, **how) for place, panel in enumerate(self.panels)]
-        still = how | {"queue": False}
-        self.message.stop(self.stop, self.chats, cancels=replies, **still)
-        new.click(self.reset, self.system, cancels=replies, **still)
-        for panel in self.panels:
-            panel.undo(self.undo, self.chats, **still)
-            panel.clear(self.reset, self.system, cancels=replies, **still)
-        # Made anew whenever it is opened, and after a reply.
-        for event in (prompts.expand, *(reply.then for reply in replies)):
-            event(self.show_prompts, said, self.prompts, show_progress="hidden", api_visibility="private")
+        said = [self.session, self.system, *self.fields]
+        hidden = {"show_progress": "hidden", "api_visibility": "private"}
+        how = hidden | {"outputs": [self.message, self.note, *self.panels, self.seed, *self.prompts]}
+        self.message.submit(self.say, [self.message, *said], **how)
+        for place, panel in enumerate(self.panels):
+            panel.retry(partial(self.retry, place), said, **how)
+            panel.undo(self.undo, self.session, queue=False, **how)
+            panel.clear(self.reset, [self.session, self.system], queue=False, **how)
+        # Not by Gradio's `cancels`, after which a page now and then says "Error" where a reply was.
+        self.message.stop(Session.end_replies, self.session, None, queue=False, **hidden)
+        new.click(self.reset, [self.session, self.system], queue=False, **how)
 
     # ---- Each returns what changes on the page ----
 
-    def say(self, message: str, chats: list[Chat], system: str, *fields: Any) -> Iterator[dict]:
+    def say(self, message: str, session: Session, system: str, *fields: Any) -> Iterator[dict]:
         """Send a message to each model, and show the replies as they come. If that cannot be, it stays in the field."""
         try:
             settings = self._settings(fields)
-            asked = [Chat(system, [*chat.turns]) for chat in chats]
+            asked = [Chat(system, [*chat.turns]) for chat in session.chats]
             for chat in asked:
                 chat.ask(message)
-            yield from self._replies([*range(len(chats))], chats, asked, settings)
+            yield from self._replies(session, [*range(len(asked))], asked, settings)
         except UserError as error:
-            yield self._ready(chats, str(error)) | {self.message: self._entry(False, message)}
+            yield self._ready(session, str(error)) | {self.message: self._entry(False, message)}
 
-    def retry(self, place: int, chats: list[Chat], system: str, *fields: Any) -> Iterator[dict]:
+    def retry(self, place: int, session: Session, system: str, *fields: Any) -> Iterator[dict]:
         """Another reply of one of the models to the last message. If that cannot be, the one before stays."""
         try:
             settings = self._settings(fields)
-            asked = [*chats]
-            asked[place] = Chat(system, [*chats[place].turns])
+            asked = [*session.chats]
+            asked[place] = Chat(system, [*asked[place].turns])
             asked[place].retry()
-            yield from self._replies([place], chats, asked, settings)
+            yield from self._replies(session, [place], asked, settings)
         except UserError as error:
-            yield self._ready(chats, str(error))
+            yield self._ready(session, str(error))
 
-    def stop(self, chats: list[Chat]) -> dict:
-        """Show what has come until now."""
-        return self._ready(chats, "stopped")
-
-    def undo(self, chats: list[Chat]) -> dict:
+    def undo(self, session: Session) -> dict:
         """Take the last message back, with its replies, and put it into the field."""
-        message = [chat.turns.pop().prompt for chat in chats if chat.turns]
-        return self._ready(chats) | ({self.message: self._entry(False, message[-1])} if message else {})
+        session.end_replies()
+        taken = [chat.turns.pop().prompt for chat in session.chats if chat.turns]
+        session.read = {}
+        return self._ready(session) | ({self.message: self._entry(False, taken[-1])} if taken else {})
 
-    def reset(self, system: str) -> dict:
+    def reset(self, session: Session, system: str) -> dict:
         """A new conversation, in which the settings stay."""
-        chats = [Chat(system) for _ in self.talkers]
-        return self._ready(chats) | {self.chats: chats}
-
-    def show_prompts(self, chats: list[Chat], system: str, *fields: Any) -> list:
-        """What each model read before its last reply, its control tokens marked, to tell them from text like them."""
-        shown = []
-        for talker, chat in zip(self.talkers, chats, strict=True):
-            stretches = []
-            if chat.turns:
-                asked = Chat(system, [*chat.turns])
-                asked.retry()
-                with suppress(UserError):  # which the note has said
-                    stretches = talker.as_read(talker.prompt(asked, self._settings(fields)).ids)
-            marked = [
-                f"<mark>{html.escape(text)}</mark>" if control else html.escape(text) for text, control in stretches
-            ]
-            name = f"<b>{html.escape(talker.name)}</b>" if len(self.talkers) > 1 else ""
-            shown.append(f"{name}<pre>{''.join(marked)}</pre>")
-        return shown if len(shown) > 1 else shown[0]
+        session.end_replies()
+        session.chats, session.read = [Chat(system) for _ in self.talkers], {}
+        return self._ready(session)
 
     # ---- What these share ----
 
-    def _replies(self, places: list[int], chats: list[Chat], asked: list[Chat], settings: Settings) -> Iterator[dict]:
-        """The page while models reply, those of `places` at the same time; `chats` become `asked` once they can."""
+    def _replies(self, session: Session, places: list[int], asked: list[Chat], settings: Settings) -> Iterator[dict]:
+        """The page while the models of `places` reply to what is `asked`, which becomes the session's once they can."""
         prompts = {place: self.talkers[place].prompt(asked[place], settings) for place in places}
-        left_out = [self.talkers[place].left_out_note(prompt) for place, prompt in prompts.items() if prompt.left_out]
-        chats[:] = asked
-        yield self._shown(chats, "; ".join(left_out)) | {self.message: self._entry(True, "")}
-        with ExitStack() as stack:
-            streams = {
-                place: stack.enter_context(closing(self.talkers[place].answer(chats[place], prompt, settings)))
-                for place, prompt in prompts.items()
-            }
-            last, shown = {}, 0.0
-            while streams:
-                for place, stream in [*streams.items()]:
-                    if reply := next(stream, None):
-                        last[place] = reply
-                    else:
-                        del streams[place]
-                if streams and time.monotonic() - shown > REFRESH:
-                    yield {self.panels[place]: self._turns(chats[place]) for place in last}
-                    shown = time.monotonic()
-        cut = [self.talkers[place].cut_note(reply, prompts[place]) for place, reply in last.items() if not reply.ended]
-        yield self._ready(chats, "; ".join(left_out + cut)) | {self.seed: str(settings.next_seed().seed)}
+        notes = [self.talkers[place].left_out_note(prompt) for place, prompt in prompts.items() if prompt.left_out]
+        before, session.chats, session.stop = session.chats, asked, threading.Event()
+        session.read |= {place: prompt.ids for place, prompt in prompts.items()}
+        yield self._shown(session, notes) | {self.message: self._entry(True, "")}
+        stop, last, shown = session.stop, {}, 0.0
+        try:
+            with ExitStack() as stack:
+                streams = {}
+                for place, prompt in prompts.items():
+                    stream = self.talkers[place].answer(asked[place], prompt, settings, stop)
+                    streams[place] = stack.enter_context(closing(stream))
+                while streams:
+                    for place, stream in [*streams.items()]:
+                        if reply := next(stream, None):
+                            last[place] = reply
+                        else:
+                            del streams[place]
+                    if streams and time.monotonic() - shown > REFRESH and session.chats is asked:
+                        yield {self.panels[place]: self._turns(asked[place]) for place in last}
+                        shown = time.monotonic()
+        finally:
+            if not last and session.chats is asked:
+                session.chats = before
+            for chat in asked:
+                if chat.turns and chat.turns[-1].reply is None:  # stopped before its first word
+                    chat.turns[-1].reply = ""
+        if stop.is_set():
+            notes.append("stopped")
+        else:
+            notes += [self.talkers[at].cut_note(reply, prompts[at]) for at, reply in last.items() if not reply.ended]
+        back = {} if last else {self.message: self._entry(False, asked[places[0]].turns[-1].prompt)}
+        yield self._ready(session, *notes) | {self.seed: str(settings.next_seed().seed)} | back
 
-    def _ready(self, chats: list[Chat], note: str = "") -> dict:
-        """The page when no model replies. A message without any reply goes back into the field."""
-        unanswered = [chat.turns.pop().prompt for chat in chats if chat.turns and chat.turns[-1].reply is None]
-        entry = self._entry(False, unanswered[0]) if len(unanswered) == len(chats) else self._entry(False)
-        return self._shown(chats, note) | {self.message: entry}
+    def _ready(self, session: Session, *notes: str) -> dict:
+        """The page when no model replies."""
+        return self._shown(session, notes) | {self.message: self._entry(False)}
 
-    def _shown(self, chats: list[Chat], note: str) -> dict:
-        views = {panel: self._turns(chat) for panel, chat in zip(self.panels, chats, strict=True)}
-        return views | {self.note: gradio.HTML(html.escape(note), visible=bool(note))}
+    def _shown(self, session: Session, notes: Iterable[str]) -> dict:
+        shown = {panel: self._turns(chat) for panel, chat in zip(self.panels, session.chats, strict=True)}
+        shown |= {prompt: self._prompt(session, place) for place, prompt in enumerate(self.prompts)}
+        note = "; ".join(notes)
+        return shown | {self.note: gradio.HTML(html.escape(note), visible=bool(note))}
+
+    def _prompt(self, session: Session, place: int) -> str:
+        """What a model read before its last reply, its control tokens marked, to tell them from text that looks like
+        them."""
+        talker = self.talkers[place]
+        stretches = [
+            (html.escape(text), is_control) for text, is_control in talker.as_read(session.read.get(place, []))
+        ]
+        marked = [f"<mark>{text}</mark>" if is_control else text for text, is_control in stretches]
+        name = f"<b>{html.escape(talker.name)}</b>" if len(self.talkers) > 1 else ""
+        return f"{name}<pre>{''.join(marked)}</pre>"
 
     def _turns(self, chat: Chat) -> list[dict]:
         """The turns as a panel takes them. What looks like HTML is escaped: a panel makes HTML of it even without

@@ -73,6 +73,7 @@ def bind(host: str, port: int) -> socket.socket:
 if __name__ == "__main__":
     with one_line_errors():
         OPTIONS = arguments()
+        require("prompt_toolkit")
         CHECKPOINTS = [find_model(name) for name in (OPTIONS.checkpoint, OPTIONS.other) if name is not None]
         if OPTIONS.web:
             require("gradio", "requirements-web.txt")

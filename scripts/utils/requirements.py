@@ -10,8 +10,9 @@ from pathlib import Path
 from utils.errors import UserError
 
 REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements.txt"
-# Imported by what uses them alone, which asks with `require`: an engine, a metric, a log; or does without: fastokens.
-WHERE_USED = ("deepspeed", "datasets", "evaluate", "wandb", "fastokens")
+# Imported by what uses them alone, which asks with `require`: an engine, a metric, a log, a keyboard; or does without:
+# fastokens.
+WHERE_USED = ("deepspeed", "datasets", "evaluate", "wandb", "prompt_toolkit", "fastokens")
 
 
 def unmet(requirements: Path = REQUIREMENTS) -> list[str]:

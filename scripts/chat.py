@@ -87,6 +87,8 @@ from utils.launch import set_up_process
 
 def main(options, checkpoints) -> None:
     chat, at_keyboard = Chat(options.system), bool(sys.stdin and sys.stdin.isatty())
+    if not options.web and sys.stdout is None:  # `>&-`
+        raise UserError("standard output is closed: there is no place for a reply")
     if not options.web and not at_keyboard:
         chat.ask(read_pipe())
     set_up_process()

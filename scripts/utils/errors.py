@@ -44,8 +44,9 @@ def one_line_errors():
         tqdm = sys.modules.get("tqdm")
         write = tqdm.tqdm.write if tqdm else print  # not behind a progress bar
         write(line, file=sys.stderr)
-    sys.stderr.flush()
-    sys.stdout.flush()
+    for stream in (sys.stderr, sys.stdout):
+        if stream:  # None where the shell has closed it, by `>&-`
+            stream.flush()
     # Without a traceback and without waiting for the other processes, which may stand in a collective.
     raise SystemExit(status)
 

@@ -201,6 +201,12 @@ def test_the_users_own_command(checkpoint):
     assert run.stderr == "the reply was cut after 5 tokens: max_new_tokens\n"
 
 
+def test_nowhere_to_write_to(checkpoint):
+    command = f"echo hi | {sys.executable} {SCRIPT} {checkpoint} >&-"
+    run = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (2, "error: standard output is closed: there is no place for a reply\n")
+
+
 def test_what_a_model_writes_does_not_act_on_the_terminal(checkpoint):
     """At a temperature at which all tokens are as likely, control characters are among them."""
     how = ["--temperature", "100", "--top_p", "off", "--max_new_tokens", "400", "--min_new_tokens", "400"]

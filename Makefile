@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Not compiled ahead: Python compiles the tenth of it that is imported, which takes a third of the time.
 INSTALL := $(BIN)/python -m pip install -q --no-compile -c constraints.txt
 
-.PHONY: help install demo test test-kernels test-transformers4 soak fuzz lint
+.PHONY: help install demo chat test test-kernels test-transformers4 soak fuzz lint
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 22
@@ -14,6 +14,13 @@ install: .venv/installed  ## what the scripts need, into .venv
 demo: .venv/installed  ## train the tiny demo model and see it reply
 	rm -rf demo_output
 	$(BIN)/accelerate launch scripts/sft.py recipes/demo.yaml
+	@echo "or: make chat"
+
+chat: .venv/installed | demo_output/config.json  ## talk to the demo's model
+	$(BIN)/python scripts/chat.py demo_output
+
+demo_output/config.json:
+	$(MAKE) demo
 
 test: .venv/tests lint  ## everything, two tests at a time
 	$(BIN)/python -m pytest -q -n 2
@@ -39,8 +46,8 @@ lint: .venv/tests  ## ruff's checks and its formatting
 	$(INSTALL) -r requirements.txt
 	touch $@
 
-.venv/tests: .venv/installed requirements-eval.txt requirements-dev.txt
-	$(INSTALL) -r requirements-eval.txt -r requirements-dev.txt
+.venv/tests: .venv/installed requirements-eval.txt requirements-web.txt requirements-dev.txt
+	$(INSTALL) -r requirements-eval.txt -r requirements-web.txt -r requirements-dev.txt
 	touch $@
 
 .venv/liger: | .venv/installed

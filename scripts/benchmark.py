@@ -8,6 +8,7 @@
     python scripts/benchmark.py attention [--gpu 3b] [--layers 16] [--json FILE]
     python scripts/benchmark.py gpu --out DIR [--minutes 8] [--rehearse]
     python scripts/benchmark.py roofline --gpu 3b [--tokens 4096] [--layers 16] [--json FILE]
+    python scripts/benchmark.py chat CHECKPOINT [--rounds 3] [--json FILE]
     [accelerate launch ...] scripts/benchmark.py balance RECIPE [--json FILE] [--key value ...]
 
 `data`: tokens and conversations a second of a cold preparation, and the seconds of a start that finds it done, next to
@@ -33,6 +34,9 @@ each part. --rehearse does all of it on a CPU, with tiny shapes.
 `roofline`: without a GPU, the milliseconds of a step of a StableLM shape on an H100 that reaches given rates, by part,
 tokens a second, MFU and peak memory, from a trace of the real step; for each setting of a recipe that changes them.
 
+`chat`: seconds to the first token and tokens a second of chat.py's replies, next to a bare `generate` for the same
+prompt.
+
 `balance`: tokens of a micro-batch, and the share of their time that 1, 2, 4 and 8 processes wait for the slowest, with
 a recipe's steps cut by conversations and by tokens (micro_batch_tokens), counted from its plan. Where a launcher starts
 several processes, the time of 12 steps of the small model of `train` on them, by either cut in turn.
@@ -46,6 +50,7 @@ import json
 import os
 from pathlib import Path
 
+from evaluation.model import find_model
 from recipe.command_line import parse_with_recipe, recipe_parser
 from recipe.keys import Recipe
 from recipe.load import load_recipe
@@ -54,13 +59,13 @@ from utils.errors import UserError, one_line_errors
 
 # What each option is for, and its value where none is given.
 TAKEN_BY = {
-    "rounds": ("data", "train", "scaling"),
+    "rounds": ("data", "train", "scaling", "chat"),
     "conversations": ("train",),
     "gpu": ("train", "scaling", "attention", "roofline"),
     "layers": ("train", "scaling", "attention", "roofline"),
     "tokens": ("roofline",),
     "plot": ("scaling",),
-    "json": ("data", "train", "scaling", "attention", "roofline", "balance"),
+    "json": ("data", "train", "scaling", "attention", "roofline", "chat", "balance"),
     "out": ("gpu",),
     "minutes": ("gpu",),
     "rehearse": ("gpu",),
@@ -86,7 +91,9 @@ def main() -> None:
     recipe = None
     if options.what in ("data", "balance") or (options.what == "train" and not options.gpu):
         recipe = load_recipe(recipe_file, overrides)
-    elif recipe_file or overrides:
+    elif options.what == "chat" and recipe_file and not overrides:
+        options.checkpoint = find_model(recipe_file).name
+    elif options.what != "chat" and (recipe_file or overrides):
         raise UserError(f"command line: {options.what} takes no {recipe_file or '--' + next(iter(overrides))}")
     check_options(options)
     result = BENCHMARKS[options.what](options, recipe)
@@ -106,6 +113,8 @@ def check_options(options: argparse.Namespace) -> None:
         raise UserError(f"command line: --json {options.json}: there is no folder {options.json.parent}")
     if options.what == "roofline" and not options.gpu:
         raise UserError("command line: roofline needs --gpu 3b or 7b")
+    if options.what == "chat" and not hasattr(options, "checkpoint"):
+        raise UserError("command line: chat needs a CHECKPOINT, and takes no keys")
     if options.what == "gpu" and not options.out:
         raise UserError("command line: gpu needs --out DIR")
     for name, value in DEFAULTS.items():
@@ -183,6 +192,13 @@ def roofline(options: argparse.Namespace, _):
     return roofline_table(figures), figures
 
 
+def chat(options: argparse.Namespace, _):
+    from benchmarking.chat import benchmark_chat, chat_table
+
+    figures = benchmark_chat(options.checkpoint, options.rounds)
+    return chat_table(figures), {"figures": figures}
+
+
 def balance(options: argparse.Namespace, recipe: Recipe):
     from benchmarking.balance import balance_table, benchmark_balance, measure_balance, measured_table
     from utils.launch import num_processes
@@ -192,7 +208,7 @@ def balance(options: argparse.Namespace, recipe: Recipe):
     return (measured_table if several else balance_table)(figures), {"figures": figures}
 
 
-BENCHMARKS = {each.__name__: each for each in (data, train, scaling, attention, gpu, roofline, balance)}
+BENCHMARKS = {each.__name__: each for each in (data, train, scaling, attention, gpu, roofline, chat, balance)}
 
 if __name__ == "__main__":
     with one_line_errors():

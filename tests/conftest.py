@@ -86,6 +86,7 @@ def run_script(
     env: dict | None = None,
     script: str = "scripts/sft.py",
     real: bool = False,
+    stdin: bytes = b"",
 ) -> Run:
     """Run a script with no hub; unless `check` is off it has to succeed.
 
@@ -100,7 +101,7 @@ def run_script(
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", **(env or {})}
         process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     else:
-        process = run_forked(launcher_options(launch), script, arguments, ROOT)
+        process = run_forked(launcher_options(launch), script, arguments, ROOT, stdin)
     if check and process.returncode:
         pytest.fail(f"{script} {' '.join(arguments)}\n{process.stdout[-3000:]}\n{process.stderr[-6000:]}")
     return Run(process, output_dir)

@@ -6,12 +6,16 @@ it does beyond that (watching processes, passing signals on) is left to the test
 """
 
 import atexit
+import fcntl
 import multiprocessing
 import os
+import pty
 import runpy
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 from collections.abc import Callable
 from functools import cache
@@ -27,15 +31,17 @@ GRACE = 30.0  # seconds from SIGTERM to SIGKILL, once one of several has failed
 
 
 def run_forked(
-    launcher: list[str] | None, script: str, arguments: list[str], folder: Path
+    launcher: list[str] | None, script: str, arguments: list[str], folder: Path, stdin: bytes = b""
 ) -> subprocess.CompletedProcess:
     """Run a script as `python SCRIPT` or `accelerate launch ... SCRIPT` would, within `folder`.
 
     Args:
         launcher: what follows `accelerate launch`; None for a process without it.
     """
-    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
-        processes = start_forked(launcher, script, arguments, folder, {}, stdout, stderr)
+    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr, tempfile.TemporaryFile() as given:
+        given.write(stdin)
+        given.seek(0)
+        processes = start_forked(launcher, script, arguments, folder, {}, stdout, stderr, given)
         wait_for_all(processes, SECONDS)
         said = []
         for file in (stdout, stderr):
@@ -69,9 +75,16 @@ def _call(sending, function: Callable, arguments: tuple, keywords: dict) -> None
 
 
 def start_forked(
-    launcher: list[str] | None, script: str, arguments: list[str], folder: Path, env: dict[str, str], stdout, stderr
+    launcher: list[str] | None,
+    script: str,
+    arguments: list[str],
+    folder: Path,
+    env: dict[str, str],
+    stdout,
+    stderr,
+    stdin=None,
 ) -> list[multiprocessing.Process]:
-    """The processes of a script, writing to these files.
+    """The processes of a script, writing to these files and reading from that one.
 
     Args:
         env: further variables; those that are read when a library is imported come too late.
@@ -80,7 +93,7 @@ def start_forked(
     environments = [dict(os.environ)] if launcher is None else _environments(launcher, script)
     processes = []
     for environment in environments:
-        files = [_Descriptor(file) for file in (stdout, stderr)]
+        files = [_Descriptor(file) for file in ((stdout, stderr) if stdin is None else (stdout, stderr, stdin))]
         processes.append(CONTEXT.Process(target=_run, args=(script, arguments, environment | env, folder, *files)))
         processes[-1].start()
     return processes
@@ -134,18 +147,37 @@ class _Descriptor:
         self.file = file
 
     def __reduce__(self):
-        return _detached, (reduction.DupFd(self.file.fileno()),)
+        return _detached, (reduction.DupFd(self.file if isinstance(self.file, int) else self.file.fileno()),)
 
 
 def _detached(duplicate) -> int:
     return duplicate.detach()
 
 
-def _run(script, arguments, environment, folder, stdout, stderr) -> None:
+def start_in_terminal(script: str, arguments: list[str], folder: Path) -> tuple[multiprocessing.Process, int]:
+    """A script in a terminal of its own, 100 columns wide: its process, and the keyboard and screen of the terminal."""
+    _start_server()
+    keyboard, screen = pty.openpty()
+    fcntl.ioctl(screen, termios.TIOCSWINSZ, struct.pack("4H", 40, 100, 0, 0))
+    environment = os.environ | {"TERM": "xterm"}
+    files = [_Descriptor(screen)] * 3
+    process = CONTEXT.Process(target=_run, args=(script, arguments, environment, folder, *files), daemon=True)
+    process.start()
+    os.close(screen)
+    return process, keyboard
+
+
+def _run(script, arguments, environment, folder, stdout, stderr, stdin=None) -> None:
     """In the forked process: become the script."""
-    for file, descriptor in ((stdout, 1), (stderr, 2)):
-        os.dup2(file, descriptor)
-    sys.stdout.reconfigure(line_buffering=True)
+    for file, descriptor in ((stdout, 1), (stderr, 2), (stdin, 0)):
+        if file is not None:
+            os.dup2(file, descriptor)
+    if os.isatty(1):
+        os.setsid()
+        fcntl.ioctl(1, termios.TIOCSCTTY, 0)  # Ctrl-C comes to this process
+    if stdin is not None:
+        sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)  # multiprocessing has closed it
+    sys.stdout = os.fdopen(1, "w", buffering=1, encoding="utf-8", closefd=False)  # of another kind than the server's
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)

@@ -8,6 +8,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
+from checkpoints import save_chat_model
 from conftest import ROOT, run_script
 from mixes import make_recipe
 
@@ -108,6 +109,8 @@ def test_our_contender_under_bf16_and_gradient_checkpointing():
     [
         (["train", "--gpu", "9b"], "9b"),
         (["scaling", "recipes/demo.yaml"], "takes no recipes/demo.yaml"),
+        (["chat"], "chat needs a CHECKPOINT"),
+        (["chat", "no/such/folder"], "no/such/folder: no such folder"),
         (["attention", "--gpu", "3b"], "no GPU"),
         (["scaling", "--plot", "x.png", "--gpu", "7b"], "no GPU"),
         (["data", "--gpu", "3b", "recipes/demo.yaml"], "--gpu is for train, scaling, attention"),
@@ -157,6 +160,20 @@ def test_ours_runs_without_packages_that_a_bare_gpu_machine_lacks():
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     assert json.loads(run.stdout.splitlines()[-1]) == in_a_process(train_ours, asdict(work))["losses"]
+
+
+def test_chat_next_to_a_bare_call(tiny_model, tmp_path):
+    folder = save_chat_model(tiny_model, tmp_path / "chat")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
+    arguments = ["chat", folder, "--rounds", 1, "--json", tmp_path / "chat.json"]
+    run = run_script(*arguments, script="scripts/benchmark.py", output_dir=None)
+    figures = json.loads((tmp_path / "chat.json").read_text())["figures"]
+    assert run.stdout.count("| a ") == len(figures) == 2
+    for found in figures.values():
+        assert found["first_ratio"] == pytest.approx(found["chat_first"] / found["bare_first"])
+        assert found["rate_ratio"] == pytest.approx(found["chat_rate"] / found["bare_rate"])
+    assert figures["a conversation"]["prompt_tokens"] > 500 > figures["a question"]["prompt_tokens"]
 
 
 def test_balance_of_a_small_mix(tmp_path):

@@ -66,6 +66,13 @@ def test_output_folder(demo):
     assert json.loads((demo.output_dir / "config.json").read_text())["hidden_act"] == "gelu_pytorch_tanh"
 
 
+def test_its_end_says_how_to_talk_to_it(demo):
+    command = re.search(r"^to talk to it: python (\S+) (\S+)$", demo.stdout, re.M)
+    question = b"What colour is a banana?\n"
+    reply = run_script(command[2], "--temperature", 0, script=command[1], output_dir=None, stdin=question)
+    assert (reply.stdout, reply.stderr) == ("A banana is yellow.\n", "")
+
+
 @pytest.mark.parametrize("folder", [".", "checkpoint-500"])
 def test_the_model_replies_as_it_stands(demo, folder):
     model = AutoModelForCausalLM.from_pretrained(demo.output_dir / folder)

@@ -4,6 +4,7 @@ In fp32 the replies do not depend on the batch size, the order of the prompts or
 the left and masked, positions count real tokens, and each sampled reply draws from a random stream of its own.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +15,10 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from jinja2 import TemplateError
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
 
 from data.dialogue import ASSISTANT, CHAT_TEMPLATE, encode
+from data.text_encoder import text_encoder
 from sources.source import Conversation, Message
 from utils.errors import UserError
 
@@ -45,13 +48,16 @@ class Reply:
 def encode_chat(tokenizer, messages: list[dict[str, str]]) -> list[int]:
     """Token ids of a conversation, [{"role", "content"}], up to where the model's reply begins.
 
-    In this collection's format the contents are plain text, as in training: a control token written out in a message
-    stays text. Other templates are applied as transformers does it.
+    The contents are plain text, as in this collection's training: a control token written out in a message stays text.
+    Other templates are applied as transformers does it, which would make a control token of it.
 
     Raises: UserError where the template refuses the conversation.
     """
     if tokenizer.chat_template != CHAT_TEMPLATE:
         try:
+            controls = control_tokens(tokenizer)
+            if any(token in message["content"] for token in controls for message in messages):
+                return _encode_in_parts(tokenizer, messages, controls)
             return tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
         except TemplateError as error:  # some refuse a system message, or a reply that comes first
             roles = ", ".join(message["role"] for message in messages)
@@ -59,6 +65,50 @@ def encode_chat(tokenizer, messages: list[dict[str, str]]) -> list[int]:
     conversation = Conversation([Message(message["role"], message["content"]) for message in messages])
     ((ids, _),) = encode(tokenizer, [conversation])
     return [*ids.tolist(), tokenizer.convert_tokens_to_ids(ASSISTANT)]
+
+
+def control_tokens(tokenizer) -> dict[str, Any]:
+    """The tokens that are no text, by what is written for them, as `AddedToken`s with their rules for blanks.
+
+    The special ones, and of the others that were added to the vocabulary those that the chat template writes: some
+    models' `<|im_start|>` is not marked as special.
+    """
+    added = tokenizer.added_tokens_decoder.values()
+    return {token.content: token for token in added if token.special or token.content in str(tokenizer.chat_template)}
+
+
+def _encode_in_parts(tokenizer, messages: list[dict[str, str]], controls: dict[str, Any]) -> list[int]:
+    """As `apply_chat_template`, but what is written in a message is text: the template's control tokens apart.
+
+    A mark is put into those of the messages, so that in what the template writes only its own are whole.
+    """
+    written = "".join(message["content"] for message in messages)
+    mark = next(mark for mark in map(chr, range(0xE000, 0xF8FF)) if mark not in written)  # no letter has these codes
+    found = re.compile("|".join(map(re.escape, sorted(controls, key=len, reverse=True))))
+
+    def marked(text: str) -> str:
+        while found.search(text):
+            text = found.sub(lambda token: f"{token[0][0]}{mark}{token[0][1:]}", text)
+        return text
+
+    messages = [message | {"content": marked(message["content"])} for message in messages]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    own = [match[0] for match in found.finditer(text)]
+    parts = found.split(text)
+    for place, token in enumerate(own):  # Phi-3's take the blanks and newlines beside them along
+        if controls[token].lstrip:
+            parts[place] = parts[place].rstrip()
+        if controls[token].rstrip:
+            parts[place + 1] = parts[place + 1].lstrip()
+    encode_texts, numbers = text_encoder(tokenizer), {*tokenizer.convert_tokens_to_ids([*controls])}
+    ids = []
+    for place, part in enumerate(parts):
+        (encoded,) = encode_texts([part.replace(mark, "")])
+        if not numbers.isdisjoint(encoded.tolist()):  # of one that is not marked as special: cut within it
+            encoded = [number for piece in encode_texts(part.split(mark)) for number in piece.tolist()]
+        ids += map(int, encoded)
+        ids += tokenizer.convert_tokens_to_ids(own[place : place + 1])
+    return ids
 
 
 def room_for_reply(model: PreTrainedModel, prompts: list[list[int]], wanted: int) -> int:
@@ -83,6 +133,7 @@ def generate(
     settings: dict[str, Any],
     batch_size: int,
     seeds: list[int] | None = None,
+    streamer: BaseStreamer | None = None,
 ) -> Iterator[tuple[int, Reply]]:
     """Reply to each prompt, the longest first, so that memory runs out at once; then the batch is halved.
 
@@ -91,6 +142,7 @@ def generate(
         prompts: token ids, as `encode_chat` returns them.
         settings: max_new_tokens; `do_sample: true` with any of WARPERS; any of OTHER_SETTINGS.
         seeds: one for each prompt, of its random stream; needed when sampling.
+        streamer: of transformers, is given the tokens of a single prompt's reply as they come.
 
     Yields: (place in `prompts`, reply), batch by batch.
     Raises: UserError for a setting that does not exist or has an impossible value, a prompt that leaves no room for
@@ -105,9 +157,9 @@ def generate(
     while order:
         batch = order[:batch_size]
         streams = [seeds[place] for place in batch] if settings.get("do_sample") else None
-        replies = None
+        asked, replies = [prompts[place] for place in batch], None
         try:
-            replies = _generate_batch(model, tokenizer, [prompts[place] for place in batch], config, warpers, streams)
+            replies = _generate_batch(model, tokenizer, asked, config, warpers, streams, streamer)
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
@@ -141,13 +193,14 @@ def _read_settings(settings: dict[str, Any], ends: GenerationConfig) -> tuple[Ge
 
 
 @torch.inference_mode()
-def _generate_batch(model, tokenizer, prompts, config, warpers, seeds) -> list[Reply]:
+def _generate_batch(model, tokenizer, prompts, config, warpers, seeds, streamer) -> list[Reply]:
     left = {"batch_first": True, "padding_side": "left"}
     ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], padding_value=tokenizer.pad_token_id, **left)
     mask = pad_sequence([torch.ones(len(prompt), dtype=torch.int64) for prompt in prompts], **left)
     processors = LogitsProcessorList(warpers + ([OwnStreams(seeds, model.device)] if seeds is not None else []))
     ids, mask = ids.to(model.device), mask.to(model.device)
-    output = model.generate(ids, attention_mask=mask, generation_config=config, logits_processor=processors)
+    how = {"generation_config": config, "logits_processor": processors, "streamer": streamer}
+    output = model.generate(ids, attention_mask=mask, **how)
     replies = []
     for row in output[:, ids.shape[1] :].tolist():
         end = next((place for place, token in enumerate(row) if token in config.eos_token_id), None)

@@ -1,5 +1,7 @@
 """What a run says on the screen before its first step and after its last: the plan, the first batch, a few replies."""
 
+import shlex
+
 import numpy as np
 import torch
 from transformers import PreTrainedModel
@@ -127,6 +129,8 @@ def end_report(recipe: Recipe, progress: Progress, stats: TrainingStats, health:
     kept = ", ".join(path.name for path in list_checkpoints(recipe.output_dir)) or "none"
     what = "the model, its card, " if progress.is_complete else "start the same command again to go on; "
     print(f"in {recipe.output_dir}: {what}metrics.jsonl, training.png, run.json; checkpoints: {kept}", flush=True)
+    if progress.is_complete:
+        print(f"to talk to it: python scripts/chat.py {shlex.quote(str(recipe.output_dir))}", flush=True)
     return report
 
 

@@ -45,8 +45,9 @@ def one_line_errors():
         for bar in list(tqdm.tqdm._instances) if tqdm else []:
             bar.close()  # so that the line begins a line: behind a bar there is no newline, only a carriage return
         print(line, file=sys.stderr)
-    sys.stderr.flush()
-    sys.stdout.flush()
+    for stream in (sys.stderr, sys.stdout):
+        if stream:  # None where the shell has closed it, by `>&-`
+            stream.flush()
     # Without a traceback and without waiting for the other processes, which may stand in a collective.
     raise SystemExit(status)
 

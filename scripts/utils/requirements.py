@@ -10,9 +10,9 @@ from pathlib import Path
 from utils.errors import UserError
 
 REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements.txt"
-# Imported by what uses them alone, which asks with `require` (an engine, a metric, a log, a file format), or does
+# Imported by what uses them alone, which asks with `require` (an engine, a metric, a log, a file format, keys), or does
 # without (fastokens).
-WHERE_USED = ("deepspeed", "datasets", "evaluate", "wandb", "gguf", "fastokens")
+WHERE_USED = ("deepspeed", "datasets", "evaluate", "wandb", "gguf", "prompt_toolkit", "fastokens")
 
 
 def unmet(requirements: Path = REQUIREMENTS) -> list[str]:

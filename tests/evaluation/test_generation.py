@@ -1,14 +1,19 @@
 """Batched replies: the same as one by one, whatever the batch; what cannot be asked for is said."""
 
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
 import torch
 from checkpoints import save_chat_model
-from transformers import GenerationConfig
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken
+from transformers import AutoTokenizer, GenerationConfig
 
 from evaluation.chat_model import load_chat_model
-from evaluation.generation import OwnStreams, encode_chat, generate, room_for_reply
+from evaluation.generation import OwnStreams, control_tokens, encode_chat, generate, room_for_reply
 from evaluation.model import find_model
 from utils.errors import UserError
 
@@ -153,6 +158,81 @@ def test_another_chat_template_is_applied_as_it_is(loaded):
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}!{% endfor %}a fish"
     ids = encode_chat(tokenizer, [{"role": "user", "content": "the sea"}])
     assert tokenizer.decode(ids) == "the sea!a fish"
+
+
+# Templates as chat models of others have them, with the tokens that they add: (content, special, rstrip).
+OTHER_TEMPLATES = {
+    "chatml": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant",
+        [("<|im_start|>", True, False), ("<|im_end|>", True, False)],
+    ),
+    "marks that are not special": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}<|im_start|>",
+        [("<|im_start|>", False, False), ("<|im_end|>", False, False)],
+    ),
+    "blanks that a mark takes along": (
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}<|assistant|>\n",
+        [("<|user|>", True, True), ("<|assistant|>", True, True), ("<|end|>", True, True)],
+    ),
+    "Llama 2": (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ eos_token }}[INST] {{ m.content | trim }} [/INST]"
+        "{% else %} {{ m.content | trim }} {{ eos_token }}{% endif %}{% endfor %}",
+        [],
+    ),
+}
+CONTROLS = ["<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>", "</s>", "<s>"]
+
+
+@cache
+def with_template(name: str, metaspace: bool):
+    """A tokenizer of GPT-NeoX's or Llama's kind, with the template of that name and its tokens."""
+    folder = "tests/fixtures/tokenizers/metaspace_first" if metaspace else "recipes/demo_data/model"
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / folder)
+    tokenizer.chat_template, tokens = OTHER_TEMPLATES[name]
+    for content, special, rstrip in tokens:
+        token = AddedToken(content, special=special, rstrip=rstrip, normalized=False)
+        tokenizer.add_tokens([token], special_tokens=special)
+    return tokenizer
+
+
+@pytest.mark.parametrize("metaspace", [False, True])
+@pytest.mark.parametrize("name", OTHER_TEMPLATES)
+@given(
+    pieces=st.lists(st.sampled_from([*CONTROLS, "a fish ", "swims", " ", "\n", "<", "|>", "im_end", "é"]), max_size=8)
+)
+@settings(max_examples=25, deadline=None)
+def test_control_tokens_stay_text_in_other_templates(name, metaspace, pieces):
+    tokenizer = with_template(name, metaspace)
+    controls = control_tokens(tokenizer)
+    text = "".join(pieces)
+    ids = encode_chat(tokenizer, [{"role": "user", "content": text}])
+    plain = tokenizer.apply_chat_template([{"role": "user", "content": "x"}], add_generation_prompt=True)["input_ids"]
+    numbers = {*tokenizer.convert_tokens_to_ids([*controls])} - {tokenizer.unk_token_id}
+    assert [number for number in ids if number in numbers] == [number for number in plain if number in numbers]
+    if not any(token in text for token in controls):
+        conversation = [{"role": "user", "content": text}]
+        assert ids == tokenizer.apply_chat_template(conversation, add_generation_prompt=True)["input_ids"]
+
+
+@pytest.mark.parametrize("metaspace", [False, True])
+@pytest.mark.parametrize("name", OTHER_TEMPLATES)
+def test_a_control_token_in_one_message_leaves_the_others_as_they_are(name, metaspace):
+    """All of a conversation but that token has the ids of `apply_chat_template`."""
+    tokenizer = with_template(name, metaspace)
+    spelled = "<|endoftext|>" if not metaspace else "</s>"
+    texts = ["the colour of a fish", "  is red\n", f"why {spelled} so?"]
+    messages = [
+        {"role": role, "content": text} for role, text in zip(["user", "assistant", "user"], texts, strict=True)
+    ]
+    ids = encode_chat(tokenizer, messages)
+    whole = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    until = tokenizer.apply_chat_template([*messages[:-1], messages[-1] | {"content": "why"}])["input_ids"]
+    same = next(place for place, pair in enumerate(zip(until, whole, strict=False)) if pair[0] != pair[1])
+    assert same > 10
+    assert ids[:same] == whole[:same]
+    assert spelled in tokenizer.decode(ids)
+    number = tokenizer.convert_tokens_to_ids(spelled)
+    assert ids.count(number) == whole.count(number) - 1
 
 
 def test_room_for_a_reply():

@@ -82,6 +82,8 @@ NEEDED = [  # the package, and what asks for it: tracebacks before, wandb's afte
     ("wandb", *DEMO, "--log_wandb", "true"),
     ("evaluate", "scripts/eval_gsm8k.py", "recipes/demo_data/model"),
     ("lm_eval", "scripts/eval_harness.py", "recipes/demo_data/model", "--tasks", "any"),
+    ("prompt_toolkit", "scripts/chat.py", "recipes/demo_data/model"),
+    ("gradio", "scripts/chat.py", "recipes/demo_data/model", "--web"),
 ]
 
 

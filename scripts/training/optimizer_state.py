@@ -102,8 +102,8 @@ def load_optimizer(
             # What computes is cast from the fp32 weights. The model's file may have fewer bits, of an earlier dtype.
             _zero_optimizer(accelerator).update_lp_params()
         for fragment in fragments:
-            for kind, tensor in fragment.tensors.items():
-                _check_values(stored.folder, tensor, kind, fragment.name)
+            for moment in MOMENTS:  # a weight may be no finite number from the start, in a row that nobody uses
+                _check_moment(stored.folder, fragment.tensors[moment], moment, fragment.name)
     for state in _adam(accelerator, optimizer).state.values():
         if isinstance(state["step"], torch.Tensor):
             state["step"].fill_(steps)
@@ -164,7 +164,7 @@ def _read_fp32_model(folder: Path, accelerator: Accelerator, model: PreTrainedMo
         accelerator.wait_for_everyone()
 
 
-def _check_values(folder: Path, tensor: torch.Tensor, kind: str, name: str) -> None:
+def _check_moment(folder: Path, tensor: torch.Tensor, kind: str, name: str) -> None:
     """Refuse what is not finite, or below zero where it is a mean of squares: a step would spread it over the model."""
     low, high = map(float, tensor.aminmax())  # NaN where one of them is
     if not (math.isfinite(low) and math.isfinite(high)):

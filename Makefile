@@ -31,7 +31,7 @@ test-kernels: .venv/tests .venv/liger  ## the Triton kernels, ours and Liger's, 
 test-transformers4: .venv/tests .venv/transformers4  ## what a run saves and an export, read by transformers 4
 	$(BIN)/python -m pytest -q tests/run/test_model_files.py tests/test_export.py
 
-soak: .venv/tests  ## kill a plain and a ZeRO-2 run 20 times each; alone on the machine, since it takes a while
+soak: .venv/tests  ## kill runs 20 times each, and other long tests; alone on the machine, since it takes a while
 	$(BIN)/python -m pytest -q -s -m soak
 
 fuzz: .venv/tests  ## damage what is read back, thousands of times; FUZZ_CASES=N of each kind

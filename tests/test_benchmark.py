@@ -213,6 +213,7 @@ def test_balance_by_hand():
     assert alone["by 240 tokens"]["tokens"] == 220
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(600)
 def test_balance_by_the_clock(tmp_path):
     """Two processes: the same losses by either cut, and a table of the figures that are written down."""

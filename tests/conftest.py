@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -15,9 +17,12 @@ import utils  # noqa: F401, before torch is loaded: how long its threads spin
 
 # Under `pytest -n 2` each worker keeps to its own core, and so does what it starts: two runs of two threads on two
 # cores hold each other up.
-if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+if CORES and (worker := os.environ.get("PYTEST_XDIST_WORKER")):
+    os.sched_setaffinity(0, {sorted(CORES)[int(worker.removeprefix("gw")) % len(CORES)]})
+# A shell ignores Ctrl-C for what it starts in the background, and what that starts in turn would never hear of one.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -132,3 +137,19 @@ def tiny_model(tmp_path_factory) -> Path:
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(demo).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, which has all cores: on one, a page that a model writes to came to a stand."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="the page in a browser: pip install playwright")
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    if not (found := next(filter(None, map(shutil.which, names)), None)):
+        pytest.skip("the page in a browser: no Chromium on this machine (apt-get install chromium)")
+    own = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, CORES)
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=found)
+        os.sched_setaffinity(0, own)
+        yield browser
+        browser.close()

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import tempfile
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import save_chat_model
-from conftest import ROOT, run_script
+from conftest import CORES, ROOT, run_script
 from forking import start_forked
 
 from chatting.replies import load_talker
@@ -60,6 +59,7 @@ def address(checkpoints):
         arguments = [*map(str, [checkpoints[0], "--web", "--other", checkpoints[1], "--port", port])]
         arguments += ["--temperature", "0", "--max_new_tokens", str(LENGTH)]
         (process,) = start_forked(None, SCRIPT, arguments, ROOT, {"http_proxy": "http://127.0.0.1:9"}, out, out)
+        os.sched_setaffinity(process.pid, CORES)
         begun, said = time.monotonic(), Path(out.name)
         while "Ctrl-C ends it" not in said.read_text():
             assert process.is_alive(), said.read_text()
@@ -71,18 +71,6 @@ def address(checkpoints):
         lines = said.read_text().splitlines()
     assert process.exitcode is not None
     assert [re.sub(":.*", "", line) for line in lines] == [*map(str, checkpoints), "http", "", "interrupted"]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="the page in a browser: pip install playwright")
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    if not (found := next(filter(None, map(shutil.which, names)), None)):
-        pytest.skip("the page in a browser: no Chromium on this machine (apt-get install chromium)")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=found)
-        yield browser
-        browser.close()
 
 
 class Visitor:

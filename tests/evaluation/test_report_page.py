@@ -2,7 +2,6 @@
 
 import html.parser
 import json
-import shutil
 
 import pytest
 from conftest import ROOT, run_script
@@ -142,18 +141,6 @@ ATTACK = "<script>window.ran = 1</script><img src=x onerror='window.ran = 2'></s
 MODELS = ["org/alpha", "org/beta"]
 LONG = "w" * 300  # a word without a place to break
 PROMPTS = [f"Prompt {ATTACK}", *(f"Question {number}: {word}?" for number, word in enumerate("aäbcdefgh", 2)), LONG]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="the page in a browser: pip install playwright")
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    if not (found := next(filter(None, map(shutil.which, names)), None)):
-        pytest.skip("the page in a browser: no Chromium on this machine (apt-get install chromium)")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=found)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

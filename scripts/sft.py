@@ -10,8 +10,8 @@ bf16. It prepares the data (before any process group exists), shows the first ba
 evaluates each data set, writes checkpoints and leaves in OUTPUT_DIR: recipe.yaml, run.json, metrics.jsonl,
 training.png, checkpoint-<step>/, the final model and its card.
 
-The same command again goes on from the newest whole checkpoint. On SIGTERM, SIGINT or SIGUSR1 it finishes the step,
-saves and exits with status 75; where no step and no evaluation is left, it ends as if nobody had asked.
+The same command again goes on from the newest whole checkpoint. On SIGTERM, SIGINT, SIGUSR1 or SIGHUP it finishes the
+step, saves and exits with status 75; where no step and no evaluation is left, it ends as if nobody had asked.
 """
 
 from run.command_line import read_command_line

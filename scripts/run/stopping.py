@@ -1,7 +1,8 @@
 """Stopping on a signal: finish the step, save, and exit with a status by which a scheduler knows to start again.
 
-SIGTERM and SIGINT, and SIGUSR1, which Slurm sends ahead of a time limit (`sbatch --signal=USR1@300`). Before training
-there is nothing to save, and the process exits at once. Only light imports here: it is set up before torch is loaded.
+SIGTERM and SIGINT; SIGUSR1, which Slurm sends ahead of a time limit (`sbatch --signal=USR1@300`); and SIGHUP, which
+comes where a terminal is closed, or a connection lost, unless `nohup` has said to go on. Before training there is
+nothing to save, and the process exits at once. Only light imports here: it is set up before torch is loaded.
 """
 
 import ctypes
@@ -12,7 +13,7 @@ import threading
 import time
 from contextlib import suppress
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: start the same command again, and it goes on
 # A terminal's Ctrl-C reaches every process by itself, and a moment later again through torch's launcher, which passes
 # on what it gets: two signals this close are one request.
@@ -30,6 +31,9 @@ class StopSignal:
         self.name: str | None = None
         self._deferred = False
         self._first = 0.0
+        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()  # by nohup
+        self._signals = [number for number in SIGNALS if number not in ignored]
+        self._terminals = [number for number in (1, 2) if os.isatty(number)]
         self._listen()
         if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:  # set by every `accelerate launch`
             # The launcher of one process dies of a SIGTERM without passing it on; the process would train on, orphaned.
@@ -39,7 +43,7 @@ class StopSignal:
     def _listen(self) -> None:
         """Set the handlers, or set them again: LLVM takes the signals for itself when Triton compiles its first kernel,
         and drops SIGUSR1 (seen with Triton 3.6 and 3.9; it takes them but once)."""
-        for number in SIGNALS:
+        for number in self._signals:
             signal.signal(number, self._hear)
 
     def defer(self) -> None:
@@ -59,6 +63,11 @@ class StopSignal:
 
     def _hear(self, number: int, _frame) -> None:
         name, now = signal.Signals(number).name, time.monotonic()
+        if number == signal.SIGHUP:
+            for terminal in self._terminals:  # which is gone: a line to it would be an error in the middle of the save
+                os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
+            if self.name is not None:  # the launcher that led the terminal's session has ended on the same request
+                return
         if not self._deferred:
             print(f"{name}: stopped before the first step, nothing to save", file=sys.stderr, flush=True)
             raise SystemExit(EXIT_STOPPED)

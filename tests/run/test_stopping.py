@@ -4,6 +4,8 @@ That the run then goes on as if nothing had been, and that one process's signal 
 """
 
 import os
+import pty
+import select
 import signal
 import subprocess
 import sys
@@ -92,7 +94,7 @@ def wait_until(condition, seconds: float = 240) -> None:
 # ---- what a signal does ----
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
 def test_before_there_is_something_to_save_it_ends_at_once(start, name):
     process = waits(start)
     process.send_signal(getattr(signal, name))
@@ -120,7 +122,7 @@ def test_the_second_signal_ends_at_once_unless_it_is_the_same_request(start):
     assert process.stdout.read() == "\nSIGINT: saving after this step (a second signal ends at once)\n"
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
 def test_each_signal_saves_after_the_step(tmp_path, tiny_model, name):
     run = run_here(small_recipe(tmp_path, tiny_model), output_dir=tmp_path / "output", steps=2, by=name)
     assert run.returncode == 75
@@ -158,6 +160,43 @@ def test_the_launcher_of_one_process_is_killed(tmp_path, tiny_model, start):
     assert not worker.is_running()
     assert saved(tmp_path)
     assert "SIGTERM: saving after this step" in launcher.communicate(timeout=10)[0]
+
+
+@pytest.mark.parametrize("launch", ["python", "cpu"])
+def test_a_terminal_is_closed(tmp_path, tiny_model, launch):
+    """What leads its session ends first: the launcher, whose worker hears of both. The lines go nowhere then."""
+    command = [*map(str, [*launch_command(launch), *long_run(tmp_path, tiny_model)])]
+    leader, terminal = pty.fork()
+    if not leader:
+        os.chdir(ROOT)
+        os.execv(command[0], command)
+    wait_until(lambda: read_some(terminal) and is_training(tmp_path)())
+    running = [psutil.Process(leader), *psutil.Process(leader).children(recursive=True)]
+    os.close(terminal)
+    _, status = os.waitpid(leader, 0)
+    psutil.wait_procs(running[1:], timeout=60)
+    assert not any(process.is_running() for process in running[1:])
+    assert saved(tmp_path)
+    assert launch == "cpu" or os.waitstatus_to_exitcode(status) == 75
+
+
+def read_some(terminal: int) -> bool:
+    """Read what has been written to a terminal, which would be full at some time; True."""
+    while select.select([terminal], [], [], 0)[0]:
+        os.read(terminal, 2**16)
+    return True
+
+
+def test_nohup_goes_on(start):
+    """What ignores SIGHUP at its start goes on ignoring it."""
+    process = start("nohup", sys.executable, "-c", WAITS)
+    while process.stdout.readline() != "ready\n":  # nohup's own line comes first
+        assert process.poll() is None
+    process.send_signal(signal.SIGHUP)
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 75
 
 
 def test_slurm_warns_every_process_of_a_job(tmp_path, tiny_model, start):

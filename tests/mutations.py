@@ -108,7 +108,8 @@ def written_json(values: Any) -> bytes:
 
 def reseal(checkpoint: Path) -> None:
     """Give the state.json of a checkpoint the sizes and checksums of the files that it lists, and its own."""
-    from run.checkpoint_state import sealed, state_file
+    from run.checkpoint_state import sealed
+    from training.checkpoint_files import state_file
     from utils.files import checksum
 
     file = state_file(checkpoint)
@@ -121,7 +122,8 @@ def reseal(checkpoint: Path) -> None:
 
 def rewrite_state(checkpoint: Path, **changes: Any) -> None:
     """Change values of a checkpoint's state.json, and seal it again."""
-    from run.checkpoint_state import sealed, state_file
+    from run.checkpoint_state import sealed
+    from training.checkpoint_files import state_file
 
     file = state_file(checkpoint)
     file.write_text(json.dumps(sealed(json.loads(file.read_text()) | changes), indent=1))

@@ -2,12 +2,15 @@
 
 import json
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sources.messages import read_messages
+from sources.source import Record
 from utils.errors import UserError
-from utils.files import parse_json, read_text, write_whole
+from utils.files import locked, parse_json, read_text, write_whole
 
 
 @dataclass
@@ -90,20 +93,30 @@ class Chat:
         line = json.dumps({"messages": messages}, ensure_ascii=False)
         try:
             path = path.expanduser().resolve()  # a link's target is what is replaced
-            lines = read_text(path, "conversation file").split("\n") if path.exists() else []
-            for number, other in enumerate(lines, 1):
-                if other.strip() and not isinstance(parse_json(other, path, number), dict):
-                    raise UserError(f"{path} line {number}: not a conversation: give another file")
-            earlier = self.saved.get(path)
-            if earlier in lines:
-                lines[lines.index(earlier)] = line
-            else:
-                lines = [*(other for other in lines if other.strip()), line]
-            write_whole(path, "\n".join(other for other in lines if other.strip()) + "\n")
+            with locked(path.parent):  # another chat may be saving to it, whose line would be lost
+                lines = _conversations(path) if path.exists() else []
+                earlier = self.saved.get(path)
+                if earlier in lines:
+                    lines[lines.index(earlier)] = line
+                else:
+                    lines.append(line)
+                write_whole(path, "\n".join(lines) + "\n")
         except (OSError, RuntimeError, ValueError) as error:  # a folder that is not there, a full disk, "~nobody", NUL
             said = getattr(error, "strerror", None) or error
             raise UserError(f"{path}: cannot write this conversation file: {said}") from None
         self.saved[path] = line
+
+
+def _conversations(path: Path) -> list[str]:
+    """The lines of a conversation file.  Raises: UserError for one that a recipe would not read."""
+    lines = read_text(path, "conversation file").split("\n")
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            values = parse_json(line, path, number)
+            if not isinstance(values, dict):
+                raise UserError(f"{path} line {number}: not a conversation: give another file")
+            read_messages(Record(values, path, number, number), None, Counter(), 0)
+    return [line for line in lines if line.strip()]
 
 
 def written(text: str) -> str:

@@ -29,6 +29,7 @@ from utils.launch import say
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 HUB = "https://huggingface.co"
+LINK = re.compile(r"https://[^\s<>\[\]()`|*\\]+")  # which Markdown leaves whole
 MATH = "grade_school_math_instructions"
 
 
@@ -70,7 +71,7 @@ def model_card(
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATE.parent), undefined=jinja2.StrictUndefined, keep_trailing_newline=True
     )
-    environment.filters |= {"fence": fence, "code": code, "cell": cell}
+    environment.filters |= {"fence": fence, "code": code, "cell": cell, "plain": plain}
     text = environment.get_template(TEMPLATE.name).render(
         card_data=data.to_yaml(),
         name=name,
@@ -97,9 +98,9 @@ def _of_the_run(run: TrainedRun, model: EvaluatedModel, results: dict[str, Resul
     """What the template says of a run."""
     recipe, record = run.recipe, run.record or Record()
     values = shareable_recipe(recipe, run.base_model)
-    base = f"[{run.base_model}]({HUB}/{run.base_model})" if run.base_model else f"`{values['model_name']}`"
+    base = f"[{run.base_model}]({HUB}/{run.base_model})" if run.base_model else code(values["model_name"])
     if recipe.from_scratch:
-        base = f"random weights of the shape of `{values['model_name']}`"
+        base = f"random weights of the shape of {code(values['model_name'])}"
     elif not run.base_model:
         base += ", a model that is not on the hub"
     commit = record.git.commit and f", commit {record.git.commit}{' and changes of its own' * record.git.dirty}"
@@ -116,8 +117,8 @@ def _of_the_run(run: TrainedRun, model: EvaluatedModel, results: dict[str, Resul
         ),
         "languages": ", ".join(languages(run)) or "not known",
         "base": base,
-        "code": (commit or "") + f" ({versions})" * bool(versions),
-        "wandb": record.wandb if record.wandb and record.wandb.startswith("https://") else "",
+        "code": plain(commit or "") + f" ({plain(versions)})" * bool(versions),
+        "wandb": record.wandb if record.wandb and LINK.fullmatch(record.wandb) else "",
         "progress": done + tokens + (f", of {recipe.num_train_epochs:g} epochs" if recipe.max_steps is None else ""),
         "dtype": record.dtype or recipe.dtype,
         "processes": f"{record.num_processes} process(es), {device}" if record.num_processes else "an unknown machine",
@@ -152,7 +153,7 @@ def _data_row(run: TrainedRun, name: str) -> list[str]:
     """A data set of the mix: its name, conversations, where it is from, and its licence."""
     options = run.recipe.datasets.chosen()[name]
     source, hub, counts = find_source(name, options), run.hub_data_set(name), run.data(name).conversations
-    given = options.input_file_path and f"`{Path(options.input_file_path).name}`"
+    given = options.input_file_path and code(Path(options.input_file_path).name)
     place = f"[{hub}]({HUB}/datasets/{hub})" if hub else "data of its own"
     counted = [f"{counts[split]:,}" if split in counts else "?" for split in ("train", "validation")]
     return [name, *counted, place + (f", {given}" if given else ""), source.licence if hub else "that of the data"]
@@ -164,10 +165,12 @@ def _result_rows(run: TrainedRun | None, results: dict[str, ResultFile]) -> list
         step = run.validation.get("step", 0)
         for key, value in run.validation.items():
             if key.startswith("eval_") and is_number(value):
-                rows.append([f"validation after step {step:,}", key, f"{value:.4f}", "", ""])
+                rows.append([f"validation after step {step:,}", plain(key), f"{value:.4f}", "", ""])
     for evaluation, name, metric in measured(results):
         count = "" if metric.n is None else f"{metric.n:,}"
-        rows.append([evaluation, name, f"{metric.value:.4f}", describe_interval(metric, "{} to {}"), count])
+        rows.append(
+            [plain(evaluation), plain(name), f"{metric.value:.4f}", describe_interval(metric, "{} to {}"), count]
+        )
     return rows
 
 
@@ -190,7 +193,7 @@ def _contamination(run: TrainedRun, results: dict[str, ResultFile]) -> str:
 
 
 def _licence(run: TrainedRun | None, base: str | None) -> str:
-    known = f"{base}, that of the base model" if base else "not known of the base model"
+    known = f"{plain(base)}, that of the base model" if base else "not known of the base model"
     if run is None:
         return "that of the model it comes from"
     if run.recipe.from_scratch:
@@ -239,6 +242,11 @@ def _yaml(values: dict[str, Any]) -> str:
 
 
 # ---- Markdown ----
+
+
+def plain(text: str) -> str:
+    """A text of a file (a record, a result, a name) that stays what it is: no mark-up, no HTML, no line of its own."""
+    return re.sub(r"[\\`*<>]|(?<=\])[(\[]", r"\\\g<0>", " ".join(text.split()))
 
 
 def fence(text: str, language: str = "") -> str:

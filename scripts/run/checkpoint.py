@@ -20,24 +20,23 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from recipe.keys import Recipe
 from run.checkpoint_state import (
     FORMAT,
-    TRAINER_STATE,
     ProcessState,
     State,
     process_file,
     read_process_states,
     read_state,
     sealed,
-    state_file,
 )
 from run.model_files import as_readable_as_others, save_model
 from run.retention import NUMBERED, prune, remove_folder
 from run.stats import TrainingStats
+from training.checkpoint_files import TRAINER_STATE, check_file, state_file
 from training.engine import Engine
 from training.optimizer_state import random_state, save_optimizer
 from training.plan import Position
@@ -100,7 +99,7 @@ def read_checkpoint(path: Path, contents: bool = True) -> Checkpoint:
     try:
         state = read_state(path)
         for name, listed in state.files.items():
-            _check_file(path / name, listed.bytes, listed.checksum if contents else None)
+            check_file(path / name, listed, contents)
         processes = read_process_states(path, state)
     except UserError as problem:
         text = str(problem).replace(f"{path}/", "")
@@ -111,21 +110,6 @@ def read_checkpoint(path: Path, contents: bool = True) -> Checkpoint:
                 f"{path}: {name} holds the state after step {state.step}: its name has to be checkpoint-{state.step}"
             )
     return Checkpoint(path, state, processes)
-
-
-def _check_file(path: Path, size: int, expected: str | None) -> None:
-    try:
-        if not path.is_file():
-            raise UserError(f"{path} is not there, or no file")
-        if path.stat().st_size != size:
-            raise UserError(f"{path} has {path.stat().st_size:,} of {size:,} bytes")
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt"):  # reads the header, which has to fit the file
-                pass
-        if expected and checksum(path) != expected:
-            raise UserError(f"{path} is changed since it was written: its checksum is another")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: {error}") from error
 
 
 def save_checkpoint(engine: Engine, tokenizer, recipe: Recipe, state: dict[str, Any], stats: TrainingStats) -> None:

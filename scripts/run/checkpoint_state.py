@@ -17,12 +17,12 @@ from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 from recipe.keys import Recipe
 from run.health import WINDOW
 from run.record_file import still_keys
+from training.checkpoint_files import TRAINER_STATE, File, is_model_file, state_file
 from utils.errors import UserError
 from utils.files import read_json
 from utils.schemas import Schema, checked, read_as
 
 FORMAT = 2  # of trainer_state/; tests/fixtures keeps a checkpoint of each. 1 had sizes in place of checksums
-TRAINER_STATE = "trainer_state"
 
 Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Amount = Annotated[float, Field(ge=0)]
@@ -34,13 +34,6 @@ class Exact(Schema):
     """All keys are known."""
 
     model_config = ConfigDict(extra="forbid")
-
-
-class File(Exact):
-    """A file of the checkpoint, as it was written."""
-
-    bytes: Count
-    checksum: Annotated[str, Field(pattern="^xxh3_128:[0-9a-f]{32}$")] | None = None  # None in format 1
 
 
 class Place(Exact):
@@ -124,6 +117,8 @@ class State(Exact):
             raise ValueError(f"position.epoch {self.position.epoch}: of {self.recipe.num_train_epochs:g} epochs")
         if self.data.keys() != self.recipe.datasets.chosen().keys():
             raise ValueError("data: not those of the recipe's mix")
+        if self.format == 1 and any(listed.checksum for listed in self.files.values()):
+            raise ValueError("files: of format 1 have no checksum")
         for name in self.files:
             path = PurePosixPath(name)
             if path.is_absolute() or ".." in path.parts or str(path) != name or "\0" in name:
@@ -144,7 +139,7 @@ class State(Exact):
     @property
     def model_files(self) -> list[str]:
         """Names below the checkpoint's folder: all that is not in trainer_state/."""
-        return [name for name in self.files if PurePosixPath(name).parts[0] != TRAINER_STATE]
+        return [*filter(is_model_file, self.files)]
 
 
 class Clock(Exact):
@@ -218,11 +213,6 @@ def process_file(process: int) -> str:
     return f"{TRAINER_STATE}/process-{process}.json"
 
 
-def state_file(path: Path) -> Path:
-    """The state.json of the checkpoint in a folder."""
-    return path / TRAINER_STATE / "state.json"
-
-
 def sealed(values: dict[str, Any]) -> dict[str, Any]:
     """The values of a state.json with their own checksum last."""
     rest = {key: value for key, value in values.items() if key != "checksum"}
@@ -243,8 +233,6 @@ def read_state(path: Path) -> State:
     known = values
     if isinstance(values, dict) and isinstance(values.get("recipe"), dict):
         known = known | {"recipe": still_keys(values["recipe"])}
-    if number == 1 and isinstance(values.get("files"), dict):
-        known = known | {"files": {name: {"bytes": size} for name, size in values["files"].items()}}
     state = checked(State, known, file, "the state of a run")
     if number != 1 and (state.checksum is None or any(listed.checksum is None for listed in state.files.values())):
         raise UserError(f"{file}: not the state of a run: a checksum is missing")

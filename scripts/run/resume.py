@@ -10,7 +10,6 @@ from data.mix import Mix
 from recipe.keys import Recipe
 from recipe.load import load_recipe
 from run.checkpoint import Checkpoint, read_checkpoint
-from run.checkpoint_state import state_file
 from run.folder import is_ours, refuse_other_run
 from run.health import StepHealth
 from run.model_files import config_changes
@@ -19,6 +18,7 @@ from run.record_file import read_record, still_keys
 from run.retention import list_checkpoints, list_set_aside, step_of
 from run.stats import TrainingStats
 from sources.source import keys_that_change
+from training.checkpoint_files import state_file
 from training.engine import Engine
 from training.optimizer import set_schedule
 from training.optimizer_state import load_loss_scale, load_optimizer, load_random_state, loss_scale_state

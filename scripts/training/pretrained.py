@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from training.checkpoint_files import check_model_files
 from utils.errors import UserError, reason
 from utils.launch import say
 
@@ -19,9 +20,12 @@ def load_pretrained(
 
     `who` is how a message names the model, such as `model_name = org/name`; else its name. `exact` refuses weights that
     the config does not call for: base models bring such (buffers, heads for something else), a checkpoint does not.
-    Raises: UserError when it is not there, or damaged; or a model's weights or a tokenizer's files are not there.
+    Raises: UserError when it is not there, or damaged; or a model's weights or a tokenizer's files are not there; or
+        a checkpoint's files are not those that its run wrote (`check_model_files`).
     """
     who = who or name
+    reads_weights = auto_class is AutoModelForCausalLM and kwargs.get("device_map") != "meta"
+    check_model_files(Path(name), reads_weights)
     if auto_class is AutoModelForCausalLM:
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # which are refused below, by name
     try:

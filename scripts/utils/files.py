@@ -1,12 +1,14 @@
 """Files: read whole, or refused in one line; written whole, or not at all; told apart by their contents."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +105,22 @@ def write_whole(path: Path, text: str, errors: str = "strict") -> None:
         work.unlink(missing_ok=True)
         raise
     flush(path.parent)  # the new name, too
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Alone with a folder among those that lock it; nothing is left in it.
+
+    Where the file system cannot lock a folder, as some over NFS, everybody goes on.
+    Raises: OSError where there is no such folder.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def remove_tree(path: Path) -> None:

@@ -4,7 +4,9 @@ import json
 import resource
 import signal
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 from hypothesis import given
@@ -147,7 +149,30 @@ def test_a_file_keeps_what_others_have_saved(tmp_path):
     assert link.is_symlink()
 
 
-@pytest.mark.parametrize("content", ["notes of mine\n", '"a text"\n', '{"messages": []}\nno more JSON\n', "\x00\xff"])
+def test_chats_that_save_at_once_lose_nothing(tmp_path):
+    """As of two terminals. Without a lock, of two that read the same lines the later one leaves out the other's."""
+    path = tmp_path / "chats.jsonl"
+    at_once = Barrier(4, timeout=60)
+
+    def save(name: int) -> None:
+        chat = Chat()
+        for turn in range(10):
+            chat.turns.append(Turn(f"{name}", f"{turn}", True))
+            at_once.wait()
+            chat.save(path)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(save, range(4)))
+    assert sorted(len(conversation) for conversation in as_read(path)) == [20] * 4
+    assert list(tmp_path.iterdir()) == [path]
+
+
+NO_CONVERSATION = '{"step": 5, "loss": 0.5}\n'  # such as a run's metrics.jsonl
+
+
+@pytest.mark.parametrize(
+    "content", [NO_CONVERSATION, "notes of mine\n", '"a text"\n', '{"messages": []}\nno more JSON\n', "\x00\xff"]
+)
 def test_a_file_of_something_else_stays_as_it_is(tmp_path, content):
     path = tmp_path / "notes.txt"
     path.write_bytes(content.encode("latin-1"))

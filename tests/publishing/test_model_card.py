@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import hub_server
@@ -17,6 +18,7 @@ from huggingface_hub import ModelCard, constants
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 from transformers import AutoTokenizer
 
 from evaluation.chat_model import fingerprint
@@ -293,6 +295,26 @@ def test_whatever_path_it_is_only_its_name_is_left(parts, before):
     text = shareable_text(f"see{before}{path} and https://a.b/c/d and/or x")
     assert path not in text
     assert text.endswith("and https://a.b/c/d and/or x")
+
+
+MARKUP = ("<b>x</b>", "\n## A heading", "[a](http://b)", "`", "*x*", "<script>alert(1)</script>", "\r\n- a | b")
+
+
+@pytest.mark.parametrize("text", MARKUP)
+def test_what_stands_in_files_is_no_markup(run_folder, text):
+    hardware = {"GPUs": [f"GPU {text}, 80 GB"]}
+    record = RECORD | {"hardware": hardware, "wandb": f"https://wandb.ai/{text}", "packages": {"torch": f"2{text}"}}
+    folder = run_folder(record, **{"datasets.vicuna.input_file_path": f"/home/me/x{text}"})
+    add_results(folder, "harness", {f"task {text}/acc": {"value": 0.5}}, warnings=[f"found {text}"])
+    model = find_model(str(folder))
+    card = model_card(model, find_run(model), name=f"n {text}")
+    page = MarkdownIt("commonmark", {"html": True}).enable("table").parse(card.text)
+    kinds = Counter(child.type for token in page for child in [token, *(token.children or [])])
+    assert kinds["html_inline"] == kinds["html_block"] == kinds["em_open"] == 0
+    assert kinds["heading_open"] == 8
+    assert kinds["table_open"] == 2
+    links = [child.attrs["href"] for token in page for child in token.children or [] if child.type == "link_open"]
+    assert "http://b" not in links
 
 
 # ---- what is not there, or damaged ----

@@ -204,8 +204,12 @@ def save_checkpoint(engine: Engine, tokenizer, recipe: Recipe, state: dict[str, 
     as_one(publish, main_process_only=True)
 
 
-def save_final_model(model: PreTrainedModel, tokenizer, folder: Path) -> None:
+def save_final_model(model: PreTrainedModel, tokenizer, folder: Path, merge: Callable | None = None) -> None:
     """Write the final model into the output folder itself, its files appearing only when all of them are whole.
+
+    Args:
+        merge: what makes of a folder with an adapter the whole model that is to be written; None writes what was
+            trained.
 
     Raises:
         UserError: it cannot be written (a full disk).
@@ -213,6 +217,10 @@ def save_final_model(model: PreTrainedModel, tokenizer, folder: Path) -> None:
     work = folder / ".final"
     try:
         shutil.rmtree(work, ignore_errors=True)
+        if merge:
+            save_model(model, tokenizer, work / "adapter")
+            model = merge(work / "adapter", tokenizer)
+            shutil.rmtree(work / "adapter")
         save_model(model, tokenizer, work)
         flush(work, *work.rglob("*"))
         for path in sorted(work.iterdir()):

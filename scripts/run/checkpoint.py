@@ -38,6 +38,7 @@ from run.checkpoint_state import (
 from run.model_files import as_readable_as_others, save_model
 from run.retention import NUMBERED, prune, remove_folder
 from run.stats import TrainingStats
+from training.adapter_files import ADAPTER_FILES
 from training.engine import Engine
 from training.optimizer_state import random_state, save_optimizer
 from training.plan import Position
@@ -223,6 +224,12 @@ def save_final_model(model: PreTrainedModel, tokenizer, folder: Path, merge: Cal
             shutil.rmtree(work / "adapter")
         save_model(model, tokenizer, work)
         flush(work, *work.rglob("*"))
+        # Of an earlier end of this run, made with another merge_adapter: a whole model with an adapter beside it is
+        # loaded with that on top.
+        merged = (work / "config.json").exists()
+        for stale in ADAPTER_FILES if merged else ("config.json", "generation_config.json", "model*.safetensors*"):
+            for path in folder.glob(stale):
+                path.unlink()
         for path in sorted(work.iterdir()):
             os.replace(path, folder / path.name)
         work.rmdir()

@@ -11,7 +11,7 @@ from recipe.keys import Recipe
 from run.checkpoint import Checkpoint, remove_leftovers
 from run.lines import lines_up_to
 from run.retention import SET_ASIDE, list_checkpoints, list_set_aside, step_of
-from training.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_FILE
+from training.adapter_files import ADAPTER_CONFIG, ADAPTER_FILES
 from utils.errors import UserError
 from utils.files import read_text, remove_tree, write_whole
 from utils.launch import say
@@ -26,7 +26,7 @@ TELLTALE_FILES = (
 OWN_FILES = (
     *TELLTALE_FILES,
     *("recipe.yaml", "run.json", "bad_steps.jsonl", "generation_config.json", "tokenizer_config.json"),
-    *(ADAPTER_WEIGHTS, BASE_FILE),
+    *ADAPTER_FILES,
 )
 PATIENCE = 20.0  # seconds to wait for the processes of the start before this one, which may still be saving
 

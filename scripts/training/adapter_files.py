@@ -26,7 +26,8 @@ from utils.files import fingerprint, read_json
 from utils.requirements import require
 from utils.schemas import Schema, read_as
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_FILE = "adapter_config.json", "adapter_model.safetensors", "base_model.json"
+ADAPTER_FILES = "adapter_config.json", "adapter_model.safetensors", "base_model.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_FILE = ADAPTER_FILES
 REQUIREMENTS = "requirements-lora.txt"
 PREFIX = "base_model.model."  # of the names in a file, which are those in peft's wrapper around the model
 ADAPTER = "default"  # peft's name for the one adapter of a model
@@ -61,6 +62,7 @@ def require_packages(in_4_bits: bool) -> None:
     # What they say of each other and of the hub, to nobody's use: bitsandbytes, which peft imports where it is there,
     # that its kernels for a CPU are not from the hub; transformers, what peft has to call by another name one day.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.getLogger("transformers.integrations.bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
 
 

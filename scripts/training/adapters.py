@@ -83,6 +83,14 @@ def quantization_options(recipe: Recipe) -> dict:
     return {"quantization_config": _in_4_bits(recipe.bnb_4bit_quant_type, training_dtype(recipe.dtype))}
 
 
+def keep_exact(model: PreTrainedModel) -> None:
+    """Have layers in 4 bits compute with the same weights in training and evaluation: where a CPU has AVX-512's bf16,
+    bitsandbytes 0.50 packs them anew for evaluation, their factors rounded to bf16, for good."""
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+
+
 def as_quantized(quantization: Quantization) -> dict:
     """What `from_pretrained` is given to load a base model as it was when its adapter was trained."""
     dtype = DTYPES[quantization.dtype]
@@ -175,14 +183,18 @@ def merge(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
     Raises: UserError where the adapter's weights are damaged, or do not fit the model.
     """
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel, get_peft_model
 
+    ours = (folder / BASE_FILE).exists()  # one of another's making may hold what is not looked for here
     try:
-        wrapped = PeftModel.from_pretrained(model, folder)
+        if ours:
+            wrapped = get_peft_model(model, PeftConfig.from_pretrained(folder))
+        else:
+            wrapped = PeftModel.from_pretrained(model, folder)
     except Exception as error:  # as many kinds as peft has
         raise UserError(f"{folder}: no usable adapter: {reason(error)}") from error
-    if (folder / BASE_FILE).exists():  # else of another's making, which may hold what is not looked for here
-        read_adapter(folder, wrapped.get_base_model())
+    if ours:
+        take_over(wrapped.get_base_model(), folder)
     return wrapped.merge_and_unload()
 
 

@@ -20,7 +20,7 @@ from transformers import (
 from data.dialogue import prepare_tokenizer
 from recipe.keys import Recipe
 from training.adapter_files import is_adapter
-from training.adapters import check_adapters, grow, put_on, quantization_options, take_over
+from training.adapters import check_adapters, grow, keep_exact, put_on, quantization_options, take_over
 from training.attention import attention_dropout, choose_attention, keep_attention
 from training.family import check_output_layer, check_own_loss, check_padding_free, freeze_unreached, tiny_config
 from training.pretrained import load_pretrained
@@ -138,6 +138,7 @@ def load_model(
     if recipe.use_peft:
         options = {"dtype": training_dtype(recipe.dtype), **quantization_options(recipe)}
         model = _load(AutoModelForCausalLM, recipe, config=config, **options)
+        keep_exact(model)
     elif checkpoint:
         options = {"exact": True, "config": config, "dtype": dtype}
         model = load_pretrained(

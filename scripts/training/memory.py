@@ -189,8 +189,6 @@ def check_memory(
             remedy = f"{counts[0]} such GPUs{with_zero} would hold it"
         if recipe.use_peft and not recipe.load_in_4bit and gpu and zero is None:
             remedy = "give load_in_4bit: true"
-        elif gpu and adapter is None:
-            remedy += ", or give use_peft: true"
         smaller = recipe.model_copy(update={"optimizer_state_dtype": "bf16"})
         if zero is None and smaller != recipe and need(processes, zero, smaller)[2] < memory:
             remedy = f"optimizer_state_dtype: bf16 would make it fit; or {remedy}"

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -11,17 +12,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from adapters import BASES, write_base
-from conftest import run_script
+from conftest import ROOT, run_script
 from interruption import SCRIPT as INTERRUPTION
 from interruption import metrics, run_here, small_recipe
 from safetensors.torch import load_file, save_file
 from test_training import EPSILON, LEARNING_RATE, MAX_NORM, WARMUP, conversations, recipe  # noqa: F401, a fixture
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig
 
 from recipe.load import load_recipe
 from training.adapter_files import ADAPTER_FILES
+from training.adapters import adapter_size
 from training.deepspeed_config import fill_config
-from training.model import load_config
+from training.memory import estimate_memory
+from training.model import load_config, without_weights
 from training.pretrained import load_pretrained
 from utils.errors import UserError
 
@@ -270,6 +273,13 @@ def test_refuses_what_does_not_go_together(tmp_path, small, message):
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("checkpoint-*"))
 
 
+@pytest.mark.parametrize(("key", "value"), [("use_peft", False), ("lora_r", 8), ("lora_target_modules", "[dense]")])
+def test_a_run_cannot_go_on_with_another_adapter(small, tmp_path, whole, key, value):
+    output = shutil.copytree(whole["of the model"].output_dir, tmp_path / "run")
+    run = run_here(small, f"--{key}", value, "--max_steps", 12, "--allow_changes", output_dir=output)
+    assert f"what is trained is another: {key}: " in run.errors[0]
+
+
 def test_4_bits_are_refused_where_the_accelerate_config_brings_deepspeed(small):
     loaded = load_recipe(small, {"load_in_4bit": "true"})
     with pytest.raises(UserError, match=r"load_in_4bit = true: zero2.json: DeepSpeed"):
@@ -323,3 +333,36 @@ def test_a_damaged_adapter(tmp_path, whole, problem):
     with pytest.raises(UserError, match=r"adapter_model\.safetensors") as caught:
         load_pretrained(AutoModelForCausalLM, str(adapter))
     assert problem in str(caught.value)
+
+
+# ---- What it needs ----
+
+NEOX = {"num_hidden_layers": 16, "tie_word_embeddings": False}
+SHAPES = {
+    "stablelm7b_oasst_lora": {"vocab_size": 50432, "hidden_size": 6144, "num_attention_heads": 48},
+    "stablelm7b_oasst_qlora": {"vocab_size": 50432, "hidden_size": 6144, "num_attention_heads": 48},
+    "stablelm3b_oasst": {"vocab_size": 50688, "hidden_size": 4096, "num_attention_heads": 32},
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_recipe_that_ships_says_its_own_estimate(name):
+    path, sizes = ROOT / "recipes" / f"{name}.yaml", NEOX | SHAPES[name]
+    loaded = load_recipe(path)
+    config = GPTNeoXConfig(**sizes, intermediate_size=4 * sizes["hidden_size"])
+    model = without_weights(loaded, config)
+    adapter = adapter_size(loaded, model) if loaded.use_peft else None
+    shape = (1, loaded.micro_batch_tokens)
+    parts = estimate_memory(loaded, config, model.num_parameters(), 1, None, torch.bfloat16, shape, True, adapter)
+    said = float(re.search(r"([\d.]+) GiB of memory", path.read_text())[1])
+    assert sum(parts.values()) / 2**30 == pytest.approx(said, rel=0.01)
+
+
+def test_in_4_bits_a_weight_takes_four_bits_and_its_share_of_a_factor(small, bases):
+    loaded = load_recipe(small, {"load_in_4bit": "true"})
+    model = AutoModelForCausalLM.from_pretrained(bases["with spare rows"])
+    sizes = [adapter_size(each, model) for each in (loaded.model_copy(update={"load_in_4bit": False}), loaded)]
+    linear = 2 * (3 * 32 * 32 + 32 * 32 + 2 * 32 * 64)
+    assert sizes[0].frozen_bytes == 4 * model.num_parameters()
+    assert sizes[0].frozen_bytes - sizes[1].frozen_bytes == linear * 4 - linear // 2 - linear // 64 * 4
+    assert sizes[0].weights == 2 * 4 * (32 + 96 + 32 + 32 + 32 + 64 + 64 + 32)

@@ -66,7 +66,7 @@ def preflight(
     zero = deepspeed and deepspeed["zero_optimization"]
     adapter = adapter_size(recipe, without_weights(recipe, config)) if recipe.use_peft else None
     check_memory(recipe, config, parameters, zero, dtype, largest[0].shape, adapter)
-    saved = parameters if adapter is None else adapter
+    saved = parameters if adapter is None else adapter.weights
     merged = parameters * dtype.itemsize if recipe.merge_adapter else 0
     check_disk(recipe, saved, dtype, deepspeed is not None, epoch_steps, total_steps, progress.step, merged)
     found = recipe_warnings(recipe, config, mix, parameters, epoch_steps, total_steps)

@@ -92,6 +92,13 @@ def _checked(checkpoint: Checkpoint, recipe: Recipe, allow_changes: bool) -> Che
             f"{checkpoint.path} belongs to another recipe: {'; '.join(changed)}. "
             "Give another --output_dir, or go on with the changes by --allow_changes"
         )
+    then = checkpoint.state.recipe
+    for key in ("use_peft", "lora_r", "lora_target_modules", "use_dora") if then.use_peft or recipe.use_peft else ():
+        if getattr(then, key) != getattr(recipe, key):
+            raise UserError(
+                f"{checkpoint.path}: what is trained is another: {key}: {getattr(then, key)} then, "
+                f"{getattr(recipe, key)} now: give another --output_dir"
+            )
     for change in changed:
         say(f"changed: {change}")
     return checkpoint

@@ -11,6 +11,7 @@ the adapter has to fit the base model as it is.
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -47,6 +48,9 @@ def check_adapters(recipe: Recipe, model: PreTrainedModel) -> None:
     if is_adapter(recipe.model_name):
         raise UserError(f"model_name = {recipe.model_name}: an adapter: merge it first, by scripts/export.py")
     linear = linear_layers(model)
+    if recipe.load_in_4bit and any(isinstance(layer, Conv1D) for layer in linear.values()):
+        # bitsandbytes holds them turned round, and merged they would be written like that (transformers 5.23).
+        raise UserError(f"load_in_4bit = true: {recipe.model_name} has transformers' Conv1D in place of linear layers")
     for name in recipe.lora_target_modules or ():
         if not any(_is_named(layer, name) for layer in linear):
             last = sorted({layer.rpartition(".")[2] for layer in linear})
@@ -63,10 +67,27 @@ def linear_layers(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
     return {name: module for name, module in model.named_modules() if isinstance(module, kinds) and id(module) in body}
 
 
-def adapter_size(recipe: Recipe, model: PreTrainedModel) -> int:
-    """The weights that `put_on` would add: the matrices A and B, and DoRA's lengths; not the rows of tokens."""
+class AdapterSize(NamedTuple):
+    """Of an adapter and of the model that it is put on."""
+
+    weights: int  # that are trained: the matrices A and B, and DoRA's lengths; without the rows of tokens
+    frozen_bytes: int
+
+
+def adapter_size(recipe: Recipe, model: PreTrainedModel) -> AdapterSize:
+    """What `put_on` would add.
+
+    Args:
+        model: without weights in memory.
+    """
     shapes = [module.weight.shape for module in _adapted(recipe, model).values()]
-    return sum(recipe.lora_r * (rows + columns) + (rows if recipe.use_dora else 0) for rows, columns in shapes)
+    added = sum(recipe.lora_r * (rows + columns) + (rows if recipe.use_dora else 0) for rows, columns in shapes)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    element = training_dtype(recipe.dtype, announce=False).itemsize
+    in_4_bits = 0
+    if recipe.load_in_4bit:  # the linear layers, each 64 weights with a factor in fp32
+        in_4_bits = sum(layer.weight.numel() for layer in linear_layers(model).values())
+    return AdapterSize(added, (count - in_4_bits) * element + in_4_bits * 9 // 16)
 
 
 def _adapted(recipe: Recipe, model: PreTrainedModel) -> dict[str, torch.nn.Module]:
@@ -80,7 +101,7 @@ def quantization_options(recipe: Recipe) -> dict:
     """What `from_pretrained` is given to hold the frozen model as the recipe says."""
     if not recipe.load_in_4bit:
         return {}
-    return {"quantization_config": _in_4_bits(recipe.bnb_4bit_quant_type, training_dtype(recipe.dtype))}
+    return {"quantization_config": _in_4_bits(recipe.bnb_4bit_quant_type, training_dtype(recipe.dtype, announce=False))}
 
 
 def keep_exact(model: PreTrainedModel) -> None:
@@ -224,7 +245,7 @@ def _describe_base(recipe: Recipe, model: PreTrainedModel) -> BaseModel:
     name = os.path.abspath(recipe.model_name) if os.path.isdir(recipe.model_name) else recipe.model_name
     quantization = None
     if recipe.load_in_4bit:
-        dtype = next(name for name, dtype in DTYPES.items() if dtype == training_dtype(recipe.dtype))
+        dtype = next(name for name, dtype in DTYPES.items() if dtype == training_dtype(recipe.dtype, announce=False))
         quantization = Quantization(kind=recipe.bnb_4bit_quant_type, dtype=dtype)
     rows = model.get_input_embeddings().num_embeddings
     return BaseModel(name=name, fingerprint=base_fingerprint(name), rows=rows, quantization=quantization)

@@ -11,6 +11,7 @@ import torch
 from transformers import PretrainedConfig
 
 from recipe.keys import Recipe
+from training.adapters import AdapterSize
 from training.attention import attention_heads, choose_attention
 from training.deepspeed_config import optimizer_on_host
 from training.loss import rows_of_a_chunk
@@ -27,7 +28,7 @@ def estimate_memory(
     dtype: torch.dtype,
     shape: tuple[int, int],
     gpu: bool,
-    adapter: int | None = None,
+    adapter: AdapterSize | None = None,
 ) -> dict[str, int]:
     """Bytes that training needs on each device, by what they are for.
 
@@ -47,8 +48,8 @@ def estimate_memory(
         zero: the section `zero_optimization` of DeepSpeed's config; None without DeepSpeed.
         dtype: of forward and backward.
         shape: of the largest micro-batch: (1, tokens), or padded (conversations, the longest).
-        adapter: the weights of an adapter, of which alone there are gradients and moments, on a model that is frozen
-            in `dtype`, or in 4 bits; None where all is trained.
+        adapter: of an adapter, of which alone there are gradients and moments, on a frozen model; None where all is
+            trained.
     Returns: weights, gradients, optimizer; `step`, which the optimizer's step needs in place of the following two, of
         the forward and backward pass: activations, logits (in chunks, with their gradient and the output layer's).
     """
@@ -63,7 +64,7 @@ def estimate_memory(
     }
     frozen = 0
     if adapter is not None:
-        frozen, num_parameters = _frozen_bytes(recipe, config, num_parameters, element), adapter
+        frozen, num_parameters = adapter.frozen_bytes, adapter.weights
         # Each embedding with the rows of new tokens in place, and the gradient of the input's.
         held["logits"] = logits + 3 * element * vocabulary * hidden
     if zero is None:
@@ -91,16 +92,6 @@ def estimate_memory(
         "step": 0 if offloaded else shard * 4,  # the gradients in fp32
         **held,
     }
-
-
-def _frozen_bytes(recipe: Recipe, config: PretrainedConfig, num_parameters: int, element: int) -> int:
-    """Of a model that adapters are put on. In 4 bits are its linear layers, each 64 weights with a factor in fp32; not
-    its embeddings."""
-    if not recipe.load_in_4bit:
-        return num_parameters * element
-    text = config.get_text_config()
-    embeddings = text.vocab_size * text.hidden_size * (1 if config.tie_word_embeddings else 2)
-    return embeddings * element + (num_parameters - embeddings) * 9 // 16
 
 
 def moment_bytes(recipe: Recipe) -> int:
@@ -149,7 +140,7 @@ def check_memory(
     zero: dict[str, Any] | None,
     dtype: torch.dtype,
     shape: tuple[int, int],
-    adapter: int | None = None,
+    adapter: AdapterSize | None = None,
 ) -> None:
     """Print the estimate beside the memory of each GPU (without one, of the machine), and a warning if it is over it;
     UserError when weights, gradients and optimizer alone are."""
@@ -170,7 +161,7 @@ def check_memory(
     else:
         memory, where = psutil.virtual_memory().total, f"of memory, for the {local} process(es) here"
     if gpu and zero and optimizer_on_host(zero):
-        trained = num_parameters if adapter is None else adapter
+        trained = num_parameters if adapter is None else adapter.weights
         host, installed = local * math.ceil(trained / processes) * 16, psutil.virtual_memory().total
         say(f"memory of the host, estimated: {show_bytes(host)} of {show_bytes(installed)} for the offloaded optimizer")
         if host > installed:

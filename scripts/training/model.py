@@ -136,7 +136,7 @@ def load_model(
     Raises: UserError when the weights cannot be found, are damaged, or not those that the config calls for.
     """
     if recipe.use_peft:
-        options = {"dtype": training_dtype(recipe.dtype), **quantization_options(recipe)}
+        options = {"dtype": training_dtype(recipe.dtype, announce=False), **quantization_options(recipe)}
         model = _load(AutoModelForCausalLM, recipe, config=config, **options)
         keep_exact(model)
     elif checkpoint:
@@ -180,7 +180,7 @@ def load_merged(recipe: Recipe, folder: Path, tokenizer) -> PreTrainedModel:
     bits = f", what its 4 bits ({recipe.bnb_4bit_quant_type}) stand for" if recipe.load_in_4bit else ""
     say(f"the adapter is merged, in fp32, into the weights of {recipe.model_name}{bits}")
     fit_to_tokenizer(model, tokenizer, mean_resizing=False)
-    return model.to(training_dtype(recipe.dtype))
+    return model.to(training_dtype(recipe.dtype, announce=False))
 
 
 def check_family(model: PreTrainedModel, recipe: Recipe) -> list[str]:

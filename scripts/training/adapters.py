@@ -177,6 +177,8 @@ def put_on(
         inject_adapter_in_model(config, model, ADAPTER)
     except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
         raise UserError(f"use_peft: no adapters for {recipe.model_name}: {reason(error)}") from error
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if new_tokens else ():
+        layer.token_adapter.register_buffer("row_ids", torch.tensor(new_tokens), persistent=False)
     adapter = adapter_tensors(model).values()
     model.requires_grad_(False)
     for parameter in adapter:
@@ -226,7 +228,7 @@ def learnt_rows(layer: torch.nn.Module) -> tuple[torch.nn.Module, torch.nn.Param
     if wrapped is None:
         return layer, None, None
     rows = wrapped.trainable_tokens_delta[ADAPTER]  # not what is added to a row, but all of it (peft 0.21)
-    return wrapped.base_layer, rows, torch.tensor(wrapped.token_indices[ADAPTER], device=rows.device)
+    return wrapped.base_layer, rows, wrapped.row_ids
 
 
 def adapted_weights(model: PreTrainedModel) -> list[int]:

@@ -46,8 +46,8 @@ lint: .venv/tests  ## ruff's checks and its formatting
 	$(INSTALL) -r requirements.txt
 	touch $@
 
-.venv/tests: .venv/installed requirements-eval.txt requirements-web.txt requirements-dev.txt
-	$(INSTALL) -r requirements-eval.txt -r requirements-web.txt -r requirements-dev.txt
+.venv/tests: .venv/installed requirements-eval.txt requirements-web.txt requirements-lora.txt requirements-dev.txt
+	$(INSTALL) -r requirements-eval.txt -r requirements-web.txt -r requirements-lora.txt -r requirements-dev.txt
 	touch $@
 
 .venv/liger: | .venv/installed

@@ -78,6 +78,7 @@ def main(options, checkpoint, recipe: Recipe) -> None:
     if not options.recipe:
         load_chat_tokenizer(checkpoint)  # a run's checkpoint has all of it, or is damaged
     instead = {"model_name": checkpoint.name, "from_scratch": False, "gradient_checkpointing": False}
+    instead |= {"use_peft": False, "load_in_4bit": False}  # an adapter is merged as it is loaded
     recipe = recipe.model_copy(update=instead)
     config, tokenizer = load_config(recipe), load_tokenizer(recipe)
     # Data first, as in sft.py: no process group exists yet that could time out.

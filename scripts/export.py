@@ -6,7 +6,8 @@
     python scripts/export.py stablelm_7b exported --gguf stablelm_7b.gguf --gguf_dtype q8_0
     python scripts/export.py stablelm_7b exported --push_to_hub me/stablelm-7b-sft --private
 
-CHECKPOINT is a run's checkpoint, a run's folder (its final model), or any folder with a causal LM and a chat template.
+CHECKPOINT is a run's checkpoint, a run's folder (its final model), or any folder with a causal LM and a chat template;
+an adapter is merged into its base model.
 OUT gets safetensors, tokenizer with chat template, generation config with the stop token, card, and nothing else; it is
 read by transformers 4 and 5, and by what takes their folders (vLLM, converters). It appears only when it is whole and
 was read back by a fresh process, with the ids of training and the logits of CHECKPOINT.
@@ -84,7 +85,9 @@ from publishing.weights import Weights, decimal_bytes, read_weights
 from publishing.whole_folder import check_target, whole_folder
 from run.checkpoint import is_disk_error
 from run.model_files import as_readable_as_others, save_model
+from training.adapter_files import is_adapter, read_base
 from training.pretrained import load_pretrained
+from training.weight_files import model_folder
 from utils.files import read_json
 from utils.launch import say, set_up_process
 
@@ -108,10 +111,11 @@ def main(options) -> None:
         check_gguf(options.gguf, source.folder, rows=max(tokenizer.get_vocab().values()) + 1)
 
     # ---- The model as it is, then in the precision asked for; never two at a time ----
-    model = load(source, stored.dtype)
+    exact = "fp32" if is_adapter(source.name) else stored.dtype
+    model = load(source, exact)
     with named(source.name):
-        reference = make_reference(model, tokenizer, stored.dtype)
-    if dtype != stored.dtype:
+        reference = make_reference(model, tokenizer, exact)
+    if dtype != exact:
         del model
         gc.collect()
         model = load(source, dtype)
@@ -145,15 +149,20 @@ def main(options) -> None:
 def open_source(name: str) -> tuple[EvaluatedModel, Weights]:
     """The model to export, and what its weights files hold.
 
+    Of an adapter those of its base model.
     Raises: UserError for what is no folder with a model, an adapter without its base, or quantized weights.
     """
     folder = Path(name)
-    if (folder / "adapter_config.json").is_file():
-        merge = "peft's AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)"
-        raise UserError(f"{name}: holds an adapter, which has to be merged into its base model first: {merge}")
     if not folder.is_dir():
         raise UserError(f"{name}: no such folder under {Path.cwd()}")
     source = find_model(name)
+    if is_adapter(name):
+        base = read_base(folder)
+        folder = model_folder(base.name)
+        if folder is None:
+            raise UserError(f"{name}: its base model {base.name} is not on this machine: hf download {base.name}")
+        bits = f", what its 4 bits ({base.quantization.kind}) stand for" if base.quantization else ""
+        say(f"the adapter is merged, in fp32, into the weights of {base.name}{bits}")
     config, weights = read_json(folder / "config.json", "config"), read_weights(folder)
     if weights is None:
         raise UserError(f"{name}: holds no *.safetensors, the weights: save it by transformers' save_pretrained first")
@@ -170,6 +179,8 @@ def computed_in(run: TrainedRun) -> str:
 
 def load(source: EvaluatedModel, dtype: str):
     """On the CPU, where there is room for a model that a GPU cannot hold in fp32."""
+    if is_adapter(source.name):  # which half precision would round before it is added
+        return load_pretrained(AutoModelForCausalLM, source.name, dtype=torch.float32).to(DTYPES[dtype])
     return load_pretrained(AutoModelForCausalLM, source.name, dtype=DTYPES[dtype])
 
 

@@ -224,7 +224,7 @@ def test_bad_input(trained, tmp_path, run_export):
         tmp_path / "file": "no such folder under",
         tmp_path / "empty": "not a model, no config.json; it holds nothing",
         bad["plain"]: "has no chat template, so it is no chat model",
-        bad["adapter"]: "holds an adapter, which has to be merged .*merge_and_unload",
+        bad["adapter"]: r"does not name its base model \(base_model_name_or_path\)",
         bad["quantized"]: "its weights are quantized",
         bad["cut"]: "model.safetensors: cut off or damaged",
         bad["pickled"]: r"holds no \*.safetensors",

@@ -7,12 +7,15 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from evaluation.model import EvaluatedModel
+from training.adapter_files import ADAPTER_CONFIG, BASE_FILE
 from training.pretrained import load_pretrained
 from utils.errors import UserError, reason
 from utils.files import sampled
 from utils.launch import has_gpu
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# Files of a model, beside its weights, by which it is another one.
+DESCRIBING = ("config.json", "tokenizer.json", "chat_template.jinja", ADAPTER_CONFIG, BASE_FILE)
 CHAT_MARK = re.compile(r"<\|\w+\|>")  # how a chat template writes a control token
 
 
@@ -23,7 +26,7 @@ def fingerprint(checkpoint: EvaluatedModel) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for path in sorted(checkpoint.folder.glob("*")):
         weights = path.suffix in (".safetensors", ".bin", ".pt")
-        if weights or path.name in ("config.json", "tokenizer.json", "chat_template.jinja"):
+        if weights or path.name in DESCRIBING:
             digest.update(f"{path.name} {path.stat().st_size}\n".encode())
             for block in sampled(path) if weights else [path.read_bytes()]:
                 digest.update(block)

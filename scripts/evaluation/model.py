@@ -43,7 +43,7 @@ def find_model(name: str) -> EvaluatedModel:
         if os.path.lexists(folder) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
             raise UserError(f"{name}: no such folder under {Path.cwd()}, nor is it a hub name (org/name)")
         return EvaluatedModel(name)
-    if not (folder / "config.json").is_file():
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         runs = sorted(folder.glob("checkpoint-*"), key=lambda path: (len(path.name), path.name))
         names = [path.name for path in runs or sorted(folder.iterdir())]
         what = "a run that has no final model yet; give one of" if runs else "not a model, no config.json; it holds"

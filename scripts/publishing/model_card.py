@@ -22,6 +22,7 @@ from publishing.prompting import QUESTIONS, describe_prompting
 from publishing.provenance import Record, TrainedRun, find_results, find_run, redacted, shareable_recipe, shareable_text
 from publishing.weights import read_weights
 from sources.registry import find_source
+from training.adapter_files import is_adapter
 from training.pretrained import load_pretrained
 from utils.errors import UserError
 from utils.files import write_whole
@@ -76,7 +77,7 @@ def model_card(
         card_data=data.to_yaml(),
         name=name,
         model_type=config.model_type,
-        weights=read_weights(described),
+        weights=f"an adapter of {read_weights(described)}" if is_adapter(str(described)) else read_weights(described),
         positions=getattr(config, "max_position_embeddings", None),
         prompting=prompting,
         eos=tokenizer.eos_token,

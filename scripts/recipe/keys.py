@@ -117,6 +117,7 @@ def expand_home(value: Any) -> Any:
 
 FolderPath = Annotated[Path, BeforeValidator(expand_home)]
 PathText = Annotated[str, BeforeValidator(expand_home)]
+ModuleName = Annotated[str, Field(min_length=1)]
 
 
 class Recipe(Schema):
@@ -139,6 +140,19 @@ class Recipe(Schema):
     )
     gradient_checkpointing: bool = key(False, "recompute activations: less memory, about 1/3 more work", "")
     torch_compile: bool = key(False, "compile the model's layers (minutes at the start)", "")
+
+    use_peft: bool = key(False, "train low-rank adapters (LoRA) on the frozen model, by peft", "training")
+    lora_r: PositiveInt = key(16, "rank of the adapters", "training")
+    lora_alpha: PositiveInt = key(32, "adapters are scaled by lora_alpha / lora_r", "training")
+    lora_dropout: float = key(0.05, "dropout of what goes into an adapter", "training", ge=0, lt=1)
+    lora_target_modules: list[ModuleName] | None = key(
+        None, "names of linear layers that get one; null: all of the body", "training", min_length=1
+    )
+    use_rslora: bool = key(False, "scale by lora_alpha / sqrt(lora_r) (rank-stabilized LoRA)", "training")
+    use_dora: bool = key(False, "train the lengths of the weights' columns, too (DoRA)", "training")
+    load_in_4bit: bool = key(False, "hold the frozen model in 4 bits a weight (QLoRA), by bitsandbytes", "training")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = key("nf4", "the kind of these 4 bits", "training")
+    merge_adapter: bool = key(False, "the final model with the adapters merged into its weights", "")
 
     datasets: Datasets = key(..., "the mix", "")  # of its options each says what it changes
     cache_dir: FolderPath = key(Path(".cache"), "where data files are looked up and prepared data are kept", "")
@@ -237,11 +251,27 @@ class Recipe(Schema):
             raise ValueError(
                 "torch_compile: true compiles nothing under gradient_checkpointing: true: give one of them"
             )
+        self._check_adapters()
         if self.micro_batch_tokens is not None:
             self._check_micro_batch_tokens(self.micro_batch_tokens)
         if os.path.realpath(self.output_dir) == os.path.realpath(self.model_name):
             raise ValueError("output_dir is the folder of model_name: the run would overwrite its base model")
         return self
+
+    def _check_adapters(self) -> None:
+        of_adapters = ("load_in_4bit", "use_rslora", "use_dora", "lora_target_modules", "merge_adapter")
+        for name in () if self.use_peft else of_adapters:
+            if getattr(self, name):
+                raise ValueError(f"{name} says how adapters are trained: give use_peft: true too")
+        if self.use_peft and self.from_scratch:
+            raise ValueError("use_peft: true trains adapters on a model that is kept: give from_scratch: false")
+        if self.use_peft and self.torch_compile:
+            raise ValueError("torch_compile: true does not compile layers with adapters: give it or use_peft: true")
+        if self.load_in_4bit and self.deepspeed_config:
+            raise ValueError(
+                "load_in_4bit: true is not for DeepSpeed, which would make half precision of what is packed: give "
+                "deepspeed_config: null"
+            )
 
     def _check_micro_batch_tokens(self, tokens: int) -> None:
         if tokens < self.max_length:

@@ -36,6 +36,7 @@ from run.checkpoint_state import (
 from run.model_files import as_readable_as_others, save_model
 from run.retention import NUMBERED, prune, remove_folder
 from run.stats import TrainingStats
+from training.adapter_files import ADAPTER_FILES
 from training.checkpoint_files import TRAINER_STATE, check_file, state_file
 from training.engine import Engine
 from training.optimizer_state import random_state, save_optimizer
@@ -188,8 +189,12 @@ def save_checkpoint(engine: Engine, tokenizer, recipe: Recipe, state: dict[str, 
     as_one(publish, main_process_only=True)
 
 
-def save_final_model(model: PreTrainedModel, tokenizer, folder: Path) -> None:
+def save_final_model(model: PreTrainedModel, tokenizer, folder: Path, merge: Callable | None = None) -> None:
     """Write the final model into the output folder itself, its files appearing only when all of them are whole.
+
+    Args:
+        merge: what makes of a folder with an adapter the whole model that is to be written; None writes what was
+            trained.
 
     Raises:
         UserError: it cannot be written (a full disk).
@@ -197,8 +202,18 @@ def save_final_model(model: PreTrainedModel, tokenizer, folder: Path) -> None:
     work = folder / ".final"
     try:
         shutil.rmtree(work, ignore_errors=True)
+        if merge:
+            save_model(model, tokenizer, work / "adapter")
+            model = merge(work / "adapter", tokenizer)
+            shutil.rmtree(work / "adapter")
         save_model(model, tokenizer, work)
         flush(work, *work.rglob("*"))
+        # Of an earlier end of this run, made with another merge_adapter: a whole model with an adapter beside it is
+        # loaded with that on top.
+        merged = (work / "config.json").exists()
+        for stale in ADAPTER_FILES if merged else ("config.json", "generation_config.json", "model*.safetensors*"):
+            for path in folder.glob(stale):
+                path.unlink()
         for path in sorted(work.iterdir()):
             os.replace(path, folder / path.name)
         work.rmdir()

@@ -17,6 +17,7 @@ from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 from recipe.keys import Recipe
 from run.health import WINDOW
 from run.record_file import still_keys
+from training.adapter_files import ADAPTER_CONFIG
 from training.checkpoint_files import TRAINER_STATE, File, is_model_file, state_file
 from utils.errors import UserError
 from utils.files import read_json
@@ -123,10 +124,11 @@ class State(Exact):
             path = PurePosixPath(name)
             if path.is_absolute() or ".." in path.parts or str(path) != name or "\0" in name:
                 raise ValueError(f"files: {name!r} is no file of a checkpoint")
-        needed = ["config.json", *(process_file(process) for process in range(self.num_processes))]
+        model, config = ("adapter_model", ADAPTER_CONFIG) if self.recipe.use_peft else ("model", "config.json")
+        needed = [config, *(process_file(process) for process in range(self.num_processes))]
         if missing := [name for name in needed if name not in self.files]:
             raise ValueError(f"files: {missing[0]} is not among them")
-        for what, folder in {"model": ".", "optimizer": TRAINER_STATE}.items():
+        for what, folder in {model: ".", "optimizer": TRAINER_STATE}.items():
             if not any(_is_part(name, what, folder) for name in self.files):
                 raise ValueError(f"files: none of the {what}'s is among them")
         return self

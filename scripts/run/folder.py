@@ -11,6 +11,7 @@ from recipe.keys import Recipe
 from run.checkpoint import Checkpoint, remove_leftovers
 from run.lines import lines_up_to
 from run.retention import SET_ASIDE, list_checkpoints, list_set_aside, step_of
+from training.adapter_files import ADAPTER_CONFIG, ADAPTER_FILES
 from utils.errors import UserError
 from utils.files import read_text, remove_tree, write_whole
 from utils.launch import say
@@ -18,10 +19,14 @@ from utils.launch import say
 # The first line of OUTPUT_DIR/recipe.yaml, by which it is known from a file of the user's.
 RECIPE_HEADER = "# The resolved recipe of this run: `sft.py THIS_FILE --output_dir NEW` repeats it.\n"
 # What a run writes into its folder, first of all what tells that a folder holds a run.
-TELLTALE_FILES = ("metrics.jsonl", "training.png", "config.json", "model.safetensors", "tokenizer.json", "README.md")
+TELLTALE_FILES = (
+    *("metrics.jsonl", "training.png", "config.json", "model.safetensors", "tokenizer.json", "README.md"),
+    ADAPTER_CONFIG,
+)
 OWN_FILES = (
     *TELLTALE_FILES,
     *("recipe.yaml", "run.json", "bad_steps.jsonl", "generation_config.json", "tokenizer_config.json"),
+    *ADAPTER_FILES,
 )
 PATIENCE = 20.0  # seconds to wait for the processes of the start before this one, which may still be saving
 

@@ -18,6 +18,8 @@ from typing import Any
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from recipe.keys import Recipe
+from training.adapter_files import save_adapter
+from training.adapters import has_adapter
 from training.model import fit_to_tokenizer, without_weights
 from training.tokenizer_files import save_tokenizer
 from utils.errors import UserError, reason
@@ -37,7 +39,13 @@ MODEL_PART = "2GB"  # at most so much of the model is copied from the GPU at a t
 
 
 def save_model(model: PreTrainedModel, tokenizer, folder: Path, max_shard_size: str | None = None) -> None:
-    """Write model and tokenizer as AutoModelForCausalLM and AutoTokenizer read them.  Raises: OSError and the like."""
+    """Write model and tokenizer as AutoModelForCausalLM and AutoTokenizer read them; of a model with adapters these
+    alone.  Raises: OSError and the like."""
+    if has_adapter(model):
+        save_adapter(model, folder)
+        save_tokenizer(tokenizer, folder)
+        as_readable_as_others(folder)
+        return
     model.save_pretrained(folder, max_shard_size=max_shard_size or MODEL_PART)
     _save_beside_weights(tokenizer, folder)
 

@@ -13,17 +13,19 @@ from recipe.keys import Recipe
 from run.model_files import check_savable
 from run.progress import Progress
 from run.retention import check_disk, steps_between_checkpoints
+from training.adapters import adapter_size
 from training.collate import kept_targets
 from training.memory import check_memory
 from training.micro_batches import MicroBatch, largest_micro_batches
-from training.model import check_tiny, count_parameters
+from training.model import check_tiny, count_parameters, without_weights
 from training.plan import steps_per_epoch, training_rows
 from utils.errors import UserError
 from utils.launch import num_processes, say
 
 # Rates of full fine-tuning over which a pretrained model of that many parameters usually loses what it knows: several
 # times those of huggingface/alignment-handbook (1e-3 for SmolLM2 135M and 360M, 3e-4 for 1.7B, 2e-5 for SmolLM3 3B and
-# Zephyr 7B) and InstructGPT (about 1e-5 for 1.3B and 6B). LoRA's usual 2e-4 is over it from 3 billion on.
+# Zephyr 7B) and InstructGPT (about 1e-5 for 1.3B and 6B). LoRA's is ten times as high: "LoRA Without Regret" (Schulman
+# et al. 2025) finds that ratio for models of all sizes.
 HIGHEST_RATES = ((1e9, 3e-3), (3e9, 1e-3), (math.inf, 1e-4))  # under so many parameters, the rate
 LOWEST_RATE = 2e-7  # a tenth of the lowest published one known to us, Tulu 3's 2e-6 for 70B
 # Four months at a step a second, and 2,500 times the seed's epochs: more likely a slip than meant.
@@ -62,8 +64,11 @@ def preflight(
     lost = check_targets(recipe, mix)
     largest = largest_micro_batches(mix, recipe, processes, progress.steps_left, progress.position)
     zero = deepspeed and deepspeed["zero_optimization"]
-    check_memory(recipe, config, parameters, zero, dtype, largest[0].shape)
-    check_disk(recipe, parameters, dtype, deepspeed is not None, epoch_steps, total_steps, progress.step)
+    adapter = adapter_size(recipe, without_weights(recipe, config)) if recipe.use_peft else None
+    check_memory(recipe, config, parameters, zero, dtype, largest[0].shape, adapter)
+    saved = parameters if adapter is None else adapter.weights
+    merged = parameters * dtype.itemsize if recipe.merge_adapter else 0
+    check_disk(recipe, saved, dtype, deepspeed is not None, epoch_steps, total_steps, progress.step, merged)
     found = recipe_warnings(recipe, config, mix, parameters, epoch_steps, total_steps)
     for warning in [*lost, *vocabulary_warnings(recipe, config, tokenizer), *found]:
         say(f"warning: {warning}")
@@ -156,6 +161,7 @@ def recipe_warnings(
             f"tokens left out in each epoch: {remedy}"
         )
     highest = next(rate for parameters, rate in HIGHEST_RATES if num_parameters < parameters)
+    highest *= 10 if recipe.use_peft else 1
     if not recipe.from_scratch and not LOWEST_RATE <= recipe.learning_rate <= highest:
         found.append(
             f"learning_rate = {recipe.learning_rate:g}: pretrained models of this size ({num_parameters / 1e9:.2g} "

@@ -30,7 +30,7 @@ from utils.launch import has_gpu, launcher_plugin, num_processes, say
 SCRIPTS = Path(__file__).parent.parent
 PACKAGES = (
     *("torch", "accelerate", "transformers", "deepspeed", "datasets", "evaluate", "safetensors", "tokenizers"),
-    *("numpy", "pyarrow", "wandb", "flash-attn", "liger-kernel"),
+    *("numpy", "pyarrow", "wandb", "flash-attn", "liger-kernel", "peft", "bitsandbytes"),
 )
 MODEL_FILES = (
     *("config.json", "generation_config.json", "*.safetensors", "*.bin", "*.index.json", "*.model", "tokenizer*"),

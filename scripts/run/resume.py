@@ -18,6 +18,7 @@ from run.record_file import read_record, still_keys
 from run.retention import list_checkpoints, list_set_aside, step_of
 from run.stats import TrainingStats
 from sources.source import keys_that_change
+from training.adapter_files import ADAPTER_CONFIG, check_base
 from training.checkpoint_files import state_file
 from training.engine import Engine
 from training.optimizer import set_schedule
@@ -72,7 +73,11 @@ def find_checkpoint(recipe: Recipe, allow_changes: bool) -> Checkpoint | None:
 def _same_run_without_checkpoint(recipe: Recipe) -> bool:
     """Whether output_dir holds this very run, killed before its first checkpoint: then it begins again."""
     folder = recipe.output_dir
-    if os.path.lexists(folder / "config.json") or list_set_aside(folder) or not is_ours(folder / "recipe.yaml"):
+    if (
+        any(os.path.lexists(folder / name) for name in ("config.json", ADAPTER_CONFIG))
+        or list_set_aside(folder)
+        or not is_ours(folder / "recipe.yaml")
+    ):
         return False
     try:
         return load_recipe(folder / "recipe.yaml") == recipe
@@ -87,6 +92,13 @@ def _checked(checkpoint: Checkpoint, recipe: Recipe, allow_changes: bool) -> Che
             f"{checkpoint.path} belongs to another recipe: {'; '.join(changed)}. "
             "Give another --output_dir, or go on with the changes by --allow_changes"
         )
+    then = checkpoint.state.recipe
+    for key in ("use_peft", "lora_r", "lora_target_modules", "use_dora") if then.use_peft or recipe.use_peft else ():
+        if getattr(then, key) != getattr(recipe, key):
+            raise UserError(
+                f"{checkpoint.path}: what is trained is another: {key}: {getattr(then, key)} then, "
+                f"{getattr(recipe, key)} now: give another --output_dir"
+            )
     for change in changed:
         say(f"changed: {change}")
     return checkpoint
@@ -165,6 +177,9 @@ def check_config(checkpoint: Checkpoint, config: PretrainedConfig, recipe: Recip
         UserError: its config.json says something else, unless changes are allowed.
     """
     with checkpoint.model_folder() as folder:
+        if recipe.use_peft and checkpoint.state.recipe.use_peft:
+            check_base(folder, recipe.model_name, str(checkpoint.path))
+            return
         who = str(checkpoint.path)
         then = load_pretrained(AutoConfig, str(folder), who, trust_remote_code=recipe.trust_remote_code)
     changed = config_changes(then, config)

@@ -65,7 +65,7 @@ def remove_folder(folder: Path, hidden: str | None = None) -> None:
 
 def checkpoint_bytes(recipe: Recipe, num_parameters: int, dtype: torch.dtype, deepspeed: bool) -> tuple[int, int]:
     """Bytes of a checkpoint: its model, and its trainer_state (Adam's moments, and the fp32 weights if the model has
-    none: training/optimizer_state.py)."""
+    none: training/optimizer_state.py). Of adapters, `num_parameters` are theirs."""
     half = deepspeed and dtype != torch.float32
     return num_parameters * (2 if half else 4), num_parameters * (12 if half else moment_bytes(recipe))
 
@@ -113,18 +113,20 @@ def check_disk(
     epoch_steps: int,
     total_steps: int,
     start_step: int = 0,
+    merged: int = 0,
 ) -> None:
     """Print the size of a checkpoint, and the room that the run will need beside what is free.
 
     Args:
         start_step: of the checkpoint that the run goes on from.
+        merged: bytes of a final model with merged adapters.
 
     Raises:
         UserError: the disk of output_dir has less.
     """
     model, state = checkpoint_bytes(recipe, num_parameters, dtype, deepspeed)
     state = 0 if recipe.save_only_model else state
-    peak = disk_peak(recipe, model, state, epoch_steps, total_steps, start_step)
+    peak = disk_peak(recipe, model, state, epoch_steps, total_steps, start_step) + merged
     folder = next(path for path in (recipe.output_dir, *recipe.output_dir.absolute().parents) if path.exists())
     free = shutil.disk_usage(folder).free
     parts = f" (model {show_bytes(model)}, what resuming needs {show_bytes(state)})" if state else ""

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from run.stats import Clock, TrainingStats
 from training.batches import Batches
 from training.engine import Engine
 from training.flops import ModelFlops, peak_flops
-from training.model import load_model
+from training.model import load_merged, load_model
 from training.optimizer_state import loss_scale
 from utils.launch import process_index
 
@@ -79,7 +80,8 @@ class Run:
         if not self.checkpoint:
             return load_model(self.recipe, config, tokenizer, dtype)
         with self.checkpoint.model_folder() as folder:
-            config = config_of_run(self.recipe, config, tokenizer)
+            if not self.recipe.use_peft:  # whose model is not the checkpoint's
+                config = config_of_run(self.recipe, config, tokenizer)
             return load_model(self.recipe, config, tokenizer, dtype, checkpoint=folder)
 
     def attach(self, engine: Engine, batches: Batches, dtype: torch.dtype) -> None:
@@ -161,7 +163,8 @@ class Run:
             return
         if not stopped:
             with self.clock.spend("saving"):
-                save_final_model(self.engine.language_model, tokenizer, self.recipe.output_dir)
+                merge = partial(load_merged, self.recipe) if self.recipe.merge_adapter else None
+                save_final_model(self.engine.language_model, tokenizer, self.recipe.output_dir, merge)
         report = end_report(self.recipe, self.progress, self.stats, self.health)
         status = "interrupted" if stopped else "finished"
         update_status(self.record, status, report=report, wandb=self.log.wandb_url)

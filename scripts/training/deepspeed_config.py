@@ -73,6 +73,11 @@ def fill_config(
             f"optimizer_state_dtype = {recipe.optimizer_state_dtype}: {source}: DeepSpeed's optimizer keeps Adam's "
             "moments in fp32, and shares them among the processes: give fp32, or train without DeepSpeed"
         )
+    if recipe.load_in_4bit:
+        raise UserError(
+            f"load_in_4bit = true: {source}: DeepSpeed would make half precision of what is packed: train by one "
+            "process, or DistributedDataParallel"
+        )
     config = copy.deepcopy(config)
     check_keys(config, source)
     # By micro_batch_tokens steps have different numbers of micro-batches; the engine is told the most. It only divides

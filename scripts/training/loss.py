@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from recipe.keys import Recipe
+from training.adapters import learnt_rows
 from training.collate import Batch
 from training.linear import HalfLinear, add_product
 from utils.launch import has_gpu, say, training_dtype
@@ -62,15 +63,19 @@ class ScoredLoss(torch.nn.Module):
         hidden = self.model.base_model(**batch.model_inputs(), use_cache=False).last_hidden_state
         hidden = hidden.flatten(0, 1).index_select(0, batch.scored)
         head = self.model.get_output_embeddings()
+        layer, learnt, ids = learnt_rows(head)
         device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else layer.weight.dtype
         rows = rows_of_a_chunk(self.config.get_text_config().vocab_size, dtype.itemsize)
         if not self.training:
             return _evaluate(head, hidden, batch.targets, rows)
-        if dtype == torch.float16 or not isinstance(head, torch.nn.Linear):
+        if dtype == torch.float16 or not isinstance(layer, torch.nn.Linear):
             return _made_twice(head, hidden, batch.targets, rows)
-        half = head.half_weight if isinstance(head, HalfLinear) else head.weight.detach().to(dtype)
-        total, losses = _MadeOnce.apply(hidden.to(dtype), head.weight, half, head.bias, batch.targets, rows)
+        half = layer.half_weight if isinstance(layer, HalfLinear) else layer.weight.detach().to(dtype)
+        weight = layer.weight
+        if learnt is not None:
+            half, weight = half.index_copy(0, ids, learnt.detach().to(dtype)), learnt
+        total, losses = _MadeOnce.apply(hidden.to(dtype), weight, half, layer.bias, batch.targets, rows, ids)
         return total, losses, None
 
 
@@ -126,24 +131,30 @@ class _MadeOnce(torch.autograd.Function):
 
     Only the sum can be differentiated: its gradients are ready after the forward pass, up to the one factor that the
     backward pass brings. The losses and the weight's gradient are summed in fp32, whatever the dtype. `half` is the
-    weight in the dtype of the products.
+    weight in the dtype of the products. Where only its rows `ids` are trained, `weight` is these; a frozen one gets no
+    gradient.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, half, bias, targets, rows):
+    def forward(ctx, hidden, weight, half, bias, targets, rows, ids):
         losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-        of_hidden, of_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
-        of_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+        trained, bias_trained = ctx.needs_input_grad[1], ctx.needs_input_grad[3]
+        of_hidden = torch.empty_like(hidden)
+        of_weight = torch.zeros_like(weight, dtype=torch.float32) if trained else None
+        of_bias = torch.zeros_like(bias, dtype=torch.float32) if bias_trained else None
         product_bias = None if bias is None else bias.to(half.dtype)
         for start in range(0, len(targets), rows):
             part = slice(start, start + rows)
             of_logits = F.linear(hidden[part], half, product_bias)  # logits, until the next line
             losses[part] = cross_entropy(of_logits, targets[part], 1.0)
-            if bias is not None:
+            if bias_trained:
                 of_bias += of_logits.sum(0, dtype=torch.float32)
             of_hidden[part] = of_logits @ half
-            add_product(of_weight, of_logits.T, hidden[part])
-        ctx.save_for_backward(of_hidden, of_weight.to(weight.dtype), None if bias is None else of_bias.to(bias.dtype))
+            if trained:
+                of_rows = of_logits if ids is None else of_logits[:, ids]
+                add_product(of_weight, of_rows.T, hidden[part])
+        of_weight = of_weight.to(weight.dtype) if trained else None
+        ctx.save_for_backward(of_hidden, of_weight, of_bias.to(bias.dtype) if bias_trained else None)
         ctx.mark_non_differentiable(losses)
         return losses.sum(), losses
 
@@ -152,7 +163,7 @@ class _MadeOnce(torch.autograd.Function):
         # In place: a second backward pass over the same forward would find them changed, and says so.
         gradients = [gradient if gradient is None else gradient.mul_(factor) for gradient in ctx.saved_tensors]
         of_hidden, of_weight, of_bias = gradients
-        return of_hidden, of_weight, None, of_bias, None, None
+        return of_hidden, of_weight, None, of_bias, None, None, None
 
 
 # ---- From logits to losses and gradients ----

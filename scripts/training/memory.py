@@ -11,6 +11,7 @@ import torch
 from transformers import PretrainedConfig
 
 from recipe.keys import Recipe
+from training.adapters import AdapterSize
 from training.attention import attention_heads, choose_attention
 from training.deepspeed_config import optimizer_on_host
 from training.loss import rows_of_a_chunk
@@ -27,6 +28,7 @@ def estimate_memory(
     dtype: torch.dtype,
     shape: tuple[int, int],
     gpu: bool,
+    adapter: AdapterSize | None = None,
 ) -> dict[str, int]:
     """Bytes that training needs on each device, by what they are for.
 
@@ -46,6 +48,8 @@ def estimate_memory(
         zero: the section `zero_optimization` of DeepSpeed's config; None without DeepSpeed.
         dtype: of forward and backward.
         shape: of the largest micro-batch: (1, tokens), or padded (conversations, the longest).
+        adapter: of an adapter, of which alone there are gradients and moments, on a frozen model; None where all is
+            trained.
     Returns: weights, gradients, optimizer; `step`, which the optimizer's step needs in place of the following two, of
         the forward and backward pass: activations, logits (in chunks, with their gradient and the output layer's).
     """
@@ -58,11 +62,16 @@ def estimate_memory(
         "activations": tokens * _activations_per_token(recipe, config, num_parameters, zero, element, length),
         "logits": logits + (4 if element == 4 else 6) * vocabulary * hidden,
     }
+    frozen = 0
+    if adapter is not None:
+        frozen, num_parameters = adapter.frozen_bytes, adapter.weights
+        # Each embedding with the rows of new tokens in place, and the gradient of the input's.
+        held["logits"] = logits + 3 * element * vocabulary * hidden
     if zero is None:
         # DDP copies gradients into its buckets (gradient_as_bucket_view is off in Accelerate); autocast keeps copies of
         # the matrices in half precision through the forward pass. AdamW makes no copy of anything.
         return {
-            "weights": num_parameters * (4 if element == 4 else 6),
+            "weights": frozen + num_parameters * (4 if element == 4 else 6),
             "gradients": num_parameters * (8 if num_processes > 1 else 4),
             "optimizer": num_parameters * moment_bytes(recipe),
             "step": 0,
@@ -75,7 +84,7 @@ def estimate_memory(
     if not gpu:  # where memory that is never touched takes no room
         bucket = min(bucket, num_parameters)
     return {
-        "weights": num_parameters * element,
+        "weights": frozen + num_parameters * element,
         # Under stage 2 with an optimizer on the host they go there bucket by bucket.
         "gradients": (num_parameters if zero.get("stage") != 2 else 0 if offloaded else shard) * element
         + bucket * element * (2 if zero.get("overlap_comm") else 1),
@@ -104,7 +113,7 @@ def _activations_per_token(
     mlp = (num_parameters - embeddings) / layers - 2 * hidden * head * (heads + key_heads)
     gated = mlp > 2.5 * hidden * inner
 
-    autocast = element == 2 and zero is None
+    autocast = element == 2 and zero is None and not recipe.use_peft  # else weights are in half precision themselves
     stream = 4 if autocast else element  # the residual stream, which autocast leaves in fp32
     rms = hasattr(text, "rms_norm_eps")  # in transformers in single steps, computed in fp32
     masked = not recipe.padding_free and choose_attention(recipe, config)[0] == "sdpa"
@@ -116,9 +125,12 @@ def _activations_per_token(
         + (length * element if masked else 0)  # a row of the mask, of which each layer holds its own
         + (4 if gated else 2) * inner * element
     )
+    if recipe.use_peft:  # what goes into the matrices, once more for A, and which of it dropout has left
+        layer += (3 * hidden + heads * head + inner) * (element + (1 if recipe.lora_dropout else 0))
     kept = hidden * stream + heads * (head * element + 4)  # a layer's input, and attention's result with its sums
     saved = layers * kept + layer if recipe.gradient_checkpointing else layers * layer
-    return saved + (2 * inner + 2 * hidden) * element + 4 * hidden * stream  # gradients in a layer; both ends
+    inside = 4 * inner if recipe.use_peft else 0  # in fp32, for A
+    return saved + (2 * inner + 2 * hidden) * element + inside + 4 * hidden * stream  # gradients in a layer; both ends
 
 
 def check_memory(
@@ -128,6 +140,7 @@ def check_memory(
     zero: dict[str, Any] | None,
     dtype: torch.dtype,
     shape: tuple[int, int],
+    adapter: AdapterSize | None = None,
 ) -> None:
     """Print the estimate beside the memory of each GPU (without one, of the machine), and a warning if it is over it;
     UserError when weights, gradients and optimizer alone are."""
@@ -135,7 +148,7 @@ def check_memory(
 
     def need(count: int, zero: dict[str, Any] | None, recipe: Recipe = recipe) -> tuple[dict[str, int], int, int]:
         """The estimate; of it what is always there, and the peak."""
-        parts = estimate_memory(recipe, config, num_parameters, count, zero, dtype, shape, gpu)
+        parts = estimate_memory(recipe, config, num_parameters, count, zero, dtype, shape, gpu, adapter)
         parts = {name: size * (1 if gpu else local) for name, size in parts.items()}
         resident = parts["weights"] + parts["gradients"] + parts["optimizer"]
         return parts, resident, resident + max(parts["step"], parts["activations"] + parts["logits"])
@@ -148,7 +161,8 @@ def check_memory(
     else:
         memory, where = psutil.virtual_memory().total, f"of memory, for the {local} process(es) here"
     if gpu and zero and optimizer_on_host(zero):
-        host, installed = local * math.ceil(num_parameters / processes) * 16, psutil.virtual_memory().total
+        trained = num_parameters if adapter is None else adapter.weights
+        host, installed = local * math.ceil(trained / processes) * 16, psutil.virtual_memory().total
         say(f"memory of the host, estimated: {show_bytes(host)} of {show_bytes(installed)} for the offloaded optimizer")
         if host > installed:
             raise UserError(
@@ -159,11 +173,13 @@ def check_memory(
     say(f"memory, estimated: {show_bytes(peak)} of the {show_bytes(memory)} {where}: {described}")
     if resident > memory:
         remedy = "take a smaller model" + ("" if gpu else " or a machine with a GPU")
-        sizes = (2, 4, 8, 16, 32, 64) if gpu else ()
+        sizes = (2, 4, 8, 16, 32, 64) if gpu and adapter is None else ()  # no engine shards a frozen model
         if counts := [count for count in sizes if need(count, zero or {"stage": 2})[2] < memory]:
             with_zero = "" if zero else " and deepspeed_config: ds_configs/zero2.json"
             with_zero += "" if recipe.optimizer_state_dtype == "fp32" else " with optimizer_state_dtype: fp32"
             remedy = f"{counts[0]} such GPUs{with_zero} would hold it"
+        if recipe.use_peft and not recipe.load_in_4bit and gpu and zero is None:
+            remedy = "give load_in_4bit: true"
         smaller = recipe.model_copy(update={"optimizer_state_dtype": "bf16"})
         if zero is None and smaller != recipe and need(processes, zero, smaller)[2] < memory:
             remedy = f"optimizer_state_dtype: bf16 would make it fit; or {remedy}"

@@ -19,13 +19,15 @@ from transformers import (
 
 from data.dialogue import prepare_tokenizer
 from recipe.keys import Recipe
+from training.adapter_files import is_adapter
+from training.adapters import check_adapters, grow, keep_exact, put_on, quantization_options, take_over
 from training.attention import attention_dropout, choose_attention, keep_attention
 from training.family import check_output_layer, check_own_loss, check_padding_free, freeze_unreached, tiny_config
 from training.pretrained import load_pretrained
 from training.tokenizer_files import check_tokenizer
 from training.weight_files import check_headers, model_folder
 from utils.errors import UserError, reason
-from utils.launch import has_gpu, num_processes, say
+from utils.launch import has_gpu, num_processes, say, training_dtype
 
 # Of a generation config: what only sampling uses.
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
@@ -62,10 +64,17 @@ def load_config(recipe: Recipe) -> PretrainedConfig:
         if LOGIT_TRANSFORM.search(name) and value not in (None, 1, 1.0):
             raise UserError(f"model_name = {recipe.model_name}: models with {name} are not supported")
     if recipe.fuse_gelu and getattr(config, "hidden_act", None) == "gelu":
+        if recipe.use_peft:
+            raise UserError(
+                f"fuse_gelu = true: {recipe.model_name} has exact GELU, and an adapter is loaded on it as it is: give "
+                "fuse_gelu: false"
+            )
         # Saved with the checkpoint, so that it is used as it was trained.
         config.hidden_act = "gelu_pytorch_tanh"
     check_training_kind(recipe, config)
     choose_attention(recipe, config)
+    if recipe.use_peft:
+        check_adapters(recipe, without_weights(recipe, config))
     folder = model_folder(recipe.model_name)
     if folder and not recipe.from_scratch:
         check_headers(folder, f"model_name = {recipe.model_name}")
@@ -122,10 +131,15 @@ def load_model(
 
     Its weights are of `dtype`: fp32 for autocast (fp32 master weights), the half precision for DeepSpeed's engine,
     which keeps fp32 masters of its own; from model_name, or of the checkpoint in a folder, which the run goes on from
-    and whose `config` this is.
+    and whose `config` this is. Under adapters (`training/adapters.py`) only theirs are: the model that they are put on
+    is model_name's, as it is, in the precision of the forward pass.
     Raises: UserError when the weights cannot be found, are damaged, or not those that the config calls for.
     """
-    if checkpoint:
+    if recipe.use_peft:
+        options = {"dtype": training_dtype(recipe.dtype, announce=False), **quantization_options(recipe)}
+        model = _load(AutoModelForCausalLM, recipe, config=config, **options)
+        keep_exact(model)
+    elif checkpoint:
         options = {"exact": True, "config": config, "dtype": dtype}
         model = load_pretrained(
             AutoModelForCausalLM, str(checkpoint), checkpoint.name, recipe.trust_remote_code, **options
@@ -139,10 +153,34 @@ def load_model(
         model = _load(AutoModelForCausalLM, recipe, config=config, dtype=dtype)
     if left_out := check_family(model, recipe):
         say(f"not trained, since no text reaches them: {', '.join(left_out)}")
-    fit_to_tokenizer(model, tokenizer)
+    if recipe.use_peft:
+        known = _load(AutoTokenizer, recipe).get_vocab()
+        new_tokens = sorted(number for token, number in tokenizer.get_vocab().items() if token not in known)
+        new_tokens = grow(model, new_tokens)
+        set_special_ids(model, tokenizer)
+        put_on(model, recipe, new_tokens, left_out, dtype)
+        if checkpoint:
+            take_over(model, checkpoint)
+    elif is_adapter(recipe.model_name):  # which is evaluated: merged into a base model that has all rows it needs
+        set_special_ids(model, tokenizer)
+    else:
+        fit_to_tokenizer(model, tokenizer)
     ready_for_training(model, recipe)
     say(f"attention: {'; '.join([model.config._attn_implementation, *choose_attention(recipe, model.config)[1]])}")
     return model
+
+
+def load_merged(recipe: Recipe, folder: Path, tokenizer) -> PreTrainedModel:
+    """The model of a run with its adapter, which is in a folder, merged into its weights: added in fp32, on the CPU,
+    then rounded to the run's precision. Of a model in 4 bits, into the weights that those stand for."""
+    options = {"dtype": torch.float32} | ({"device_map": "cpu"} if recipe.load_in_4bit else {})
+    model = load_pretrained(
+        AutoModelForCausalLM, str(folder), "merge_adapter = true", recipe.trust_remote_code, **options
+    )
+    bits = f", what its 4 bits ({recipe.bnb_4bit_quant_type}) stand for" if recipe.load_in_4bit else ""
+    say(f"the adapter is merged, in fp32, into the weights of {recipe.model_name}{bits}")
+    fit_to_tokenizer(model, tokenizer, mean_resizing=False)
+    return model.to(training_dtype(recipe.dtype, announce=False))
 
 
 def check_family(model: PreTrainedModel, recipe: Recipe) -> list[str]:

@@ -25,6 +25,8 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from training.adamw import MOMENTS, allocate_state
+from training.adapter_files import read_adapter
+from training.adapters import has_adapter
 from utils.errors import UserError
 
 # Bytes of a file of fragments. On a GPU that much is copied to the host at a time; CPU tensors are written in place.
@@ -54,7 +56,7 @@ def save_optimizer(folder: Path, accelerator: Accelerator, model: PreTrainedMode
     zero = _zero_optimizer(accelerator)
     if zero is None and not accelerator.is_main_process:
         return []  # all processes hold the same
-    kinds = MOMENTS if next(model.parameters()).dtype == torch.float32 else ("weights", *MOMENTS)
+    kinds = MOMENTS if _trained_dtype(model) == torch.float32 else ("weights", *MOMENTS)
     part: dict[str, torch.Tensor] = {}
     files: list[Path] = []
     size = 0
@@ -91,7 +93,7 @@ def load_optimizer(
     kinds = ("weights", *MOMENTS) if stored.has_weights else MOMENTS  # else the model's own files are in fp32
     allocate_moments(accelerator, optimizer)
     fragments = [*_fragments(accelerator, model, optimizer)]
-    half = next(model.parameters()).dtype != torch.float32
+    half = _trained_dtype(model) != torch.float32
     with torch.no_grad():
         for fragment in fragments:
             for kind in kinds:
@@ -109,6 +111,11 @@ def load_optimizer(
             state["step"].fill_(steps)
         else:
             state["step"] = steps
+
+
+def _trained_dtype(model: PreTrainedModel) -> torch.dtype:
+    """Of adapters on a frozen model, theirs."""
+    return next(parameter.dtype for parameter in model.parameters() if parameter.requires_grad)
 
 
 def _zero_optimizer(accelerator: Accelerator):
@@ -152,16 +159,21 @@ def _read_fp32_model(folder: Path, accelerator: Accelerator, model: PreTrainedMo
     """
     for turn in range(accelerator.num_processes):
         if turn == accelerator.local_process_index:
-            found, info = type(model).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-            whole = dict(found.named_parameters())
+            whole = read_adapter(folder, model) if has_adapter(model) else _read_whole(folder, model)
             for fragment in fragments:
                 target, own = fragment.tensors["weights"], whole.get(fragment.name)
-                there = 0 if own is None or fragment.name in info["missing_keys"] else own.numel() - fragment.start
+                there = 0 if own is None else own.numel() - fragment.start
                 if there < target.numel():
                     _refuse(folder, max(0, there), target, "weights", fragment.name)
                 target.copy_(own.view(-1)[fragment.start : fragment.start + target.numel()])
-            del found, whole, own
+            del whole, own
         accelerator.wait_for_everyone()
+
+
+def _read_whole(folder: Path, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The fp32 weights of the model in a folder, by their names in memory; not those that it lacks."""
+    found, info = type(model).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    return {name: weight for name, weight in found.named_parameters() if name not in info["missing_keys"]}
 
 
 def _check_moment(folder: Path, tensor: torch.Tensor, kind: str, name: str) -> None:

@@ -4,8 +4,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from training.adapter_files import is_adapter, read_base
+from training.adapters import as_quantized, merge
 from training.checkpoint_files import check_model_files
 from utils.errors import UserError, reason
 from utils.launch import say
@@ -26,6 +29,8 @@ def load_pretrained(
     who = who or name
     reads_weights = auto_class is AutoModelForCausalLM and kwargs.get("device_map") != "meta"
     check_model_files(Path(name), reads_weights)
+    if auto_class is not AutoTokenizer and is_adapter(name):
+        return _of_adapter(auto_class, Path(name), who, trust_remote_code, **kwargs)
     if auto_class is AutoModelForCausalLM:
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # which are refused below, by name
     try:
@@ -49,6 +54,27 @@ def load_pretrained(
         # Where there are no files, transformers makes an empty tokenizer of the model's kind and says nothing.
         raise UserError(f"{who}: no tokenizer: {_where(name)}")
     return found
+
+
+def _of_adapter(auto_class: Any, folder: Path, who: str, trust_remote_code: bool, **kwargs: Any) -> Any:
+    """The config of an adapter's base model, or the base model with the adapter merged into it: a model like any other.
+
+    One that was trained in 4 bits is merged into what those stand for, in `dtype`; without one, in that of training.
+    """
+    base = read_base(folder)
+    who = f"{who}: its base model {base.name}"
+    if auto_class is AutoConfig:
+        return load_pretrained(AutoConfig, base.name, who, trust_remote_code, **kwargs)
+    dtype = kwargs.get("dtype")
+    if base.quantization:
+        kwargs |= as_quantized(base.quantization)
+    model = load_pretrained(AutoModelForCausalLM, base.name, who, trust_remote_code, **kwargs)
+    if base.quantization:
+        model = model.dequantize()
+        model = model.to(dtype) if isinstance(dtype, torch.dtype) else model
+    if base.rows and base.rows > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(base.rows, mean_resizing=False)
+    return merge(model, folder)
 
 
 def _some(names: list[str]) -> str:

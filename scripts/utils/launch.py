@@ -56,18 +56,19 @@ def launcher_plugin() -> str | None:
     return None
 
 
-def training_dtype(dtype: str) -> torch.dtype:
+def training_dtype(dtype: str, announce: bool = True) -> torch.dtype:
     """The precision of forward and backward here.
 
-    fp16 without a GPU becomes fp32, with a line that says so: neither PyTorch's autocast nor DeepSpeed offers it on
-    ordinary CPUs, and the seed's recipe (fp16) is to run anywhere.
+    fp16 without a GPU becomes fp32, with a line that says so where it is to `announce` it: neither PyTorch's autocast
+    nor DeepSpeed offers it on ordinary CPUs, and the seed's recipe (fp16) is to run anywhere.
 
     Raises: UserError for bf16 on a GPU that lacks it (before Ampere), where it would be emulated.
     """
     if dtype == "bf16" and has_gpu() and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError(f"dtype = bf16: {torch.cuda.get_device_name()} has no bf16; use dtype: fp16 or fp32")
     if dtype == "fp16" and not has_gpu():
-        say("dtype fp16 needs a GPU and there is none here: computing in fp32")
+        if announce:
+            say("dtype fp16 needs a GPU and there is none here: computing in fp32")
         return torch.float32
     return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
 

@@ -7,14 +7,14 @@ INSTALL := $(BIN)/python -m pip install -q --no-compile -c constraints.txt
 .PHONY: help install demo chat test test-kernels test-transformers4 soak fuzz lint
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 22
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):[^#]*## */  make \1\t/' | expand -t 22
 
 install: .venv/installed  ## what the scripts need, into .venv
 
 demo: .venv/installed  ## train the tiny demo model and see it reply
 	rm -rf demo_output
-	$(BIN)/accelerate launch scripts/sft.py recipes/demo.yaml
-	@echo "or: make chat"
+	$(BIN)/python scripts/sft.py recipes/demo.yaml
+	@echo; echo "Talk to it: make chat"
 
 chat: .venv/installed | demo_output/config.json  ## talk to the demo's model
 	$(BIN)/python scripts/chat.py demo_output

@@ -68,6 +68,7 @@ def model_card(
     config = load_pretrained(AutoConfig, str(described)).get_text_config()
     name = shareable_text(" ".join((name or _run_name(model, run)).split()))
     prompting = describe_prompting(tokenizer)
+    positions = getattr(config, "max_position_embeddings", None)
     data = card_data(name, run, results, prompting.prompts)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATE.parent), undefined=jinja2.StrictUndefined, keep_trailing_newline=True
@@ -78,7 +79,8 @@ def model_card(
         name=name,
         model_type=config.model_type,
         weights=f"an adapter of {read_weights(described)}" if is_adapter(str(described)) else read_weights(described),
-        positions=getattr(config, "max_position_embeddings", None),
+        positions=positions,
+        room=min(256, positions // 2) if positions else 256,
         prompting=prompting,
         eos=tokenizer.eos_token,
         stops=_stop_tokens(described, tokenizer),
@@ -157,7 +159,7 @@ def _data_row(run: TrainedRun, name: str) -> list[str]:
     given = options.input_file_path and code(Path(options.input_file_path).name)
     place = f"[{hub}]({HUB}/datasets/{hub})" if hub else "data of its own"
     counted = [f"{counts[split]:,}" if split in counts else "?" for split in ("train", "validation")]
-    return [name, *counted, place + (f", {given}" if given else ""), source.licence if hub else "that of the data"]
+    return [name, *counted, place + (f", {given}" if given else ""), source.licence if hub else "not stated"]
 
 
 def _result_rows(run: TrainedRun | None, results: dict[str, ResultFile]) -> list[list[str]]:
@@ -199,7 +201,8 @@ def _licence(run: TrainedRun | None, base: str | None) -> str:
         return "that of the model it comes from"
     if run.recipe.from_scratch:
         known = "none was chosen for these weights yet"
-    return f"{known}; the training data have licences of their own, listed below, and who publishes it minds them"
+    data = "the training data have licences of their own, listed below, which whoever publishes the model has to follow"
+    return f"{known}; {data}"
 
 
 def _limitations(run: TrainedRun | None) -> list[str]:
@@ -219,7 +222,7 @@ def _limitations(run: TrainedRun | None) -> list[str]:
     return [
         *found,
         longest,
-        *([f"Other languages than {', '.join(spoken)} are not in the mix on purpose."] * bool(spoken)),
+        *([f"The mix was not chosen to hold other languages than {', '.join(spoken)}."] * bool(spoken)),
     ]
 
 

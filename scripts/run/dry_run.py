@@ -54,7 +54,9 @@ def dry_run(recipe: Recipe, allow_changes: bool) -> None:
     if found := find_config(recipe):
         fill_config(*found, recipe, total_steps=recipe.max_steps, dtype=dtype)
         say(f"{found[1]}: agrees with the recipe")
-    say(f"{describe_step(recipe, num_processes())} with {num_processes()} processes")
+    processes = "process" if num_processes() == 1 else "processes"
+    say(f"{describe_step(recipe, num_processes())} with {num_processes()} {processes}")
+    say("nothing wrong was found; what was not here to look at is said above")
 
 
 def describe_model(recipe: Recipe) -> str:

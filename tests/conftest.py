@@ -20,9 +20,11 @@ import utils  # noqa: F401, before torch is loaded: how long its threads spin
 CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
 if CORES and (worker := os.environ.get("PYTEST_XDIST_WORKER")):
     os.sched_setaffinity(0, {sorted(CORES)[int(worker.removeprefix("gw")) % len(CORES)]})
-# A shell ignores Ctrl-C for what it starts in the background, and what that starts in turn would never hear of one.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell ignores Ctrl-C for what it starts in the background, and nohup a closed terminal; what that starts in turn
+# would never hear of either.
+for number, heard in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, heard)
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent

@@ -6,6 +6,8 @@ nothing to save, and the process exits at once. Only light imports here: it is s
 """
 
 import ctypes
+import errno
+import io
 import os
 import signal
 import sys
@@ -18,6 +20,18 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: start the same command again, an
 # A terminal's Ctrl-C reaches every process by itself, and a moment later again through torch's launcher, which passes
 # on what it gets: two signals this close are one request.
 SAME_REQUEST = 2.0  # seconds
+
+
+class _Terminal(io.FileIO):
+    """A terminal, which may go away."""
+
+    def write(self, data) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            return len(data)
 
 
 class StopSignal:
@@ -33,7 +47,7 @@ class StopSignal:
         self._first = 0.0
         ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()  # by nohup
         self._signals = [number for number in SIGNALS if number not in ignored]
-        self._terminals = [number for number in (1, 2) if os.isatty(number)]
+        self._outlive_terminal()
         self._listen()
         if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:  # set by every `accelerate launch`
             # The launcher of one process dies of a SIGTERM without passing it on; the process would train on, orphaned.
@@ -45,6 +59,15 @@ class StopSignal:
         and drops SIGUSR1 (seen with Triton 3.6 and 3.9; it takes them but once)."""
         for number in self._signals:
             signal.signal(number, self._hear)
+
+    @staticmethod
+    def _outlive_terminal() -> None:
+        """Have what is printed to a terminal that is closed go nowhere: an error would end the run before its save."""
+        for name in ("stdout", "stderr"):
+            stream = getattr(sys, name)
+            if stream is not None and stream.isatty():
+                raw = io.BufferedWriter(_Terminal(stream.fileno(), "w", closefd=False))
+                setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, stream.errors, line_buffering=True))
 
     def defer(self) -> None:
         """From now on only take note: there is something to save, and the caller asks `agreed` between two steps."""
@@ -63,11 +86,8 @@ class StopSignal:
 
     def _hear(self, number: int, _frame) -> None:
         name, now = signal.Signals(number).name, time.monotonic()
-        if number == signal.SIGHUP:
-            for terminal in self._terminals:  # which is gone: a line to it would be an error in the middle of the save
-                os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
-            if self.name is not None:  # the launcher that led the terminal's session has ended on the same request
-                return
+        if number == signal.SIGHUP and self.name is not None:
+            return  # the launcher that led the terminal's session has ended on the same request
         if not self._deferred:
             print(f"{name}: stopped before the first step, nothing to save", file=sys.stderr, flush=True)
             raise SystemExit(EXIT_STOPPED)

@@ -151,8 +151,8 @@ class _MadeOnce(torch.autograd.Function):
                 of_bias += of_logits.sum(0, dtype=torch.float32)
             of_hidden[part] = of_logits @ half
             if trained:
-                of_rows = of_logits if ids is None else of_logits[:, ids]
-                add_product(of_weight, of_rows.T, hidden[part])
+                # Under no name, which would keep this chunk's logits beside the next one's: 256 MiB.
+                add_product(of_weight, (of_logits if ids is None else of_logits[:, ids]).T, hidden[part])
         of_weight = of_weight.to(weight.dtype) if trained else None
         ctx.save_for_backward(of_hidden, of_weight, of_bias.to(bias.dtype) if bias_trained else None)
         ctx.mark_non_differentiable(losses)

@@ -229,7 +229,6 @@ def plot(columns: list[Column], path: Path) -> None:
 
     Raises: UserError where no run has results at two steps.
     """
-    from cycler import cycler
     from matplotlib.figure import Figure
 
     panels: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
@@ -240,8 +239,7 @@ def plot(columns: list[Column], path: Path) -> None:
                 kind, _, part = name.partition("/")
                 label = " ".join([part or "all", *([column.run] if len(runs) > 1 else [])])
                 if has_value(metric):
-                    title = kind if kind == evaluation else f"{evaluation}: {kind}"
-                    panels[title][label].append((column.step, metric))
+                    panels[f"{evaluation}: {kind}"][label].append((column.step, metric))
     if not any(len({step for step, _ in points}) > 1 for lines in panels.values() for points in lines.values()):
         raise UserError("--plot: needs results at two steps of a run, evaluate more of its checkpoints")
     across = min(3, len(panels))
@@ -249,9 +247,6 @@ def plot(columns: list[Column], path: Path) -> None:
     figure = Figure((6 * across, 4.5 * down), layout="constrained")
     for place, (title, lines) in enumerate(panels.items(), 1):
         axis = figure.add_subplot(down, across, place)
-        # A run has more parts than there are colours: the eleventh line has the first one's, and is dashed.
-        colours = cycler(color=[f"C{number}" for number in range(10)])
-        axis.set_prop_cycle(cycler(linestyle=["-", "--", ":", "-."]) * colours)
         for label, points in lines.items():
             steps, metrics = zip(*sorted(points, key=lambda point: point[0]), strict=True)
             whole = label.startswith("all")

@@ -229,6 +229,8 @@ def plot(columns: list[Column], path: Path) -> None:
 
     Raises: UserError where no run has results at two steps.
     """
+    from cycler import cycler
+    from matplotlib import rcParams
     from matplotlib.figure import Figure
 
     panels: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
@@ -239,7 +241,8 @@ def plot(columns: list[Column], path: Path) -> None:
                 kind, _, part = name.partition("/")
                 label = " ".join([part or "all", *([column.run] if len(runs) > 1 else [])])
                 if has_value(metric):
-                    panels[f"{evaluation}: {kind}"][label].append((column.step, metric))
+                    title = kind if kind == evaluation else f"{evaluation}: {kind}"
+                    panels[title][label].append((column.step, metric))
     if not any(len({step for step, _ in points}) > 1 for lines in panels.values() for points in lines.values()):
         raise UserError("--plot: needs results at two steps of a run, evaluate more of its checkpoints")
     across = min(3, len(panels))
@@ -247,6 +250,8 @@ def plot(columns: list[Column], path: Path) -> None:
     figure = Figure((6 * across, 4.5 * down), layout="constrained")
     for place, (title, lines) in enumerate(panels.items(), 1):
         axis = figure.add_subplot(down, across, place)
+        # A run has more parts than there are colours: the eleventh line has the first one's, and is dashed.
+        axis.set_prop_cycle(cycler(linestyle=["-", "--", ":", "-."]) * rcParams["axes.prop_cycle"])
         for label, points in lines.items():
             steps, metrics = zip(*sorted(points, key=lambda point: point[0]), strict=True)
             whole = label.startswith("all")

@@ -72,7 +72,7 @@ import sys
 import torch
 from transformers import AutoModelForCausalLM
 
-from evaluation.chat_model import DTYPES, load_chat_tokenizer
+from evaluation.chat_model import load_chat_tokenizer
 from evaluation.model import EvaluatedModel
 from publishing.hub import check_hub, push
 from publishing.model_card import model_card
@@ -89,7 +89,7 @@ from training.adapter_files import is_adapter, read_base
 from training.pretrained import load_pretrained
 from training.weight_files import model_folder
 from utils.files import read_json
-from utils.launch import say, set_up_process
+from utils.launch import DTYPES, say, set_up_process
 
 
 def main(options) -> None:

@@ -11,9 +11,8 @@ from training.adapter_files import ADAPTER_CONFIG, BASE_FILE
 from training.pretrained import load_pretrained
 from utils.errors import UserError, reason
 from utils.files import sampled
-from utils.launch import has_gpu
+from utils.launch import DTYPES, has_gpu
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Files of a model, beside its weights, by which it is another one.
 DESCRIBING = ("config.json", "tokenizer.json", "chat_template.jinja", ADAPTER_CONFIG, BASE_FILE)
 CHAT_MARK = re.compile(r"<\|\w+\|>")  # how a chat template writes a control token

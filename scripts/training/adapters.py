@@ -30,9 +30,7 @@ from training.adapter_files import (
     require_packages,
 )
 from utils.errors import UserError, reason
-from utils.launch import say, training_dtype
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+from utils.launch import DTYPES, say, training_dtype
 
 
 def check_adapters(recipe: Recipe, model: PreTrainedModel) -> None:

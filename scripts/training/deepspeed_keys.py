@@ -16,12 +16,11 @@ from pydantic import BaseModel, ValidationError
 
 from recipe.load import nearest
 from utils.errors import UserError, reason
-from utils.launch import has_gpu
+from utils.launch import DTYPES, has_gpu
 
 FLAGS = ("prescale_gradients", "wall_clock_breakdown", "memory_breakdown", "dump_state")
 FLAGS += ("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer")
 # What a key has to be that is neither the recipe's nor in one of DeepSpeed's models.
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DTYPE = ("fp32, fp16 or bf16", lambda value: value is None or (isinstance(value, str) and value in DTYPES))
 VALUES = {
     **{name: ("true or false", lambda value: isinstance(value, bool)) for name in FLAGS},

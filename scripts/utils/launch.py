@@ -18,6 +18,7 @@ from accelerate.utils import InitProcessGroupKwargs, gather_object
 from utils.errors import UserError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by the names of a recipe
 
 
 def num_processes() -> int:
@@ -70,7 +71,7 @@ def training_dtype(dtype: str, announce: bool = True) -> torch.dtype:
         if announce:
             say("dtype fp16 needs a GPU and there is none here: computing in fp32")
         return torch.float32
-    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
+    return DTYPES[dtype]
 
 
 def set_up_process() -> None:

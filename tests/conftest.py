@@ -27,6 +27,7 @@ for number, heard in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHU
         signal.signal(number, heard)
 
 ROOT = Path(__file__).resolve().parent.parent
+TRANSFORMERS_4 = ROOT / ".venv" / "transformers4"  # of `make test-transformers4`
 BIN = Path(sys.executable).parent
 # Real data and the original's results on it; tests that want them skip where they are not.
 SHARED = Path(os.environ.get("SHARED_FILES", ROOT.parent / "shared"))

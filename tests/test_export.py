@@ -12,7 +12,7 @@ import export
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, TRANSFORMERS_4, run_script
 from huggingface_hub import constants
 from read_elsewhere import read
 from safetensors import safe_open
@@ -28,7 +28,6 @@ from training.model import fit_to_tokenizer
 from utils.errors import UserError
 
 DEMO = ROOT / "recipes" / "demo_data" / "model"
-TRANSFORMERS_4 = ROOT / ".venv" / "transformers4"
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 ROPE = {"rope_type": "default", "rope_theta": 5000.0}
 MODELS = {

@@ -32,7 +32,9 @@ def check_gguf(file: Path, folder: Path, rows: int) -> None:
     """Find before a model is loaded what `write_gguf` would refuse, but for its weights.  Raises: UserError."""
     if os.path.lexists(file):
         raise UserError(f"{file}: is there already: give a new name")
-    if not file.parent.is_dir() or not os.access(file.parent, os.W_OK | os.X_OK):
+    if not file.parent.is_dir():
+        raise UserError(f"{file}: there is no folder {file.parent} yet: give a file in one that is there, beside OUT")
+    if not os.access(file.parent, os.W_OK | os.X_OK):
         raise UserError(f"{file}: cannot write there: {file.parent} is not a folder that can be written to")
     _check(AutoConfig.from_pretrained(folder), folder)
     read_tokenizer(folder / "tokenizer.json", rows)
@@ -53,7 +55,7 @@ def write_gguf(folder: Path, file: Path, dtype: str) -> None:
     for difference in _check(config, folder):
         say(f"GGUF: {difference}")
     quantization, file_type = DTYPES[dtype]
-    work = file.with_name(f".{file.name}{UNFINISHED}")
+    work = file.with_name(f".{file.name}.{os.getpid()}{UNFINISHED}")
     writer = gguf.GGUFWriter(work, gguf.MODEL_ARCH_NAMES[FAMILIES[config.model_type]])
     writer.add_type("model")
     writer.add_file_type(file_type)

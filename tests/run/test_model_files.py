@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, TRANSFORMERS_4, run_script
 from read_elsewhere import read
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -20,7 +20,6 @@ from run.model_files import save_model, with_older_rope
 from training.tokenizer_files import as_older_tokenizer
 
 DEMO = ROOT / "recipes" / "demo_data" / "model"
-TRANSFORMERS_4 = ROOT / ".venv" / "transformers4"
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 ROPE = {"rope_type": "default", "rope_theta": 5000.0}
 MODELS = {

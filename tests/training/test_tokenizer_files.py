@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, SHARED, run_script
+from conftest import ROOT, SHARED, TRANSFORMERS_4, run_script
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -30,7 +30,6 @@ from utils.errors import UserError
 DEMO = ROOT / "recipes" / "demo_data" / "model"
 FIXTURES = ROOT / "tests" / "fixtures" / "tokenizers"
 NEOX_FILE = SHARED / "data" / "gpt_neox_20b_tokenizer.json"
-TRANSFORMERS_4 = ROOT / ".venv" / "transformers4"
 EOS = "</s>"
 TEXTS = [path.read_text(encoding="utf-8") for path in (ROOT / "README.md", ROOT / "docs" / "training.md")]
 BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False)

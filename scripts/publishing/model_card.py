@@ -19,7 +19,15 @@ from evaluation.model import EvaluatedModel, find_model
 from evaluation.result_files import Contamination, ResultFile
 from publishing.card_data import card_data, describe_interval, is_number, languages, measured
 from publishing.prompting import QUESTIONS, describe_prompting
-from publishing.provenance import Record, TrainedRun, find_results, find_run, redacted, shareable_recipe, shareable_text
+from publishing.provenance import (
+    RunRecord,
+    TrainedRun,
+    find_results,
+    find_run,
+    redacted,
+    shareable_recipe,
+    shareable_text,
+)
 from publishing.weights import read_weights
 from sources.registry import find_source
 from training.adapter_files import is_adapter
@@ -99,7 +107,7 @@ def model_card(
 
 def _of_the_run(run: TrainedRun, model: EvaluatedModel, results: dict[str, ResultFile]) -> dict[str, Any]:
     """What the template says of a run."""
-    recipe, record = run.recipe, run.record or Record()
+    recipe, record = run.recipe, run.record or RunRecord()
     values = shareable_recipe(recipe, run.base_model)
     base = f"[{run.base_model}]({HUB}/{run.base_model})" if run.base_model else code(values["model_name"])
     if recipe.from_scratch:
@@ -136,14 +144,14 @@ def _of_the_run(run: TrainedRun, model: EvaluatedModel, results: dict[str, Resul
     }
 
 
-def _launch(record: Record | None) -> list[str]:
+def _launch(record: RunRecord | None) -> list[str]:
     if record and not record.command.launcher:
         return ["python"]
     processes = (record and record.num_processes) or 1
     return ["accelerate launch", *([f"--num_processes {processes}"] if processes > 1 else [])]
 
 
-def _without_deepspeed(record: Record | None) -> str:
+def _without_deepspeed(record: RunRecord | None) -> str:
     """Why a card has no DeepSpeed config."""
     if record is None or record.deepspeed_config:
         return "not known, the record of the run does not hold it"

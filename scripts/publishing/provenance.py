@@ -64,7 +64,7 @@ class _Hardware(_Part):
     GPUs: list[str] = []
 
 
-class Record(_Part):
+class RunRecord(_Part):
     """run.json (`run/record.py`), as far as a card tells of it; of an earlier version's, what it has."""
 
     command: _Command = _Command()
@@ -92,7 +92,7 @@ class TrainedRun:
 
     folder: Path
     recipe: Recipe
-    record: Record | None = None
+    record: RunRecord | None = None
     epochs: float | None = None
     tokens: int | None = None
     validation: dict[str, Any] = field(default_factory=dict)
@@ -135,9 +135,9 @@ def find_run(model: EvaluatedModel) -> TrainedRun | None:
     return TrainedRun(folder, recipe, _find_record(folder / "run.json"), epochs, tokens, validation)
 
 
-def _find_record(path: Path) -> Record | None:
+def _find_record(path: Path) -> RunRecord | None:
     try:
-        return Record.model_validate(read_record(path)) if path.exists() else None
+        return RunRecord.model_validate(read_record(path)) if path.exists() else None
     except (UserError, ValidationError) as problem:
         why = problem if isinstance(problem, UserError) else f"{path}: {problem.errors()[0]['loc']} is damaged"
         say(f"warning: the card leaves out the record of the run: {why}")

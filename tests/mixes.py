@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from data.mix import Mix, Split
 from data.prepared import SCHEMA
-from recipe.keys import Datasets, Recipe
+from recipe.dataset_keys import Datasets
+from recipe.keys import Recipe
 from run.progress import Progress
 from training.collate import Batch
 from training.loss import ScoredLoss

@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml
 
-from recipe.keys import IGNORED, Datasets, Recipe
+from recipe.dataset_keys import Datasets
+from recipe.keys import IGNORED, Recipe
 from recipe.load import nearest
 from sources.registry import SOURCES
 from sources.source import DatasetOptions

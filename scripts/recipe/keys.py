@@ -1,26 +1,21 @@
 """The keys of a recipe: each with its type, its default, a one-line meaning and what another value changes.
 
 Scalars arrive as text (`recipe/strict_yaml.py`) and become numbers and booleans here, where the key asks for one. What
-a data set can be given stands with its source (`sources/`).
+the mix can be given stands in `recipe/dataset_keys.py`.
 
 Defaults come from the `defaults` block of the original trainer, LAION-AI/Open-Assistant
 model/model_training/configs/config.yaml (April 2023), where it has the key.
 """
 
 import os
-import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, ConfigDict, Field, create_model, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from sources.messages import MessagesOptions
-from sources.registry import SOURCES
-from sources.source import DatasetOptions, NonNegativeFloat, NonNegativeInt, PositiveInt, Schema, WholeNumber, key
-
-DATASET_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")  # part of a folder's name, of metrics and of options
+from recipe.dataset_keys import Datasets
+from sources.source import NonNegativeFloat, NonNegativeInt, PositiveInt, Schema, WholeNumber, key
 
 # Keys of the original's recipes that are accepted and do nothing here, each with the values of which that is true; of
 # those with None, any.
@@ -50,57 +45,6 @@ def problem_of_ignored(name: str, value: Any) -> str | None:
     text = spelled.get(given.lower(), given if name == "loss_fn" else given.lower())
     allowed = IGNORED[name]
     return None if allowed is None or text in allowed else f"only {' or '.join(allowed)} is supported"
-
-
-class _Mix(Schema):
-    """The mix: in YAML a list, each entry a name or `name: {options}`; the sources are in scripts/sources/.
-
-    A data set of any other name says `source: messages`, so that a misspelt name is not taken for one.
-    """
-
-    model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, MessagesOptions]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_list(cls, value: Any) -> Any:
-        """Turn the recipe's list into a mapping, so that errors and overrides name `datasets.vicuna.fraction`."""
-        if not isinstance(value, list):
-            raise ValueError("should be a list of data sets, each `- name` or `- name:` with its options below")
-        mix: dict[str, Any] = {}
-        for entry in value:
-            entries = {entry: None} if isinstance(entry, str) else entry
-            if not isinstance(entries, Mapping) or len(entries) != 1:
-                hint = ": indent the options further than the name" if isinstance(entry, Mapping) and entry else ""
-                raise ValueError(f"each entry is a name or one `name: options`, got {entry}{hint}")
-            ((name, options),) = entries.items()
-            if name in mix:
-                raise ValueError(f"{name} is listed twice")
-            mix[name] = options = {} if options is None else options
-            if isinstance(options, Mapping) and name == "messages":
-                mix[name] = {"source": "messages", **options}
-            elif isinstance(options, Mapping) and "source" in options and not DATASET_NAME.fullmatch(name):
-                raise ValueError(f"{name!r} is no name for a data set: use letters, digits, _ and -")
-        if not mix:
-            raise ValueError("the mix is empty: list at least one data set")
-        return mix
-
-    def chosen(self) -> dict[str, DatasetOptions]:
-        """The data sets of the mix, in the order of SOURCES, those of other names after them in the recipe's."""
-        known = {name: getattr(self, name) for name in type(self).model_fields}
-        return {name: options for name, options in (known | self.__pydantic_extra__).items() if options is not None}
-
-    @staticmethod
-    def options_of(name: str) -> type[DatasetOptions]:
-        """What a data set of this name can be given."""
-        return SOURCES[name].options if name in SOURCES else MessagesOptions
-
-
-Datasets = create_model(
-    "Datasets",
-    __base__=_Mix,
-    **{name: (source.options | None, Field(None, description=source.about)) for name, source in SOURCES.items()},
-)
 
 
 def expand_home(value: Any) -> Any:

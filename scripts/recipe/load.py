@@ -13,7 +13,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from recipe.keys import IGNORED, Datasets, Recipe, problem_of_ignored
+from recipe.dataset_keys import Datasets
+from recipe.keys import IGNORED, Recipe, problem_of_ignored
 from recipe.refusals import Problem, problems_of, secrets_of
 from recipe.strict_yaml import parse_yaml
 from utils.errors import UserError

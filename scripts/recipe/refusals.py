@@ -10,7 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
-from recipe.keys import Datasets, Recipe
+from recipe.dataset_keys import Datasets
+from recipe.keys import Recipe
 from recipe.secrets import secret_in
 from utils.requirements import remedy
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from data.dialogue import encode, prepare_tokenizer
 from data.reading import TRAIN, VALIDATION, Reading
 from data.text_encoder import fast_text_encoder
-from recipe.keys import Datasets
+from recipe.dataset_keys import Datasets
 from sources.source import Conversation, Message
 from sources.vicuna import FILLERS
 

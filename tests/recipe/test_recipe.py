@@ -11,7 +11,8 @@ from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from random_recipes import recipes
 
-from recipe.keys import IGNORED, Datasets, Recipe
+from recipe.dataset_keys import Datasets
+from recipe.keys import IGNORED, Recipe
 from recipe.load import load_recipe
 from run.command_line import read_command_line
 from sources.dolly15k import DollyOptions

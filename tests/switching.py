@@ -45,8 +45,8 @@ def observed() -> Iterator[None]:
 def write_state(engine, folder: Path) -> None:
     from safetensors.torch import save_file
 
+    from training.fragments import fragments
     from training.linear import HalfLinear
-    from training.optimizer_state import _fragments
 
     accelerator, model = engine.accelerator, engine.language_model
     if accelerator.is_main_process:
@@ -58,7 +58,7 @@ def write_state(engine, folder: Path) -> None:
     for name, layer in model.named_modules():
         if isinstance(layer, HalfLinear):
             state[f"computes/0/{name}.weight"] = layer.half_weight.view(-1)
-    for fragment in _fragments(accelerator, model, engine.optimizer):
+    for fragment in fragments(accelerator, model, engine.optimizer):
         state |= {f"{kind}/{fragment.start}/{fragment.name}": fragment.tensors[kind] for kind in KINDS}
     # Clones, since without ZeRO the weights are those that compute.
     state = {key: tensor.detach().clone() for key, tensor in state.items()}

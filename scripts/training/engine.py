@@ -1,9 +1,6 @@
 """The engine: Accelerate's processes around the model and its optimizer, with or without DeepSpeed, on any machine."""
 
-import logging
 import math
-import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -11,17 +8,18 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DeepSpeedPlugin, set_seed
+from accelerate.utils import set_seed
 from transformers import PreTrainedModel
 
 from recipe.keys import Recipe
-from training.deepspeed_config import optimizer_on_host
+from training.fragments import allocate_moments
 from training.linear import HalfWeights
 from training.loss import ScoredLoss
 from training.neox import fuse_layers
 from training.optimizer import clip_fused_step, make_optimizer
-from training.optimizer_state import allocate_moments, load_loss_scale, loss_scale_state
+from training.optimizer_state import load_loss_scale, loss_scale_state
 from training.plan import accumulation_steps
+from training.zero import deepspeed_plugin
 from utils.launch import check_processes, has_gpu, num_processes, process_group_options
 
 
@@ -104,7 +102,7 @@ def start_accelerator(
         mixed_precision={torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, "no"),
         gradient_accumulation_steps=accumulation_steps(recipe, num_processes()) if deepspeed else 1,  # it asks
         cpu=not has_gpu() and deepspeed is None,
-        deepspeed_plugin=_deepspeed_plugin(deepspeed) if deepspeed else None,
+        deepspeed_plugin=deepspeed_plugin(deepspeed) if deepspeed else None,
         kwargs_handlers=process_group_options(deepspeed=deepspeed is not None),
     )
     check_processes(accelerator, step)
@@ -136,48 +134,3 @@ def for_autocast(model: PreTrainedModel, optimizer: torch.optim.Optimizer, dtype
     if model.device.type == "cuda":
         fuse_layers(model)
     return weights
-
-
-# ---- DeepSpeed's quirks ----
-
-
-def _deepspeed_plugin(config: dict[str, Any]) -> DeepSpeedPlugin:
-    # Accelerate refuses a launcher's config beside a complete one; the two have been compared already.
-    os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
-    if not optimizer_on_host(config["zero_optimization"]):
-        # torch's own fused AdamW in place of DeepSpeed's, which it compiles at the first start for a minute or more,
-        # behind a lock that outlives a kill. Both are bound by memory: a flat partition is one kernel for either.
-        config["optimizer"]["params"] |= {"torch_adam": True, "fused": True}
-    if not has_gpu():
-        _prepare_cpu_engine()
-    _join_alone()
-    _quieten()
-    return DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=False)
-
-
-def _prepare_cpu_engine() -> None:
-    """Let the engine run on CPU processes over gloo."""
-    # With use_cpu Accelerate would count one process under DeepSpeed (state.py); hiding the GPUs says the same.
-    if os.environ.pop("ACCELERATE_USE_CPU", "false").lower() in ("true", "1"):
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    import deepspeed.ops
-
-    # A shared-memory all-reduce for inference, which would be compiled for a minute at the first start and not used.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def _quieten() -> None:
-    """Leave out what the engine says of its own inner workings, such as the rate of its schedule before the start."""
-    from deepspeed.utils import logger
-
-    logger.setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
-
-
-def _join_alone() -> None:
-    """Give a process that no distributed launcher started the variables of a group of one, which the engine needs."""
-    if "RANK" in os.environ:
-        return
-    # Port 0: torch's store takes a free one as it listens; one that was looked up before is sometimes taken by then.
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    os.environ.update(alone)

@@ -1,10 +1,10 @@
 """What resuming needs beside the model: optimizer, loss scaler and random states, in safetensors and JSON.
 
 Adam's moments (and the fp32 weights, where the model itself is kept in half precision) are stored by parameter, as flat
-fragments: a whole parameter without ZeRO, the part that a process owns with it. So it does not matter who wrote them:
-a run goes on with another number of processes, with or without ZeRO, each process reading what it needs; or with
-moments in another dtype, since those in bf16 are stored as they are, and read into what the optimizer has. Here a
-parameter has its name in memory; in the model's own files it has the name, and the cut, that transformers gives it.
+fragments (`training/fragments.py`). So it does not matter who wrote them: a run goes on with another number of
+processes or under another engine, each process reading what it needs; or with moments in another dtype, since those in
+bf16 are stored as they are, and read into what the optimizer has. Here a parameter has its name in memory; in the
+model's own files it has the name, and the cut, that transformers gives it.
 (DeepSpeed's own checkpoints are pickles, and its engine refuses another number of processes: 0.19.8, engine.py.)
 """
 
@@ -12,8 +12,7 @@ import math
 import random
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,28 +23,24 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from training.adamw import MOMENTS, allocate_state
+from training.adamw import MOMENTS
 from training.adapter_files import read_adapter
 from training.adapters import has_adapter
+from training.fragments import (
+    Fragment,
+    adam_of,
+    allocate_moments,
+    file_dtype,
+    fragments,
+    trained_dtype,
+    update_from_weights,
+    writes_fragments,
+    zero_optimizer,
+)
 from utils.errors import UserError
 
 # Bytes of a file of fragments. On a GPU that much is copied to the host at a time; CPU tensors are written in place.
 PART_BYTES = 2 * 2**30
-
-
-@dataclass
-class Fragment:
-    """The part of a parameter whose optimizer state this process holds."""
-
-    name: str
-    start: int  # its first element in the flattened parameter
-    # Flat views [elements]: `weights` (which the optimizer updates) in fp32, `exp_avg` and `exp_avg_sq` as it has them
-    tensors: dict[str, torch.Tensor]
-
-
-def allocate_moments(accelerator: Accelerator, optimizer) -> None:
-    """Make Adam's state, zeros at step 0, which the optimizers would make at their first step."""
-    allocate_state(_adam(accelerator, optimizer))
 
 
 def save_optimizer(folder: Path, accelerator: Accelerator, model: PreTrainedModel, optimizer) -> list[Path]:
@@ -53,10 +48,9 @@ def save_optimizer(folder: Path, accelerator: Accelerator, model: PreTrainedMode
 
     Returns: the files that it wrote.
     """
-    zero = _zero_optimizer(accelerator)
-    if zero is None and not accelerator.is_main_process:
-        return []  # all processes hold the same
-    kinds = MOMENTS if _trained_dtype(model) == torch.float32 else ("weights", *MOMENTS)
+    if not writes_fragments(accelerator):
+        return []
+    kinds = MOMENTS if file_dtype(model) == torch.float32 else ("weights", *MOMENTS)
     part: dict[str, torch.Tensor] = {}
     files: list[Path] = []
     size = 0
@@ -69,7 +63,7 @@ def save_optimizer(folder: Path, accelerator: Accelerator, model: PreTrainedMode
         size = 0
 
     allocate_moments(accelerator, optimizer)
-    for fragment in _fragments(accelerator, model, optimizer):
+    for fragment in fragments(accelerator, model, optimizer):
         for kind in kinds:
             tensor = fragment.tensors[kind]
             if part and size + tensor.nbytes > PART_BYTES:
@@ -92,62 +86,27 @@ def load_optimizer(
     stored = _Stored(files)
     kinds = ("weights", *MOMENTS) if stored.has_weights else MOMENTS  # else the model's own files are in fp32
     allocate_moments(accelerator, optimizer)
-    fragments = [*_fragments(accelerator, model, optimizer)]
-    half = _trained_dtype(model) != torch.float32
+    own = [*fragments(accelerator, model, optimizer)]
+    half = trained_dtype(model) != torch.float32
     with torch.no_grad():
-        for fragment in fragments:
+        for fragment in own:
             for kind in kinds:
                 stored.read_into(fragment.tensors[kind], kind, fragment.name, fragment.start)
         if half and not stored.has_weights:
-            _read_fp32_model(model_folder, accelerator, model, fragments)
-        if _zero_optimizer(accelerator) and (half or stored.has_weights):
-            # What computes is cast from the fp32 weights. The model's file may have fewer bits, of an earlier dtype.
-            _zero_optimizer(accelerator).update_lp_params()
-        for fragment in fragments:
+            _read_fp32_model(model_folder, accelerator, model, own)
+        if half or stored.has_weights:  # the model's file may have fewer bits, of an earlier dtype
+            update_from_weights(accelerator)
+        for fragment in own:
             for moment in MOMENTS:  # a weight may be no finite number from the start, in a row that nobody uses
                 _check_moment(stored.folder, fragment.tensors[moment], moment, fragment.name)
-    for state in _adam(accelerator, optimizer).state.values():
+    for state in adam_of(accelerator, optimizer).state.values():
         if isinstance(state["step"], torch.Tensor):
             state["step"].fill_(steps)
         else:
             state["step"] = steps
 
 
-def _trained_dtype(model: PreTrainedModel) -> torch.dtype:
-    """Of adapters on a frozen model, theirs."""
-    return next(parameter.dtype for parameter in model.parameters() if parameter.requires_grad)
-
-
-def _zero_optimizer(accelerator: Accelerator):
-    """DeepSpeed's ZeRO optimizer; None without DeepSpeed."""
-    engine = getattr(accelerator, "deepspeed_engine_wrapped", None)  # which it has once it has prepared one
-    return engine.engine.optimizer if engine else None
-
-
-def _adam(accelerator: Accelerator, optimizer) -> torch.optim.Optimizer:
-    """The innermost optimizer, which holds the moments."""
-    zero = _zero_optimizer(accelerator)
-    return zero.optimizer if zero else optimizer.optimizer
-
-
-def _fragments(accelerator: Accelerator, model: PreTrainedModel, optimizer) -> Iterator[Fragment]:
-    zero, adam = _zero_optimizer(accelerator), _adam(accelerator, optimizer)
-    for name, parameter in model.named_parameters():
-        if zero is None:
-            state = adam.state.get(parameter)  # none for one that is not trained
-            if state:
-                tensors = {"weights": parameter.data} | {moment: state[moment] for moment in MOMENTS}
-                yield Fragment(name, 0, {kind: tensor.view(-1) for kind, tensor in tensors.items()})
-        elif getattr(parameter, "_hp_mapping", None) is not None:  # trained, and some of it lies in this partition
-            mapping = parameter._hp_mapping
-            flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
-            tensors = {"weights": flat.data} | {moment: adam.state[flat][moment] for moment in MOMENTS}
-            here = mapping.hp_fragment_address
-            own = {kind: tensor.narrow(0, here.start, here.numel) for kind, tensor in tensors.items()}
-            yield Fragment(name, mapping.lp_fragment_address.start, own)
-
-
-def _read_fp32_model(folder: Path, accelerator: Accelerator, model: PreTrainedModel, fragments: list[Fragment]) -> None:
+def _read_fp32_model(folder: Path, accelerator: Accelerator, model: PreTrainedModel, held: list[Fragment]) -> None:
     """Fill the fp32 weights from the model of a checkpoint, which was trained in fp32; every process calls this.
 
     transformers itself loads it, since it renames, merges and cuts: GPT-NeoX's `lm_head.weight` is `embed_out.weight`
@@ -160,7 +119,7 @@ def _read_fp32_model(folder: Path, accelerator: Accelerator, model: PreTrainedMo
     for turn in range(accelerator.num_processes):
         if turn == accelerator.local_process_index:
             whole = read_adapter(folder, model) if has_adapter(model) else _read_whole(folder, model)
-            for fragment in fragments:
+            for fragment in held:
                 target, own = fragment.tensors["weights"], whole.get(fragment.name)
                 there = 0 if own is None else own.numel() - fragment.start
                 if there < target.numel():
@@ -220,7 +179,7 @@ class _Stored:
 
 def loss_scale_state(accelerator: Accelerator) -> dict[str, Any]:
     """The fp16 loss scaler's numbers; empty without one. `by` says whose they are."""
-    zero = _zero_optimizer(accelerator)
+    zero = zero_optimizer(accelerator)
     if zero is not None and getattr(zero.loss_scaler, "dynamic", False):
         names = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
         return {"by": "deepspeed", **{name: getattr(zero.loss_scaler, name) for name in names}}
@@ -247,7 +206,7 @@ def load_loss_scale(accelerator: Accelerator, state: dict[str, Any]) -> None:
     if now["by"] == "torch":
         accelerator.scaler.load_state_dict(values)
     else:
-        vars(_zero_optimizer(accelerator).loss_scaler).update(values)
+        vars(zero_optimizer(accelerator).loss_scaler).update(values)
 
 
 def random_state() -> dict[str, Any]:

@@ -7,7 +7,7 @@ import torch
 from conftest import ROOT, run_script
 from mixes import make_recipe
 
-from training import engine
+from training import zero
 from training.deepspeed_config import fill_config
 
 # A process alone, as `python scripts/sft.py` is, with the recipe's config.
@@ -59,15 +59,15 @@ def plugin_of(monkeypatch):
     from deepspeed.ops.op_builder.builder import OpBuilder
 
     given, loaded = {}, []
-    monkeypatch.setattr(engine, "DeepSpeedPlugin", lambda **options: given.update(options))
+    monkeypatch.setattr(zero, "DeepSpeedPlugin", lambda **options: given.update(options))
     monkeypatch.setattr(OpBuilder, "load", lambda self, *_, **__: loaded.append(self.name))
     for name in ("_join_alone", "_quieten", "_prepare_cpu_engine"):
-        monkeypatch.setattr(engine, name, lambda: None)
+        monkeypatch.setattr(zero, name, lambda: None)
 
-    def call(gpu: bool, **zero) -> tuple[dict, list[str]]:
-        monkeypatch.setattr(engine, "has_gpu", lambda: gpu)
-        config = {"zero_optimization": {"stage": 2, **zero}}
-        engine._deepspeed_plugin(fill_config(config, "here", make_recipe(), 10, torch.bfloat16))
+    def call(gpu: bool, **section) -> tuple[dict, list[str]]:
+        monkeypatch.setattr(zero, "has_gpu", lambda: gpu)
+        config = {"zero_optimization": {"stage": 2, **section}}
+        zero.deepspeed_plugin(fill_config(config, "here", make_recipe(), 10, torch.bfloat16))
         return given["hf_ds_config"]["optimizer"], loaded
 
     return call

@@ -19,16 +19,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from training import optimizer_state as trainer_state
-from training.adamw import AdamW
-from training.optimizer_state import (
-    MOMENTS,
-    Fragment,
-    allocate_moments,
-    load_optimizer,
-    load_random_state,
-    random_state,
-    save_optimizer,
-)
+from training.adamw import MOMENTS, AdamW
+from training.fragments import Fragment, allocate_moments
+from training.optimizer_state import load_optimizer, load_random_state, random_state, save_optimizer
 from utils.errors import UserError
 
 

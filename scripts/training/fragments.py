@@ -1,0 +1,103 @@
+"""Which part of each parameter, and of its optimizer's state, this process holds under each engine.
+
+Everything that a checkpoint stores goes through here, as flat fragments of parameters by their names in memory: so it
+does not matter which engine wrote them, or with how many processes.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel
+
+from training.adamw import MOMENTS, allocate_state
+
+
+@dataclass
+class Fragment:
+    """A part of a parameter that this process holds."""
+
+    name: str
+    start: int  # its first element in the flattened parameter
+    # Flat views [elements]: `weights` (which the optimizer updates) in fp32, `exp_avg` and `exp_avg_sq` as it has them;
+    # or `model`, what goes into the model's own files
+    tensors: dict[str, torch.Tensor]
+
+
+def allocate_moments(accelerator: Accelerator, optimizer) -> None:
+    """Make Adam's state, zeros at step 0, which the optimizers would make at their first step."""
+    allocate_state(adam_of(accelerator, optimizer))
+
+
+def update_from_weights(accelerator: Accelerator) -> None:
+    """The fp32 weights were changed: let what computes be cast from them anew, where the engine keeps it apart."""
+    if zero := zero_optimizer(accelerator):
+        zero.update_lp_params()
+
+
+def trained_dtype(model: PreTrainedModel) -> torch.dtype:
+    """Of adapters on a frozen model, theirs."""
+    return next(parameter.dtype for parameter in model.parameters() if parameter.requires_grad)
+
+
+def model_fragments(accelerator: Accelerator, model: PreTrainedModel) -> Iterator[Fragment]:
+    """Of each parameter what this process gives to the model's files, in `file_dtype`; a tied one comes once. Over all
+    processes every element comes once: where each holds all of the model, from the first.
+
+    Args:
+        model: the language model itself, as its engine has left it.
+    """
+    if accelerator.is_main_process:
+        for name, parameter in model.named_parameters():
+            yield Fragment(name, 0, {"model": parameter.detach().reshape(-1)})
+
+
+def is_sharded(model: PreTrainedModel) -> bool:
+    """Whether the engine has left each process only a part of the model's weights."""
+    return False
+
+
+def writes_fragments(accelerator: Accelerator) -> bool:
+    """Whether a checkpoint takes the fragments of this process: of those that hold the same, only the first's."""
+    return zero_optimizer(accelerator) is not None or accelerator.is_main_process
+
+
+def file_dtype(model: PreTrainedModel) -> torch.dtype:
+    """Of the model's files in a checkpoint; where it is not fp32, fragments of the fp32 weights lie beside them."""
+    return trained_dtype(model)
+
+
+def zero_optimizer(accelerator: Accelerator):
+    """DeepSpeed's ZeRO optimizer; None without DeepSpeed."""
+    engine = getattr(accelerator, "deepspeed_engine_wrapped", None)  # which it has once it has prepared one
+    return engine.engine.optimizer if engine else None
+
+
+def adam_of(accelerator: Accelerator, optimizer) -> torch.optim.Optimizer:
+    """The innermost optimizer, which holds the moments."""
+    zero = zero_optimizer(accelerator)
+    return zero.optimizer if zero else optimizer.optimizer
+
+
+def fragments(accelerator: Accelerator, model: PreTrainedModel, optimizer) -> Iterator[Fragment]:
+    """Of each trained parameter what this process's optimizer updates.
+
+    Args:
+        model: the language model itself, as its engine has left it.
+        optimizer: as Accelerate has prepared it.
+    """
+    zero, adam = zero_optimizer(accelerator), adam_of(accelerator, optimizer)
+    for name, parameter in model.named_parameters():
+        if zero is None:
+            state = adam.state.get(parameter)  # none for one that is not trained
+            if state:
+                tensors = {"weights": parameter.data} | {moment: state[moment] for moment in MOMENTS}
+                yield Fragment(name, 0, {kind: tensor.view(-1) for kind, tensor in tensors.items()})
+        elif getattr(parameter, "_hp_mapping", None) is not None:  # trained, and some of it lies in this partition
+            mapping = parameter._hp_mapping
+            flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
+            tensors = {"weights": flat.data} | {moment: adam.state[flat][moment] for moment in MOMENTS}
+            here = mapping.hp_fragment_address
+            own = {kind: tensor.narrow(0, here.start, here.numel) for kind, tensor in tensors.items()}
+            yield Fragment(name, mapping.lp_fragment_address.start, own)

@@ -1,0 +1,54 @@
+"""DeepSpeed's engine made to run: on any machine, alone or with others, with nothing compiled that is not used."""
+
+import logging
+import os
+import warnings
+from typing import Any
+
+from accelerate.utils import DeepSpeedPlugin
+
+from training.deepspeed_config import optimizer_on_host
+from utils.launch import has_gpu
+
+
+def deepspeed_plugin(config: dict[str, Any]) -> DeepSpeedPlugin:
+    """Accelerate's plugin for a complete config, and this machine made ready for the engine."""
+    # Accelerate refuses a launcher's config beside a complete one; the two have been compared already.
+    os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
+    if not optimizer_on_host(config["zero_optimization"]):
+        # torch's own fused AdamW in place of DeepSpeed's, which it compiles at the first start for a minute or more,
+        # behind a lock that outlives a kill. Both are bound by memory: a flat partition is one kernel for either.
+        config["optimizer"]["params"] |= {"torch_adam": True, "fused": True}
+    if not has_gpu():
+        _prepare_cpu_engine()
+    _join_alone()
+    _quieten()
+    return DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=False)
+
+
+def _prepare_cpu_engine() -> None:
+    """Let the engine run on CPU processes over gloo."""
+    # With use_cpu Accelerate would count one process under DeepSpeed (state.py); hiding the GPUs says the same.
+    if os.environ.pop("ACCELERATE_USE_CPU", "false").lower() in ("true", "1"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    import deepspeed.ops
+
+    # A shared-memory all-reduce for inference, which would be compiled for a minute at the first start and not used.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _quieten() -> None:
+    """Leave out what the engine says of its own inner workings, such as the rate of its schedule before the start."""
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
+
+
+def _join_alone() -> None:
+    """Give a process that no distributed launcher started the variables of a group of one, which the engine needs."""
+    if "RANK" in os.environ:
+        return
+    # Port 0: torch's store takes a free one as it listens; one that was looked up before is sometimes taken by then.
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    os.environ.update(alone)

@@ -50,9 +50,14 @@ class Saver:
         self._writing: Future | None = None
 
     @property
+    def is_idle(self) -> bool:
+        """Whether nothing is being written by this process."""
+        return self._writing is None or self._writing.done()
+
+    @property
     def failed(self) -> bool:
         """Whether what is written behind the training could not be: `wait` raises why."""
-        return self._writing is not None and self._writing.done() and self._writing.exception() is not None
+        return self.is_idle and self._writing is not None and self._writing.exception() is not None
 
     def wait(self) -> None:
         """For the checkpoint that is being written.  Raises: as `save_checkpoint`."""

@@ -5,9 +5,11 @@ import os
 import warnings
 from typing import Any
 
+from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin
 
-from training.deepspeed_config import optimizer_on_host
+from training.deepspeed_keys import fill_by_hidden_size
+from training.loss import ScoredLoss
 from utils.launch import has_gpu
 
 
@@ -15,15 +17,35 @@ def deepspeed_plugin(config: dict[str, Any]) -> DeepSpeedPlugin:
     """Accelerate's plugin for a complete config, and this machine made ready for the engine."""
     # Accelerate refuses a launcher's config beside a complete one; the two have been compared already.
     os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
-    if not optimizer_on_host(config["zero_optimization"]):
-        # torch's own fused AdamW in place of DeepSpeed's, which it compiles at the first start for a minute or more,
-        # behind a lock that outlives a kill. Both are bound by memory: a flat partition is one kernel for either.
-        config["optimizer"]["params"] |= {"torch_adam": True, "fused": True}
+    # torch's own fused AdamW in place of DeepSpeed's, on the GPU and on the host: that is compiled at the first start
+    # for a minute or more, behind a lock that outlives a kill. Both are bound by memory: a flat partition is one kernel
+    # for either.
+    config["optimizer"]["params"] |= {"torch_adam": True, "fused": True}
     if not has_gpu():
         _prepare_cpu_engine()
     _join_alone()
     _quieten()
     return DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=False)
+
+
+def ready_for_engine(accelerator: Accelerator, model: ScoredLoss) -> None:
+    """Fill what the engine's config leaves to the model's width, and under ZeRO-3 take from each process all but its
+    part of the weights, which are those that the first process has.
+
+    Parameter by parameter, so that no device ever holds more than one of them whole; given a whole model, the engine
+    would put all of it on each GPU first.
+    """
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
+    fill_by_hidden_size(config["zero_optimization"], model.config.get_text_config().hidden_size)
+    if config["zero_optimization"]["stage"] < 3:
+        return
+    import deepspeed
+
+    deepspeed.zero.Init(module=model, config_dict_or_path=config)
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(accelerator.device)
+    for parameter in model.model.get_output_embeddings().parameters():
+        deepspeed.zero.register_external_parameter(model.output, parameter)
 
 
 def _prepare_cpu_engine() -> None:
@@ -42,7 +64,8 @@ def _quieten() -> None:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
+    deprecated = ".*(all_gather_into|reduce_scatter)_tensor.*"
+    warnings.filterwarnings("ignore", message=deprecated, category=FutureWarning)
 
 
 def _join_alone() -> None:

@@ -70,7 +70,7 @@ def model_fragments(accelerator: Accelerator, model: PreTrainedModel) -> Iterato
 
 def full_shape(parameter: torch.nn.Parameter) -> torch.Size:
     """Of a parameter, of which this process may hold only a part."""
-    return parameter.shape
+    return parameter.ds_shape if is_part(parameter) else parameter.shape
 
 
 def is_sharded(model: PreTrainedModel) -> bool:
@@ -81,11 +81,6 @@ def is_sharded(model: PreTrainedModel) -> bool:
 def is_part(parameter: torch.nn.Parameter) -> bool:
     """Whether this process holds only a part of a parameter, and the whole while a module computes with it: ZeRO-3."""
     return hasattr(parameter, "ds_tensor")
-
-
-def numel(parameter: torch.nn.Parameter) -> int:
-    """The elements of a parameter, however few of them this process holds now."""
-    return parameter.ds_numel if is_part(parameter) else parameter.numel()
 
 
 def writes_fragments(accelerator: Accelerator) -> bool:

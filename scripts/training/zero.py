@@ -5,10 +5,12 @@ import os
 import warnings
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin
 
 from training.deepspeed_keys import fill_by_hidden_size
+from training.host_weights import receive_weights
 from training.loss import ScoredLoss
 from utils.launch import has_gpu
 
@@ -29,21 +31,27 @@ def deepspeed_plugin(config: dict[str, Any]) -> DeepSpeedPlugin:
 
 
 def ready_for_engine(accelerator: Accelerator, model: ScoredLoss) -> None:
-    """Fill what the engine's config leaves to the model's width, and under ZeRO-3 take from each process all but its
-    part of the weights, which are those that the first process has.
+    """Fill what the engine's config leaves to the model's width, and give each process its weights, from the first:
+    under ZeRO-3 its part of each, so that none but the first ever holds more than one of them whole.
 
-    Parameter by parameter, so that no device ever holds more than one of them whole; given a whole model, the engine
-    would put all of it on each GPU first.
+    (The engine itself would put a whole model on each GPU before it shards it.)
     """
     config = accelerator.state.deepspeed_plugin.deepspeed_config
     fill_by_hidden_size(config["zero_optimization"], model.config.get_text_config().hidden_size)
     if config["zero_optimization"]["stage"] < 3:
+        receive_weights(model, accelerator.device)
         return
     import deepspeed
 
-    deepspeed.zero.Init(module=model, config_dict_or_path=config)
+    init = deepspeed.zero.Init(module=torch.nn.Module(), config_dict_or_path=config)
+    for parameter in model.parameters():
+        if parameter.is_meta:
+            empty = torch.empty_like(parameter, device=accelerator.device)
+            torch.utils.swap_tensors(parameter, torch.nn.Parameter(empty, parameter.requires_grad))
+        init._convert_to_zero_parameters([parameter])  # which receives it, and keeps a part
     for buffer in model.buffers():
         buffer.data = buffer.data.to(accelerator.device)
+        torch.distributed.broadcast(buffer, src=0)
     for parameter in model.model.get_output_embeddings().parameters():
         deepspeed.zero.register_external_parameter(model.output, parameter)
 

@@ -44,7 +44,8 @@ class Saver:
     def __init__(self, engine: Engine, tokenizer, recipe: Recipe):
         self.engine, self.tokenizer, self.recipe = engine, tokenizer, recipe
         self.processes = Processes(engine.accelerator)
-        self._thread = ThreadPoolExecutor(1, "save") if recipe.save_in_background else None
+        self._behind = None if recipe.save_in_background else False  # not known before there is something to copy
+        self._thread = ThreadPoolExecutor(1, "save")
         self._copies = HostCopies(engine.accelerator.device)
         self._writing: Future | None = None
 
@@ -66,10 +67,10 @@ class Saver:
         """
         self.wait()
         snapshot = take_snapshot(self.engine, self.recipe, state, stats)
-        if self._thread and not self._copies.tensors and not self._fits(snapshot):
-            self._thread = None
+        if self._behind is None:
+            self._behind = self._fits(snapshot)
         parts = self.engine.language_model, self.tokenizer, self.recipe, snapshot, self.processes
-        if self._thread is None:
+        if not self._behind:
             write_checkpoint(*parts)
             return
         self._copies.copy(snapshot)

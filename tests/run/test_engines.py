@@ -25,7 +25,7 @@ SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "i
 ENGINES = PLAIN, DDP, ZERO1, ZERO2, ZERO3 = "plain", "ddp2", "zero1x2", "zero2x2", "zero3x2"
 WHOLE = [PLAIN, DDP, PLAIN, ZERO1, PLAIN, ZERO2, PLAIN, ZERO3, DDP, ZERO1, DDP]
 WHOLE += [ZERO2, DDP, ZERO3, ZERO1, ZERO2, ZERO1, ZERO3, ZERO2, ZERO3, PLAIN]
-SHORT = {"gpt_neox": [PLAIN, ZERO3, DDP, ZERO1, ZERO3, ZERO2, PLAIN], "mixture": [DDP, ZERO3, PLAIN]}
+SHORT = {"gpt_neox": [PLAIN, ZERO3, DDP, ZERO1, PLAIN], "mixture": [DDP, ZERO3, PLAIN, ZERO2]}
 # Of a loss: measured 8e-8 in fp32, 2e-4 in bf16 (whose own eps is 8e-3).
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3}
 

@@ -50,6 +50,7 @@ LAUNCH = {
     "single_gpu": [*ACCELERATE, "--config_file", "accelerate_configs/single_gpu.yaml"],
     "ddp2": [*ACCELERATE, "--config_file", "accelerate_configs/ddp.yaml", "--num_processes", "2"],
     "zero2x2": [*ACCELERATE, "--config_file", "accelerate_configs/zero2.yaml", "--num_processes", "2"],
+    "zero3x2": [*ACCELERATE, "--config_file", "accelerate_configs/zero3.yaml", "--num_processes", "2"],
 }
 
 

@@ -46,7 +46,7 @@ def observed() -> Iterator[None]:
 def write_state(engine, folder: Path) -> None:
     from safetensors.torch import save_file
 
-    from training.fragments import fragments
+    from training.fragments import fragments, is_sharded, model_fragments
     from training.linear import HalfLinear
 
     accelerator, model = engine.accelerator, engine.language_model
@@ -55,7 +55,11 @@ def write_state(engine, folder: Path) -> None:
         folder.mkdir()
         (folder / "engine.txt").write_text(name_of(accelerator))
     accelerator.wait_for_everyone()
-    state = {f"computes/0/{name}": parameter.detach().view(-1) for name, parameter in model.named_parameters()}
+    if is_sharded(model):
+        held = model_fragments(accelerator, model)
+        state = {f"computes/{each.start}/{each.name}": each.tensors["model"] for each in held}
+    else:
+        state = {f"computes/0/{name}": parameter.detach().view(-1) for name, parameter in model.named_parameters()}
     for name, layer in model.named_modules():
         if isinstance(layer, HalfLinear):
             state[f"computes/0/{name}.weight"] = layer.half_weight.view(-1)

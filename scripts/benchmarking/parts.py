@@ -3,7 +3,7 @@
 import torch
 
 from benchmarking.operations import kind_of, short, tensors_in
-from training.loss import ScoredLoss
+from training.loss import OutputLoss, ScoredLoss
 
 PARTS = (
     "matrix products",
@@ -31,7 +31,7 @@ ROLES = {"Norm": "norms", "Rotary": "rotary", "Attention": "rotary", "Embedding"
 def role_of(module: torch.nn.Module) -> str:
     """What a module's own operations, but for products and casts, are for: as the field names its kind."""
     name, home = type(module).__name__, type(module).__module__
-    if isinstance(module, ScoredLoss):
+    if isinstance(module, (ScoredLoss, OutputLoss)):
         return "head"
     if isinstance(module, torch.nn.Linear):  # what is neither product nor cast nor a bias's gradient
         return "gradient accumulation"

@@ -17,6 +17,7 @@ from run.stats import TrainingStats
 from training.batches import Batches
 from training.collate import Batch, kept_targets
 from training.engine import Engine
+from training.fragments import full_shape
 from training.micro_batches import MicroBatch
 from training.optimizer import shortest_warmup
 from training.plan import (
@@ -49,7 +50,7 @@ def describe_run(engine: Engine, dtype: torch.dtype, mix: Mix, recipe: Recipe, t
     over = (mix.train.lengths[rows] > recipe.max_length).sum()
     print(f"{over:,} training conversations are longer than max_length {recipe.max_length:,} and are cut in each epoch")
 
-    parameters = sum(parameter.numel() for parameter in engine.model.parameters())
+    parameters = sum(full_shape(parameter).numel() for parameter in engine.model.parameters())
     processes, note = accelerator.num_processes, ""
     moments = "Adam's moments in bf16, " if recipe.optimizer_state_dtype == "bf16" else ""
     accumulated, given = accumulation_steps(recipe, processes), "gradient_accumulation_steps" in recipe.model_fields_set

@@ -53,12 +53,26 @@ SUPPORTED = {
         *("stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "overlap_comm"),
         *("use_multi_rank_bucket_allreduce", "allgather_partitions", "allgather_bucket_size", "offload_optimizer"),
         *("ignore_unused_parameters", "round_robin_gradients", "parameter_alignment", "enable_sanity_checks"),
+        *("offload_param", "sub_group_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"),
+        *("stage3_model_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance"),
+        *("stage3_gather_16bit_weights_on_model_save", "memory_efficient_linear"),
     ),
     "zero_optimization.offload_optimizer": ("device", "pin_memory"),
-    "zero_optimization.offload_param": (),
+    "zero_optimization.offload_param": ("device", "pin_memory"),
 }
-# Where these say "auto" they are filled, the last by Accelerate.
-FILLED = ("fp16.enabled", "bf16.enabled", "bf16.check_grad_overflow", "zero_optimization.reduce_bucket_size")
+# What a stage passes over, whatever it says. That a model can be saved under stage 3 is said by the last key where
+# DeepSpeed saves it; here it can be anyway.
+ONLY_IN_STAGE_3 = [key for key in SUPPORTED["zero_optimization"] if key.startswith("stage3_")]
+ONLY_IN_STAGE_3 = ("offload_param", "sub_group_size", "memory_efficient_linear", *ONLY_IN_STAGE_3)
+# By the model's hidden_size, as transformers' Trainer and Accelerate do.
+BY_HIDDEN_SIZE = {
+    "reduce_bucket_size": lambda hidden: hidden**2,
+    "stage3_prefetch_bucket_size": lambda hidden: int(0.9 * hidden**2),
+    "stage3_param_persistence_threshold": lambda hidden: 10 * hidden,
+}
+# Where these say "auto" they are filled.
+FILLED = ("fp16.enabled", "bf16.enabled", "bf16.check_grad_overflow")
+FILLED += tuple(f"zero_optimization.{name}" for name in BY_HIDDEN_SIZE)
 # Other keys of DeepSpeed, and what does it here. Where one is switched off it is left out, and nobody need remove it.
 NOT_HERE = {
     "activation_checkpointing": "the recipe's gradient_checkpointing does that",
@@ -118,26 +132,56 @@ def check_keys(config: dict[str, Any], source: str) -> None:
             _refuse(source, key, values[name], f"should be {what}")
     zero, fp16 = _at(config, source, "zero_optimization"), _at(config, source, "fp16")
     stage = zero.get("stage", 0)
-    if isinstance(stage, bool) or stage not in (1, 2):
-        # 3 leaves no process with whole weights to save, 0 tells no gradient norm.
-        _refuse(source, "zero_optimization.stage", stage, "stages 1 and 2 are supported")
+    if isinstance(stage, bool) or stage not in (1, 2, 3):
+        _refuse(source, "zero_optimization.stage", stage, "stages 1, 2 and 3 are supported")  # 0 tells no gradient norm
     for section in reversed(SUPPORTED):  # what lies within first
         _check_section(config, source, section)
-    if (zero.get("offload_optimizer") or {}).get("device") == "nvme":
-        _refuse(source, "zero_optimization.offload_optimizer.device", "nvme", "is for stage 3 only: give cpu")
+    for section in ("offload_optimizer", "offload_param"):
+        if (zero.get(section) or {}).get("device") == "nvme":  # whose state lies in files that no checkpoint holds
+            _refuse(source, f"zero_optimization.{section}.device", "nvme", "sft.py does not run with this: give cpu")
+    if stage != 3:
+        _check_no_stage_3(zero, source)
     for name in ("reduce_bucket_size", "allgather_bucket_size"):
         if _is_number(zero.get(name)) and zero[name] > MOST_ELEMENTS:
             _refuse(source, f"zero_optimization.{name}", zero[name], f"over {MOST_ELEMENTS:,} elements")
     if zero.get("allgather_bucket_size", 0) % 2:
         _refuse(source, "zero_optimization.allgather_bucket_size", zero["allgather_bucket_size"], "has to be even")
-    if stage == 2 and zero.get("reduce_scatter", True):
-        for name, neutral in (("prescale_gradients", False), ("gradient_predivide_factor", 1)):
-            if config.get(name, neutral) != neutral:
-                _refuse(source, name, config[name], "needs zero_optimization.reduce_scatter = false in stage 2")
+    _check_gradient_factors(config, source)
     if not 0 <= fp16.get("initial_scale_power", 0) <= LARGEST_POWER:
         _refuse(source, "fp16.initial_scale_power", fp16["initial_scale_power"], f"should be 0 to {LARGEST_POWER}")
     if fp16.get("hysteresis", 1) < 1:
         _refuse(source, "fp16.hysteresis", fp16["hysteresis"], "should be at least 1")
+
+
+def _check_no_stage_3(zero: dict[str, Any], source: str) -> None:
+    """Refuse what would be passed over in stages 1 and 2: somebody counts on it."""
+    fields = _models()["zero_optimization"].model_fields.items()
+    defaults = {field.alias or name: field.default for name, field in fields}
+    for name in ONLY_IN_STAGE_3:
+        given = zero.get(name)
+        off = given == {"device": "none"} if isinstance(given, dict) else given in (None, defaults[name])
+        if not off:
+            _refuse(source, f"zero_optimization.{name}", given, "is for stage 3 only: remove it")
+
+
+def _check_gradient_factors(config: dict[str, Any], source: str) -> None:
+    """Refuse factors of the gradients where the engine stops at them, in stage 2, or with gradients of another size, in
+    stage 3: where the factor is the number of processes they came out divided by both (stage3.py)."""
+    zero = config["zero_optimization"]
+    for name, neutral in (("prescale_gradients", False), ("gradient_predivide_factor", 1)):
+        if config.get(name, neutral) == neutral:
+            continue
+        if zero["stage"] == 3:
+            _refuse(source, name, config[name], "is not for stage 3: remove it")
+        if zero["stage"] == 2 and zero.get("reduce_scatter", True):
+            _refuse(source, name, config[name], "needs zero_optimization.reduce_scatter = false in stage 2")
+
+
+def fill_by_hidden_size(zero: dict[str, Any], hidden_size: int) -> None:
+    """Give the sizes in the section `zero_optimization` that say "auto" their numbers of elements."""
+    for name, size in BY_HIDDEN_SIZE.items():
+        if zero.get(name) == "auto":
+            zero[name] = size(hidden_size)
 
 
 def check_precision(config: dict[str, Any], source: str, dtype: torch.dtype) -> None:
@@ -162,9 +206,8 @@ def _check_section(config: dict[str, Any], source: str, section: str) -> None:
     if _at(config, source, parent).get(own) is None:
         return
     values, model = _at(config, source, section), _models()[section]
-    defaults = {
-        field.alias or name: field.get_default(call_default_factory=True) for name, field in model.model_fields.items()
-    }
+    fields = {field.alias or name: name for name, field in model.model_fields.items()}
+    defaults = {name: model.model_fields[own].get_default(call_default_factory=True) for name, own in fields.items()}
     _check_names(values, source, section, defaults.keys())
     for name in [name for name in values if name not in SUPPORTED[section]]:
         given = values.pop(name)
@@ -181,7 +224,7 @@ def _check_section(config: dict[str, Any], source: str, section: str) -> None:
     except Exception as error:  # of the models' own code
         raise UserError(f"{source}: {section}: {reason(error)}") from None
     for name, given in values.items():
-        taken = getattr(found, name)
+        taken = getattr(found, fields[name])
         if given == "auto" and f"{section}.{name}" not in FILLED:
             _refuse(source, f"{section}.{name}", given, "no key of the recipe says this: give a value")
         if given == "auto" or isinstance(given, dict):

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers import PreTrainedModel
+from transformers.integrations import unset_hf_deepspeed_config
 
 from recipe.keys import Recipe
 from training.fragments import allocate_moments
@@ -19,7 +20,7 @@ from training.neox import fuse_layers
 from training.optimizer import clip_fused_step, make_optimizer
 from training.optimizer_state import load_loss_scale, loss_scale_state
 from training.plan import accumulation_steps
-from training.zero import deepspeed_plugin
+from training.zero import deepspeed_plugin, ready_for_engine
 from utils.launch import check_processes, has_gpu, num_processes, process_group_options
 
 
@@ -105,6 +106,8 @@ def start_accelerator(
         deepspeed_plugin=deepspeed_plugin(deepspeed) if deepspeed else None,
         kwargs_handlers=process_group_options(deepspeed=deepspeed is not None),
     )
+    if deepspeed:
+        unset_hf_deepspeed_config()  # by which transformers would load a model under ZeRO-3 in ways of its own
     check_processes(accelerator, step)
     set_seed(recipe.rng_seed)
     return accelerator
@@ -120,6 +123,7 @@ def prepare_engine(
         model.to(accelerator.device)
     optimizer, scheduler = make_optimizer(model, recipe, total_steps, deepspeed)
     if deepspeed:
+        ready_for_engine(accelerator, model)
         model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
     else:  # a prepared schedule would be stepped num_processes times a step
         model, optimizer = accelerator.prepare(model, optimizer)

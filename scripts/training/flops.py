@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 from training.adapters import adapted_weights, learnt_rows
 from training.attention import attention_heads
 from training.collate import Batch
+from training.fragments import full_shape
 
 # Dense fp16 and bf16 FLOP/s with fp32 accumulation, by words of the device's name; the first that fits. From NVIDIA's
 # data sheets, without sparsity, which doubles what some of them print.
@@ -52,12 +53,16 @@ class ModelFlops:
     def __init__(self, model: PreTrainedModel):
         head, text = learnt_rows(model.get_output_embeddings())[0], model.config.get_text_config()
         matrices = [module for module in model.modules() if isinstance(module, (torch.nn.Linear, Conv1D))]
-        trained = [module.weight.numel() for module in matrices if module.weight.requires_grad and module is not head]
+        trained = [
+            full_shape(module.weight).numel()
+            for module in matrices
+            if module.weight.requires_grad and module is not head
+        ]
         frozen = adapted_weights(model)
         # FLOPs of each token, of each scored one, and of each query and key that meet. A frozen matrix is multiplied
         # twice, not three times: nobody wants its own gradient.
         self.per_token = 6 * sum(trained) + 4 * sum(frozen)
-        self.per_target = (6 if head.weight.requires_grad else 4) * head.weight.numel()
+        self.per_target = (6 if head.weight.requires_grad else 4) * full_shape(head.weight).numel()
         # Queries by keys and shares by values, each 2 FLOPs a number; three times, with the backward pass.
         heads, head_size = attention_heads(text)
         self.per_pair = 3 * 4 * text.num_hidden_layers * heads * head_size

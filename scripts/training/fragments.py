@@ -27,12 +27,23 @@ class Fragment:
 
 def allocate_moments(accelerator: Accelerator, optimizer) -> None:
     """Make Adam's state, zeros at step 0, which the optimizers would make at their first step."""
-    allocate_state(adam_of(accelerator, optimizer))
+    zero, adam = zero_optimizer(accelerator), adam_of(accelerator, optimizer)
+    parts = _zero3_parts(zero)
+    for number, part in enumerate(parts):  # which are in Adam's groups only while they are updated
+        adam.param_groups[zero.sub_group_to_group_id[number]]["params"].append(part)
+    allocate_state(adam)
+    for group in adam.param_groups if parts else ():
+        group["params"].clear()
 
 
 def update_from_weights(accelerator: Accelerator) -> None:
     """The fp32 weights were changed: let what computes be cast from them anew, where the engine keeps it apart."""
-    if zero := zero_optimizer(accelerator):
+    zero = zero_optimizer(accelerator)
+    if parts := _zero3_parts(zero):
+        zero.parameter_offload.partition_all_parameters()  # let go of what is gathered: it would stay as it was
+        for number in range(len(parts)):
+            zero._reassign_or_swap_out_partitioned_parameters(number)  # as its own step does
+    elif zero:
         zero.update_lp_params()
 
 
@@ -48,19 +59,28 @@ def model_fragments(accelerator: Accelerator, model: PreTrainedModel) -> Iterato
     Args:
         model: the language model itself, as its engine has left it.
     """
-    if accelerator.is_main_process:
-        for name, parameter in model.named_parameters():
+    for name, parameter in model.named_parameters():
+        if is_part(parameter):
+            start, count = _own_part(parameter)
+            if count:
+                yield Fragment(name, start, {"model": parameter.ds_tensor.detach().narrow(0, 0, count)})
+        elif accelerator.is_main_process:
             yield Fragment(name, 0, {"model": parameter.detach().reshape(-1)})
 
 
 def full_shape(parameter: torch.nn.Parameter) -> torch.Size:
     """Of a parameter, of which this process may hold only a part."""
-    return parameter.shape
+    return parameter.ds_shape if is_part(parameter) else parameter.shape
 
 
 def is_sharded(model: PreTrainedModel) -> bool:
     """Whether the engine has left each process only a part of the model's weights."""
-    return False
+    return any(map(is_part, model.parameters()))
+
+
+def is_part(parameter: torch.nn.Parameter) -> bool:
+    """Whether this process holds only a part of a parameter, and the whole while a module computes with it: ZeRO-3."""
+    return hasattr(parameter, "ds_tensor")
 
 
 def writes_fragments(accelerator: Accelerator) -> bool:
@@ -99,6 +119,13 @@ def fragments(accelerator: Accelerator, model: PreTrainedModel, optimizer) -> It
             if state:
                 tensors = {"weights": parameter.data} | {moment: state[moment] for moment in MOMENTS}
                 yield Fragment(name, 0, {kind: tensor.view(-1) for kind, tensor in tensors.items()})
+        elif is_part(parameter):
+            start, count = _own_part(parameter)
+            if parameter.requires_grad and count:
+                number, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
+                flat = zero.fp32_partitioned_groups_flat[number]
+                tensors = {"weights": flat.data} | {moment: adam.state[flat][moment] for moment in MOMENTS}
+                yield Fragment(name, start, {kind: tensor[offset : offset + count] for kind, tensor in tensors.items()})
         elif getattr(parameter, "_hp_mapping", None) is not None:  # trained, and some of it lies in this partition
             mapping = parameter._hp_mapping
             flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
@@ -106,3 +133,18 @@ def fragments(accelerator: Accelerator, model: PreTrainedModel, optimizer) -> It
             here = mapping.hp_fragment_address
             own = {kind: tensor.narrow(0, here.start, here.numel) for kind, tensor in tensors.items()}
             yield Fragment(name, mapping.lp_fragment_address.start, own)
+
+
+def _zero3_parts(zero) -> list[torch.Tensor]:
+    """The fp32 weights that this process updates under ZeRO-3, flat; none under another engine."""
+    return getattr(zero, "fp32_partitioned_groups_flat", [])
+
+
+def _own_part(parameter: torch.nn.Parameter) -> tuple[int, int]:
+    """Of a parameter under ZeRO-3, the first element of this process's part and how many it has.
+
+    Parts are as large as each other: the last is filled up, and with few elements the last ones hold nothing else.
+    """
+    size = parameter.ds_tensor.ds_numel
+    start = size * parameter.ds_zero_partition_rank
+    return start, max(0, min(size, parameter.ds_numel - start))

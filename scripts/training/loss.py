@@ -44,6 +44,7 @@ class ScoredLoss(torch.nn.Module):
     def __init__(self, model: PreTrainedModel, recipe: Recipe):
         super().__init__()
         self.model = model
+        self.output = OutputLoss()
         if has_gpu() and training_dtype(recipe.dtype) != torch.float16:
             say(f"cross-entropy: {choose_kernel('cuda')[1]}")
 
@@ -62,20 +63,33 @@ class ScoredLoss(torch.nn.Module):
         """
         hidden = self.model.base_model(**batch.model_inputs(), use_cache=False).last_hidden_state
         hidden = hidden.flatten(0, 1).index_select(0, batch.scored)
-        head = self.model.get_output_embeddings()
+        head, vocabulary = self.model.get_output_embeddings(), self.config.get_text_config().vocab_size
+        return self.output(head, hidden, batch.targets, vocabulary)
+
+
+class OutputLoss(torch.nn.Module):
+    """The output layer and the loss of what it gives.
+
+    A module of its own, although it has no weights, because ZeRO-3 gathers weights around a module's forward and
+    backward pass, and takes part in each call of one: the number of chunks is another on each process. `engine.py`
+    tells it that these are the output layer's (`training/zero.py`).
+    """
+
+    def forward(self, head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor, vocabulary: int):
+        """As ScoredLoss, of the output layer `head` and the hidden states [scored tokens, hidden]."""
         layer, learnt, ids = learnt_rows(head)
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else layer.weight.dtype
-        rows = rows_of_a_chunk(self.config.get_text_config().vocab_size, dtype.itemsize)
+        rows = rows_of_a_chunk(vocabulary, dtype.itemsize)
         if not self.training:
-            return _evaluate(head, hidden, batch.targets, rows)
+            return _evaluate(head, hidden, targets, rows)
         if dtype == torch.float16 or not isinstance(layer, torch.nn.Linear):
-            return _made_twice(head, hidden, batch.targets, rows)
+            return _made_twice(head, hidden, targets, rows)
         half = layer.half_weight if isinstance(layer, HalfLinear) else layer.weight.detach().to(dtype)
         weight = layer.weight
         if learnt is not None:
             half, weight = half.index_copy(0, ids, learnt.detach().to(dtype)), learnt
-        total, losses = _MadeOnce.apply(hidden.to(dtype), weight, half, layer.bias, batch.targets, rows, ids)
+        total, losses = _MadeOnce.apply(hidden.to(dtype), weight, half, layer.bias, targets, rows, ids)
         return total, losses, None
 
 
@@ -94,7 +108,7 @@ def rows_of_a_chunk(vocabulary: int, element: int) -> int:
 def _evaluate(head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor, rows: int):
     losses, predictions = [], []
     for chunk, target in zip(hidden.split(rows), targets.split(rows), strict=True):
-        logits = head(chunk)
+        logits = head.forward(chunk)  # not head(chunk): see OutputLoss
         predictions.append(logits.argmax(-1))
         losses.append(cross_entropy(logits, target))
     losses = torch.cat(losses)
@@ -103,7 +117,7 @@ def _evaluate(head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor
 
 def _made_twice(head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor, rows: int):
     def losses_of(chunk: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return _OfLogits.apply(head(chunk), target)
+        return _OfLogits.apply(head.forward(chunk), target)
 
     chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
     losses = torch.cat([checkpoint(losses_of, *chunk, use_reentrant=False) for chunk in chunks])

@@ -5,9 +5,13 @@ import os
 import warnings
 from typing import Any
 
+import torch
+from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin
 
-from training.deepspeed_config import optimizer_on_host
+from training.deepspeed_keys import fill_by_hidden_size
+from training.host_weights import receive_weights
+from training.loss import ScoredLoss
 from utils.launch import has_gpu
 
 
@@ -15,15 +19,41 @@ def deepspeed_plugin(config: dict[str, Any]) -> DeepSpeedPlugin:
     """Accelerate's plugin for a complete config, and this machine made ready for the engine."""
     # Accelerate refuses a launcher's config beside a complete one; the two have been compared already.
     os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
-    if not optimizer_on_host(config["zero_optimization"]):
-        # torch's own fused AdamW in place of DeepSpeed's, which it compiles at the first start for a minute or more,
-        # behind a lock that outlives a kill. Both are bound by memory: a flat partition is one kernel for either.
-        config["optimizer"]["params"] |= {"torch_adam": True, "fused": True}
+    # torch's own fused AdamW in place of DeepSpeed's, on the GPU and on the host: that is compiled at the first start
+    # for a minute or more, behind a lock that outlives a kill. Both are bound by memory: a flat partition is one kernel
+    # for either.
+    config["optimizer"]["params"] |= {"torch_adam": True, "fused": True}
     if not has_gpu():
         _prepare_cpu_engine()
     _join_alone()
     _quieten()
     return DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=False)
+
+
+def ready_for_engine(accelerator: Accelerator, model: ScoredLoss) -> None:
+    """Fill what the engine's config leaves to the model's width, and give each process its weights, from the first:
+    under ZeRO-3 its part of each, so that none but the first ever holds more than one of them whole.
+
+    (The engine itself would put a whole model on each GPU before it shards it.)
+    """
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
+    fill_by_hidden_size(config["zero_optimization"], model.config.get_text_config().hidden_size)
+    if config["zero_optimization"]["stage"] < 3:
+        receive_weights(model, accelerator.device)
+        return
+    import deepspeed
+
+    init = deepspeed.zero.Init(module=torch.nn.Module(), config_dict_or_path=config)
+    for parameter in model.parameters():
+        if parameter.is_meta:
+            empty = torch.empty_like(parameter, device=accelerator.device)
+            torch.utils.swap_tensors(parameter, torch.nn.Parameter(empty, parameter.requires_grad))
+        init._convert_to_zero_parameters([parameter])  # which receives it, and keeps a part
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(accelerator.device)
+        torch.distributed.broadcast(buffer, src=0)
+    for parameter in model.model.get_output_embeddings().parameters():
+        deepspeed.zero.register_external_parameter(model.output, parameter)
 
 
 def _prepare_cpu_engine() -> None:
@@ -42,7 +72,8 @@ def _quieten() -> None:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
+    deprecated = ".*(all_gather_into|reduce_scatter)_tensor.*"
+    warnings.filterwarnings("ignore", message=deprecated, category=FutureWarning)
 
 
 def _join_alone() -> None:

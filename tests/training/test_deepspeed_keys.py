@@ -9,17 +9,18 @@ from functools import partial
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recipe.load import load_recipe
 from training.deepspeed_config import fill_config, find_config
-from training.deepspeed_keys import NAMES, NOT_HERE, SUPPORTED, VALUES
+from training.deepspeed_keys import NAMES, NOT_HERE, SUPPORTED, VALUES, fill_by_hidden_size
 from utils.errors import UserError
 
 RECIPE = load_recipe(ROOT / "recipes" / "demo.yaml")
-ZERO2 = json.loads((ROOT / "ds_configs" / "zero2.json").read_text())
+ZERO2, ZERO3 = (json.loads((ROOT / "ds_configs" / f"zero{stage}.json").read_text()) for stage in (2, 3))
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -27,9 +28,9 @@ def fill(config: dict, dtype: str = "bf16") -> dict:
     return fill_config(config, "zero.json", RECIPE, 10, DTYPES[dtype])
 
 
-def changed(key: str, value) -> dict:
-    """The shipped config with another value under a dotted key."""
-    config = json.loads(json.dumps(ZERO2))
+def changed(key: str, value, config: dict = ZERO2) -> dict:
+    """A shipped config with another value under a dotted key."""
+    config = json.loads(json.dumps(config))
     *parents, name = key.split(".")
     section = config
     for parent in parents:
@@ -52,10 +53,10 @@ def changed(key: str, value) -> dict:
         ("zero_optimization.reduce_bucket_size", 1e15, "over 2,147,483,648 elements"),
         ("zero_optimization.reduce_bucket_size", ["auto"], "reduce_bucket_size = ["),
         ("zero_optimization.allgather_bucket_size", 3, "allgather_bucket_size = 3: has to be even"),
-        ("zero_optimization.stage", True, "zero_optimization.stage = true: stages 1 and 2 are supported"),
-        ("zero_optimization.stage", "2", 'zero_optimization.stage = "2": stages 1 and 2'),
-        ("zero_optimization.stage", 3, "zero_optimization.stage = 3: stages 1 and 2"),
-        ("zero_optimization.stage", [2], "zero_optimization.stage = [2]: stages 1 and 2"),
+        ("zero_optimization.stage", True, "zero_optimization.stage = true: stages 1, 2 and 3 are supported"),
+        ("zero_optimization.stage", "2", 'zero_optimization.stage = "2": stages 1, 2 and 3'),
+        ("zero_optimization.stage", 4, "zero_optimization.stage = 4: stages 1, 2 and 3"),
+        ("zero_optimization.stage", [2], "zero_optimization.stage = [2]: stages 1, 2 and 3"),
         ("zero_optimization.stag", 2, "unknown key zero_optimization.stag: did you mean stage?"),
         (
             "zero_optimization.overlap_com",
@@ -67,9 +68,15 @@ def changed(key: str, value) -> dict:
         ("zero_optimization.compute_grad_norm", False, "zero_optimization.compute_grad_norm = false: sft.py does not"),
         ("zero_optimization.zenflow", {"topk_ratio": 0.1}, "zero_optimization.zenflow = "),
         ("zero_optimization.cpu_offload", True, "zero_optimization.cpu_offload = true: sft.py does not"),
-        ("zero_optimization.stage3_max_live_parameters", 7, "stage3_max_live_parameters = 7: sft.py does not"),
+        ("zero_optimization.stage3_max_live_parameters", 7, "stage3_max_live_parameters = 7: is for stage 3 only"),
+        (
+            "zero_optimization.stage3_prefetch_bucket_size",
+            "auto",
+            'bucket_size = "auto": is for stage 3 only: remove it',
+        ),
+        ("zero_optimization.sub_group_size", 5, "zero_optimization.sub_group_size = 5: is for stage 3 only"),
         ("zero_optimization.offload_optimizer", {"device": "nvme", "nvme_path": "/x"}, "offload_optimizer.nvme_path"),
-        ("zero_optimization.offload_optimizer.device", "nvme", 'device = "nvme": is for stage 3 only'),
+        ("zero_optimization.offload_optimizer.device", "nvme", 'device = "nvme": sft.py does not run with this'),
         ("zero_optimization.offload_optimizer.device", "gpu", "device = \"gpu\": should be 'none', 'cpu' or 'nvme'"),
         ("zero_optimization.offload_optimizer.devise", "cpu", "offload_optimizer.devise: did you mean device?"),
         (
@@ -80,7 +87,7 @@ def changed(key: str, value) -> dict:
         (
             "zero_optimization.offload_param.device",
             "cpu",
-            'zero_optimization.offload_param.device = "cpu": sft.py does',
+            'zero_optimization.offload_param = {"device": "cpu"}: is for stage 3 only: remove it',
         ),
         ("fp16.loss_scale_window", "x", 'fp16.loss_scale_window = "x"'),
         ("fp16.loss_scale", True, "fp16.loss_scale = true"),
@@ -145,6 +152,84 @@ def test_refused_in_one_line_that_names_the_key(key, value, said):
 
 
 @pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("offload_param.device", "nvme", 'zero_optimization.offload_param.device = "nvme": sft.py does not run with'),
+        ("offload_param.device", "gpu", "should be 'none', 'cpu' or 'nvme'"),
+        ("offload_param", "cpu", 'zero_optimization.offload_param = "cpu": not a JSON object'),
+        (
+            "offload_param.max_in_cpu",
+            5,
+            "zero_optimization.offload_param.max_in_cpu = 5: sft.py does not run with this",
+        ),
+        ("offload_optimizer.ratio", 0.5, "zero_optimization.offload_optimizer.ratio = 0.5: sft.py does not run"),
+        ("offload_optimizer.super_offload", True, "offload_optimizer.super_offload = true: sft.py does not run with"),
+        ("stage3_prefetch_bucket_siz", 5, "did you mean stage3_prefetch_bucket_size?"),
+        ("stage3_prefetch_bucket_size", "x", 'zero_optimization.stage3_prefetch_bucket_size = "x": should be a valid'),
+        ("stage3_param_persistence_threshold", -1, "stage3_param_persistence_threshold = -1: should be greater than"),
+        ("stage3_max_live_parameters", "auto", "no key of the recipe says this: give a value"),
+        ("stage3_max_reuse_distance", 1.5, "stage3_max_reuse_distance = 1.5: should be a valid integer"),
+        ("stage3_module_granularity_threshold", 5, "stage3_module_granularity_threshold = 5: sft.py does not run with"),
+        ("stage3_gather_16bit_weights_on_model_save", "yes", "should be true or false"),
+        ("sub_group_size", True, "sub_group_size = true: should be a number"),
+        ("memory_efficient_linear", 1, "memory_efficient_linear = 1: should be true or false"),
+        ("zero_hpz_partition_size", 2, "zero_hpz_partition_size = 2: sft.py does not run with this"),
+        ("zero_quantized_weights", True, "zero_quantized_weights = true: sft.py does not run with this"),
+        ("zero_quantized_gradients", True, "zero_quantized_gradients = true: sft.py does not run with this"),
+        ("leaf_module", {"classes": ["x"]}, "zero_optimization.leaf_module = "),
+    ],
+)
+def test_refused_in_stage_3(key, value, said):
+    with pytest.raises(UserError) as refused:
+        fill(changed(f"zero_optimization.{key}", value, ZERO3))
+    (line,) = str(refused.value).splitlines()
+    assert line.startswith("zero.json: ")
+    assert said in line
+
+
+@pytest.mark.parametrize(("key", "value"), [("prescale_gradients", True), ("gradient_predivide_factor", 2)])
+@pytest.mark.parametrize("reduce_scatter", [True, False])
+def test_factors_of_the_gradients_are_not_for_stage_3(key, value, reduce_scatter):
+    """With 2 processes, a factor of 2 and no reduce_scatter it would halve every gradient (DeepSpeed 0.19.8)."""
+    config = changed("zero_optimization.reduce_scatter", reduce_scatter, ZERO3)
+    with pytest.raises(UserError, match=f"{key} = .*: is not for stage 3: remove it"):
+        fill(config | {key: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("offload_optimizer", {"device": "cpu", "pin_memory": False}),
+        ("offload_param", {"device": "cpu"}),
+        ("offload_param", {"device": "none"}),
+        ("stage3_gather_16bit_weights_on_model_save", True),
+        ("stage3_param_persistence_threshold", 0),
+        ("sub_group_size", 1e9),
+        ("memory_efficient_linear", False),
+        ("allgather_bucket_size", 5e8),  # which stage 3 passes over
+    ],
+)
+def test_let_through_in_stage_3(key, value):
+    filled = fill(changed(f"zero_optimization.{key}", value, ZERO3))
+    assert filled["zero_optimization"][key] == value
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3", "zero2_offload", "zero3_offload"])
+def test_the_shipped_configs_are_filled(name):
+    """Every "auto" but the sizes that the model's width gives."""
+    config = fill(json.loads((ROOT / "ds_configs" / f"{name}.json").read_text()))
+    zero = config["zero_optimization"]
+    fill_by_hidden_size(zero, 6144)
+    assert '"auto"' not in json.dumps(config)
+    if zero["stage"] == 3:  # transformers/integrations/deepspeed.py: trainer_config_finalize
+        assert zero["reduce_bucket_size"] == 6144 * 6144
+        assert zero["stage3_prefetch_bucket_size"] == int(0.9 * 6144 * 6144)
+        assert zero["stage3_param_persistence_threshold"] == 10 * 6144
+    launched = yaml.safe_load((ROOT / "accelerate_configs" / f"{name}.yaml").read_text())
+    assert launched["deepspeed_config"]["deepspeed_config_file"] == f"ds_configs/{name}.json"
+
+
+@pytest.mark.parametrize(
     ("key", "value"),
     [
         ("zero_optimization.stage", 1),
@@ -205,13 +290,13 @@ def test_a_key_given_twice(tmp_path, text, said):
     ("variables", "said"),
     [
         ({}, None),
-        ({"DEEPSPEED_ZERO_STAGE": "3"}, "zero_optimization.stage = 3: stages 1 and 2 are supported"),
+        ({"DEEPSPEED_ZERO_STAGE": "0"}, "zero_optimization.stage = 0: stages 1, 2 and 3 are supported"),
         ({"DEEPSPEED_ZERO_STAGE": "two"}, "its deepspeed_config: ValueError: "),
         ({"GRADIENT_CLIPPING": "x"}, "its deepspeed_config: ValueError: "),
         ({"GRADIENT_CLIPPING": "1.5"}, "gradient_clipping = 1.5 contradicts the recipe"),
         ({"DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "nvme", "DEEPSPEED_OFFLOAD_OPTIMIZER_NVME_PATH": "/x"}, "nvme_path"),
         ({"DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "disk"}, 'offload_optimizer.device = "disk"'),
-        ({"DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"}, 'offload_param.device = "cpu": sft.py does not run'),
+        ({"DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"}, "offload_param = {"),
     ],
 )
 def test_keys_spelled_out_in_an_accelerate_config(monkeypatch, variables, said):

@@ -128,7 +128,7 @@ def _environments(launcher: list[str], script: str) -> list[dict[str, str]]:
         fields = [*defaults.deepspeed_config] + ["mixed_precision"] * precision
         arguments.deepspeed_fields_from_accelerate_config = ",".join(fields)
         _, environment = prepare_deepspeed_cmd_env(arguments)
-    elif arguments.multi_gpu and not arguments.cpu:
+    elif (arguments.multi_gpu or arguments.use_fsdp) and not arguments.cpu:
         environment = prepare_multi_gpu_env(arguments)
     else:
         _, environment = prepare_simple_launcher_cmd_env(arguments)

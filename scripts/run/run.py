@@ -25,7 +25,8 @@ from run.stats import Clock, TrainingStats
 from training.batches import Batches
 from training.engine import Engine
 from training.flops import ModelFlops, peak_flops
-from training.model import load_merged, load_model
+from training.host_weights import load_model
+from training.model import load_merged
 from training.optimizer_state import loss_scale
 from utils.launch import process_index
 

@@ -1,4 +1,4 @@
-"""The engine: Accelerate's processes around the model and its optimizer, with or without DeepSpeed, on any machine."""
+"""The engine: Accelerate's processes around the model and its optimizer, by DDP, DeepSpeed or FSDP2, on any machine."""
 
 import math
 from collections.abc import Iterator
@@ -13,6 +13,18 @@ from transformers import PreTrainedModel
 
 from recipe.keys import Recipe
 from training.fragments import allocate_moments
+from training.fsdp import (
+    begin_micro_batch,
+    find_sharding,
+    hand_over_gradients,
+    hide_plugin,
+    make_scaler,
+    norm_over_shards,
+    shard_model,
+    sharding_of,
+    updated,
+)
+from training.host_weights import receive_weights
 from training.linear import HalfWeights
 from training.loss import ScoredLoss
 from training.neox import fuse_layers
@@ -28,7 +40,7 @@ class Engine:
     """What makes an optimizer step.
 
     Attributes:
-        model: the loss of the language model, as DDP or DeepSpeed have wrapped it.
+        model: the loss of the language model, as DDP, DeepSpeed or FSDP2 have wrapped it.
         language_model: itself, inside of it.
         scheduler: stepped once after each update of the weights.
         half_weights: under autocast, of its linear layers.
@@ -47,6 +59,8 @@ class Engine:
         # Accelerate's DeepSpeed wrapper reads this too, and closes the accumulation window there, full or not: its
         # `backward` also makes the optimizer's step.
         self.accelerator.sync_gradients = last
+        if sharding := sharding_of(self.accelerator):
+            begin_micro_batch(self.model, last, sharding)
         with nullcontext() if last else self.accelerator.no_sync(self.model):
             yield
 
@@ -61,9 +75,12 @@ class Engine:
         accelerator = self.accelerator
         if accelerator.state.deepspeed_plugin is not None:  # its engine has done both
             return torch.as_tensor(accelerator.clip_grad_norm_(self.model.parameters(), max_norm or math.inf))
+        hand_over_gradients(self.model)
         accelerator.unscale_gradients(self.optimizer)
-        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        gradients = [updated(parameter).grad for parameter in self.model.parameters()]
+        norm = torch.nn.utils.get_total_norm([own for own in gradients if own is not None], foreach=True)
+        if sharding_of(accelerator):
+            norm = norm_over_shards(norm, self.model, accelerator.device)
         clip_fused_step(self.optimizer.optimizer, norm, max_norm)
         return norm
 
@@ -98,6 +115,8 @@ def start_accelerator(
     Raises:
         UserError: the processes do not find each other, or stand at different steps.
     """
+    sharding = find_sharding(recipe)
+    hide_plugin()
     accelerator = Accelerator(
         mixed_precision={torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, "no"),
         gradient_accumulation_steps=accumulation_steps(recipe, num_processes()) if deepspeed else 1,  # it asks
@@ -105,6 +124,9 @@ def start_accelerator(
         deepspeed_plugin=deepspeed_plugin(deepspeed) if deepspeed else None,
         kwargs_handlers=process_group_options(deepspeed=deepspeed is not None),
     )
+    accelerator.sharding = sharding
+    if sharding and accelerator.scaler:
+        accelerator.scaler = make_scaler(accelerator.device)
     check_processes(accelerator, step)
     set_seed(recipe.rng_seed)
     return accelerator
@@ -114,17 +136,22 @@ def prepare_engine(
     accelerator: Accelerator, language_model: PreTrainedModel, recipe: Recipe, total_steps: int
 ) -> Engine:
     """The model's loss, AdamW and the learning rate's curve, as `accelerator` runs them."""
-    deepspeed = accelerator.state.deepspeed_plugin is not None
+    deepspeed, sharding = accelerator.state.deepspeed_plugin is not None, sharding_of(accelerator)
+    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision)
     model = ScoredLoss(language_model, recipe).train()
-    if not deepspeed:
-        model.to(accelerator.device)
+    if sharding:
+        shard_model(model, language_model, accelerator, half or torch.float32)
+    else:
+        receive_weights(model, accelerator.device)
     optimizer, scheduler = make_optimizer(model, recipe, total_steps, deepspeed)
     if deepspeed:
         model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+    elif sharding:
+        optimizer = accelerator.prepare(optimizer)
     else:  # a prepared schedule would be stepped num_processes times a step
         model, optimizer = accelerator.prepare(model, optimizer)
-    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision)
-    half_weights = for_autocast(language_model, optimizer.optimizer, half) if half and not deepspeed else None
+    autocast = half and not deepspeed and not sharding
+    half_weights = for_autocast(language_model, optimizer.optimizer, half) if autocast else None
     return Engine(accelerator, model, language_model, optimizer, scheduler, half_weights)
 
 

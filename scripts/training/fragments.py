@@ -9,9 +9,11 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from training.adamw import MOMENTS, allocate_state
+from training.fsdp import sharding_of
 
 
 @dataclass
@@ -43,29 +45,38 @@ def trained_dtype(model: PreTrainedModel) -> torch.dtype:
 
 def model_fragments(accelerator: Accelerator, model: PreTrainedModel) -> Iterator[Fragment]:
     """Of each parameter what this process gives to the model's files, in `file_dtype`; a tied one comes once. Over all
-    processes every element comes once: where each holds all of the model, from the first.
+    processes every element comes once: where each holds all of the model, from the first; of shards from the first
+    replica.
 
     Args:
         model: the language model itself, as its engine has left it.
     """
-    if accelerator.is_main_process:
-        for name, parameter in model.named_parameters():
+    if not writes_fragments(accelerator):
+        return
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            shard = parameter.shard
+            yield Fragment(name, shard.start, {"model": shard.rows.detach().reshape(-1).to(shard.dtype)})
+        elif accelerator.is_main_process:
             yield Fragment(name, 0, {"model": parameter.detach().reshape(-1)})
 
 
 def is_sharded(model: PreTrainedModel) -> bool:
     """Whether the engine has left each process only a part of the model's weights."""
-    return False
+    return isinstance(next(model.parameters()), DTensor)
 
 
 def writes_fragments(accelerator: Accelerator) -> bool:
     """Whether a checkpoint takes the fragments of this process: of those that hold the same, only the first's."""
+    if sharding := sharding_of(accelerator):
+        return accelerator.process_index < sharding.shards
     return zero_optimizer(accelerator) is not None or accelerator.is_main_process
 
 
 def file_dtype(model: PreTrainedModel) -> torch.dtype:
     """Of the model's files in a checkpoint; where it is not fp32, fragments of the fp32 weights lie beside them."""
-    return trained_dtype(model)
+    parameter = next(model.parameters())
+    return parameter.shard.dtype if isinstance(parameter, DTensor) else trained_dtype(model)
 
 
 def zero_optimizer(accelerator: Accelerator):
@@ -90,10 +101,12 @@ def fragments(accelerator: Accelerator, model: PreTrainedModel, optimizer) -> It
     zero, adam = zero_optimizer(accelerator), adam_of(accelerator, optimizer)
     for name, parameter in model.named_parameters():
         if zero is None:
-            state = adam.state.get(parameter)  # none for one that is not trained
-            if state:
-                tensors = {"weights": parameter.data} | {moment: state[moment] for moment in MOMENTS}
-                yield Fragment(name, 0, {kind: tensor.view(-1) for kind, tensor in tensors.items()})
+            sharded = isinstance(parameter, DTensor)
+            own, start = (parameter.shard.rows, parameter.shard.start) if sharded else (parameter, 0)
+            state = adam.state.get(own)  # none for one that is not trained
+            if state and own.numel():
+                tensors = {"weights": own.data} | {moment: state[moment] for moment in MOMENTS}
+                yield Fragment(name, start, {kind: tensor.view(-1) for kind, tensor in tensors.items()})
         elif getattr(parameter, "_hp_mapping", None) is not None:  # trained, and some of it lies in this partition
             mapping = parameter._hp_mapping
             flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]

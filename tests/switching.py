@@ -44,6 +44,7 @@ def observed() -> Iterator[None]:
 
 def write_state(engine, folder: Path) -> None:
     from safetensors.torch import save_file
+    from torch.distributed.tensor import DTensor
 
     from training.fragments import fragments
     from training.linear import HalfLinear
@@ -52,9 +53,14 @@ def write_state(engine, folder: Path) -> None:
     if accelerator.is_main_process:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        (folder / "engine.txt").write_text(name_of(accelerator))
+        (folder / "engine.txt").write_text(name_of(accelerator, model))
     accelerator.wait_for_everyone()
-    state = {f"computes/0/{name}": parameter.detach().view(-1) for name, parameter in model.named_parameters()}
+    state = {}
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):  # whose rows are cast when they are gathered
+            state[f"computes/{parameter.shard.start}/{name}"] = parameter.shard.rows.view(-1).to(parameter.shard.dtype)
+        else:
+            state[f"computes/0/{name}"] = parameter.view(-1)
     for name, layer in model.named_modules():
         if isinstance(layer, HalfLinear):
             state[f"computes/0/{name}.weight"] = layer.half_weight.view(-1)
@@ -66,11 +72,18 @@ def write_state(engine, folder: Path) -> None:
     accelerator.wait_for_everyone()
 
 
-def name_of(accelerator) -> str:
+def name_of(accelerator, model) -> str:
     """As tests/run/test_engines.py calls it, by what runs, not by what was asked for."""
+    from torch.distributed.tensor import DTensor
+
+    from training.fsdp_config import sharding_of
+
     if accelerator.state.deepspeed_plugin:
         stage = accelerator.deepspeed_engine_wrapped.engine.zero_optimization_stage()
         return f"zero{stage}x{accelerator.num_processes}"
+    if sharding := sharding_of(accelerator):
+        assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+        return f"{'fsdp2' if sharding.replicas == 1 else 'hsdp2'}x{sharding.shards}"
     return f"ddp{accelerator.num_processes}" if accelerator.num_processes > 1 else "plain"
 
 

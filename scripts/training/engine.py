@@ -14,16 +14,14 @@ from transformers import PreTrainedModel
 from recipe.keys import Recipe
 from training.fragments import allocate_moments
 from training.fsdp import (
+    ShardScaler,
     begin_micro_batch,
-    find_sharding,
     hand_over_gradients,
-    hide_plugin,
-    make_scaler,
     norm_over_shards,
     shard_model,
-    sharding_of,
     updated,
 )
+from training.fsdp_config import find_sharding, hide_plugin, sharding_of
 from training.host_weights import receive_weights
 from training.linear import HalfWeights
 from training.loss import ScoredLoss
@@ -115,7 +113,7 @@ def start_accelerator(
     Raises:
         UserError: the processes do not find each other, or stand at different steps.
     """
-    sharding = find_sharding(recipe)
+    sharding = find_sharding(recipe, dtype)
     hide_plugin()
     accelerator = Accelerator(
         mixed_precision={torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, "no"),
@@ -126,7 +124,7 @@ def start_accelerator(
     )
     accelerator.sharding = sharding
     if sharding and accelerator.scaler:
-        accelerator.scaler = make_scaler(accelerator.device)
+        accelerator.scaler = ShardScaler(accelerator.device.type)
     check_processes(accelerator, step)
     set_seed(recipe.rng_seed)
     return accelerator

@@ -13,7 +13,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from training.adamw import MOMENTS, allocate_state
-from training.fsdp import sharding_of
+from training.fsdp import updated
+from training.fsdp_config import sharding_of
 
 
 @dataclass
@@ -101,8 +102,7 @@ def fragments(accelerator: Accelerator, model: PreTrainedModel, optimizer) -> It
     zero, adam = zero_optimizer(accelerator), adam_of(accelerator, optimizer)
     for name, parameter in model.named_parameters():
         if zero is None:
-            sharded = isinstance(parameter, DTensor)
-            own, start = (parameter.shard.rows, parameter.shard.start) if sharded else (parameter, 0)
+            own, start = updated(parameter), parameter.shard.start if isinstance(parameter, DTensor) else 0
             state = adam.state.get(own)  # none for one that is not trained
             if state and own.numel():
                 tensors = {"weights": own.data} | {moment: state[moment] for moment in MOMENTS}

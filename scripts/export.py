@@ -83,8 +83,8 @@ from publishing.verification import check_precision, check_same, distance, make_
 from publishing.vocabulary import fit_vocabulary
 from publishing.weights import Weights, decimal_bytes, read_weights
 from publishing.whole_folder import check_target, whole_folder
-from run.checkpoint import is_disk_error
 from run.model_files import as_readable_as_others, save_model
+from run.saving import is_disk_error
 from training.adapter_files import is_adapter, read_base
 from training.pretrained import load_pretrained
 from training.weight_files import model_folder

@@ -69,7 +69,7 @@ def main(options, recipe: Recipe, stop: StopSignal) -> None:
     language_model = run.load_model(config, tokenizer, dtype if deepspeed else torch.float32)
     engine = prepare_engine(accelerator, language_model, recipe, progress.total_steps)
     batches = Batches(mix, recipe, accelerator.process_index, accelerator.num_processes, tokenizer.pad_token_id)
-    run.attach(engine, batches, dtype)
+    run.attach(engine, batches, tokenizer, dtype)
 
     # ---- What will run, and what will be learnt: a wrong mask is the commonest silent mistake ----
     if accelerator.is_main_process:
@@ -99,21 +99,21 @@ def main(options, recipe: Recipe, stop: StopSignal) -> None:
         if due.evaluate:
             evaluate_mix(engine, batches, run, stop)
         # With every step and evaluation made, the final model is less to write than the checkpoint of a stop would be.
-        stopped = stop.agreed(accelerator) and not progress.is_complete
+        stopped = stop.agreed(accelerator, run.save_failed) and not progress.is_complete
         if due.save or stopped:
-            run.save(tokenizer)
+            run.save()
         if stopped:
             break
 
     # ---- The end ----
-    run.end(tokenizer, stopped)
+    run.end(stopped)
     engine.close()
     if stopped:
         raise SystemExit(EXIT_STOPPED)
     if accelerator.is_main_process:
         write_model_card(recipe.output_dir)
     if recipe.sample_replies and accelerator.is_main_process and not stop.name:
-        show_replies(language_model, tokenizer, mix, recipe)
+        show_replies(run.final_model(), tokenizer, mix, recipe)
 
 
 def train_step(engine: Engine, micro_batches, recipe: Recipe, stats, rehearsal=False) -> tuple[float, bool]:

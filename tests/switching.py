@@ -24,22 +24,23 @@ KINDS = ("weights", "exp_avg", "exp_avg_sq")
 def observed() -> Iterator[None]:
     """Let a run that takes place inside write down its states."""
     from run import run
+    from run.saving import Saver
 
-    restore, save_checkpoint = run.restore, run.save_checkpoint
+    restore, save = run.restore, Saver.save
 
     def restore_and_look(checkpoint, recipe, engine, *others):
         restore(checkpoint, recipe, engine, *others)
         write_state(engine, recipe.output_dir / "restored")
 
-    def look_and_save(engine, tokenizer, recipe, *others):
-        write_state(engine, recipe.output_dir / "saved")
-        save_checkpoint(engine, tokenizer, recipe, *others)
+    def look_and_save(saver, *others):
+        write_state(saver.engine, saver.recipe.output_dir / "saved")
+        save(saver, *others)
 
-    run.restore, run.save_checkpoint = restore_and_look, look_and_save
+    run.restore, Saver.save = restore_and_look, look_and_save
     try:
         yield
     finally:
-        run.restore, run.save_checkpoint = restore, save_checkpoint
+        run.restore, Saver.save = restore, save
 
 
 def write_state(engine, folder: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 
 from publishing.weights import decimal_bytes
-from run.checkpoint import is_disk_error
+from run.saving import is_disk_error
 from utils.errors import UserError
 from utils.files import UNFINISHED, flush, remove_tree
 from utils.launch import say

@@ -166,6 +166,7 @@ class Recipe(Schema):
     eval_steps: PositiveInt = key(200, "evaluate every so many steps, and at the end", "")
     save_strategy: Literal["epoch", "steps", "no"] = key("steps", "when to write a checkpoint", "")
     save_steps: PositiveInt = key(1000, "a checkpoint every so many steps under save_strategy: steps", "")
+    save_in_background: bool = key(True, "go on training while a checkpoint is written, from a copy in memory", "")
     save_total_limit: PositiveInt | None = key(4, "keep the newest so many checkpoints; null: all", "")
     keep_trainer_state: PositiveInt | None = key(
         2, "only the newest so many checkpoints keep what resuming needs, 4 to 12 bytes a weight; null: all", ""

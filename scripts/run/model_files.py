@@ -18,6 +18,9 @@ from typing import Any
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from recipe.keys import Recipe
+from run.model_parts import save_weights
+from run.processes import Processes
+from run.snapshot import Weights
 from training.adapter_files import save_adapter
 from training.adapters import has_adapter
 from training.model import fit_to_tokenizer, without_weights
@@ -35,19 +38,38 @@ NO_PART_OF_THE_MODEL = (
     "use_cache",
     "_name_or_path",
 )
-MODEL_PART = "2GB"  # at most so much of the model is copied from the GPU at a time
 
 
-def save_model(model: PreTrainedModel, tokenizer, folder: Path, max_shard_size: str | None = None) -> None:
-    """Write model and tokenizer as AutoModelForCausalLM and AutoTokenizer read them; of a model with adapters these
-    alone.  Raises: OSError and the like."""
-    if has_adapter(model):
-        save_adapter(model, folder)
-        save_tokenizer(tokenizer, folder)
-        as_readable_as_others(folder)
-        return
-    model.save_pretrained(folder, max_shard_size=max_shard_size or MODEL_PART)
+def save_model(model: PreTrainedModel, tokenizer, folder: Path, max_shard_size: str = "5GB") -> None:
+    """Write a whole model and its tokenizer as AutoModelForCausalLM and AutoTokenizer read them.
+
+    Raises: OSError and the like.
+    """
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
     _save_beside_weights(tokenizer, folder)
+
+
+def save_trained(model: PreTrainedModel, tokenizer, folder: Path, weights: Weights, processes: Processes) -> None:
+    """Write a model and tokenizer in the same form from what the processes hold of it; of one with adapters these
+    alone. Every process calls this.
+
+    Args:
+        model: for its names and its config.
+        weights: this process's.
+
+    Raises: on the first process OSError and the like.
+    """
+    if has_adapter(model):
+        if processes.is_first:
+            save_adapter(model, weights.adapter, folder)
+            save_tokenizer(tokenizer, folder)
+            as_readable_as_others(folder)
+        return
+    save_weights(model, folder, weights.held, weights.dtype, processes)
+    if processes.is_first:
+        name = str(weights.dtype).removeprefix("torch.")
+        _rewrite(folder / "config.json", lambda config: config | {"dtype": name})  # not that of fp32 masters
+        _save_beside_weights(tokenizer, folder)
 
 
 def check_savable(recipe: Recipe, config: PretrainedConfig, tokenizer, fetch: bool = True) -> None:

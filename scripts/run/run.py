@@ -7,11 +7,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from data.mix import Mix
 from recipe.keys import Recipe
-from run.checkpoint import Checkpoint, save_checkpoint, save_final_model
+from run.checkpoint import Checkpoint
 from run.folder import check_still_ours, claim_output_dir, lock_output_dir, wait_for_other_run
 from run.health import StepHealth, one_line_at_minimum_scale
 from run.log import RunLog
@@ -21,13 +21,16 @@ from run.record import begin_record
 from run.record_file import update_status
 from run.report import end_report
 from run.resume import check_config, check_data, find_checkpoint, restore, run_state, starting_point
+from run.saving import Saver
 from run.stats import Clock, TrainingStats
 from training.batches import Batches
 from training.engine import Engine
 from training.flops import ModelFlops, peak_flops
+from training.fragments import is_sharded
 from training.host_weights import load_model
 from training.model import load_merged
 from training.optimizer_state import loss_scale
+from training.pretrained import load_pretrained
 from utils.launch import process_index
 
 
@@ -85,9 +88,10 @@ class Run:
                 config = config_of_run(self.recipe, config, tokenizer)
             return load_model(self.recipe, config, tokenizer, dtype, checkpoint=folder)
 
-    def attach(self, engine: Engine, batches: Batches, dtype: torch.dtype) -> None:
-        """What makes its steps from now on, and counts them."""
+    def attach(self, engine: Engine, batches: Batches, tokenizer, dtype: torch.dtype) -> None:
+        """What makes its steps from now on, counts them, and saves what they come to. Every process calls this."""
         self.engine, self.batches = engine, batches
+        self.saver = Saver(engine, tokenizer, self.recipe)
         self.main_process = engine.accelerator.is_main_process
         device, flops = engine.accelerator.device, ModelFlops(engine.language_model)
         self.stats = TrainingStats(self.mix, device, self.clock, flops, peak_flops(device, dtype))
@@ -147,28 +151,41 @@ class Run:
         self.log.write(self.progress.as_metrics() | results)
         self.log.show_evaluation(self.progress.step, results)
 
-    def save(self, tokenizer) -> None:
-        """Write a checkpoint. Every process calls this."""
+    def save(self) -> None:
+        """Write a checkpoint, or begin to. Every process calls this."""
         self.check_folder()
         with self.clock.spend("saving"):
             state = run_state(self.recipe, self.mix, self.engine, self.progress, self.health)
-            save_checkpoint(self.engine, tokenizer, self.recipe, state, self.stats)
+            self.saver.save(state, self.stats)
+
+    @property
+    def save_failed(self) -> bool:
+        """Whether a checkpoint that is written behind the training could not be: the next `save` says why."""
+        return self.saver.failed
 
     # ---- The end ----
 
-    def end(self, tokenizer, stopped: bool) -> None:
-        """Write the final model, unless the run was stopped; say what it came to."""
+    def end(self, stopped: bool) -> None:
+        """Write the final model, unless the run was stopped; say what it came to. Every process calls this."""
         self.check_folder()
         self.log.close()
+        with self.clock.spend("saving"):
+            if stopped:
+                self.saver.wait()
+            else:
+                self.saver.save_final_model(partial(load_merged, self.recipe) if self.recipe.merge_adapter else None)
         if not self.main_process:
             return
-        if not stopped:
-            with self.clock.spend("saving"):
-                merge = partial(load_merged, self.recipe) if self.recipe.merge_adapter else None
-                save_final_model(self.engine.language_model, tokenizer, self.recipe.output_dir, merge)
         report = end_report(self.recipe, self.progress, self.stats, self.health)
         status = "interrupted" if stopped else "finished"
         update_status(self.record, status, report=report, wandb=self.log.wandb_url)
+
+    def final_model(self) -> PreTrainedModel:
+        """The model that was trained; where no process has all of it, as it was saved. On the first process."""
+        if not is_sharded(self.engine.language_model):
+            return self.engine.language_model
+        name, trust = str(self.recipe.output_dir), self.recipe.trust_remote_code
+        return load_pretrained(AutoModelForCausalLM, name, trust_remote_code=trust, dtype="auto")
 
 
 def open_run(recipe: Recipe, allow_changes: bool) -> Run:

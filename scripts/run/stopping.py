@@ -74,14 +74,16 @@ class StopSignal:
         self._deferred = True
         self._listen()
 
-    def agreed(self, accelerator) -> bool:
-        """Whether any process has been asked to stop; the same answer on all. Every process calls this."""
+    def agreed(self, accelerator, failed: bool = False) -> bool:
+        """Whether any process has been asked to stop, or has `failed`; the same answer on all. Every process calls
+        this."""
         self._listen()
+        stop = self.name is not None or failed
         if accelerator.num_processes == 1:
-            return self.name is not None
+            return stop
         import torch
 
-        asked = torch.tensor(int(self.name is not None), device=accelerator.device)
+        asked = torch.tensor(int(stop), device=accelerator.device)
         return bool(accelerator.reduce(asked))
 
     def _hear(self, number: int, _frame) -> None:

@@ -116,10 +116,13 @@ def base_fingerprint(name: str) -> str | None:
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=10).hexdigest()
 
 
-def save_adapter(model: PreTrainedModel, folder: Path) -> None:
-    """Write the adapter that `training/adapters.py` has put on a model.  Raises: OSError and the like."""
+def save_adapter(model: PreTrainedModel, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    """Write the adapter that `training/adapters.py` has put on a model, its tensors as `adapter_tensors` names them.
+
+    Raises: OSError and the like.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_tensors(model).items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     model.peft_config[ADAPTER].save_pretrained(folder)
     (folder / BASE_FILE).write_text(model.adapter_base.model_dump_json(indent=1) + "\n", encoding="utf-8")

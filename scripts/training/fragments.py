@@ -62,6 +62,11 @@ def model_fragments(accelerator: Accelerator, model: PreTrainedModel) -> Iterato
             yield Fragment(name, 0, {"model": parameter.detach().reshape(-1)})
 
 
+def full_shape(parameter: torch.nn.Parameter) -> torch.Size:
+    """Of a parameter, of which this process may hold only a part."""
+    return parameter.shape
+
+
 def is_sharded(model: PreTrainedModel) -> bool:
     """Whether the engine has left each process only a part of the model's weights."""
     return isinstance(next(model.parameters()), DTensor)
@@ -74,7 +79,7 @@ def writes_fragments(accelerator: Accelerator) -> bool:
     return zero_optimizer(accelerator) is not None or accelerator.is_main_process
 
 
-def file_dtype(model: PreTrainedModel) -> torch.dtype:
+def file_dtype(accelerator: Accelerator, model: PreTrainedModel) -> torch.dtype:
     """Of the model's files in a checkpoint; where it is not fp32, fragments of the fp32 weights lie beside them."""
     parameter = next(model.parameters())
     return parameter.shard.dtype if isinstance(parameter, DTensor) else trained_dtype(model)

@@ -43,34 +43,38 @@ from utils.errors import UserError
 PART_BYTES = 2 * 2**30
 
 
-def save_optimizer(folder: Path, accelerator: Accelerator, model: PreTrainedModel, optimizer) -> list[Path]:
-    """Write this process's share of the optimizer's state; every process calls this, with the language model itself.
-
-    Returns: the files that it wrote.
-    """
+def optimizer_fragments(accelerator: Accelerator, model: PreTrainedModel, optimizer) -> list[Fragment]:
+    """This process's share of the optimizer's state, as a checkpoint stores it: the moments, and the fp32 weights where
+    the model's own files have fewer bits. With the language model itself."""
     if not writes_fragments(accelerator):
         return []
-    kinds = MOMENTS if file_dtype(model) == torch.float32 else ("weights", *MOMENTS)
+    allocate_moments(accelerator, optimizer)
+    kinds = MOMENTS if file_dtype(accelerator, model) == torch.float32 else ("weights", *MOMENTS)
+    held = fragments(accelerator, model, optimizer)
+    return [Fragment(each.name, each.start, {kind: each.tensors[kind] for kind in kinds}) for each in held]
+
+
+def save_optimizer(folder: Path, process_index: int, held: Sequence[Fragment]) -> list[Path]:
+    """Write what `optimizer_fragments` has of this process; returns the files."""
     part: dict[str, torch.Tensor] = {}
     files: list[Path] = []
     size = 0
 
     def write() -> None:
         nonlocal size
-        files.append(folder / f"optimizer-{accelerator.process_index:05d}-{len(files):03d}.safetensors")
+        files.append(folder / f"optimizer-{process_index:05d}-{len(files):03d}.safetensors")
         save_file({key: tensor.cpu() for key, tensor in part.items()}, files[-1])
         part.clear()
         size = 0
 
-    allocate_moments(accelerator, optimizer)
-    for fragment in fragments(accelerator, model, optimizer):
-        for kind in kinds:
-            tensor = fragment.tensors[kind]
+    for fragment in held:
+        for kind, tensor in fragment.tensors.items():
             if part and size + tensor.nbytes > PART_BYTES:
                 write()
             part[f"{kind}/{fragment.start}/{fragment.name}"] = tensor
             size += tensor.nbytes
-    write()
+    if part:
+        write()
     return files
 
 

@@ -16,10 +16,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data.dialogue import CHAT_TOKENS, prepare_tokenizer
 from recipe.keys import Recipe
-from run import checkpoint, model_files
-from run.checkpoint import read_checkpoint, remove_leftovers, save_checkpoint, save_final_model
+from run import model_parts, retention, saving
+from run.checkpoint import read_checkpoint, remove_leftovers
 from run.checkpoint_state import FORMAT
+from run.processes import Processes
 from run.retention import list_checkpoints
+from run.saving import save_checkpoint, save_final_model
+from run.snapshot import trained_weights
 from run.stats import Clock, TrainingStats
 from training.engine import Engine
 from training.optimizer import make_optimizer
@@ -51,11 +54,23 @@ def model(tiny_model, tokenizer):
 
 
 @pytest.fixture
-def save(tmp_path, model, tokenizer):
-    """Save a step as a process alone does."""
+def engine(tmp_path, model):
+    """Of a process alone."""
     accelerator = Accelerator(cpu=True)
     optimizer, _ = make_optimizer(model, make_recipe(tmp_path), 10, deepspeed=False)
-    engine = Engine(accelerator, model, model, accelerator.prepare(optimizer), None)
+    return Engine(accelerator, model, model, accelerator.prepare(optimizer), None)
+
+
+@pytest.fixture
+def save_final(engine, tokenizer):
+    """Save the final model into a folder."""
+    processes = Processes(engine.accelerator)
+    return lambda folder: save_final_model(engine.model, tokenizer, folder, trained_weights(engine), processes)
+
+
+@pytest.fixture
+def save(tmp_path, engine, tokenizer):
+    """Save a step."""
     stats = TrainingStats(SimpleNamespace(names=["vicuna"]), torch.device("cpu"), Clock())
 
     def save(step: int, **keys) -> Path:
@@ -109,7 +124,7 @@ def test_it_says_where_the_run_stands_and_what_belongs_to_it(save):
 
 
 def test_a_model_in_several_files(save, monkeypatch, model):
-    monkeypatch.setattr(model_files, "MODEL_PART", "100KB")
+    monkeypatch.setattr(model_parts, "PART_BYTES", 10**5)
     folder = save(3)
     parts = sorted(folder.glob("model-*.safetensors"))
     assert len(parts) > 2
@@ -179,7 +194,7 @@ def test_a_save_that_fails_leaves_no_checkpoint(save, tmp_path, model, tokenizer
 
     with monkeypatch.context() as patch:
         if broken == "optimizer":
-            patch.setattr(checkpoint, "save_optimizer", fail)
+            patch.setattr(saving, "save_optimizer", fail)
         else:
             patch.setattr(model if broken == "model" else tokenizer, "save_pretrained", fail)
         with pytest.raises(UserError, match=r"checkpoint-2 could not be written: .*No space left on device") as error:
@@ -201,13 +216,13 @@ def test_an_error_that_is_not_the_disks_is_not_taken_for_one(save, tmp_path, mod
 def test_what_does_not_pass_the_check_gets_no_name(save, tmp_path, monkeypatch):
     """The model's file lost its end after it was written, say."""
     save(1, save_total_limit=1)
-    save_model = checkpoint.save_model
+    save_trained = saving.save_trained
 
-    def write_badly(model, tokenizer, folder):
-        save_model(model, tokenizer, folder)
+    def write_badly(model, tokenizer, folder, *parts):
+        save_trained(model, tokenizer, folder, *parts)
         (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
 
-    monkeypatch.setattr(checkpoint, "save_model", write_badly)
+    monkeypatch.setattr(saving, "save_trained", write_badly)
     with pytest.raises(UserError, match="not whole"):
         save(2, save_total_limit=1)
     assert steps(tmp_path) == [1]
@@ -218,12 +233,12 @@ def test_a_checkpoint_half_removed_does_not_keep_its_name(save, tmp_path, monkey
     save(1, save_total_limit=1)
 
     def killed(folder, *_, **__):
-        if Path(folder).exists():
+        if (Path(folder) / "config.json").exists():
             (Path(folder) / "config.json").unlink()
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.shutil, "rmtree", killed)
+        patch.setattr(retention.shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
             save(2, save_total_limit=1)
     assert steps(tmp_path) == [2]
@@ -277,16 +292,16 @@ def test_other_folders_are_no_checkpoints(tmp_path):
 # ---- the final model ----
 
 
-def test_the_final_model_has_the_form_of_a_checkpoint(save, tmp_path, model, tokenizer):
+def test_the_final_model_has_the_form_of_a_checkpoint(save, save_final, tmp_path):
     folder, final = save(1, save_only_model=True), tmp_path / "final"
     final.mkdir()
-    save_final_model(model, tokenizer, final)
+    save_final(final)
     assert {path.name for path in final.iterdir()} == {path.name for path in folder.iterdir()}
 
 
-def test_a_final_model_that_cannot_be_written(tmp_path, model, tokenizer, monkeypatch):
+def test_a_final_model_that_cannot_be_written(save_final, tmp_path, tokenizer, monkeypatch):
     """What was there, of a run that is trained on, stays."""
-    save_final_model(model, tokenizer, tmp_path)
+    save_final(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
     def fail(folder):
@@ -295,5 +310,5 @@ def test_a_final_model_that_cannot_be_written(tmp_path, model, tokenizer, monkey
 
     monkeypatch.setattr(tokenizer, "save_pretrained", fail)
     with pytest.raises(UserError, match=r"the final model could not be written: .*No space left on device"):
-        save_final_model(model, tokenizer, tmp_path)
+        save_final(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

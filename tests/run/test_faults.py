@@ -26,8 +26,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipe.keys import Recipe
-from run.checkpoint import read_checkpoint, remove_leftovers, save_checkpoint, save_final_model
+from run.checkpoint import read_checkpoint, remove_leftovers
+from run.processes import Processes
 from run.retention import list_checkpoints
+from run.saving import save_checkpoint, save_final_model
+from run.snapshot import trained_weights
 from run.stats import Clock, TrainingStats
 from training.engine import Engine
 from training.optimizer import make_optimizer
@@ -177,6 +180,9 @@ def test_a_save_cut_off_at_any_operation_on_files(tmp_path, tiny_model):
         folder.mkdir(exist_ok=True)
         save_checkpoint(engine, tokenizer, recipe(folder), state_at(recipe(folder), step), stats)
 
+    def save_final(folder: Path) -> None:
+        save_final_model(model, tokenizer, folder, trained_weights(engine), Processes(accelerator))
+
     optimizer = accelerator.prepare(make_optimizer(model, recipe(tmp_path), 10, deepspeed=False)[0])
     engine = Engine(accelerator, model, model, optimizer, None)
     for step in (1, 2):
@@ -189,7 +195,7 @@ def test_a_save_cut_off_at_any_operation_on_files(tmp_path, tiny_model):
         try:
             with cut_off_at(operation):
                 save(3, folder)
-                save_final_model(model, tokenizer, folder)
+                save_final(folder)
             break
         except CutOff:
             pass
@@ -201,7 +207,7 @@ def test_a_save_cut_off_at_any_operation_on_files(tmp_path, tiny_model):
         assert all(read_checkpoint(path.parent) for path in folder.glob("checkpoint-*/trainer_state"))
         assert [path.name for path in folder.glob("**/.*")] == []
         save(3, folder)
-        save_final_model(model, tokenizer, folder)
+        save_final(folder)
         assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-2", "checkpoint-3"]
         assert [path.parent.name for path in folder.glob("*/trainer_state")] == ["checkpoint-3"]
         AutoModelForCausalLM.from_pretrained(folder)

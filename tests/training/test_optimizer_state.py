@@ -21,7 +21,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from training import optimizer_state as trainer_state
 from training.adamw import MOMENTS, AdamW
 from training.fragments import Fragment, allocate_moments
-from training.optimizer_state import load_optimizer, load_random_state, random_state, save_optimizer
+from training.optimizer_state import (
+    load_optimizer,
+    load_random_state,
+    optimizer_fragments,
+    random_state,
+    save_optimizer,
+)
 from utils.errors import UserError
 
 
@@ -75,7 +81,7 @@ def test_training_goes_on_as_if_nothing_had_been(tmp_path, monkeypatch, part_byt
     model = Weights(SHAPES)
     accelerator, optimizer = prepared(model, optimizer_class)
     train(model, optimizer, range(4))
-    save_optimizer(tmp_path, accelerator, model, optimizer)
+    save_optimizer(tmp_path, 0, optimizer_fragments(accelerator, model, optimizer))
     files = sorted(path.name for path in tmp_path.iterdir())
     assert len(files) == {1: 8, 200: 3, 2**30: 1}[part_bytes]
     assert files[0] == "optimizer-00000-000.safetensors"
@@ -103,7 +109,7 @@ def test_moments_are_read_into_another_dtype(tmp_path, dtypes):
         for model, make in zip(models, own, strict=True)
     )
     train(models[0], optimizer, range(3))
-    save_optimizer(tmp_path, accelerator, models[0], optimizer)
+    save_optimizer(tmp_path, 0, optimizer_fragments(accelerator, models[0], optimizer))
     stored = load_file(tmp_path / "optimizer-00000-000.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {dtypes[0]}
     load_optimizer(sorted(tmp_path.glob("optimizer-*")), tmp_path, accelerator, models[1], other, steps=3)
@@ -215,9 +221,9 @@ def test_only_the_first_process_writes_what_all_hold(tmp_path):
     model = Weights(SHAPES)
     accelerator, optimizer = prepared(model)
     second = SimpleNamespace(is_main_process=False, process_index=1)
-    save_optimizer(tmp_path, second, model, optimizer)
+    assert save_optimizer(tmp_path, 1, optimizer_fragments(second, model, optimizer)) == []
     assert not list(tmp_path.iterdir())
-    save_optimizer(tmp_path, accelerator, model, optimizer)
+    save_optimizer(tmp_path, 0, optimizer_fragments(accelerator, model, optimizer))
     with safe_open(tmp_path / "optimizer-00000-000.safetensors", framework="pt") as file:
         assert set(file.keys()) == {f"{kind}/0/layer{number}" for kind in MOMENTS for number in range(4)}
 

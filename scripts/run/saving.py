@@ -1,0 +1,235 @@
+"""Writing checkpoints and the final model: whole or absent, by all processes, and behind the training.
+
+A checkpoint is written as .checkpoint-<step>, by every process its part, and takes its name when all of it is verified
+and on the disk. Under `save_in_background` the training waits only while what is to be written is copied to memory of
+the host; a thread does the rest, one checkpoint at a time. (safetensors, file operations and checksums let Python go on
+meanwhile: with 0.8.0 another thread was held up for at most 13 ms of 5 s.)
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from recipe.keys import Recipe
+from run.checkpoint import read_checkpoint
+from run.checkpoint_state import FORMAT, process_file, sealed
+from run.model_files import as_readable_as_others, save_model, save_trained
+from run.processes import Processes
+from run.retention import prune, remove_folder
+from run.snapshot import HostCopies, Snapshot, Weights, take_snapshot, trained_weights
+from run.stats import TrainingStats
+from training.adapter_files import ADAPTER_FILES
+from training.checkpoint_files import TRAINER_STATE, state_file
+from training.engine import Engine
+from training.memory import show_bytes
+from training.optimizer_state import save_optimizer
+from utils.errors import UserError
+from utils.files import checksum, flush
+from utils.launch import say, stop_all
+
+MOST_OF_MEMORY = 0.7  # of what the host has free: training goes on beside the copies, and the files are cached
+
+
+class Saver:
+    """Writes the checkpoints of a run, one at a time. Made and called by every process at once."""
+
+    def __init__(self, engine: Engine, tokenizer, recipe: Recipe):
+        self.engine, self.tokenizer, self.recipe = engine, tokenizer, recipe
+        self.processes = Processes(engine.accelerator)
+        self._behind = None if recipe.save_in_background else False  # not known before there is something to copy
+        self._thread = ThreadPoolExecutor(1, "save")
+        self._copies = HostCopies(engine.accelerator.device)
+        self._writing: Future | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether what is written behind the training could not be: `wait` raises why."""
+        return self._writing is not None and self._writing.done() and self._writing.exception() is not None
+
+    def wait(self) -> None:
+        """For the checkpoint that is being written.  Raises: as `save_checkpoint`."""
+        writing, self._writing = self._writing, None
+        if writing:
+            writing.result()
+
+    def save(self, state: dict[str, Any], stats: TrainingStats) -> None:
+        """Begin to write a checkpoint, when the one before is written; or write it.
+
+        Args, and Raises, also for the one before: as `save_checkpoint`.
+        """
+        self.wait()
+        snapshot = take_snapshot(self.engine, self.recipe, state, stats)
+        if self._behind is None:
+            self._behind = self._fits(snapshot)
+        parts = self.engine.language_model, self.tokenizer, self.recipe, snapshot, self.processes
+        if not self._behind:
+            write_checkpoint(*parts)
+            return
+        self._copies.copy(snapshot)
+        self._writing = self._thread.submit(write_checkpoint, *parts)
+
+    def save_final_model(self, merge: Callable | None = None) -> None:
+        """Wait for the last checkpoint, then write the final model.  Args, Raises: as `save_final_model`."""
+        self.wait()
+        weights, folder = trained_weights(self.engine), self.recipe.output_dir
+        save_final_model(self.engine.language_model, self.tokenizer, folder, weights, self.processes, merge)
+
+    def _fits(self, snapshot: Snapshot) -> bool:
+        """Whether the copies of all processes fit into each machine's memory; the same on every process."""
+        held = [*snapshot.weights.held, *snapshot.optimizer]
+        own = sum(tensor.nbytes for each in held for tensor in each.tensors.values())
+        sizes = self.processes.gather((os.uname().nodename, own))
+        here = sum(size for machine, size in sizes if machine == os.uname().nodename)
+        free = psutil.virtual_memory().available
+        fits = all(self.processes.gather(here <= MOST_OF_MEMORY * free))
+        if not fits:
+            say(
+                f"save_in_background: the {show_bytes(here)} of a checkpoint's copies do not fit into the "
+                f"{show_bytes(free)} of memory that are free: training waits for each save"
+            )
+        return fits
+
+
+def save_checkpoint(engine: Engine, tokenizer, recipe: Recipe, state: dict[str, Any], stats: TrainingStats) -> None:
+    """Write checkpoint-<step>, then remove what is over save_total_limit. Every process calls this.
+
+    Args:
+        state: where the run stands, the same on every process; its `step` names the checkpoint.
+        stats: this process's.
+
+    Raises:
+        UserError: it cannot be written (a full disk); those before it stay as they were. On every process.
+    """
+    snapshot = take_snapshot(engine, recipe, state, stats)
+    write_checkpoint(engine.language_model, tokenizer, recipe, snapshot, Processes(engine.accelerator))
+
+
+def write_checkpoint(
+    model: PreTrainedModel, tokenizer, recipe: Recipe, snapshot: Snapshot, processes: Processes
+) -> None:
+    """`save_checkpoint` of what each process has in its snapshot; `model` gives names and config, but no weight."""
+    name = f"checkpoint-{snapshot.state['step']}"
+    work, whole = recipe.output_dir / f".{name}", recipe.output_dir / name
+    written: dict[str, dict[str, Any]] = {}  # by this process, as state.json lists it
+
+    def make_folder() -> None:
+        if processes.is_first:
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir()  # not its parents: an output_dir that is gone was taken away from this run
+            (work / TRAINER_STATE).mkdir()
+
+    def write_model() -> None:
+        save_trained(model, tokenizer, work, snapshot.weights, processes)
+        if processes.is_first:
+            take_note(path for path in work.rglob("*") if path.is_file())
+
+    def write_state() -> None:
+        own = work / process_file(processes.index)
+        own.write_text(json.dumps(snapshot.process), encoding="utf-8")
+        take_note([own, *save_optimizer(work / TRAINER_STATE, processes.index, snapshot.optimizer)])
+
+    def take_note(paths: Iterable[Path]) -> None:
+        for path in paths:
+            listed = {"bytes": path.stat().st_size, "checksum": checksum(path)}
+            written[path.relative_to(work).as_posix()] = listed
+
+    def publish() -> None:
+        if not processes.is_first:
+            return
+        if recipe.save_only_model:
+            (work / TRAINER_STATE).rmdir()
+        else:
+            files = {name: listed for part in parts for name, listed in part.items()}
+            values = sealed({"format": FORMAT, **snapshot.state, "files": dict(sorted(files.items()))})
+            state_file(work).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+            read_checkpoint(work, contents=False)
+        as_readable_as_others(work)
+        flush(work, *work.rglob("*"))
+        if os.path.lexists(whole):  # of before the run was taken back to an earlier step, and then over this one again
+            remove_folder(whole, hidden=f"{work.name}.replaced")
+        os.replace(work, whole)
+        flush(recipe.output_dir)
+        prune(recipe, whole)
+
+    def as_one(action: Callable[[], None]) -> None:
+        """Do a part of the work; where it fails on any process, all stop, the first with the reason."""
+        problem = None
+        try:
+            action()
+        except Exception as error:
+            if not is_disk_error(error):
+                raise
+            problem = f"{error} (process {processes.index})"
+        problems = [problem for problem in processes.gather(problem) if problem]
+        if not problems:
+            return
+        if processes.is_first:
+            shutil.rmtree(work, ignore_errors=True)  # and so gives its room back
+        stop_all(f"{whole} could not be written: {problems[0]}; the checkpoints before it are whole")
+
+    as_one(make_folder)
+    as_one(write_model)
+    if not recipe.save_only_model:
+        as_one(write_state)
+    parts = processes.gather(written)
+    as_one(publish)
+
+
+def save_final_model(
+    model: PreTrainedModel,
+    tokenizer,
+    folder: Path,
+    weights: Weights,
+    processes: Processes,
+    merge: Callable | None = None,
+) -> None:
+    """Write the final model into the output folder itself, its files appearing only when all of them are whole. Every
+    process calls this.
+
+    Args:
+        merge: what makes of a folder with an adapter the whole model that is to be written; None writes what was
+            trained.
+
+    Raises:
+        UserError: it cannot be written (a full disk). On the first process.
+    """
+    work = folder / ".final"
+    try:
+        if processes.is_first:
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir()
+        save_trained(model, tokenizer, work / "adapter" if merge else work, weights, processes)
+        if not processes.is_first:
+            return
+        if merge:
+            model = merge(work / "adapter", tokenizer)
+            shutil.rmtree(work / "adapter")
+            save_model(model, tokenizer, work)
+        flush(work, *work.rglob("*"))
+        # Of an earlier end of this run, made with another merge_adapter: a whole model with an adapter beside it is
+        # loaded with that on top.
+        merged = (work / "config.json").exists()
+        for stale in ADAPTER_FILES if merged else ("config.json", "generation_config.json", "model*.safetensors*"):
+            for path in folder.glob(stale):
+                path.unlink()
+        for path in sorted(work.iterdir()):
+            os.replace(path, folder / path.name)
+        work.rmdir()
+    except Exception as error:
+        if not is_disk_error(error):
+            raise
+        shutil.rmtree(work, ignore_errors=True)
+        raise UserError(f"{folder}: the final model could not be written: {error}") from error
+
+
+def is_disk_error(error: Exception) -> bool:
+    """Whether a write failed for the disk's sake. The Rust libraries have no errno, only its text."""
+    return isinstance(error, (OSError, SafetensorError)) or "(os error " in str(error)

@@ -1,0 +1,78 @@
+"""What a checkpoint is written from: what a process holds at one moment, in place or copied to the host's memory."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from recipe.keys import Recipe
+from run.stats import TrainingStats
+from training.adapter_files import adapter_tensors
+from training.adapters import has_adapter
+from training.engine import Engine
+from training.fragments import Fragment, file_dtype, model_fragments
+from training.optimizer_state import optimizer_fragments, random_state
+
+
+@dataclass
+class Weights:
+    """What of a trained model this process gives to its files.
+
+    Attributes:
+        dtype: of `held`, the parts of a model's weights; there are none of a model with adapters.
+        adapter: the adapter's tensors by their names in its file.
+    """
+
+    dtype: torch.dtype
+    held: list[Fragment] = field(default_factory=list)
+    adapter: dict[str, torch.Tensor] | None = None
+
+
+@dataclass
+class Snapshot:
+    """A moment of a run as this process has to write it: `state` and `process` of state.json and process-<n>.json."""
+
+    state: dict[str, Any]
+    process: dict[str, Any]
+    weights: Weights
+    optimizer: list[Fragment]
+
+
+class HostCopies:
+    """Memory of the host for one snapshot, taken once and used for each."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.tensors = device, {}
+
+    def copy(self, snapshot: Snapshot) -> None:
+        """Put copies in place of the tensors."""
+        for what, held in {"model": snapshot.weights.held, "optimizer": snapshot.optimizer}.items():
+            for each in held:
+                for kind, tensor in each.tensors.items():
+                    each.tensors[kind] = self._copied((what, each.name, each.start, kind), tensor)
+        for name, tensor in (snapshot.weights.adapter or {}).items():
+            snapshot.weights.adapter[name] = self._copied(("adapter", name), tensor)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _copied(self, key: tuple, tensor: torch.Tensor) -> torch.Tensor:
+        if key not in self.tensors:
+            pinned = self.device.type == "cuda"
+            self.tensors[key] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
+        return self.tensors[key].copy_(tensor.detach(), non_blocking=True)
+
+
+def trained_weights(engine: Engine) -> Weights:
+    """What this process gives to the model's files, in place, not copied."""
+    accelerator, model = engine.accelerator, engine.language_model
+    if has_adapter(model):
+        return Weights(torch.float32, adapter=adapter_tensors(model) if accelerator.is_main_process else None)
+    return Weights(file_dtype(accelerator, model), [*model_fragments(accelerator, model)])
+
+
+def take_snapshot(engine: Engine, recipe: Recipe, state: dict[str, Any], stats: TrainingStats) -> Snapshot:
+    """What this process has to write of a checkpoint, its tensors in place, not copied."""
+    process, held = {"stats": stats.state_dict(), "random": random_state()}, []
+    if not recipe.save_only_model:
+        held = optimizer_fragments(engine.accelerator, engine.language_model, engine.optimizer)
+    return Snapshot(state, process, trained_weights(engine), held)

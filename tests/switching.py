@@ -84,7 +84,7 @@ def name_of(accelerator, model) -> str:
         return f"zero{stage}x{accelerator.num_processes}"
     if sharding := sharding_of(accelerator):
         assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
-        return f"{'fsdp2' if sharding.replicas == 1 else 'hsdp2'}x{sharding.shards}"
+        return f"hsdp{sharding.replicas}x{sharding.shards}" if sharding.replicas > 1 else f"fsdp2x{sharding.shards}"
     return f"ddp{accelerator.num_processes}" if accelerator.num_processes > 1 else "plain"
 
 

@@ -22,7 +22,7 @@ from training.fsdp import (
     updated,
 )
 from training.fsdp_config import find_sharding, hide_plugin, sharding_of
-from training.host_weights import receive_weights
+from training.host_weights import outline_of, receive_weights
 from training.linear import HalfWeights
 from training.loss import ScoredLoss
 from training.neox import fuse_layers
@@ -40,6 +40,7 @@ class Engine:
     Attributes:
         model: the loss of the language model, as DDP, DeepSpeed or FSDP2 have wrapped it.
         language_model: itself, inside of it.
+        outline: what has its names and its config, but perhaps no weights; training leaves it alone.
         scheduler: stepped once after each update of the weights.
         half_weights: under autocast, of its linear layers.
     """
@@ -47,6 +48,7 @@ class Engine:
     accelerator: Accelerator
     model: torch.nn.Module
     language_model: PreTrainedModel
+    outline: PreTrainedModel
     optimizer: Any
     scheduler: Any
     half_weights: HalfWeights | None = None
@@ -137,7 +139,9 @@ def prepare_engine(
     deepspeed, sharding = accelerator.state.deepspeed_plugin is not None, sharding_of(accelerator)
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision)
     model = ScoredLoss(language_model, recipe).train()
+    outline = language_model
     if sharding:
+        outline = outline_of(language_model, half or torch.float32)
         shard_model(model, language_model, accelerator, half or torch.float32)
     else:
         receive_weights(model, accelerator.device)
@@ -150,7 +154,7 @@ def prepare_engine(
         model, optimizer = accelerator.prepare(model, optimizer)
     autocast = half and not deepspeed and not sharding
     half_weights = for_autocast(language_model, optimizer.optimizer, half) if autocast else None
-    return Engine(accelerator, model, language_model, optimizer, scheduler, half_weights)
+    return Engine(accelerator, model, language_model, outline, optimizer, scheduler, half_weights)
 
 
 def for_autocast(model: PreTrainedModel, optimizer: torch.optim.Optimizer, dtype: torch.dtype) -> HalfWeights:

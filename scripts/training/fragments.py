@@ -57,7 +57,8 @@ def model_fragments(accelerator: Accelerator, model: PreTrainedModel) -> Iterato
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
             shard = parameter.shard
-            yield Fragment(name, shard.start, {"model": shard.rows.detach().reshape(-1).to(shard.dtype)})
+            if shard.rows.numel():
+                yield Fragment(name, shard.start, {"model": shard.rows.detach().view(-1).to(shard.dtype)})
         elif accelerator.is_main_process:
             yield Fragment(name, 0, {"model": parameter.detach().reshape(-1)})
 

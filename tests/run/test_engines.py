@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 ENGINES = PLAIN, DDP, ZERO1, ZERO2 = "plain", "ddp2", "zero1x2", "zero2x2"
+FSDP2, HSDP = "fsdp2x2", "hsdp2x2"
 WHOLE = [PLAIN, DDP, PLAIN, ZERO1, PLAIN, ZERO2, PLAIN, DDP, ZERO1, DDP, ZERO2, DDP, ZERO1, ZERO2, ZERO1]
 SHORT = {"gpt_neox": [PLAIN, ZERO2, DDP, ZERO1, PLAIN], "mixture": [DDP, ZERO1, PLAIN, ZERO2]}
 # Of a loss: measured 8e-8 in fp32, 2e-4 in bf16 (whose own eps is 8e-3).

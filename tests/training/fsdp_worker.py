@@ -99,7 +99,7 @@ def measure(accelerator, name: str, dtype: torch.dtype, **changes) -> dict:
         "sharded": all(sharded),
         "rows": gather_object([[parameter.shard.rows.shape[0] for parameter in model.parameters()]]),
         "covered": covered,
-        "file_dtype": str(file_dtype(model)),
+        "file_dtype": str(file_dtype(accelerator, model)),
         "traffic": traffic,
     }
 
@@ -107,7 +107,7 @@ def measure(accelerator, name: str, dtype: torch.dtype, **changes) -> dict:
 def make_plain(recipe, model) -> Engine:
     """Of one process, with torch's optimizer."""
     loss = scored_loss(model).train()
-    return Engine(None, loss, model, *make_optimizer(loss, recipe, 10, deepspeed=False))
+    return Engine(None, loss, model, model, *make_optimizer(loss, recipe, 10, deepspeed=False))
 
 
 def plain_step(plain: Engine, batches: list, dtype: torch.dtype) -> float:

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import FullyShardedDataParallelPlugin
+from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import PreTrainedModel
 
 from recipe.keys import Recipe
@@ -103,11 +104,12 @@ def find_sharding(recipe: Recipe, dtype: torch.dtype) -> Sharding | None:
             f"{CONFIG}: parallelism_config_dp_replicate_size = {replicas} times parallelism_config_dp_shard_size = "
             f"{shards} (at least 2) has to be the number of processes, {num_processes()}"
         )
-    if plugin.cpu_offload and has_gpu() and dtype == torch.float16:
+    on_host = isinstance(plugin.cpu_offload, CPUOffloadPolicy)
+    if on_host and has_gpu() and dtype == torch.float16:
         # torch's fused AdamW on the host would read there, not waited for, whether a gradient on the GPU overflowed.
         raise UserError(f"dtype = fp16: {CONFIG}: fsdp_offload_params = true needs bf16 or fp32")
     layers = plugin.transformer_cls_names_to_wrap
-    return Sharding(replicas, plugin.reshard_after_forward, bool(plugin.cpu_offload), tuple(layers) if layers else None)
+    return Sharding(replicas, plugin.reshard_after_forward, on_host, tuple(layers) if layers else None)
 
 
 def hide_plugin() -> None:

@@ -90,7 +90,7 @@ def start_forked(
         env: further variables; those that are read when a library is imported come too late.
     """
     _start_server()
-    environments = [dict(os.environ)] if launcher is None else _environments(launcher, script)
+    environments = [dict(os.environ)] if launcher is None else launched_environments(launcher, script)
     processes = []
     for environment in environments:
         files = [_Descriptor(file) for file in ((stdout, stderr) if stdin is None else (stdout, stderr, stdin))]
@@ -114,7 +114,7 @@ def _start_server() -> None:
         forkserver.ensure_running()
 
 
-def _environments(launcher: list[str], script: str) -> list[dict[str, str]]:
+def launched_environments(launcher: list[str], script: str) -> list[dict[str, str]]:
     """Of each process, by the code of `accelerate launch` and the variables of `torchrun`."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import (
@@ -128,7 +128,7 @@ def _environments(launcher: list[str], script: str) -> list[dict[str, str]]:
         fields = [*defaults.deepspeed_config] + ["mixed_precision"] * precision
         arguments.deepspeed_fields_from_accelerate_config = ",".join(fields)
         _, environment = prepare_deepspeed_cmd_env(arguments)
-    elif arguments.multi_gpu and not arguments.cpu:
+    elif (arguments.multi_gpu or arguments.use_fsdp) and not arguments.cpu:
         environment = prepare_multi_gpu_env(arguments)
     else:
         _, environment = prepare_simple_launcher_cmd_env(arguments)

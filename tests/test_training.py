@@ -144,6 +144,8 @@ def assert_equal_runs(run, expected) -> None:
 CUTS = [
     ("tokens", "python", 4, 2),
     ("tokens", "ddp2", 2, 2),
+    ("tokens", "fsdp2x2", 2, 2),
+    ("tokens", "hsdp2x2", 1, 2),
     ("tokens", "zero2x2", 2, 2),
     ("tokens", "zero3x2", 2, 2),
     ("micro_batch", "python", 1, 8),

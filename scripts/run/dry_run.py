@@ -11,6 +11,7 @@ from run.preflight import vocabulary_warnings
 from run.resume import find_checkpoint, is_finished
 from sources.registry import find_source
 from training.deepspeed_config import fill_config, find_config
+from training.fsdp_config import find_sharding
 from training.model import check_tiny, check_weights, count_parameters, load_config, load_tokenizer
 from training.plan import describe_step
 from training.weight_files import model_folder, weights_are_here
@@ -54,6 +55,8 @@ def dry_run(recipe: Recipe, allow_changes: bool) -> None:
     if found := find_config(recipe):
         fill_config(*found, recipe, total_steps=recipe.max_steps, dtype=dtype)
         say(f"{found[1]}: agrees with the recipe")
+    if sharding := find_sharding(recipe, dtype):
+        say(f"the accelerate config: {sharding}: agrees with the recipe")
     processes = "process" if num_processes() == 1 else "processes"
     say(f"{describe_step(recipe, num_processes())} with {num_processes()} {processes}")
     say("nothing wrong was found; what was not here to look at is said above")

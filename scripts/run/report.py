@@ -18,6 +18,7 @@ from training.batches import Batches
 from training.collate import Batch, kept_targets
 from training.engine import Engine
 from training.fragments import full_shape
+from training.fsdp_config import sharding_of
 from training.micro_batches import MicroBatch
 from training.optimizer import shortest_warmup
 from training.plan import (
@@ -36,7 +37,8 @@ SHOWN_CHARACTERS = 1200  # of each conversation of the first batch
 
 def describe_run(engine: Engine, dtype: torch.dtype, mix: Mix, recipe: Recipe, total_steps: int) -> None:
     """Print what is about to run: the mix, the batch in all its factors, the steps and the learning rate's curve."""
-    accelerator, kind = engine.accelerator, engine.accelerator.distributed_type.value
+    accelerator = engine.accelerator
+    kind = str(sharding_of(accelerator) or accelerator.distributed_type.value)
     rows = training_rows(mix, recipe, 0)
     kept = kept_targets(mix.train, recipe, epoch=0)
     targets = kept[rows].sum()

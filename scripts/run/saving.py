@@ -74,7 +74,7 @@ class Saver:
         snapshot = take_snapshot(self.engine, self.recipe, state, stats)
         if self._behind is None:
             self._behind = self._fits(snapshot)
-        parts = self.engine.language_model, self.tokenizer, self.recipe, snapshot, self.processes
+        parts = self.engine.outline, self.tokenizer, self.recipe, snapshot, self.processes
         if not self._behind:
             write_checkpoint(*parts)
             return
@@ -85,7 +85,7 @@ class Saver:
         """Wait for the last checkpoint, then write the final model.  Args, Raises: as `save_final_model`."""
         self.wait()
         weights, folder = trained_weights(self.engine), self.recipe.output_dir
-        save_final_model(self.engine.language_model, self.tokenizer, folder, weights, self.processes, merge)
+        save_final_model(self.engine.outline, self.tokenizer, folder, weights, self.processes, merge)
 
     def _fits(self, snapshot: Snapshot) -> bool:
         """Whether the copies of all processes fit into each machine's memory; the same on every process."""
@@ -114,7 +114,7 @@ def save_checkpoint(engine: Engine, tokenizer, recipe: Recipe, state: dict[str, 
         UserError: it cannot be written (a full disk); those before it stay as they were. On every process.
     """
     snapshot = take_snapshot(engine, recipe, state, stats)
-    write_checkpoint(engine.language_model, tokenizer, recipe, snapshot, Processes(engine.accelerator))
+    write_checkpoint(engine.outline, tokenizer, recipe, snapshot, Processes(engine.accelerator))
 
 
 def write_checkpoint(

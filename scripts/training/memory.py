@@ -14,6 +14,7 @@ from recipe.keys import Recipe
 from training.adapters import AdapterSize
 from training.attention import attention_heads, choose_attention
 from training.deepspeed_config import optimizer_on_host
+from training.fsdp_config import ShardedSize
 from training.loss import rows_of_a_chunk
 from utils.errors import UserError
 from utils.launch import has_gpu, num_processes, say
@@ -29,6 +30,7 @@ def estimate_memory(
     shape: tuple[int, int],
     gpu: bool,
     adapter: AdapterSize | None = None,
+    sharded: ShardedSize | None = None,
 ) -> dict[str, int]:
     """Bytes that training needs on each device, by what they are for.
 
@@ -50,6 +52,7 @@ def estimate_memory(
         shape: of the largest micro-batch: (1, tokens), or padded (conversations, the longest).
         adapter: of an adapter, of which alone there are gradients and moments, on a frozen model; None where all is
             trained.
+        sharded: under FSDP2, what is gathered at a time.
     Returns: weights, gradients, optimizer; `step`, which the optimizer's step needs in place of the following two, of
         the forward and backward pass: activations, logits (in chunks, with their gradient and the output layer's).
     """
@@ -58,8 +61,9 @@ def estimate_memory(
     hidden, vocabulary, tokens = text.hidden_size, text.vocab_size, rows * length
     # Training in fp32 needs 4 bytes a logit and bf16 6, evaluation 8 and 10, fp16 12: made twice, through autograd.
     logits = (8 if element == 4 else 12) * vocabulary * min(tokens, rows_of_a_chunk(vocabulary, element))
+    autocast = element == 2 and zero is None and sharded is None and not recipe.use_peft
     held = {
-        "activations": tokens * _activations_per_token(recipe, config, num_parameters, zero, element, length),
+        "activations": tokens * _activations_per_token(recipe, config, num_parameters, autocast, element, length),
         "logits": logits + (4 if element == 4 else 6) * vocabulary * hidden,
     }
     frozen = 0
@@ -67,6 +71,8 @@ def estimate_memory(
         frozen, num_parameters = adapter.frozen_bytes, adapter.weights
         # Each embedding with the rows of new tokens in place, and the gradient of the input's.
         held["logits"] = logits + 3 * element * vocabulary * hidden
+    if sharded is not None:
+        return {**_of_shards(recipe, num_parameters, num_processes, sharded, element, gpu), **held}
     if zero is None:
         # DDP copies gradients into its buckets (gradient_as_bucket_view is off in Accelerate); autocast keeps copies of
         # the matrices in half precision through the forward pass. AdamW makes no copy of anything.
@@ -94,13 +100,32 @@ def estimate_memory(
     }
 
 
+def _of_shards(
+    recipe: Recipe, num_parameters: int, num_processes: int, sharded: ShardedSize, element: int, gpu: bool
+) -> dict[str, int]:
+    """Under FSDP2: rows in fp32; gathered are all that is in no layer, and two layers of which one comes ahead, or all.
+
+    A layer's gradients are copied in fp32 to be summed. What is gathered arrives in one piece, and is copied too.
+    """
+    sharding = sharded.sharding
+    rows = 0 if gpu and sharding.on_host else math.ceil(num_parameters * sharding.replicas / num_processes)
+    gathered = sharded.rest + 2 * sharded.layer if sharding.gather_again else num_parameters
+    largest = max(sharded.layer, sharded.rest)
+    return {
+        "weights": rows * 4 + (gathered + largest) * element,
+        "gradients": rows * 4 + (sharded.rest + sharded.layer) * element + largest * 4,
+        "optimizer": rows * moment_bytes(recipe),
+        "step": 0,
+    }
+
+
 def moment_bytes(recipe: Recipe) -> int:
     """Bytes of Adam's two moments of a parameter, without DeepSpeed."""
     return 4 if recipe.optimizer_state_dtype == "bf16" else 8
 
 
 def _activations_per_token(
-    recipe: Recipe, config: PretrainedConfig, num_parameters: int, zero: dict | None, element: int, length: int
+    recipe: Recipe, config: PretrainedConfig, num_parameters: int, autocast: bool, element: int, length: int
 ) -> int:
     """Bytes that the backward pass needs of each token of a micro-batch, and those of its own work in one layer."""
     text = config.get_text_config()
@@ -113,7 +138,7 @@ def _activations_per_token(
     mlp = (num_parameters - embeddings) / layers - 2 * hidden * head * (heads + key_heads)
     gated = mlp > 2.5 * hidden * inner
 
-    autocast = element == 2 and zero is None and not recipe.use_peft  # else weights are in half precision themselves
+    # Without autocast, weights are in half precision themselves.
     stream = 4 if autocast else element  # the residual stream, which autocast leaves in fp32
     rms = hasattr(text, "rms_norm_eps")  # in transformers in single steps, computed in fp32
     masked = not recipe.padding_free and choose_attention(recipe, config)[0] == "sdpa"
@@ -141,6 +166,7 @@ def check_memory(
     dtype: torch.dtype,
     shape: tuple[int, int],
     adapter: AdapterSize | None = None,
+    sharded: ShardedSize | None = None,
 ) -> None:
     """Print the estimate beside the memory of each GPU (without one, of the machine), and a warning if it is over it;
     UserError when weights, gradients and optimizer alone are."""
@@ -148,7 +174,7 @@ def check_memory(
 
     def need(count: int, zero: dict[str, Any] | None, recipe: Recipe = recipe) -> tuple[dict[str, int], int, int]:
         """The estimate; of it what is always there, and the peak."""
-        parts = estimate_memory(recipe, config, num_parameters, count, zero, dtype, shape, gpu, adapter)
+        parts = estimate_memory(recipe, config, num_parameters, count, zero, dtype, shape, gpu, adapter, sharded)
         parts = {name: size * (1 if gpu else local) for name, size in parts.items()}
         resident = parts["weights"] + parts["gradients"] + parts["optimizer"]
         return parts, resident, resident + max(parts["step"], parts["activations"] + parts["logits"])
@@ -160,13 +186,17 @@ def check_memory(
         where = f"of each GPU ({processes} in all)"
     else:
         memory, where = psutil.virtual_memory().total, f"of memory, for the {local} process(es) here"
-    if gpu and zero and optimizer_on_host(zero):
+    offload, key = zero and optimizer_on_host(zero), "deepspeed_config: offload_optimizer"
+    if sharded:
+        offload, key = sharded.sharding.on_host, "the accelerate config: fsdp_offload_params"
+    if gpu and offload:
         trained = num_parameters if adapter is None else adapter.weights
-        host, installed = local * math.ceil(trained / processes) * 16, psutil.virtual_memory().total
+        share = math.ceil(trained * (sharded.sharding.replicas if sharded else 1) / processes)
+        host, installed = local * share * (8 + moment_bytes(recipe)), psutil.virtual_memory().total
         say(f"memory of the host, estimated: {show_bytes(host)} of {show_bytes(installed)} for the offloaded optimizer")
         if host > installed:
             raise UserError(
-                f"deepspeed_config: offload_optimizer: {show_bytes(host)} of fp32 weights, moments and gradients do "
+                f"{key}: {show_bytes(host)} of fp32 weights, moments and gradients do "
                 f"not fit into the host's {show_bytes(installed)}: take more machines, or no offload"
             )
     described = ", ".join(f"{name} {show_bytes(size)}" for name, size in parts.items() if name != "step")
@@ -175,8 +205,10 @@ def check_memory(
         remedy = "take a smaller model" + ("" if gpu else " or a machine with a GPU")
         sizes = (2, 4, 8, 16, 32, 64) if gpu and adapter is None else ()  # no engine shards a frozen model
         if counts := [count for count in sizes if need(count, zero or {"stage": 2})[2] < memory]:
-            with_zero = "" if zero else " and deepspeed_config: ds_configs/zero2.json"
-            with_zero += "" if recipe.optimizer_state_dtype == "fp32" else " with optimizer_state_dtype: fp32"
+            with_zero = "" if zero or sharded else " and deepspeed_config: ds_configs/zero2.json"
+            with_zero += (
+                "" if recipe.optimizer_state_dtype == "fp32" or sharded else " with optimizer_state_dtype: fp32"
+            )
             remedy = f"{counts[0]} such GPUs{with_zero} would hold it"
         if recipe.use_peft and not recipe.load_in_4bit and gpu and zero is None:
             remedy = "give load_in_4bit: true"

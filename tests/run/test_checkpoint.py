@@ -58,7 +58,7 @@ def engine(tmp_path, model):
     """Of a process alone."""
     accelerator = Accelerator(cpu=True)
     optimizer, _ = make_optimizer(model, make_recipe(tmp_path), 10, deepspeed=False)
-    return Engine(accelerator, model, model, accelerator.prepare(optimizer), None)
+    return Engine(accelerator, model, model, model, accelerator.prepare(optimizer), None)
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 ENGINES = PLAIN, DDP, ZERO1, ZERO2, ZERO3 = "plain", "ddp2", "zero1x2", "zero2x2", "zero3x2"
+FSDP2, HSDP = "fsdp2x2", "hsdp2x2"
 WHOLE = [PLAIN, DDP, PLAIN, ZERO1, PLAIN, ZERO2, PLAIN, ZERO3, DDP, ZERO1, DDP]
 WHOLE += [ZERO2, DDP, ZERO3, ZERO1, ZERO2, ZERO1, ZERO3, ZERO2, ZERO3, PLAIN]
 SHORT = {"gpt_neox": [PLAIN, ZERO3, DDP, ZERO1, PLAIN], "mixture": [DDP, ZERO3, PLAIN, ZERO2]}

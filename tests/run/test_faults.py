@@ -184,7 +184,7 @@ def test_a_save_cut_off_at_any_operation_on_files(tmp_path, tiny_model):
         save_final_model(model, tokenizer, folder, trained_weights(engine), Processes(accelerator))
 
     optimizer = accelerator.prepare(make_optimizer(model, recipe(tmp_path), 10, deepspeed=False)[0])
-    engine = Engine(accelerator, model, model, optimizer, None)
+    engine = Engine(accelerator, model, model, model, optimizer, None)
     for step in (1, 2):
         save(step, tmp_path / "before")
     outcomes = Counter()

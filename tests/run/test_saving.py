@@ -34,7 +34,7 @@ def saver(tmp_path, tiny_model):
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     accelerator = Accelerator(cpu=True)
     optimizer, _ = make_optimizer(model, recipe, 10, deepspeed=False)
-    engine = Engine(accelerator, model, model, accelerator.prepare(optimizer), None)
+    engine = Engine(accelerator, model, model, model, accelerator.prepare(optimizer), None)
     return Saver(engine, AutoTokenizer.from_pretrained(tiny_model), recipe)
 
 

@@ -62,7 +62,10 @@ def step_of_all(model, mix: Mix, recipe: Recipe, processes: int) -> tuple[float,
 
     optimizer.optimizer.register_step_pre_hook(keep)
     grad_norm, updated = train_step(
-        Engine(accelerator, scored_loss(model).train(), model, optimizer, NoSchedule()), micro_batches, recipe, stats
+        Engine(accelerator, scored_loss(model).train(), model, model, optimizer, NoSchedule()),
+        micro_batches,
+        recipe,
+        stats,
     )
     assert updated
     assert grad_norm == pytest.approx(float(torch.nn.utils.get_total_norm(found.values())), rel=1e-5)

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-from types import SimpleNamespace
 
 import pyarrow
 import pyarrow.parquet
@@ -15,18 +14,19 @@ from data.mix import prepare_mix
 from data.reading import Reading
 from recipe.keys import Recipe
 from recipe.load import load_recipe
+from sources.messages import MessagesOptions
 from sources.registry import find_source
 from training.plan import training_rows
 from utils.errors import UserError
 
-OPTIONS = {"val_split": 0, "max_val_set": None, "on_bad_records": "error", "hub_name": None, "files": None}
+OPTIONS = MessagesOptions(source="messages", input_file_path="rows.jsonl", val_split=0)
 
 
 def read(tmp_path, *rows):
     """The conversations of these rows as (role, content) pairs, and what was dropped."""
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    reading = Reading("mine", SimpleNamespace(**OPTIONS), [path], 1)
+    reading = Reading("mine", OPTIONS, [path], 1)
     return [[(m.role, m.content) for m in conversation.messages] for conversation in reading], dict(reading.dropped)
 
 
@@ -50,7 +50,6 @@ SYSTEM = {"role": "system", "content": "s"}
         ({"messages": [SYSTEM, *chat("q", "a")], "system": "another"}, [("system", "s"), *PAIR]),
         ({"messages": chat("q", "a"), "system_prompt": " "}, PAIR),
         ({"messages": chat("q", "a", "unanswered")}, PAIR),
-        ({"messages": chat("", "a")}, [("user", ""), ("assistant", "a")]),
         ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, PAIR),
         ({"conversations": chat("q", "a", roles=("prompter", "Assistant"))}, PAIR),
         ({"conversation": [{"from": "user", "value": "q"}, {"from": "model", "value": "a"}]}, PAIR),
@@ -78,7 +77,9 @@ def test_forms(tmp_path, row, expected):
         (chat("q"), "without a reply"),
         (chat("q", " \n"), "an empty reply"),
         (chat("q", None), "an empty reply"),
-        ([*chat("q"), {"role": "tool", "content": "x"}], "a speaker other than system, user and assistant"),
+        (chat("", "a"), "an empty prompt"),
+        ([*chat("q"), {"role": "tool", "content": "x"}], "a tool's turn"),
+        ([*chat("q"), {"role": "narrator", "content": "x"}], "a speaker other than system, user and assistant"),
     ],
 )
 def test_dropped_with_a_reason(tmp_path, messages, reason):
@@ -94,10 +95,16 @@ def test_dropped_with_a_reason(tmp_path, messages, reason):
         ({"text": "x"}, "no field 'messages', 'conversations', or 'instruction' with 'output' .* fields there: text"),
         ({"prompt": "q"}, "no field 'messages'"),
         ({"messages": "q"}, "field 'messages' is a string, not a list"),
-        ({"messages": ["q"]}, "an entry of 'messages' is not an object"),
+        ({"messages": ["q", 3]}, "an entry of 'messages' is not an object"),
         ({"messages": [{"role": "user"}]}, "no field 'messages.content'; fields there: role"),
         ({"messages": [{"content": "q"}]}, "no field 'messages.role'; fields there: content"),
-        ({"messages": [{"role": "user", "content": ["q"]}]}, "'messages.content' is a list, not a string"),
+        ({"messages": [{"role": "user", "content": 3}]}, "'messages.content' is a number, not a string"),
+        ({"messages": [{"role": "user", "content": [3]}]}, "'messages.content' has a part that is a number"),
+        ({"messages": [{"role": "user", "content": "q", "weight": 0.5}]}, "'messages.weight' is '0.5', not 0 or 1"),
+        (
+            {"prompt": "q", "response": ["a", "b"]},
+            "'response' is a list of texts, of which one would have to be chosen",
+        ),
         ({"messages": [{"role": "user", "content": "q", "train": "no"}]}, "'messages.train' is a string"),
         ({"prompt": "q", "output": "\udc80"}, "'output' holds half of a surrogate pair"),
         ({"prompt": 3, "output": "a"}, "'prompt' is a number, not a string"),
@@ -195,9 +202,39 @@ def test_names_overrides_and_round_trip(tmp_path):
         ("- mine: {source: mesages, input_file_path: x}\n", ["datasets.mine.source = mesages", "'messages'"]),
         ("- mine: {source: messages}\n", ["datasets.mine: give input_file_path or hub_name"]),
         ("- messages\n", ["datasets.messages: give input_file_path or hub_name"]),
-        ("- mine: {source: messages, input_file_path: x, files: y}\n", ["datasets.mine: files is a pattern"]),
+        (
+            "- mine: {source: messages, input_file_path: x, files: y}\n",
+            ["datasets.mine: data_files are those of hub_name"],
+        ),
         ("- mine: {source: messages, input_file_path: x, fractoin: 1}\n", ["datasets.mine.fractoin", "fraction?"]),
         ("- messages: {input_file_path: x, hub_nam: y}\n", ["datasets.messages.hub_nam", "hub_name?"]),
+        ("- mine: {source: messages, hub_name: x/y, splitt: a}\n", ["datasets.mine.splitt", "split?"]),
+        (
+            "- mine: {source: messages, hub_name: x/y, split: 'a[5'}\n",
+            ["datasets.mine.split = a[5: should be the name"],
+        ),
+        ("- mine: {source: messages, hub_name: x/y, split: 'a[:1]+b'}\n", ["datasets.mine: slices of several splits"]),
+        (
+            "- mine: {source: messages, hub_name: x/y, data_files: [[a]]}\n",
+            ["datasets.mine.data_files: should be a name"],
+        ),
+        (
+            "- mine: {source: messages, input_file_path: [x, [y]]}\n",
+            ["mine.input_file_path: should be a path, or a list"],
+        ),
+        ("- mine: {source: messages, input_file_path: []}\n", ["mine.input_file_path: should be a path, or a list"]),
+        (
+            "- mine: {source: messages, input_file_path: x, columns: {mesages: y}}\n",
+            ["unknown key datasets.mine.columns.mesages: did you mean messages?"],
+        ),
+        (
+            "- mine: {source: messages, input_file_path: x, columns: dialog}\n",
+            ["datasets.mine.columns = dialog: should be a mapping"],
+        ),
+        (
+            "- mine: {source: messages, input_file_path: x, columns: {messages: y, prompt: z}}\n",
+            ["datasets.mine.columns: name messages, or prompt and response"],
+        ),
         ("- a/b: {source: messages, input_file_path: x}\n", ["'a/b' is no name for a data set"]),
         ("- a.b: {source: messages, input_file_path: x}\n", ["'a.b' is no name for a data set"]),
         ("- vicuna: {source: messages, input_file_path: x}\n", ["unknown key datasets.vicuna.source"]),

@@ -2,9 +2,10 @@
 
 import fnmatch
 import glob
+import tempfile
 from pathlib import Path
 
-from data.splits import check_whole, files_of_splits, say_taken
+from data.splits import check_whole, files_of_splits, listed, say_taken
 from sources.messages import split_names
 from sources.source import HubSource
 from utils.errors import UserError, reason
@@ -37,60 +38,75 @@ def fetch_from_hub(repo: str, patterns: list[str], revision: str | None, local_o
 def fetch_split(hub: HubSource, revision: str | None, local_only: bool) -> tuple[list[Path], str]:
     """Download the files of a split, and nothing else but the README that says what it is.
 
-    Where the hub cannot be reached: from its cache, by the README in it; else from the cache of `datasets`, as
-    `datasets.load_dataset` left them.
+    Where the hub cannot be reached: from its cache, by the README and the list of files in it; else from the cache of
+    `datasets`, as `datasets.load_dataset` left them.
 
     Returns: (paths in the order of `datasets`, why there are none).
     Raises: UserError when there is no such configuration or split, or only a part of it.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
-    where, problem = {"repo_type": "dataset", "revision": revision}, NOT_THERE
+    where, called, problem = {"repo_type": "dataset", "revision": revision}, f"the hub's {hub.repo}", ""
     if not local_only:
         try:
-            names = _listed_on_hub(hub, revision)
+            info = HfApi().repo_info(hub.repo, **where)
+            there = [sibling.rfilename for sibling in info.siblings]
+            readme = None
+            if README in there:
+                readme = Path(hf_hub_download(hub.repo, README, repo_type="dataset", revision=info.sha))
+            names = _names_of_split(hub, there, readme, called)
             patterns = [README, *map(glob.escape, names)]
             folder = Path(snapshot_download(hub.repo, allow_patterns=patterns, **where))
-            if names and all((folder / name).is_file() for name in names):
-                say_taken(names, f"the hub's {hub.repo}")
-                return [folder / name for name in names], ""
+            say_taken(names, called)
+            return [folder / name for name in names], ""
         except UserError:
             raise
         except FileNotFoundError as error:
             return [], f"{NOT_THERE}: {reason(error)}"
-        except Exception as error:
+        except Exception as error:  # its own, httpx's and the system's errors: all mean "not from the hub"
             problem = _why_not(error)
+    called += ", in its cache"
     try:
-        folder = Path(snapshot_download(hub.repo, local_files_only=True, **where))
+        folder = Path(snapshot_download(hub.repo, local_files_only=True, allow_patterns=[README], **where))
     except Exception as error:
-        return _from_datasets_cache(hub, revision), problem if problem != NOT_THERE else _why_not(error)
-    readme = folder / README
+        return _from_datasets_cache(hub, revision), problem or _why_not(error)
+    readme = folder / README if (folder / README).is_file() else None
+    here = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     try:
-        called = f"the hub's {hub.repo}, in its cache"
-        files = files_of_splits(
-            str(folder), readme if readme.is_file() else None, hub.config, hub.split, hub.data_files, called
-        )
+        names = _names_of_split(hub, _cached_list(hub.repo, revision) or sorted(here), readme, called)
     except FileNotFoundError:
-        return _from_datasets_cache(hub, revision), problem
-    check_whole(files, called)
+        names = []
+    if not here & {*names}:
+        return _from_datasets_cache(hub, revision), problem or NOT_THERE
+    if missing := [name for name in names if name not in here]:
+        raise UserError(f"{called}: {len(missing)} of {len(names)} files are missing: {listed(missing)}: download them")
+    check_whole(names, called)
     if not local_only:
-        say_taken([Path(file).relative_to(folder).as_posix() for file in files], called)
-    return [Path(file) for file in files], ""
+        say_taken(names, called)
+    return [folder / name for name in names], ""
 
 
-def _listed_on_hub(hub: HubSource, revision: str | None) -> list[str]:
-    """The names of the files that a split is, in its repository."""
-    from huggingface_hub import HfApi, hf_hub_download
-
-    info = HfApi().repo_info(hub.repo, repo_type="dataset", revision=revision)
-    readme = None
-    if any(sibling.rfilename == README for sibling in info.siblings):
-        readme = Path(hf_hub_download(hub.repo, README, repo_type="dataset", revision=info.sha))
-    base = f"hf://datasets/{hub.repo}@{info.sha}"
-    files = files_of_splits(base, readme, hub.config, hub.split, hub.data_files, f"the hub's {hub.repo}")
+def _names_of_split(hub: HubSource, there: list[str], readme: Path | None, called: str) -> list[str]:
+    """The names of a split's files among all of a repository's: looked up in a folder of empty files of these names."""
+    with tempfile.TemporaryDirectory() as made:
+        base = Path(made).resolve()
+        for path in (base / name for name in there if ".." not in name.split("/")):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        files = files_of_splits(str(base), readme, hub.config, hub.split, hub.data_files, called)
     if elsewhere := [file for file in files if not file.startswith(f"{base}/")]:
-        raise UserError(f"the hub's {hub.repo}: {elsewhere[0]} is not in it: give it by input_file_path")
+        raise UserError(f"{called}: {elsewhere[0]} is not in it: give it by input_file_path")
     return [file.removeprefix(f"{base}/") for file in files]
+
+
+def _cached_list(repo: str, revision: str | None) -> list[str] | None:
+    """The names of a repository's files, as the hub's client keeps them since its version 2; None where it did not."""
+    from huggingface_hub import get_cached_repo_tree
+
+    try:
+        return [file.path for file in get_cached_repo_tree(repo, repo_type="dataset", revision=revision)]
+    except Exception:  # its own, where there is none
+        return None
 
 
 def _from_datasets_cache(hub: HubSource, revision: str | None) -> list[Path]:

@@ -89,6 +89,8 @@ def files_of_splits(
         files = DataFilesList.from_patterns(patterns[name], base, allowed_extensions=_ALL_ALLOWED_EXTENSIONS)
         if not files:
             raise FileNotFoundError(f"no file matches {', '.join(map(str, patterns[name]))}")
+        if zipped := [file for file in files if file.endswith(".zip")]:
+            raise UserError(f"{called}: {zipped[0].rpartition('/')[2]} is a zip archive: unpack it")
         module, _ = infer_module_for_data_files_list(files)
         if module not in READ_BY_MODULE:
             shown = listed([file.rpartition("/")[2] for file in files])
@@ -101,8 +103,6 @@ def files_of_splits(
                 f"{called}: its README names no splits, and its file names {len(kinds)}: {listed(list(kinds))}: "
                 "take one by `data_files`, or all by `split: train`"
             )
-    if zipped := [file for file in found if file.endswith(".zip")]:
-        raise UserError(f"{called}: {zipped[0].rpartition('/')[2]} is a zip archive: unpack it")
     return list(dict.fromkeys(found))
 
 

@@ -532,35 +532,27 @@ def test_every_source_is_found_in_the_hubs_cache(tmp_path):
         expected.append([str(folder / commits[0] / files[0])])
     asked.append(["my_chats", OWN.hub_name, "data/test-*", None, "v1"])
     expected.append([str(folder / commits[0] / "data/test-00000-of-00001.parquet")])
-    environment, taken = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}, []
-
-    def answers(questions):
-        process = subprocess.run(
-            [sys.executable, "-c", FIND],
-            cwd=ROOT,
-            env=environment,
-            input=json.dumps(questions),
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert process.returncode == 0, process.stderr
-        said = process.stdout.splitlines()
-        taken.extend(line for line in said if line.startswith("files of "))
-        return [json.loads(line) for line in said if line not in taken]
-
-    assert set(HUB_FILES) - {"my_chats"} == set(SOURCES) - {"messages"}
-    assert answers(asked) == expected
-    assert (
-        "files of the hub's someone/chats, in its cache: data/train-00000-of-00001.parquet" in taken
-    )  # named by no pattern
-    unknown, missing, other = answers(
-        [
-            ["vicuna", None, None, None, "v2"],
-            ["vicuna", None, None, "other.json", "v1"],
-            ["my_chats", OWN.hub_name, "*.csv", None, None],
-        ]
+    asked += [
+        ["vicuna", None, None, None, "v2"],
+        ["vicuna", None, None, "other.json", "v1"],
+        ["my_chats", OWN.hub_name, "*.csv", None, None],
+    ]
+    process = subprocess.run(
+        [sys.executable, "-c", FIND],
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+        input=json.dumps(asked),
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
+    assert process.returncode == 0, process.stderr
+    said = process.stdout.splitlines()
+    taken = [line for line in said if line.startswith("files of ")]
+    *answers, unknown, missing, other = [json.loads(line) for line in said if line not in taken]
+    assert set(HUB_FILES) - {"my_chats"} == set(SOURCES) - {"messages"}
+    assert answers == expected
+    assert "files of the hub's someone/chats, in its cache: data/train-00000-of-00001.parquet" in taken
     assert re.search(r"Aeala/ShareGPT_Vicuna_unfiltered at revision v2 \(could not be reached", unknown)
     assert re.search(r"other.json not found.* at revision v1 \(no such file there\)", missing)
     assert re.search(r"files of \*\.csv not found; looked at the hub's someone/chats", other)

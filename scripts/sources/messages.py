@@ -127,10 +127,10 @@ def _conversation(record: Record, there: dict[str, str], names: Names, unused: s
         system = next((there[name] for name in names.systems if name in there), None)
         messages = ([Message("system", record.get(system))] if system else []) + messages
     turns = messages[1:] if messages and messages[0].role == "system" else messages
-    if not turns or turns[0].role != "user":
-        raise Dropped("conversation that does not start with a user's message")
     if any(message.role == "system" for message in turns):
         raise Dropped("conversation with a system message that is not the first")
+    if not turns or turns[0].role != "user":
+        raise Dropped("conversation that does not start with a user's message")
     if any(before.role == after.role for before, after in pairwise(turns)):
         raise Dropped("conversation whose speakers do not take turns")
     if len(turns) < 2:

@@ -50,9 +50,11 @@ class Reading:
         skip = self._skip if self.options.on_bad_records == "skip" else None
         absent: Counter = Counter()  # field that the options name -> records without it
         values: dict[str, Any] = {}
+        remarks = Remarks()  # of one record at a time, not counted when it turns out to be bad
         for path, number, values in self._rows(skip):
             record = Record(values, path, number, self.rows_read + 1)
-            remarks = Remarks()  # forgotten when the record turns out to be bad
+            if remarks or remarks.unused or remarks.absent:
+                remarks.forget()
             try:
                 unit = self.source.read(record, self.options, remarks, self.rng_seed)
             except (UserError, RecursionError) as error:
@@ -64,8 +66,9 @@ class Reading:
             self.rows_read += 1
             if remarks:
                 self.dropped.update(remarks)
-            self.unused.update(remarks.unused)
-            absent.update(remarks.absent)
+            if remarks.unused or remarks.absent:
+                self.unused.update(remarks.unused)
+                absent.update(remarks.absent)
             if unit is not None:
                 self._records.append(self.rows_read - 1)
                 self._sizes.append(len(unit))

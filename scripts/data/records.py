@@ -6,6 +6,7 @@ Whatever is wrong with a file is a `UserError` of one line that names the file a
 `on_bad_records: skip` it is reported and passed over.
 """
 
+import codecs
 import lzma
 import zlib
 from collections.abc import Callable, Collection, Iterator
@@ -27,7 +28,7 @@ from data.tables import count_rows, read_arrow, read_csv, read_parquet
 from sources.source import kind_of
 from utils.errors import UserError
 
-LOOKED_AT = 1 << 20  # bytes of a text, to tell how it is laid out
+LOOKED_AT = 1 << 18  # bytes of a text, to tell how it is laid out
 PACKED_ENDINGS = ("", ".gz", ".bz2", ".xz", ".zst", ".zstd", ".lz4")
 TABLES = tuple(ending + packed for ending in (".csv", ".tsv") for packed in PACKED_ENDINGS)
 JSON = tuple(ending + packed for ending in (".json", ".jsonl", ".ndjson") for packed in PACKED_ENDINGS)
@@ -111,20 +112,20 @@ def _read(path: Path, head: bytes, fields: Collection[str] | None) -> Iterator[t
 
 def _read_text(path: Path, compression: str | None, fields: Collection[str] | None) -> Iterator[tuple[int, Any]]:
     head, whole = _head(path, compression)
-    text = head.decode("utf-8-sig", errors="replace").lstrip(" \t\r\n\ufeff")
-    if not text:
+    start = head.removeprefix(codecs.BOM_UTF8).lstrip()
+    if not start:
         raise UserError(f"{path}: the file is empty")
     if compression:
         refuse_other_kinds(path, head, compression)
     name = path.name.lower()
     with open_unpacked(path, compression) as file:
-        if text.startswith("["):
+        if start.startswith(b"["):
             yield from read_array(path, file)
-        elif text.startswith("{") and is_one_object(text, whole, fields or ()):
+        elif start.startswith(b"{") and is_one_object(start.decode(errors="replace"), whole, fields or ()):
             yield from read_object(path, file, fields or ())
-        elif not text.startswith("{") and name.endswith(TABLES):
+        elif not start.startswith(b"{") and name.endswith(TABLES):
             yield from read_csv(path, file)
-        elif text.startswith("{") or name.endswith(JSON) or not path.suffix:
+        elif start.startswith(b"{") or name.endswith(JSON) or not path.suffix:
             yield from read_lines(path, file)
         else:
             raise UserError(f"{path}: is text that is no JSON, nor by its name CSV or TSV (what is read: {READ})")

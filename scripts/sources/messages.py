@@ -106,32 +106,33 @@ def read_messages(record: Record, options: Any, remarks: Remarks, rng_seed: int)
         check_named(record, names, remarks)
     there = {name.lower(): name for name, value in record.values.items() if is_there(value)}
     try:
-        if media := sorted(there.keys() & MEDIA):
-            raise Dropped(f"conversation with what is not text ({media[0]})")
+        if not MEDIA.isdisjoint(there):
+            raise Dropped(f"conversation with what is not text ({min(there.keys() & MEDIA)})")
         messages = _conversation(record, there, names, remarks.unused)
     except Dropped as dropped:
         remarks[str(dropped)] += 1
         return None
-    remarks.unused.update(there.keys() & UNUSED)
+    if not UNUSED.isdisjoint(there):
+        remarks.unused.update(there.keys() & UNUSED)
     return [Conversation(messages)]
 
 
 def _conversation(record: Record, there: dict[str, str], names: Names, unused: set[str]) -> list[Message]:
-    listed = next((there[name] for name in names.lists if name in there), None)
+    listed = _first(names.lists, there)
     if listed:
         messages = read_turns(record, listed, record.values[listed], unused, names.roles, names.contents)
     else:
         messages = _pair(record, there, names, unused)
     messages = [message for message in messages if message.role != "system" or is_there(message.content)]
-    if not messages or messages[0].role != "system":
-        system = next((there[name] for name in names.systems if name in there), None)
-        messages = ([Message("system", record.get(system))] if system else []) + messages
+    if (not messages or messages[0].role != "system") and (system := _first(names.systems, there)):
+        messages = [Message("system", record.get(system)), *messages]
     turns = messages[1:] if messages and messages[0].role == "system" else messages
-    if any(message.role == "system" for message in turns):
+    roles = [message.role for message in turns]
+    if "system" in roles:
         raise Dropped("conversation with a system message that is not the first")
-    if not turns or turns[0].role != "user":
+    if not roles or roles[0] != "user":
         raise Dropped("conversation that does not start with a user's message")
-    if any(before.role == after.role for before, after in pairwise(turns)):
+    if any(before == after for before, after in pairwise(roles)):
         raise Dropped("conversation whose speakers do not take turns")
     if len(turns) < 2:
         raise Dropped("conversation without a reply")
@@ -144,10 +145,7 @@ def _conversation(record: Record, there: dict[str, str], names: Names, unused: s
 
 
 def _pair(record: Record, there: dict[str, str], names: Names, unused: set[str]) -> list[Message]:
-    def first(wanted: tuple[str, ...]) -> str | None:
-        return next((there[name] for name in wanted if name in there), None)
-
-    question, answer = first(names.questions), first(names.answers)
+    question, answer = _first(names.questions, there), _first(names.answers, there)
     if question is None or answer is None:
         known = {name.lower() for name in record.values}
         if known & {*names.questions} and known & {*names.answers}:
@@ -163,11 +161,11 @@ def _pair(record: Record, there: dict[str, str], names: Names, unused: set[str])
     def turns(name: str) -> list[Message]:
         return read_turns(record, name, record.values[name], unused, names.roles, names.contents)
 
-    unused.update(name for name in ANSWERS if name in there and there[name] not in (answer, question))
-    passage, history = (
-        first(tuple(name for name in names.passages if there.get(name) != question)),
-        first(names.histories),
-    )
+    if len(there) > 2:
+        unused.update(name for name in ANSWERS if name in there and there[name] not in (answer, question))
+    passage, history = _first(names.passages, there), _first(names.histories, there)
+    if passage == question:
+        passage = _first(names.passages[1:], there)
     if isinstance(record.values[question], list | dict):
         prompt = [replace(message, train=False) for message in turns(question)]
     else:
@@ -190,6 +188,13 @@ def _pair(record: Record, there: dict[str, str], names: Names, unused: set[str])
         known = len(prompt) if all(same) and len(reply) > len(prompt) else 0
         return [*prompt[:known], *reply[known:]]
     return [*before, *prompt, *reply]
+
+
+def _first(names: tuple[str, ...], there: dict[str, str]) -> str | None:
+    for name in names:  # a plain loop, as of every record: `next` over a generator takes four times as long
+        if name in there:
+            return there[name]
+    return None
 
 
 SOURCE = Source(

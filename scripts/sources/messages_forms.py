@@ -37,7 +37,8 @@ MEDIA = {"image", "images", "image_url", "audio", "audios", "video", "videos", "
 # What else may be said beside a text, and is not learnt from.
 THOUGHTS = {"reasoning_content", "reasoning", "thinking", "thought", "thoughts", "chain_of_thought", "cot", "rationale"}
 UNUSED_IN_MESSAGE = THOUGHTS | {"loss", "mask", "train_on_turn", "training"}
-CALLS = ("tool_calls", "function_call", "tool_call_id")
+CALLS = {"tool_calls", "function_call", "tool_call_id"}
+SAID_BESIDE = UNUSED_IN_MESSAGE | MEDIA | CALLS | {"weight", "train"}
 
 
 class Dropped(Exception):
@@ -67,12 +68,13 @@ def read_turns(
         role_keys, content_keys: names of a message's speaker and text; the first that is not null counts.
     Raises: Dropped, or UserError for what is none of the forms.
     """
-    entries = _entries(record, where, value, role_keys)
-    if any(isinstance(entry, str) for entry in entries) and all(isinstance(entry, str | None) for entry in entries):
-        texts = [_text(record, where, entry, unused) for entry in entries]
-        return [Message(("user", "assistant")[place % 2], text) for place, text in enumerate(texts)]
-    if entries and all(isinstance(entry, list) and len(entry) == 2 for entry in entries):
-        entries = _of_pairs(entries)
+    entries = value if type(value) is list else _entries(record, where, value, role_keys)
+    if entries and not isinstance(entries[0], dict):
+        if all(isinstance(entry, str | None) for entry in entries):
+            texts = [_text(record, where, entry, unused) for entry in entries]
+            return [Message(("user", "assistant")[place % 2], text) for place, text in enumerate(texts)]
+        if all(isinstance(entry, list) and len(entry) == 2 for entry in entries):
+            entries = _of_pairs(entries)
     messages = []
     for entry in entries:
         if not isinstance(entry, dict):
@@ -123,7 +125,7 @@ def _read_entry(
     role_keys: tuple[str, ...],
     content_keys: tuple[str, ...],
 ) -> list[Message]:
-    role_key = next((key for key in role_keys if entry.get(key) is not None), None)
+    role_key, content_key = _first(role_keys, entry), _first(content_keys, entry)
     if role_key is None:
         if any(key in entry for key in role_keys):
             raise Dropped("conversation with a speaker other than system, user and assistant")
@@ -135,19 +137,30 @@ def _read_entry(
         texts = [_text(record, f"{where}.{speakers[role]}", entry[speakers[role]], unused) for role in order]
         return [Message(role, text, train=train) for role, text in zip(order, texts, strict=True)]
     speaker = record.inside(entry, where, role_key).strip().lower()
-    role = ROLES.get(speaker)
-    if speaker in TOOLS or any(is_there(entry.get(key)) for key in CALLS):
+    role, train = ROLES.get(speaker), True
+    if speaker in TOOLS:
         raise Dropped("conversation with a tool's turn")
     if role is None:
         raise Dropped("conversation with a speaker other than system, user and assistant")
-    unused.update(name for name in entry.keys() & UNUSED_IN_MESSAGE if is_there(entry[name]))
-    if media := sorted(name for name in entry.keys() & MEDIA if is_there(entry[name])):
-        raise Dropped(f"conversation with what is not text ({media[0]})")
-    content_key = next((key for key in content_keys if entry.get(key) is not None), None)
+    if not SAID_BESIDE.isdisjoint(entry):
+        beside = {name for name in entry.keys() & SAID_BESIDE if is_there(entry[name])}
+        if beside & CALLS:
+            raise Dropped("conversation with a tool's turn")
+        if media := sorted(beside & MEDIA):
+            raise Dropped(f"conversation with what is not text ({media[0]})")
+        unused.update(beside & UNUSED_IN_MESSAGE)
+        train = _is_learnt(record, where, entry)
     if content_key is None and not any(key in entry for key in content_keys):
-        record.inside(entry, where, content_keys[0])
+        record.inside(entry, where, content_keys[0])  # says which fields are there
     text = _text(record, f"{where}.{content_key}", entry[content_key], unused) if content_key else ""
-    return [Message(role, text, train=_is_learnt(record, where, entry))]
+    return [Message(role, text, train=train)]
+
+
+def _first(keys: tuple[str, ...], entry: dict[str, Any]) -> str | None:
+    for key in keys:  # a plain loop, as of every message: `next` over a generator takes four times as long
+        if entry.get(key) is not None:
+            return key
+    return None
 
 
 def _is_learnt(record: Record, where: str, entry: dict[str, Any]) -> bool:

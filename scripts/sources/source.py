@@ -186,12 +186,18 @@ class HubSource:
 
 
 class Remarks(Counter):
-    """What is to be said of one record: how much of it was dropped, by reason; and of its fields."""
+    """What is to be said of a record: how much of it was dropped, by reason; and of its fields."""
 
     def __init__(self):
         super().__init__()
         self.unused: set[str] = set()  # fields that could matter and are not used
         self.absent: set[str] = set()  # fields that its options name, and that it does not have
+
+    def forget(self) -> None:
+        """Make it that of another record."""
+        self.clear()
+        self.unused.clear()
+        self.absent.clear()
 
 
 # Turns a record, with the data set's options, into the conversations it holds, which stay together in a split; or None

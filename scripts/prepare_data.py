@@ -99,6 +99,8 @@ def print_tables(mix: Mix, recipe: Recipe) -> None:
         report = mix.reports[name]
         for reason, count in report["dropped"].items():
             console.print(f"{name}: dropped {count:,} {reason}")
+        for field, count in report["unused"].items():
+            console.print(f"{name}: {field!r} is not used, which {count:,} records have")
         if report["bad_records"]:
             count, first = report["bad_records"], report["first_bad_record"]
             console.print(f"{name}: {count:,} bad records left out, first: {first}")

@@ -82,7 +82,7 @@ def benchmark_data(recipe: Recipe, rounds: int) -> dict[str, list[dict]]:
     values = yaml.safe_load(recipe.to_yaml())
     for entry in values["datasets"]:  # the files where they are, since cache_dir becomes an empty folder
         ((name, given),) = entry.items()
-        given["input_file_path"] = str(source_files(name, recipe)[0].resolve())
+        given["input_file_path"] = [str(path.absolute()) for path in source_files(name, recipe)]
     for _ in tqdm(range(rounds), desc="rounds"):
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "recipe.yaml")

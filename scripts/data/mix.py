@@ -187,7 +187,12 @@ def _cache_key(name: str, paths: list[Path], recipe: Recipe, eos: str, tokenizer
 def code_files(name: str) -> list[Path]:
     """What decides how a data set is prepared: all of this room, its source, and what the sources share."""
     others = SOURCES.keys() - {name if name in SOURCES else "messages"}
-    of_sources = [path for path in Path(sources.__path__[0]).iterdir() if path.stem not in others]
+    own_of_another = tuple(f"{other}_" for other in others)  # messages_forms.py is of messages alone
+    of_sources = [
+        path
+        for path in Path(sources.__path__[0]).iterdir()
+        if path.stem not in others and not path.stem.startswith(own_of_another)
+    ]
     return sorted(
         path for path in [*ROOM.iterdir(), *of_sources] if path.suffix in (".py", ".txt") and path.name[0] != "."
     )
@@ -234,6 +239,7 @@ def _prepare(
         report = {
             "rows_read": source.rows_read,
             "dropped": dict(source.dropped),
+            "unused": dict(source.unused),
             "bad_records": source.bad_records,
             "first_bad_record": source.first_bad_record,
             "conversations": len(codes),

@@ -40,6 +40,7 @@ class Report(Schema):
 
     rows_read: Count
     dropped: dict[str, Count]  # reason -> how many
+    unused: dict[str, Count]  # field that could matter and is not used -> records that have it
     bad_records: Count
     first_bad_record: str | None
     conversations: Count

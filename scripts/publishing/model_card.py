@@ -164,7 +164,8 @@ def _data_row(run: TrainedRun, name: str) -> list[str]:
     """A data set of the mix: its name, conversations, where it is from, and its licence."""
     options = run.recipe.datasets.chosen()[name]
     source, hub, counts = find_source(name, options), run.hub_data_set(name), run.data(name).conversations
-    given = options.input_file_path and code(Path(options.input_file_path).name)
+    paths = options.input_file_path if isinstance(options.input_file_path, list) else [options.input_file_path]
+    given = ", ".join(code(Path(path).name) for path in paths if path)
     place = f"[{hub}]({HUB}/datasets/{hub})" if hub else "data of its own"
     counted = [f"{counts[split]:,}" if split in counts else "?" for split in ("train", "validation")]
     return [name, *counted, place + (f", {given}" if given else ""), source.licence if hub else "not stated"]

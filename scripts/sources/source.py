@@ -47,6 +47,17 @@ NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
+def _path_or_paths(value: Any) -> Any:
+    """Checked by hand, since of a choice pydantic says one line for each of its branches."""
+    listed = value if isinstance(value, list) and value else [value]
+    if not all(isinstance(path, str | None) for path in listed) or (None in listed and value is not None):
+        raise ValueError("should be a path, or a list of paths")
+    return value
+
+
+Paths = Annotated[str | list[str] | None, BeforeValidator(_path_or_paths)]
+
+
 class Schema(BaseModel):
     """Keys that are checked: an unknown one is refused, and so is a text that no file or file name could hold."""
 
@@ -55,8 +66,9 @@ class Schema(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _writable_text(cls, value: Any) -> Any:
-        if isinstance(value, str) and ("\0" in value or value.encode(errors="replace").decode() != value):
-            raise ValueError("holds a character that UTF-8 files and file names cannot hold")
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and ("\0" in text or text.encode(errors="replace").decode() != text):
+                raise ValueError("holds a character that UTF-8 files and file names cannot hold")
         return value
 
 
@@ -66,7 +78,9 @@ PREPARED = "data training evaluation"  # what most options of a data set change
 class DatasetOptions(Schema):
     """What every data set of the mix can be given. Where its files are changes nothing: what is in them counts."""
 
-    input_file_path: str | None = key(None, "data file: as given, under cache_dir, or on the hub", "")
+    input_file_path: Paths = key(
+        None, "data file, a list of them, a folder, a pattern or a URL: as given, under cache_dir, or on the hub", ""
+    )
     revision: str | None = key(None, "commit, tag or branch of the hub data set; null: its newest", "")
     val_split: float = key(0.2, "share held out for validation", PREPARED, ge=0, lt=1)
     max_val_set: PositiveInt | None = key(None, "at most this many validation conversations", PREPARED)
@@ -159,18 +173,36 @@ def pair(question: str, answer: str, properties: dict | None = None) -> Conversa
 class HubSource:
     """Where a data set lives on the hub: `files` are fnmatch patterns within the data set repository `repo`.
 
-    The first pattern that matches any file counts; without one, the files of its training split do. Without a `repo`,
-    only this machine is searched.
+    The first pattern that matches any file counts. Without one the files of a split do, by what `datasets` makes of the
+    repository, or of `data_files` in place of what it says itself. Without a `repo`, only this machine is searched.
     """
 
     repo: str | None
     files: tuple[str, ...] = ()
     hint: str = ""  # what to try when the file is not found, put at the end of the error message
+    config: str | None = None  # None: its default one
+    split: str | None = None  # in the language of `datasets`, slices included; None: train
+    data_files: str | list | dict | None = None  # as `datasets.load_dataset` takes them
+
+
+class Remarks(Counter):
+    """What is to be said of a record: how much of it was dropped, by reason; and of its fields."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused: set[str] = set()  # fields that could matter and are not used
+        self.absent: set[str] = set()  # fields that its options name, and that it does not have
+
+    def forget(self) -> None:
+        """Make it that of another record."""
+        self.clear()
+        self.unused.clear()
+        self.absent.clear()
 
 
 # Turns a record, with the data set's options, into the conversations it holds, which stay together in a split; or None
 # when the split is drawn without it. What it drops it counts by reason; the last argument is rng_seed.
-Reader = Callable[[Record, Any, Counter, int], list[Conversation] | None]
+Reader = Callable[[Record, Any, Remarks, int], list[Conversation] | None]
 
 
 @dataclass(frozen=True)

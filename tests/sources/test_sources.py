@@ -348,7 +348,7 @@ GOOD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_records_are_an_error_or_skipped_and_counted(tmp_path, name):
     rows = [GOOD[name], *BAD[name], GOOD[name]]
-    options = {"hub_name": None, "files": None}
+    options = dict.fromkeys(("hub_name", "config", "split", "data_files", "columns"))
     with pytest.raises(UserError, match=r"\A[^\n]*rows.jsonl, record 2: [^\n]*\Z"):
         load(tmp_path, name, rows, **options)
     split = load(tmp_path, name, rows, on_bad_records="skip", **options)

@@ -46,7 +46,7 @@ from rich.table import Table
 
 from evaluation.intervals import RESAMPLES, paired_differences
 from evaluation.result_files import Column, Metric, ResultFile, read_columns
-from utils.tables import make_console
+from utils.tables import counted, make_console
 
 MOST_OF_A_RUN = 8  # checkpoints; a column takes 30 characters, of 200 a line took 6,400
 NEWEST = BEST = 3  # of a run that has more
@@ -149,7 +149,7 @@ def table_rows(
         for column, file in zip(columns, files, strict=True):
             notes += [f"{column.name}, {evaluation}: {problem}" for problem in (said_of(file) if file else [])]
     if left_out:
-        notes.append(f"--all adds {left_out} rows of single data sets, languages and turns")
+        notes.append(f"--all adds {counted(left_out, 'row')} of single data sets, languages and turns")
     return rows, notes
 
 

@@ -59,7 +59,7 @@ from sources.source import Record
 from training.contamination import BENCHMARKS, contaminated_rows, without_contamination
 from training.model import load_tokenizer
 from utils.launch import process_index, say
-from utils.tables import make_console, make_table
+from utils.tables import counted, make_console, make_table
 
 BATCH_SIZE = 32
 # grade_school_math_instructions holds GSM8K's test problems with its training problems: 8,792 rows = 7,473 + 1,319.
@@ -181,7 +181,7 @@ def find_contamination(recipe: Recipe | None, checkpoint, problems: list[dict[st
     places = sorted(set(found.others.tolist()))
     verdict = "no conversation of the training mix holds one of these problems"
     if places:
-        held = f"{len(places):,} of these {len(problems):,} problems, in {len(found):,} conversations"
+        held = f"{len(places):,} of these {len(problems):,} problems, in {counted(len(found), 'conversation')}"
         verdict = f"the training mix holds {held}: on them the score shows memory, not skill"
     return {"contaminated": bool(places), "verdict": verdict, "problems": places}
 

@@ -213,7 +213,7 @@ def test_a_damaged_file_hides_no_other(run, tmp_path):
     alone = compare(*damaged, check=False)
     assert alone.returncode == 2
     assert alone.stderr.count("\n") == len(alone.errors) == 1
-    assert "(and 1 more file)" in alone.errors[0]
+    assert "(and 1 file more)" in alone.errors[0]
 
 
 def test_results_of_before_there_were_all_fields(run, tmp_path):

@@ -18,6 +18,7 @@ from data.records import read_records
 from sources.registry import find_source
 from sources.source import Conversation, Record, Source
 from utils.errors import UserError
+from utils.tables import counted
 
 TRAIN, VALIDATION, LEFT_OUT = range(3)  # left out by max_val_set
 SPLIT_SEED = 287631038922  # of torch's random_split
@@ -35,7 +36,7 @@ class Reading:
         self.name, self.options, self.paths, self.rng_seed = name, options, paths, rng_seed
         self.source: Source = find_source(name, options)
         self.rows_read = 0  # records in the files (trees, conversations or rows), those skipped included
-        self.dropped: Counter = Counter()  # reason -> trees, threads, conversations or rows, as the reason says
+        self.dropped: Counter = Counter()  # reason -> how many trees, threads, conversations or rows: its first word
         self.bad_records = 0  # places passed over under `on_bad_records: skip`; a cut-off file's end counts as one
         self.first_bad_record: str | None = None  # what was wrong with the first of them
         self._records = array("q")  # of each unit of the split, the place of its record among all
@@ -101,7 +102,7 @@ class Reading:
 
     def losses(self) -> str:
         """What did not become a conversation, in words."""
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.items()) or "nothing"
+        reasons = ", ".join(counted(count, reason) for reason, count in self.dropped.items()) or "nothing"
         if not self.bad_records:
             return f"dropped: {reasons}"
         return f"dropped: {reasons}; skipped: {self.bad_records:,} bad, the first: {self.first_bad_record}"

@@ -17,6 +17,7 @@ from training.deepspeed_config import optimizer_on_host
 from training.loss import rows_of_a_chunk
 from utils.errors import UserError
 from utils.launch import has_gpu, num_processes, say
+from utils.tables import counted
 
 
 def estimate_memory(
@@ -159,7 +160,7 @@ def check_memory(
         memory = min(torch.cuda.get_device_properties(device).total_memory for device in devices)
         where = f"of each GPU ({processes} in all)"
     else:
-        memory, where = psutil.virtual_memory().total, f"of memory, for the {local} process(es) here"
+        memory, where = psutil.virtual_memory().total, f"of memory, for the {counted(local, 'process')} here"
     if gpu and zero and optimizer_on_host(zero):
         trained = num_parameters if adapter is None else adapter.weights
         host, installed = local * math.ceil(trained / processes) * 16, psutil.virtual_memory().total

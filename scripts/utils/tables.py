@@ -1,4 +1,4 @@
-"""Tables on the screen."""
+"""Tables on the screen, and numbers of things in a sentence."""
 
 import sys
 
@@ -19,3 +19,16 @@ def make_table(title: str, first: str, *columns: str) -> Table:
     for column in columns:
         table.add_column(column, justify="right")
     return table
+
+
+def counted(number: int, what: str) -> str:
+    """`1 row with an empty answer`, `2,000 rows with an empty answer`; `what` is of one, its noun the first word."""
+    noun, space, rest = what.partition(" ")
+    if number != 1:
+        if noun.endswith(("s", "x", "ch", "sh")):
+            noun += "es"
+        elif noun.endswith("y") and noun[-2:-1] not in "aeiou":
+            noun = noun[:-1] + "ies"
+        else:
+            noun += "s"
+    return f"{number:,} {noun}{space}{rest}"

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, SHARED, launch_command
 
+from utils.tables import counted
+
 RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.yaml"))
 DEMO_DATA = {
     "oasst_export": "oasst_trees.jsonl",
@@ -58,7 +60,7 @@ def test_two_steps(run_sft, tiny_model, tmp_path, recipe, launch):
         f"recipes/{recipe}", *own, *small, "--cache_dir", tmp_path / "cache", launch=launch, real=recipe == "demo.yaml"
     )
     processes = 2 if launch.endswith("2") else 1
-    assert f"\n{processes} process(es) x" in run.stdout
+    assert f"\n{counted(processes, 'process')} x" in run.stdout
     assert ("DEEPSPEED on cpu" in run.stdout) == (launch == "zero2x2" or recipe == "stablelm7b_oasst.yaml")
     assert len(run.curve("loss")) == 2
     assert {f"eval_{name}_loss" for name in DEMO_DATA} <= run.metrics()[-1].keys()

@@ -87,9 +87,7 @@ def test_the_first_batch_by_tokens(prepare):
     assert "16 conversations a step (1 process x up to 300 tokens x up to 16 accumulated)" in " ".join(
         run.stdout.split()
     )
-    tokens = int(
-        re.search(r"the first batch: \d+ conversations, end to end, 1 row of (\d+) tokens", run.stdout)[1]
-    )
+    tokens = int(re.search(r"the first batch: \d+ conversations, end to end, 1 row of (\d+) tokens", run.stdout)[1])
     assert 200 < tokens <= 300
 
 

@@ -53,7 +53,7 @@ from training.collate import collate, cut, window_start
 from training.micro_batches import rows_of_step
 from training.model import load_tokenizer
 from utils.launch import num_processes
-from utils.tables import make_console, make_table
+from utils.tables import counted, make_console, make_table
 
 console = make_console()
 
@@ -98,18 +98,20 @@ def print_tables(mix: Mix, recipe: Recipe) -> None:
     for name in mix.names:
         report = mix.reports[name]
         for reason, count in report["dropped"].items():
-            console.print(f"{name}: dropped {count:,} {reason}")
+            console.print(f"{name}: dropped {counted(count, reason)}")
         for field, count in report["unused"].items():
-            console.print(f"{name}: {field!r} is not used, which {count:,} records have")
+            console.print(f"{name}: {field!r} is not used, which {counted(count, 'record')} had")
         if report["bad_records"]:
             count, first = report["bad_records"], report["first_bad_record"]
-            console.print(f"{name}: {count:,} bad records left out, first: {first}")
+            console.print(f"{name}: left out {counted(count, 'record')} as bad, first: {first}")
     console.print(long)
 
     processes, steps = num_processes(), plan.steps_per_epoch(mix, recipe, num_processes())
     tokens = np.minimum(mix.train.lengths[rows], recipe.max_length).sum()
     step = f"{plan.describe_step(recipe, processes)} ({plan.describe_cut(recipe, processes)})"
-    console.print(f"an epoch: {len(rows):,} conversations, {tokens:,} tokens, {steps:,} steps, {step}")
+    console.print(
+        f"an epoch: {counted(len(rows), 'conversation')}, {tokens:,} tokens, {counted(steps, 'step')}, {step}"
+    )
     if recipe.packing:
         console.print(plan.describe_packing(mix, recipe, processes))
 
@@ -163,11 +165,12 @@ def show_batch(mix: Mix, recipe: Recipe, tokenizer) -> None:
     epoch = plan.epoch_plan(mix, recipe, epoch=0)
     rows = rows_of_step(epoch, epoch.tokens(mix, recipe), 0, recipe, num_processes())[0]
     batch = collate(mix.train, rows, recipe, tokenizer.pad_token_id, epoch=0)
-    shape = "{} row(s) of {:,} tokens".format(*batch.input_ids.shape)
+    count, length = batch.input_ids.shape
+    shape = counted(count, f"row of {length:,} tokens")
     padding = batch.input_ids.numel() - sum(batch.lengths)
     layout = f"{shape}, {padding:,} of them padding" if batch.boundaries is None else f"end to end, {shape}, no padding"
-    packs = f" in {np.isin(epoch.rows[epoch.bounds[:-1]], rows).sum()} packs" if recipe.packing else ""
-    console.rule(f"the first batch: {len(rows)} conversations{packs}, {layout}")
+    packs = f" in {counted(int(np.isin(epoch.rows[epoch.bounds[:-1]], rows).sum()), 'pack')}" if recipe.packing else ""
+    console.rule(f"the first batch: {counted(len(rows), 'conversation')}{packs}, {layout}")
     for row, (ids, scored) in zip(rows, batch.conversations(), strict=True):
         start, length = window_start(mix.train.tokens(row)[1], row, recipe, 0), len(ids)
         console.rule(

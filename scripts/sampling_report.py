@@ -67,14 +67,13 @@ from datetime import UTC, datetime
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from data.dialogue import CHAT_TEMPLATE
 from evaluation.chat_model import load_chat_model
 from evaluation.generation import WARPERS, encode_chat, generate, room_for_reply
 from evaluation.results import Evaluation, device_name, digest, start_processes, versions
 from utils.launch import say
-from utils.tables import make_console, make_table
+from utils.tables import make_console, make_table, progress_bar
 
 BATCH_SIZE = 16
 
@@ -116,7 +115,7 @@ def main(options, checkpoint, prompts: list[list[dict]], configs: dict[str, dict
         keys = [key for key, item in items.items() if item[0] == config]
         shares[config] = evaluation.share(sorted(keys, key=lambda key: -len(ids[items[key][1]])))
     total = sum(map(len, shares.values()))
-    with tqdm(total=total, desc="sampling", unit="reply", disable=not accelerator.is_main_process) as progress:
+    with progress_bar(total=total, desc="sampling", unit="reply", disable=not accelerator.is_main_process) as progress:
         for config, mine in shares.items():
             asked = [ids[items[key][1]] for key in mine]
             chances = [[options.seed, config, prompts[items[key][1]], items[key][2]] for key in mine]

@@ -7,6 +7,7 @@ it does beyond that (watching processes, passing signals on) is left to the test
 
 import atexit
 import fcntl
+import json
 import multiprocessing
 import os
 import pty
@@ -65,6 +66,11 @@ def call_forked(function: Callable, *arguments, **keywords):
     if error:
         raise RuntimeError(error)
     return result
+
+
+def measure_forked(measure: Callable[..., dict], *arguments, limit: float | None = None) -> dict:
+    """As `benchmarking.measuring.in_a_process`, which starts Python anew: through JSON, within a limit of the test."""
+    return json.loads(json.dumps(call_forked(measure, *json.loads(json.dumps(arguments)))))
 
 
 def _call(sending, function: Callable, arguments: tuple, keywords: dict) -> None:

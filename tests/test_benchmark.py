@@ -10,11 +10,11 @@ import pytest
 import torch
 from checkpoints import save_chat_model
 from conftest import ROOT, run_script
+from forking import measure_forked
 from mixes import make_recipe
 
 from benchmarking.attention import attention_table, layer_outputs
 from benchmarking.contenders import Work, train_ours
-from benchmarking.measuring import in_a_process
 from benchmarking.scaling import plot_scaling, scaling_table
 from benchmarking.train import CONTENDERS, NEOX, SMALL, random_conversations, save_data, train_table
 
@@ -23,11 +23,14 @@ TINY = SMALL | {"vocab_size": 500, "hidden_size": 32, "intermediate_size": 64, "
 
 @pytest.fixture(scope="module")
 def figures() -> dict[str, list[dict]]:
-    """One round of every contender, each in its own process, on 4 steps of a tiny model."""
+    """One round of every contender, each in its own process, on 4 steps of a tiny model.
+
+    A process as the benchmark starts them is in tests/benchmarking/test_gpu.py.
+    """
     lengths = np.random.default_rng(0).integers(5, 40, 16).tolist()
     work = Work(TINY, save_data(random_conversations(lengths, 500, 0.6)), 2, 2, 64)
     return {
-        name: [in_a_process(measure, asdict(work), *arguments)] for name, (measure, *arguments) in CONTENDERS.items()
+        name: [measure_forked(measure, asdict(work), *arguments)] for name, (measure, *arguments) in CONTENDERS.items()
     }
 
 
@@ -99,7 +102,7 @@ def test_our_contender_under_bf16_and_gradient_checkpointing():
     losses = []
     for options in ({}, {"gradient_checkpointing": True}, {"dtype": "bf16"}):
         work = Work(TINY, save_data(conversations), 1, 2, 64, **options)
-        losses.append(in_a_process(train_ours, asdict(work))["losses"])
+        losses.append(measure_forked(train_ours, asdict(work))["losses"])
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
     assert losses[2] == pytest.approx(losses[0], rel=1e-2)
 
@@ -159,7 +162,7 @@ def test_ours_runs_without_packages_that_a_bare_gpu_machine_lacks():
     command = [sys.executable, "-c", WITHOUT, json.dumps(asdict(work))]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
-    assert json.loads(run.stdout.splitlines()[-1]) == in_a_process(train_ours, asdict(work))["losses"]
+    assert json.loads(run.stdout.splitlines()[-1]) == measure_forked(train_ours, asdict(work))["losses"]
 
 
 def test_chat_next_to_a_bare_call(tiny_model, tmp_path):

@@ -21,6 +21,7 @@ from recipe.load import nearest
 from sources.registry import find_source
 from sources.source import Conversation, Record, Remarks, Source
 from utils.errors import UserError
+from utils.tables import counted
 
 TRAIN, VALIDATION, LEFT_OUT = range(3)  # left out by max_val_set
 SPLIT_SEED = 287631038922  # of torch's random_split
@@ -38,7 +39,7 @@ class Reading:
         self.name, self.options, self.paths, self.rng_seed = name, options, paths, rng_seed
         self.source: Source = find_source(name, options)
         self.rows_read = 0  # records in the files (trees, conversations or rows), those skipped included
-        self.dropped: Counter = Counter()  # reason -> trees, threads, conversations or rows, as the reason says
+        self.dropped: Counter = Counter()  # reason -> how many trees, threads, conversations or rows: its first word
         self.unused: Counter = Counter()  # field that could matter -> records that had it, and it was not used
         self.bad_records = 0  # places passed over under `on_bad_records: skip`; a cut-off file's end counts as one
         self.first_bad_record: str | None = None  # what was wrong with the first of them
@@ -130,7 +131,7 @@ class Reading:
 
     def losses(self) -> str:
         """What did not become a conversation, in words."""
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.items()) or "nothing"
+        reasons = ", ".join(counted(count, reason) for reason, count in self.dropped.items()) or "nothing"
         said = [f"dropped: {reasons}"]
         if self.unused:
             said.append("not used: " + ", ".join(f"{name} of {count:,}" for name, count in self.unused.items()))

@@ -7,8 +7,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from recipe.keys import Recipe
 from recipe.secrets import redact_text
 from run.curves import Curves
@@ -16,6 +14,7 @@ from run.progress import Progress
 from run.record_file import redact
 from utils.errors import UserError
 from utils.launch import say
+from utils.tables import progress_bar
 
 
 class RunLog:
@@ -37,7 +36,7 @@ class RunLog:
         if self.wandb:
             progress.wandb_id = self.wandb.id
             self.wandb_url = None if self.wandb.offline or self.wandb.disabled else self.wandb.url
-        self.progress = tqdm(
+        self.progress = progress_bar(
             total=progress.total_steps,
             initial=progress.step,
             desc="training",
@@ -67,7 +66,7 @@ class RunLog:
         shown = {"loss": "loss", "learning_rate": "rate", "tokens_per_second": "tok/s", "mfu": "MFU"}
         postfix = {label: f"{metrics[key]:.4g}" for key, label in shown.items() if key in metrics}
         if postfix:
-            self.progress.set_postfix(postfix)
+            self.progress.set_postfix(postfix, refresh=False)  # with the next step
 
     def show_evaluation(self, step: int, results: dict[str, float]) -> None:
         """Print an evaluation under the progress bar: a line for each data set, and one for all."""

@@ -22,6 +22,7 @@ from training.model import check_tiny, count_parameters, without_weights
 from training.plan import steps_per_epoch, training_rows
 from utils.errors import UserError
 from utils.launch import num_processes, say
+from utils.tables import counted
 
 # Rates of full fine-tuning over which a pretrained model of that many parameters usually loses what it knows: several
 # times those of huggingface/alignment-handbook (1e-3 for SmolLM2 135M and 360M, 3e-4 for 1.7B, 2e-5 for SmolLM3 3B and
@@ -130,7 +131,9 @@ def recipe_warnings(
     if recipe.warmup_steps >= total_steps:
         found.append(f"warmup_steps = {recipe.warmup_steps}: as long as the run ({total_steps:,} steps): give fewer")
     if total_steps <= 2:
-        found.append(f"the run has {total_steps} step(s), and the first two run at rate 0: no weight will change")
+        found.append(
+            f"the run has {counted(total_steps, 'step')}, and the first two run at rate 0: no weight will change"
+        )
     if total_steps > ABSURD_STEPS or total_steps > ABSURD_EPOCHS * epoch_steps:
         found.append(
             f"the run has {total_steps:,} steps, {total_steps / epoch_steps:,.0f} epochs: at a step a second "

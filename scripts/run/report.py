@@ -31,6 +31,7 @@ from training.plan import (
     steps_per_epoch,
     training_rows,
 )
+from utils.tables import counted
 
 SHOWN_CHARACTERS = 1200  # of each conversation of the first batch
 
@@ -50,7 +51,8 @@ def describe_run(engine: Engine, dtype: torch.dtype, mix: Mix, recipe: Recipe, t
         shares = f"{scored / max(1, tokens):>9.0%}{scored / max(1, targets):>12.1%}"
         print(f"{name:<32}{len(own):>10,}{held_out:>12,}{tokens:>14,}{shares}")
     over = (mix.train.lengths[rows] > recipe.max_length).sum()
-    print(f"{over:,} training conversations are longer than max_length {recipe.max_length:,} and are cut in each epoch")
+    if over:
+        print(f"cut in each epoch: {counted(over, f'conversation longer than max_length {recipe.max_length:,}')}")
 
     parameters = sum(full_shape(parameter).numel() for parameter in engine.model.parameters())
     processes, note = accelerator.num_processes, ""
@@ -64,8 +66,8 @@ def describe_run(engine: Engine, dtype: torch.dtype, mix: Mix, recipe: Recipe, t
         f"{parameters:,} parameters, {str(dtype).removeprefix('torch.')}, {moments}"
         f"{'alone' if processes == 1 and kind == 'NO' else kind} on {accelerator.device.type}\n"
         f"{describe_cut(recipe, processes)} = {describe_step(recipe, processes)}{note}\n"
-        f"{steps_per_epoch(mix, recipe, processes):,} steps an epoch, {total_steps:,} in all; the rate rises to "
-        f"{recipe.learning_rate:g} in {shortest_warmup(recipe.warmup_steps):,} steps, then falls to 0",
+        f"{counted(steps_per_epoch(mix, recipe, processes), 'step')} an epoch, {total_steps:,} in all; the rate rises "
+        f"to {recipe.learning_rate:g} in {counted(shortest_warmup(recipe.warmup_steps), 'step')}, then falls to 0",
         flush=True,
     )
 

@@ -28,6 +28,7 @@ from training.pretrained import load_pretrained
 from utils.errors import UserError
 from utils.launch import num_processes, say
 from utils.schemas import checked
+from utils.tables import counted
 
 
 def find_checkpoint(recipe: Recipe, allow_changes: bool) -> Checkpoint | None:
@@ -239,10 +240,10 @@ def restore(checkpoint: Checkpoint, recipe: Recipe, engine: Engine, stats: Train
     everyone = [process.stats.model_dump(exclude_none=True) for process in checkpoint.processes]
     stats.load_state_dict(everyone, with_sums=accelerator.is_main_process)
     then, now = packs_per_step(state.recipe, before), packs_per_step(recipe, processes)
-    what = "packs" if recipe.packing else "conversations"
+    what = counted(now, "pack" if recipe.packing else "conversation")
     steps = (
-        f"{now} {what} in a step, as before"
+        f"{what} in a step, as before"
         if now == then
-        else f"{now} {what} in a step where there were {then} (global_batch_size keeps their number)"
+        else f"{what} in a step where there were {then} (global_batch_size keeps their number)"
     )
-    say(f"written by {before} process(es), {processes} now: {steps}; random states begin anew")
+    say(f"written by {counted(before, 'process')}, {processes} now: {steps}; random states begin anew")

@@ -18,6 +18,7 @@ from training.fsdp_config import ShardedSize
 from training.loss import rows_of_a_chunk
 from utils.errors import UserError
 from utils.launch import has_gpu, num_processes, say
+from utils.tables import counted
 
 
 def estimate_memory(
@@ -185,7 +186,7 @@ def check_memory(
         memory = min(torch.cuda.get_device_properties(device).total_memory for device in devices)
         where = f"of each GPU ({processes} in all)"
     else:
-        memory, where = psutil.virtual_memory().total, f"of memory, for the {local} process(es) here"
+        memory, where = psutil.virtual_memory().total, f"of memory, for the {counted(local, 'process')} here"
     offload, key = zero and optimizer_on_host(zero), "deepspeed_config: offload_optimizer"
     if sharded:
         offload, key = sharded.sharding.on_host, "the accelerate config: fsdp_offload_params"

@@ -1,9 +1,9 @@
 """Every engine goes on where any other has stopped, in fp32 and in bf16, whatever names the model's file has.
 
 A walk of 43 starts, of one step each, makes every change between plain, DDP, ZeRO-1, 2 and 3, FSDP2 and hybrid shards,
-there and back. At each change the fp32 weights and moments that the next engine has are, bit for bit, those that the one
-before it left, and what computes is those weights, rounded. Then every loss is compared with that of a plain run that
-nobody stopped: in fp32 to the order of additions, in bf16 to what is rounded in one engine and not in the other.
+there and back. At each change the fp32 weights and moments that the next engine has are, bit for bit, those that the
+one before it left, and what computes is those weights, rounded. Then every loss is compared with that of a plain run
+that nobody stopped: in fp32 to the order of additions, in bf16 to what is rounded in one engine and not in the other.
 
 The normal run makes three short walks (40 seconds on two cores); `make soak` all six whole ones (6 minutes).
 """

@@ -346,7 +346,7 @@ print(peak - before)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize(
     ("name", "padding_free", "checkpointing"),
-    [("neox", True, False), ("neox", False, False), ("llama", True, True)],
+    [("neox", True, False), pytest.param("neox", False, False, marks=pytest.mark.soak), ("llama", True, True)],
 )
 def test_estimate_against_the_memory_of_a_real_process(name, padding_free, checkpointing):
     """Peak resident memory of a fresh process, all blocks given back at once (else glibc keeps a quarter more)."""

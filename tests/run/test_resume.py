@@ -279,11 +279,11 @@ def test_other_processes_go_on_with_the_same_steps(tmp_path, recipe, tiny_model)
     launched("zero2x2", recipe, *keys, output_dir=output, code=75, steps=4)
     run = run_here(recipe, *keys, output_dir=output, steps=7)
     assert run.returncode == 75, run.stderr
-    assert "written by 2 process(es), 1 now: 4 conversations in a step, as before" in run.stdout
+    assert "written by 2 processes, 1 now: 4 conversations in a step, as before" in run.stdout
     shutil.copytree(output, tmp_path / "ddp2")
     for launch in ("zero2x2", "ddp2"):
         run = launched(launch, recipe, *keys, output_dir=tmp_path / launch)
-        assert "written by 1 process(es), 2 now: 4 conversations in a step, as before" in run.stdout
+        assert "written by 1 process, 2 now: 4 conversations in a step, as before" in run.stdout
         assert_close(metrics(tmp_path / launch), metrics(tmp_path / "whole"))
 
 
@@ -339,7 +339,7 @@ def test_without_a_global_batch_size_it_says_what_changes(tmp_path, recipe, tiny
     run_here(recipe, *keys, output_dir=tmp_path, steps=7)
     run = launched("ddp2", recipe, *keys, output_dir=tmp_path)
     line = "8 conversations in a step where there were 4 (global_batch_size keeps their number)"
-    assert f"written by 1 process(es), 2 now: {line}; random states begin anew" in run.stdout
+    assert f"written by 1 process, 2 now: {line}; random states begin anew" in run.stdout
     # Twelve conversations were left of the first epoch: two steps of 8 and 4... and five of the second.
     assert metrics(tmp_path)[-1]["step"] == 7 + 2 + 5
     assert metrics(tmp_path)[-1]["epoch"] == 2

@@ -9,6 +9,7 @@ import random
 from array import array
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,23 +46,26 @@ class Reading:
         """The conversations in the order of the files; UserError for a damaged file, or a field missing."""
         skip = self._skip if self.options.on_bad_records == "skip" else None
         for path in self.paths:
-            for number, values in read_records(path, skip, self.source.fields):
+            for number, values in read_records(path, skip, {*self.source.fields, "weight"}):
                 record = Record(values, path, number, self.rows_read + 1)
                 dropped: Counter = Counter()  # of this record, forgotten when it turns out to be bad
                 try:
-                    unit = self.source.read(record, self.options, dropped, self.rng_seed)
+                    unit, weight = self.source.read(record, self.options, dropped, self.rng_seed), record.weight
                 except (UserError, RecursionError) as error:
                     problem = error if isinstance(error, UserError) else record.error("nested too deeply")
                     if not skip:
                         raise problem from None
                     skip(problem)
                     continue
+                if unit and not weight:
+                    dropped["record of weight 0"] += 1
+                    unit = []  # its place in the split stays its own
                 self.rows_read += 1
                 self.dropped.update(dropped)
                 if unit is not None:
                     self._records.append(self.rows_read - 1)
                     self._sizes.append(len(unit))
-                    yield from unit
+                    yield from unit if weight == 1 else [replace(each, weight=weight) for each in unit]
 
     def _skip(self, problem: UserError) -> None:
         self.rows_read += 1

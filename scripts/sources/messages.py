@@ -17,8 +17,9 @@ A record is taken for the first of these forms whose field it has, in upper or l
                     `input` or `context` goes below the question, after a blank line
 
 A text in a field `system` or `system_prompt` becomes the system message of the last two. Every reply is learnt but one
-with `"train": false` beside its text. A conversation is user and assistant in turn, with or without a system message in
-front; what else there is is dropped, with the reason, and so is the end of a conversation after its last reply.
+with `"train": false` or `"weight": 0` beside its text; a `weight` of the record is what its tokens count in the loss. A
+conversation is user and assistant in turn, with or without a system message in front; what else there is is dropped,
+with the reason, and so is the end of a conversation after its last reply.
 """
 
 from collections import Counter
@@ -27,7 +28,7 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from sources.source import PREPARED, Conversation, DatasetOptions, HubSource, Message, Record, Source, key
+from sources.source import PREPARED, Conversation, DatasetOptions, HubSource, Message, Record, Source, key, kind_of
 
 ROLES = {
     "system": "system",
@@ -94,7 +95,11 @@ def _from_list(record: Record, name: str, dropped: Counter) -> list[Message] | N
         # null where a message is not text, as of tool calls
         content = record.inside(entry, name, "value" if "value" in entry else "content", nullable=True)
         train = record.inside({"train": None} | entry, name, "train", bool, nullable=True)
-        messages.append(Message(role, content or "", train=train is not False))
+        weight = entry.get("weight")
+        if isinstance(weight, bool) or weight not in (None, 0, 1):
+            shown = weight if isinstance(weight, int | float) else kind_of(weight)
+            raise record.error(f"field '{name}.weight' is {shown}: of a message it is 0, which is not learnt, or 1")
+        messages.append(Message(role, content or "", train=train is not False and weight != 0))
     return messages
 
 

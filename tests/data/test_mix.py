@@ -318,6 +318,8 @@ NAMES = ("oasst_export", "dolly15k")
         ({}, {"dolly15k": {"max_val_set": 2}}, {"dolly15k"}),
         ({}, {"dolly15k": {"context": "prompt"}}, {"dolly15k"}),
         ({}, {"dolly15k": {"on_bad_records": "skip"}}, {"dolly15k"}),
+        ({}, {"dolly15k": {"train_on": "last"}}, {"dolly15k"}),
+        ({}, {"dolly15k": {"weight": 0.5}}, set()),
         ({}, {"dolly15k": {"fraction": 0.5}}, set()),
         ({}, {"dolly15k": {"size": 7}}, set()),
         ({"max_length": 31, "learning_rate": 1.0, "sort_by_length": True}, {}, set()),

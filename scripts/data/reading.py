@@ -50,22 +50,20 @@ class Reading:
                 record = Record(values, path, number, self.rows_read + 1)
                 dropped: Counter = Counter()  # of this record, forgotten when it turns out to be bad
                 try:
-                    unit, weight = self.source.read(record, self.options, dropped, self.rng_seed), record.weight
+                    unit = self.source.read(record, self.options, dropped, self.rng_seed)
+                    unit = _weighted(unit, record.weight, dropped)
                 except (UserError, RecursionError) as error:
                     problem = error if isinstance(error, UserError) else record.error("nested too deeply")
                     if not skip:
                         raise problem from None
                     skip(problem)
                     continue
-                if unit and not weight:
-                    dropped["record of weight 0"] += 1
-                    unit = []  # its place in the split stays its own
                 self.rows_read += 1
                 self.dropped.update(dropped)
                 if unit is not None:
                     self._records.append(self.rows_read - 1)
                     self._sizes.append(len(unit))
-                    yield from unit if weight == 1 else [replace(each, weight=weight) for each in unit]
+                    yield from unit
 
     def _skip(self, problem: UserError) -> None:
         self.rows_read += 1
@@ -109,6 +107,16 @@ class Reading:
         if not self.bad_records:
             return f"dropped: {reasons}"
         return f"dropped: {reasons}; skipped: {self.bad_records:,} bad, the first: {self.first_bad_record}"
+
+
+def _weighted(unit: list[Conversation] | None, weight: float, dropped: Counter) -> list[Conversation] | None:
+    """The conversations of a record with its weight; none of weight 0, but their place in the split."""
+    if not unit or weight == 1:
+        return unit
+    if weight == 0:
+        dropped["record of weight 0"] += 1
+        return []
+    return [replace(conversation, weight=weight) for conversation in unit]
 
 
 def _validation_places(split: str, count: int, val_split: float) -> np.ndarray:

@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from sources.source import PREPARED, Conversation, DatasetOptions, HubSource, Message, Record, Source, key, kind_of
+from sources.source import PREPARED, Conversation, DatasetOptions, HubSource, Message, Record, Source, key
 
 ROLES = {
     "system": "system",
@@ -97,8 +97,7 @@ def _from_list(record: Record, name: str, dropped: Counter) -> list[Message] | N
         train = record.inside({"train": None} | entry, name, "train", bool, nullable=True)
         weight = entry.get("weight")
         if isinstance(weight, bool) or weight not in (None, 0, 1):
-            shown = weight if isinstance(weight, int | float) else kind_of(weight)
-            raise record.error(f"field '{name}.weight' is {shown}: of a message it is 0, which is not learnt, or 1")
+            raise record.error(f"field '{name}.weight' is {str(weight)[:40]!r}, not 0 or 1")
         messages.append(Message(role, content or "", train=train is not False and weight != 0))
     return messages
 

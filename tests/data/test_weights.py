@@ -224,7 +224,7 @@ def test_no_weights_of_a_table(tmp_path, prepare, column):
 def test_no_weight_of_a_message(tmp_path, prepare, weight):
     rows = chats(3)
     rows[1]["messages"][1]["weight"] = weight
-    with pytest.raises(UserError, match=r"a\.jsonl, record 2: field 'messages.weight' is [^\n]*, or 1\Z"):
+    with pytest.raises(UserError, match=r"a\.jsonl, record 2: field 'messages.weight' is [^\n]*, not 0 or 1\Z"):
         prepare({"a": write(tmp_path / "a.jsonl", rows)})
 
 

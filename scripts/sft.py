@@ -186,6 +186,7 @@ def rehearse(engine: Engine, batches: Batches, largest_batches, stats) -> float:
 def evaluate_mix(engine: Engine, batches: Batches, run: Run, stop: StopSignal) -> None:
     """Write down loss and accuracy of each data set and of all, over every scored token of the validation split.
 
+    The loss is the cross-entropy alone, and no token has a weight: runs that are trained in other ways are compared.
     Sums are added over the processes and divided once, so that the result depends neither on their number nor on the
     batch size. Cut short by a signal, it is still due at the next start.
     """

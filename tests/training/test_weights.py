@@ -60,7 +60,7 @@ def written_out(model, mix: Mix, recipe: Recipe, processes: int) -> tuple[float,
     cuts,
     st.sampled_from(["tokens", "micro_batch"]),
     st.sampled_from([{}, {"label_smoothing": 0.2}, {"z_loss": 0.05}, {"label_smoothing": 0.1, "z_loss": 1e-3}]),
-    examples=4,
+    examples=8,
 )
 def test_a_step_is_the_weighted_mean(model, exact_model, lengths, seed, max_length, cuts, normalization, terms):
     """Cut into micro-batches, processes and packs, in fp32: to 1e-6 of the gradient's norm (measured in 750 steps, at

@@ -130,8 +130,10 @@ class Record:
     def weight(self) -> float:
         """What its field `weight`, in upper or lower case, says that each of its tokens counts in the loss; 1.0 without
         one, or with null.  Raises: UserError for what is no number from 0 to `MOST_WEIGHT`."""
-        name = next((name for name in self.values if name.lower() == "weight"), None)
-        value = None if name is None else self.values[name]
+        if "weight" not in map(str.lower, self.values):
+            return 1.0
+        name = next(name for name in self.values if name.lower() == "weight")
+        value = self.values[name]
         if value is None:
             return 1.0
         is_number = isinstance(value, int | float) and not isinstance(value, bool)

@@ -28,15 +28,15 @@ import pyarrow as pa
 from filelock import FileLock
 
 import sources
-from data.arrow_arrays import booleans, integers, numbers, starts_of, texts
+from data.arrow_arrays import booleans, integers
 from data.dialogue import encode
 from data.files import source_files
-from data.prepared import EXAMPLES, SCHEMA, SPLIT, WEIGHTS, Prepared, open_prepared, seal
+from data.prepared import EXAMPLES, SCHEMA, SPLIT, WEIGHTS, Prepared, open_prepared, record_batch, seal
 from data.reading import TRAIN, VALIDATION, Reading
 from data.text_encoder import TextEncoder, fast_text_encoder
 from recipe.keys import Recipe
 from sources.registry import SOURCES
-from sources.source import Conversation, keys_that_change
+from sources.source import keys_that_change
 from utils.errors import UserError, reason
 from utils.files import remove_tree
 
@@ -235,7 +235,7 @@ def _prepare(
                 characters = sum(len(message.content) for conversation, _ in batch for message in conversation.messages)
                 rows = ROWS_AT_A_TIME if characters < CHARACTERS_AT_A_TIME else 1
                 for first in range(0, len(batch), rows):
-                    writer.write_batch(_record_batch(batch[first : first + rows]))
+                    writer.write_batch(record_batch(batch[first : first + rows]))
                 kept += teaches
                 weights.extend(conversation.weight for conversation, _ in batch)
                 for _, (ids, scored) in batch:
@@ -266,25 +266,6 @@ def _prepare(
         f"{(codes == VALIDATION).sum():,} validation conversations ({source.losses()})",
         flush=True,
     )
-
-
-def _record_batch(examples: list[tuple[Conversation, tuple[np.ndarray, np.ndarray]]]) -> pa.RecordBatch:
-    """Rows of SCHEMA from conversations and what they were encoded to."""
-    messages = [message for conversation, _ in examples for message in conversation.messages]
-    fields = [texts([message.role for message in messages]), texts([message.content for message in messages])]
-    turns = pa.StructArray.from_arrays(fields, fields=list(SCHEMA.field("messages").type.value_type))
-    per_row = numbers(starts_of([len(conversation.messages) for conversation, _ in examples], np.int32))
-    lengths = [len(ids) for _, (ids, _) in examples]
-    starts = numbers(starts_of(lengths, np.int64))
-    input_ids, scored = (np.concatenate(parts) for parts in zip(*(encoded for _, encoded in examples), strict=True))
-    columns = [
-        pa.ListArray.from_arrays(per_row, turns),
-        pa.LargeListArray.from_arrays(starts, numbers(input_ids)),
-        pa.LargeListArray.from_arrays(starts, numbers(scored)),
-        numbers(np.array(lengths)),
-        numbers(np.array([int(np.count_nonzero(scored)) for _, (_, scored) in examples])),
-    ]
-    return pa.record_batch(columns, schema=SCHEMA)
 
 
 def _split(opened: list[Prepared], weights: list[float], which: int) -> Split:

@@ -16,8 +16,9 @@ import pyarrow as pa
 import xxhash
 from pydantic import ConfigDict, Field
 
+from data.arrow_arrays import numbers, starts_of, texts
 from data.reading import LEFT_OUT, TRAIN
-from sources.source import MOST_WEIGHT
+from sources.source import MOST_WEIGHT, Conversation
 from utils.errors import UserError, reason
 from utils.files import checksum
 from utils.schemas import Schema, read_as
@@ -73,6 +74,25 @@ class Prepared:
     codes: np.ndarray  # int8 [conversations]
     weights: np.ndarray  # float64 [conversations], over 0; all 1 where no record has one
     report: dict[str, Any]  # the fields of `Report`
+
+
+def record_batch(examples: list[tuple[Conversation, tuple[np.ndarray, np.ndarray]]]) -> pa.RecordBatch:
+    """Rows of SCHEMA from conversations and what they were encoded to."""
+    messages = [message for conversation, _ in examples for message in conversation.messages]
+    fields = [texts([message.role for message in messages]), texts([message.content for message in messages])]
+    turns = pa.StructArray.from_arrays(fields, fields=list(SCHEMA.field("messages").type.value_type))
+    per_row = numbers(starts_of([len(conversation.messages) for conversation, _ in examples], np.int32))
+    lengths = [len(ids) for _, (ids, _) in examples]
+    starts = numbers(starts_of(lengths, np.int64))
+    input_ids, scored = (np.concatenate(parts) for parts in zip(*(encoded for _, encoded in examples), strict=True))
+    columns = [
+        pa.ListArray.from_arrays(per_row, turns),
+        pa.LargeListArray.from_arrays(starts, numbers(input_ids)),
+        pa.LargeListArray.from_arrays(starts, numbers(scored)),
+        numbers(np.array(lengths)),
+        numbers(np.array([int(np.count_nonzero(scored)) for _, (_, scored) in examples])),
+    ]
+    return pa.record_batch(columns, schema=SCHEMA)
 
 
 def seal(work: Path, folder: Path, report: dict[str, Any]) -> None:

@@ -96,7 +96,7 @@ def _from_list(record: Record, name: str, dropped: Counter) -> list[Message] | N
         content = record.inside(entry, name, "value" if "value" in entry else "content", nullable=True)
         train = record.inside({"train": None} | entry, name, "train", bool, nullable=True)
         weight = entry.get("weight")
-        if isinstance(weight, bool) or weight not in (None, 0, 1):
+        if weight not in (None, 0, 1):
             raise record.error(f"field '{name}.weight' is {str(weight)[:40]!r}, not 0 or 1")
         messages.append(Message(role, content or "", train=train is not False and weight != 0))
     return messages

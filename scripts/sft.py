@@ -120,24 +120,27 @@ def train_step(engine: Engine, micro_batches, recipe: Recipe, stats, rehearsal=F
     """One optimizer step over this process's micro-batches; a rehearsal does all of it but the update of the weights.
 
     The loss is the mean over all scored tokens of the step, however it is cut into micro-batches and processes; or,
-    under `loss_normalization: micro_batch`, the original's mean over micro-batches of their means. Either way a
-    micro-batch or a process without a scored token adds exactly nothing.
+    under `loss_normalization: micro_batch`, the original's mean over micro-batches of their means. Where tokens have
+    weights, each loss is multiplied by its own, and the mean divided by the mean of the weights, made in the same way.
+    A micro-batch or a process without a scored token adds exactly nothing.
 
     Returns:
         The gradient norm before clipping, and whether the weights were updated: not where the norm is no finite number.
     """
     accelerator, model, optimizer = engine.accelerator, engine.model, engine.optimizer
-    counts = torch.tensor([[len(batch.targets), len(batch.targets) > 0] for batch in micro_batches]).sum(0)
-    scored_tokens, scored_batches = accelerator.reduce(counts.to(accelerator.device, non_blocking=True)).clamp(min=1)
+    by_tokens = recipe.loss_normalization == "tokens"
+    # By what a micro-batch's sum is divided itself, before all of them are by what they weigh together.
+    sizes = [1 if by_tokens else max(1, len(batch.targets)) for batch in micro_batches]
+    weight = sum(batch.weight / size for batch, size in zip(micro_batches, sizes, strict=True))
+    weight = torch.tensor(weight, dtype=torch.double).to(accelerator.device, non_blocking=True)
+    weight = accelerator.reduce(weight).float()
+    weight += weight == 0  # of a step that teaches nothing
 
-    for number, batch in enumerate(micro_batches, 1):
+    for number, (batch, size) in enumerate(zip(micro_batches, sizes, strict=True), 1):
         batch = batch.to(accelerator.device)
         with engine.micro_batch(last=number == len(micro_batches)):
             total, losses, _ = model(batch)
-            if recipe.loss_normalization == "tokens":
-                loss = total / scored_tokens
-            else:
-                loss = total / max(1, len(losses)) / scored_batches
+            loss = total / size / weight
             # A loss that is no finite number makes NaN of every gradient, on every process: the norm tells all of it.
             finite = math.nan if rehearsal else 1 + 0 * loss.detach()
             # DDP and DeepSpeed average over processes and DeepSpeed divides by the accumulation steps: undo both.
@@ -183,6 +186,7 @@ def rehearse(engine: Engine, batches: Batches, largest_batches, stats) -> float:
 def evaluate_mix(engine: Engine, batches: Batches, run: Run, stop: StopSignal) -> None:
     """Write down loss and accuracy of each data set and of all, over every scored token of the validation split.
 
+    The loss is the cross-entropy alone, and no token has a weight: runs that are trained in other ways are compared.
     Sums are added over the processes and divided once, so that the result depends neither on their number nor on the
     batch size. Cut short by a signal, it is still due at the next start.
     """

@@ -149,6 +149,13 @@ class Recipe(Schema):
     loss_normalization: Literal["tokens", "micro_batch"] = key(
         "tokens", "mean over all scored tokens of a step, or the original's mean of micro-batch means", "training"
     )
+    label_smoothing: float = key(
+        0.0, "share of each target that goes to all of the vocabulary evenly; 0: off", "training", ge=0, lt=1
+    )
+    z_loss: NonNegativeFloat = key(0.0, "factor of log(Z)^2 in a token's loss, Z its softmax's sum; 0: off", "training")
+    neftune_noise_alpha: NonNegativeFloat = key(
+        0.0, "NEFTune's noise on the embeddings, 5 to 15 in its paper; 0: off", "training"
+    )
     rng_seed: Annotated[WholeNumber, Field(ge=0, lt=2**32)] = key(
         0xA1221F97, "everything random follows from it", "data training evaluation"
     )
@@ -197,6 +204,7 @@ class Recipe(Schema):
                 "torch_compile: true compiles nothing under gradient_checkpointing: true: give one of them"
             )
         self._check_adapters()
+        self._check_what_is_learnt()
         if self.micro_batch_tokens is not None:
             self._check_micro_batch_tokens(self.micro_batch_tokens)
         if os.path.realpath(self.output_dir) == os.path.realpath(self.model_name):
@@ -217,6 +225,14 @@ class Recipe(Schema):
                 "load_in_4bit: true is not for DeepSpeed, which would make half precision of what is packed: give "
                 "deepspeed_config: null"
             )
+
+    def _check_what_is_learnt(self) -> None:
+        mix = self.datasets.chosen()
+        if not any(options.weight for options in mix.values()):
+            raise ValueError("every data set of the mix has weight: 0, so that nothing is learnt: give one another")
+        for name, options in mix.items():
+            if options.train_on == "last" and not self.label_masking:
+                raise ValueError(f"datasets.{name}.train_on: last scores one reply, label_masking: false every token")
 
     def _check_micro_batch_tokens(self, tokens: int) -> None:
         if tokens < self.max_length:

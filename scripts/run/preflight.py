@@ -174,6 +174,12 @@ def recipe_warnings(
             f"learning_rate = {recipe.learning_rate:g}: pretrained models of this size ({num_parameters / 1e9:.2g} "
             f"billion parameters) are fine-tuned at {LOWEST_RATE:g} to {highest:g}: check it"
         )
+    for name, options in recipe.datasets.chosen().items():
+        if not options.weight:
+            found.append(
+                f"datasets.{name}.weight = 0: its conversations take their time in every step and teach nothing: leave "
+                "it out, or to evaluate on it alone, give it size: 1"
+            )
     if recipe.dtype == "fp16" and not recipe.from_scratch and config.dtype == torch.bfloat16:
         found.append("dtype = fp16: the model's weights are bf16, whose range fp16 lacks: give dtype: bf16")
     return found

@@ -19,6 +19,7 @@ from training.collate import Batch, kept_targets
 from training.engine import Engine
 from training.fragments import full_shape
 from training.fsdp_config import sharding_of
+from training.loss_shares import loss_shares
 from training.micro_batches import MicroBatch
 from training.optimizer import shortest_warmup
 from training.plan import (
@@ -42,13 +43,13 @@ def describe_run(engine: Engine, dtype: torch.dtype, mix: Mix, recipe: Recipe, t
     kind = str(sharding_of(accelerator) or accelerator.distributed_type.value)
     rows = training_rows(mix, recipe, 0)
     kept = kept_targets(mix.train, recipe, epoch=0)
-    targets = kept[rows].sum()
-    print(f"\n{'data set':<32}{'train':>10}{'validation':>12}{'tokens':>14}{'scored':>9}{'of targets':>12}")
+    of_loss = loss_shares(mix, recipe, kept, accelerator.num_processes)
+    print(f"\n{'data set':<32}{'train':>10}{'validation':>12}{'tokens':>14}{'scored':>9}{'of the loss':>13}")
     for index, name in enumerate(mix.names):
         own = rows[mix.train.dataset[rows] == index]
         tokens, scored = np.minimum(mix.train.lengths[own], recipe.max_length).sum(), kept[own].sum()
         held_out = (mix.validation.dataset == index).sum()
-        shares = f"{scored / max(1, tokens):>9.0%}{scored / max(1, targets):>12.1%}"
+        shares = f"{scored / max(1, tokens):>9.0%}{of_loss[index]:>13.1%}"
         print(f"{name:<32}{len(own):>10,}{held_out:>12,}{tokens:>14,}{shares}")
     over = (mix.train.lengths[rows] > recipe.max_length).sum()
     if over:

@@ -8,7 +8,7 @@
 Any causal LM whose logits are its output layer's; one process, DDP, or DeepSpeed ZeRO-1 and 2; GPU or CPU; fp32, fp16,
 bf16. It prepares the data (before any process group exists), shows the first batch, tries the largest, trains,
 evaluates each data set, writes checkpoints and leaves in OUTPUT_DIR: recipe.yaml, run.json, metrics.jsonl,
-training.png, checkpoint-<step>/, the final model and its card.
+training.png, samples.jsonl, checkpoint-<step>/, the final model and its card.
 
 The same command again goes on from the newest whole checkpoint. On SIGTERM, SIGINT, SIGUSR1 or SIGHUP it finishes the
 step, saves and exits with status 75; where no step and no evaluation is left, it ends as if nobody had asked.
@@ -101,12 +101,12 @@ def main(options, recipe: Recipe, stop: StopSignal) -> None:
         # With every step and evaluation made, the final model is less to write than the checkpoint of a stop would be.
         stopped = stop.agreed(accelerator) and not progress.is_complete
         if due.save or stopped:
-            run.save(tokenizer)
-        if stopped:
+            run.save()
+        if stopped or progress.is_complete:  # with early_stopping_patience before the last step
             break
 
     # ---- The end ----
-    run.end(tokenizer, stopped)
+    run.end(stopped)
     engine.close()
     if stopped:
         raise SystemExit(EXIT_STOPPED)

@@ -164,9 +164,20 @@ class Recipe(Schema):
     log_dir: str = key("base", "folder of the wandb files, under output_dir", "")
     logging_steps: PositiveInt = key(10, "a line in metrics.jsonl every so many steps", "")
     eval_steps: PositiveInt = key(200, "evaluate every so many steps, and at the end", "")
+    sample_every: PositiveInt | None = key(
+        None, "greedy replies at the first evaluation after each so many steps, and at the end; null: none", ""
+    )
+    sample_prompts: PathText | None = key(None, "to these prompts: .txt, one a line, or .jsonl", "")
+    early_stopping_metric: str = key(
+        "eval_loss", "of the evaluation's, what the best is by: eval_loss, eval_<dataset>_accuracy, ...", "training"
+    )
+    early_stopping_patience: PositiveInt | None = key(
+        None, "end after so many evaluations in a row that are not the best; null: by steps and epochs", "training"
+    )
     save_strategy: Literal["epoch", "steps", "no"] = key("steps", "when to write a checkpoint", "")
     save_steps: PositiveInt = key(1000, "a checkpoint every so many steps under save_strategy: steps", "")
     save_total_limit: PositiveInt | None = key(4, "keep the newest so many checkpoints; null: all", "")
+    keep_best: bool = key(False, "save at each evaluation that is the best so far, and keep the newest of these", "")
     keep_trainer_state: PositiveInt | None = key(
         2, "only the newest so many checkpoints keep what resuming needs, 4 to 12 bytes a weight; null: all", ""
     )

@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from recipe.keys import Recipe
+from run.best import Best, keep_checkpoints
 from run.checkpoint_state import (
     FORMAT,
     ProcessState,
@@ -34,7 +35,7 @@ from run.checkpoint_state import (
     sealed,
 )
 from run.model_files import as_readable_as_others, save_model
-from run.retention import NUMBERED, prune, remove_folder
+from run.retention import NUMBERED, remove_folder
 from run.stats import TrainingStats
 from training.adapter_files import ADAPTER_FILES
 from training.checkpoint_files import TRAINER_STATE, check_file, state_file
@@ -68,6 +69,11 @@ class Checkpoint:
     def position(self) -> Position:
         """How far it has come in the data."""
         return Position(**self.state.position.model_dump())
+
+    def best(self, metric: str) -> Best | None:
+        """The best evaluation up to here; None where it was another metric's."""
+        best = self.state.best
+        return Best(**best.model_dump()) if best and best.metric == metric else None
 
     @property
     def optimizer_files(self) -> list[Path]:
@@ -162,7 +168,7 @@ def save_checkpoint(engine: Engine, tokenizer, recipe: Recipe, state: dict[str, 
             remove_folder(whole, hidden=f"{work.name}.replaced")
         os.replace(work, whole)
         flush(recipe.output_dir)
-        prune(recipe, whole)
+        keep_checkpoints(recipe, whole, state.get("best") and Best(**state["best"]))
 
     def as_one(action: Callable[[], None], main_process_only: bool = False) -> None:
         """Do a part of the work; where it fails on any process, all stop, the first with the reason."""

@@ -14,6 +14,8 @@ from recipe.secrets import redact_text
 from run.curves import Curves
 from run.progress import Progress
 from run.record_file import redact
+from run.samples import Samples
+from training.replies import Reply, shown
 from utils.errors import UserError
 from utils.launch import say
 
@@ -83,6 +85,25 @@ class RunLog:
                 loss, accuracy = results[f"{key}_loss"], results[f"{key}_accuracy"]
                 print(f"  {name or 'all':<{width}}  loss {loss:.4f}  token accuracy {accuracy:.2%}", flush=True)
         self.draw()
+
+    def write_samples(self, step: int, samples: Samples, replies: list[Reply]) -> None:
+        """Add replies to samples.jsonl, print them under the progress bar, and log them as a table.
+
+        Raises: UserError where the disk is full.
+        """
+        if not self.main_process:
+            return
+        samples.write(step, replies)
+        with self.progress.external_write_mode():
+            print(f"replies after step {step:,}")
+            for prompt, reply in zip(samples.prompts, replies, strict=True):
+                question, end = prompt.messages[-1]["content"], "" if reply.ended else " ..."
+                print(f"  > {shown(question)}\n  {shown(reply.text)}{end}", flush=True)
+        if self.wandb:
+            import wandb
+
+            columns = ["step", "prompt", "reply", "ended"]
+            self.wandb.log({"step": step, "samples": wandb.Table(columns, samples.table(step, replies))})
 
     def draw(self) -> None:
         """Draw the curves so far, so that a run that is stopped has them too."""

@@ -195,10 +195,12 @@ def check_config(checkpoint: Checkpoint, config: PretrainedConfig, recipe: Recip
 def starting_point(checkpoint: Checkpoint | None, mix: Mix, recipe: Recipe) -> Progress:
     """Where the run begins or goes on, and where it ends."""
     plan = {"epoch_conversations": len(training_rows(mix, recipe, 0)), "held_out": len(mix.validation) > 0}
+    plan["patience"] = recipe.early_stopping_patience
     stood = {"step": 0, "position": Position()}
     if checkpoint:
         kept = ("step", "results", "evaluation_due", "wandb_id")
         stood = {name: getattr(checkpoint.state, name) for name in kept} | {"position": checkpoint.position}
+        stood["best"] = checkpoint.best(recipe.early_stopping_metric)
         if checkpoint.position.conversations >= len(training_rows(mix, recipe, checkpoint.position.epoch)):
             stood["position"] = Position(checkpoint.position.epoch + 1)  # of a mix that was made smaller
     end = recipe.max_steps or stood["step"] + steps_left(mix, recipe, num_processes(), stood["position"])

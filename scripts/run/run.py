@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from data.mix import Mix
 from recipe.keys import Recipe
+from run.best import check_metric, link_checkpoints
 from run.checkpoint import Checkpoint, save_checkpoint, save_final_model
 from run.folder import check_still_ours, claim_output_dir, lock_output_dir, wait_for_other_run
 from run.health import StepHealth, one_line_at_minimum_scale
@@ -21,13 +22,14 @@ from run.record import begin_record
 from run.record_file import update_status
 from run.report import end_report
 from run.resume import check_config, check_data, find_checkpoint, restore, run_state, starting_point
+from run.samples import Samples, check_prompts
 from run.stats import Clock, TrainingStats
 from training.batches import Batches
 from training.engine import Engine
 from training.flops import ModelFlops, peak_flops
 from training.model import load_merged, load_model
 from training.optimizer_state import loss_scale
-from utils.launch import process_index
+from utils.launch import process_index, stop_all
 
 
 class Run:
@@ -47,6 +49,7 @@ class Run:
         self.recipe, self.checkpoint, self.lock = recipe, checkpoint, lock
         self.record = recipe.output_dir / "run.json"
         self.clock = Clock()
+        self.saved_step: int | None = None  # of the last checkpoint of this start
 
     def plan(
         self,
@@ -63,12 +66,14 @@ class Run:
             reproduced: the record of an earlier run that this one repeats.
 
         Raises:
-            UserError: the data or the model are not those of the checkpoint.
+            UserError: the data or the model are not those of the checkpoint; no evaluation will have
+                early_stopping_metric; as `Samples`.
         """
         if self.checkpoint:
             check_data(self.checkpoint, mix, self.recipe, allow_changes)
             check_config(self.checkpoint, config_of_run(self.recipe, config, tokenizer), self.recipe, allow_changes)
-        self.mix = mix
+        check_metric(self.recipe, {mix.names[index] for index in set(mix.validation.dataset)})
+        self.mix, self.tokenizer, self.samples = mix, tokenizer, Samples(self.recipe, tokenizer)
         self.progress = starting_point(self.checkpoint, mix, self.recipe)
         if process_index() == 0:
             earlier = reproduced or (self.record if self.checkpoint and self.record.exists() else None)
@@ -140,22 +145,39 @@ class Run:
         self.log.progress.set_description("training")
 
     def write_evaluation(self, results: dict[str, float]) -> None:
-        """The results of an evaluation, for metrics.jsonl, the curves, the screen and the model card."""
+        """The results of an evaluation, for metrics.jsonl, the curves, the screen and the model card; then what hangs
+        on them: replies to look at, and under keep_best a checkpoint. Every process calls this."""
         self.check_folder()
-        self.progress.results, self.progress.evaluation_due = results, False
+        metric = self.recipe.early_stopping_metric
+        if metric not in results and (self.recipe.keep_best or self.recipe.early_stopping_patience):
+            stop_all(f"early_stopping_metric = {metric}: no token that is held out is scored")
+        is_best = self.progress.end_evaluation(results, metric)
         self.log.write(self.progress.as_metrics() | results)
         self.log.show_evaluation(self.progress.step, results)
+        if self.samples.due(self.progress):
+            self.log.progress.set_description("replying")
+            with self.clock.spend("samples"):
+                replies = self.samples.take(self.engine.language_model, self.engine.accelerator)
+            self.log.progress.set_description("training")
+            self.log.write_samples(self.progress.step, self.samples, replies)
+        if self.main_process:
+            link_checkpoints(self.recipe, self.progress.best)  # one of this very step may be there, of a stop
+        if is_best and self.recipe.keep_best:
+            self.save()
 
-    def save(self, tokenizer) -> None:
-        """Write a checkpoint. Every process calls this."""
+    def save(self) -> None:
+        """Write a checkpoint, unless this step has one since its evaluation was the best. Every process calls this."""
+        if self.saved_step == self.progress.step:
+            return
         self.check_folder()
         with self.clock.spend("saving"):
             state = run_state(self.recipe, self.mix, self.engine, self.progress, self.health)
-            save_checkpoint(self.engine, tokenizer, self.recipe, state, self.stats)
+            save_checkpoint(self.engine, self.tokenizer, self.recipe, state, self.stats)
+        self.saved_step = self.progress.step
 
     # ---- The end ----
 
-    def end(self, tokenizer, stopped: bool) -> None:
+    def end(self, stopped: bool) -> None:
         """Write the final model, unless the run was stopped; say what it came to."""
         self.check_folder()
         self.log.close()
@@ -164,7 +186,7 @@ class Run:
         if not stopped:
             with self.clock.spend("saving"):
                 merge = partial(load_merged, self.recipe) if self.recipe.merge_adapter else None
-                save_final_model(self.engine.language_model, tokenizer, self.recipe.output_dir, merge)
+                save_final_model(self.engine.language_model, self.tokenizer, self.recipe.output_dir, merge)
         report = end_report(self.recipe, self.progress, self.stats, self.health)
         status = "interrupted" if stopped else "finished"
         update_status(self.record, status, report=report, wandb=self.log.wandb_url)
@@ -174,8 +196,10 @@ def open_run(recipe: Recipe, allow_changes: bool) -> Run:
     """Find the checkpoint that a run goes on from, and make its folder ours, before anything heavy. Every process.
 
     Raises:
-        UserError: the folder holds another run, or another process is at it.
+        UserError: the folder holds another run, or another process is at it; as `check_metric` and `check_prompts`.
     """
+    check_metric(recipe, recipe.datasets.chosen())
+    check_prompts(recipe)
     recipe_file = recipe.output_dir / "recipe.yaml"
     if process_index() == 0:
         wait_for_other_run(recipe)

@@ -91,13 +91,16 @@ def link_checkpoints(recipe: Recipe, best: Best | None) -> None:
     """Have OUTPUT_DIR/last lead to the newest checkpoint, and OUTPUT_DIR/best to the best that is there.
 
     The links are relative, so that the folder can be moved, and one is replaced by the next at once. Where there is no
-    such checkpoint there is no link, and on a file system without links a line says so.
+    such checkpoint there is no link; what is there under its name and is none stays; and on a file system without links
+    a line says so.
     """
     folder = recipe.output_dir
     newest = list_checkpoints(folder)[-1:]
     leads_to = {"best": best_checkpoint(folder, recipe.early_stopping_metric, best), "last": (newest or [None])[0]}
     for name in LINKS:
         link, path = folder / name, leads_to[name]
+        if os.path.lexists(link) and not link.is_symlink():
+            continue
         if (path.name if path else None) == (os.readlink(link) if link.is_symlink() else None):
             continue
         try:

@@ -65,10 +65,8 @@ def check_own_names(recipe: Recipe) -> None:
                 f"output_dir = {folder}: {name} is no file there, and the run has to write one: move it away"
             )
     for name in LINKS:
-        if os.path.lexists(folder / name) and not os.path.islink(folder / name):
-            raise UserError(
-                f"output_dir = {folder}: {name} is no link there, and the run makes one of that name: move it away"
-            )
+        if os.path.lexists(folder / name) and not os.path.islink(folder / name):  # as what copies a run may make of one
+            say(f"{folder / name} is no link, and stays as it is: remove it to have one to the {name} checkpoint")
     taken = first and (first[0] in (*OWN_FILES, *LINKS) or re.match(r"\.?checkpoint-|\.final|\.lock", first[0]))
     if recipe.log_wandb and taken:
         raise UserError(f"log_dir = {recipe.log_dir}: the run has something else of that name: give another")

@@ -70,7 +70,7 @@ def stopped(folder, recipe):
 @pytest.fixture
 def output(stopped, tmp_path):
     """A copy of it of the test's own."""
-    return shutil.copytree(stopped, tmp_path / "output")
+    return shutil.copytree(stopped, tmp_path / "output", symlinks=True)
 
 
 def assert_same_end(output: Path, whole: Path) -> None:

@@ -320,10 +320,15 @@ def test_refused(tmp_path, recipe, keys, message, dry):
     assert not (tmp_path / "output" / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize("name", ["best", "last"])
-@pytest.mark.parametrize("dry", [True, False])
-def test_a_folder_of_the_users_is_left_alone(tmp_path, recipe, name, dry):
-    (tmp_path / name).mkdir()
-    run = run_here(recipe, *["--dry_run"] * dry, output_dir=tmp_path)
-    assert run.returncode == 2
-    assert f"{name} is no link there" in run.errors[0]
+def test_a_copy_in_place_of_a_link_stays_as_it_is(tmp_path, recipe):
+    """As scp and `cp -L` make one."""
+    for name in ("best", "last"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"somebody's")
+    assert "best is no link" in run_here(recipe, "--dry_run", output_dir=tmp_path).stdout
+    run = run_here(recipe, "--max_steps", 4, output_dir=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "last is no link, and stays as it is: remove it" in run.stdout
+    assert [
+        path.read_bytes() for path in tmp_path.glob("*/model.safetensors") if path.parent.name in ("best", "last")
+    ] == [b"somebody's"] * 2

@@ -9,6 +9,7 @@ from transformers import AutoConfig, PretrainedConfig
 from data.mix import Mix
 from recipe.keys import Recipe
 from recipe.load import load_recipe
+from run.best import LINKS
 from run.checkpoint import Checkpoint, read_checkpoint
 from run.folder import is_ours, refuse_other_run
 from run.health import StepHealth
@@ -41,6 +42,8 @@ def find_checkpoint(recipe: Recipe, allow_changes: bool) -> Checkpoint | None:
     if asked not in ("auto", "never"):
         path = Path(asked)
         real = os.path.realpath(path)  # not Path.resolve, which raises for a link to itself
+        if path.name in LINKS:
+            path = Path(real)  # since it may lead elsewhere in a moment
         is_own = os.path.realpath(folder) in (os.path.realpath(path.parent), os.path.dirname(real))
         if is_own or not own:
             if not is_own and not _same_run_without_checkpoint(recipe):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from checkpoints import save_chat_model
 from conftest import run_script
+from export import open_source
 from hypothesis import given
 from hypothesis import strategies as st
 from interruption import Died, run_here, small_recipe
@@ -16,6 +17,7 @@ from mixes import make_progress, make_recipe
 from test_resume import assert_same_end
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from evaluation.model import find_model
 from run import run as run_module
 from run.best import Best, best_checkpoint, judge, link_checkpoints
 from run.checkpoint import read_checkpoint
@@ -163,13 +165,32 @@ def test_a_run_that_was_stopped_is_the_same(tmp_path, recipe, whole, stops, monk
 
 
 def test_more_patience_goes_on_where_it_ended(tmp_path, recipe, whole):
+    """From the link, which is another's by then; and though no line tells any longer which evaluation was the best."""
     output = shutil.copytree(whole.output_dir, tmp_path / "output", symlinks=True)
-    keys = ("--early_stopping_patience", 4)
+    keys = ("--early_stopping_patience", 4, "--resume_from_checkpoint", output / "last")
     assert "--allow_changes" in run_here(recipe, *keys, output_dir=output).errors[0]
+    (output / "metrics.jsonl").unlink()
     run = run_here(recipe, *keys, "--max_steps", 33, "--allow_changes", output_dir=output)
     assert run.returncode == 0, run.stderr
+    assert f"going on from {(output / 'checkpoint-30').resolve()}, after step 30" in run.stdout
     assert "33 of 33 steps" in run.stdout
     assert "ended early" not in run.stdout
+    assert os.readlink(output / "best") == "checkpoint-20"
+
+
+def test_every_script_takes_the_link(tmp_path, whole):
+    """As the checkpoint that it leads to now; a run that goes on may have it lead elsewhere."""
+    link = whole.output_dir / "best"
+    checkpoint = link.resolve()
+    found = find_model(str(link))
+    assert found == find_model(f"{link}/")
+    assert (Path(found.name), found.step) == (checkpoint, 20)
+    assert found.recipe_file == whole.output_dir / "recipe.yaml"
+    assert open_source(str(link))[0] == found
+    run_script(link, script="scripts/eval_loss.py", output_dir=tmp_path)
+    assert (checkpoint / "eval" / "loss.json").exists()
+    shown = run_script(link, "--markdown", script="scripts/compare.py", output_dir=tmp_path).stdout
+    assert "(step 20)" in shown
 
 
 def test_two_processes_reply_together(tmp_path, recipe, whole):

@@ -5,9 +5,10 @@
     python scripts/eval_loss.py averaged --recipe run/recipe.yaml
     python scripts/compare.py run averaged
 
-Each weight is summed in fp32, one tensor in memory at a time, and stored in the precision of the first. They have to be
-of one model: the same config, tokenizer, chat template, and names and shapes of the weights. The mean of adapters is not
-that of their models, so each has to be exported first. DIR appears when it is whole; evaluate it before you trust it.
+Each weight is summed in fp32, one tensor in memory at a time, and stored in the precision of the first. The checkpoints
+have to be of one model: the same config, tokenizer, chat template, and names and shapes of the weights. The mean of
+adapters is not that of their models, so each has to be exported first. DIR appears when it is whole; evaluate it before
+you trust it.
 """
 
 from pathlib import Path

@@ -59,6 +59,11 @@ def expand_home(value: Any) -> Any:
     return os.path.abspath(text) if str(Path(text)).startswith("~") and not text.startswith("~") else expanded
 
 
+def as_list(value: Any) -> Any:
+    """A name in place of a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
 FolderPath = Annotated[Path, BeforeValidator(expand_home)]
 PathText = Annotated[str, BeforeValidator(expand_home)]
 ModuleName = Annotated[str, Field(min_length=1)]
@@ -161,7 +166,7 @@ class Recipe(Schema):
     )
 
     output_dir: FolderPath = key(..., "folder of the run: checkpoints, metrics, final model", "")
-    log_dir: str = key("base", "folder of the wandb files, under output_dir", "")
+    log_dir: str = key("base", "folder of the files of wandb and TensorBoard, under output_dir", "")
     logging_steps: PositiveInt = key(10, "a line in metrics.jsonl every so many steps", "")
     eval_steps: PositiveInt = key(200, "evaluate every so many steps, and at the end", "")
     sample_every: PositiveInt | None = key(
@@ -186,7 +191,10 @@ class Recipe(Schema):
         0, "at the end, print replies to so many held-out prompts of each data set", ""
     )
     log_wandb: bool = key(True, "log to Weights & Biases, offline when nobody is logged in", "")
-    wandb_project: str = key("supervised-finetuning", "its project", "")
+    log_with: Annotated[list[Literal["wandb", "tensorboard", "trackio", "mlflow"]], BeforeValidator(as_list)] = key(
+        [], "trackers to log to beside it", ""
+    )
+    wandb_project: str = key("supervised-finetuning", "its project, trackio's too, and MLflow's experiment", "")
 
     @model_validator(mode="before")
     @classmethod

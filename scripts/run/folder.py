@@ -68,8 +68,13 @@ def check_own_names(recipe: Recipe) -> None:
         if os.path.lexists(folder / name) and not os.path.islink(folder / name):  # as what copies a run may make of one
             say(f"{folder / name} is no link, and stays as it is: remove it to have one to the {name} checkpoint")
     taken = first and (first[0] in (*OWN_FILES, *LINKS) or re.match(r"\.?checkpoint-|\.final|\.lock", first[0]))
-    if recipe.log_wandb and taken:
+    if keeps_logs(recipe) and taken:
         raise UserError(f"log_dir = {recipe.log_dir}: the run has something else of that name: give another")
+
+
+def keeps_logs(recipe: Recipe) -> bool:
+    """Whether a tracker writes into log_dir."""
+    return recipe.log_wandb or "tensorboard" in recipe.log_with
 
 
 def is_ours(recipe_file: Path) -> bool:
@@ -127,7 +132,7 @@ def claim_output_dir(recipe: Recipe, checkpoint: Checkpoint | None) -> None:
     folder = recipe.output_dir
     lock_output_dir(recipe)
     check_own_names(recipe)
-    if recipe.log_wandb:
+    if keeps_logs(recipe):
         try:
             (folder / recipe.log_dir).mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -26,6 +26,7 @@ class Progress:
         results: of the last whole evaluation, by the names of metrics.jsonl.
         evaluation_due: an evaluation of this step was begun and not ended.
         wandb_id: of its run in Weights & Biases; None without one.
+        tracker_runs: {tracker: by what it knows its run}, of those other than wandb that want to be told.
         best: of all evaluations, by early_stopping_metric; None before there was one.
         total_steps, epoch_conversations, held_out: of the plan: the last step, the conversations of an epoch, and
             whether there is a validation split.
@@ -40,6 +41,7 @@ class Progress:
     results: dict[str, float] = field(default_factory=dict)
     evaluation_due: bool = False
     wandb_id: str | None = None
+    tracker_runs: dict[str, str] = field(default_factory=dict)
     best: Best | None = None
     patience: int | None = None
 
@@ -85,6 +87,6 @@ class Progress:
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint, as JSON takes it."""
-        kept = ("step", "results", "evaluation_due", "wandb_id")
+        kept = ("step", "results", "evaluation_due", "wandb_id", "tracker_runs")
         best = self.best and asdict(self.best)
         return {name: getattr(self, name) for name in kept} | {"position": asdict(self.position), "best": best}

@@ -201,7 +201,7 @@ def starting_point(checkpoint: Checkpoint | None, mix: Mix, recipe: Recipe) -> P
     plan["patience"] = recipe.early_stopping_patience
     stood = {"step": 0, "position": Position()}
     if checkpoint:
-        kept = ("step", "results", "evaluation_due", "wandb_id")
+        kept = ("step", "results", "evaluation_due", "wandb_id", "tracker_runs")
         stood = {name: getattr(checkpoint.state, name) for name in kept} | {"position": checkpoint.position}
         stood["best"] = checkpoint.best(recipe.early_stopping_metric)
         if checkpoint.position.conversations >= len(training_rows(mix, recipe, checkpoint.position.epoch)):

@@ -189,7 +189,7 @@ class Run:
                 save_final_model(self.engine.language_model, self.tokenizer, self.recipe.output_dir, merge)
         report = end_report(self.recipe, self.progress, self.stats, self.health)
         status = "interrupted" if stopped else "finished"
-        update_status(self.record, status, report=report, wandb=self.log.wandb_url)
+        update_status(self.record, status, report=report, wandb=self.log.trackers.wandb_url)
 
 
 def open_run(recipe: Recipe, allow_changes: bool) -> Run:

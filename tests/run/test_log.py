@@ -441,7 +441,7 @@ def test_wandb_logs_offline_and_says_where(tmp_path, capsys, monkeypatch, enviro
     assert said.startswith("wandb: ")
     assert reason in said
     assert said.endswith(f"logging offline to {run} (wandb sync uploads it)")
-    assert log.wandb_url is None  # the card has no link then
+    assert log.trackers.wandb_url is None  # the card has no link then
     assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "out"]
 
 

@@ -193,6 +193,18 @@ def test_every_script_takes_the_link(tmp_path, whole):
     assert "(step 20)" in shown
 
 
+def test_wandb_has_them_as_a_table(tmp_path, recipe, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = run_here(recipe, "--log_wandb", "true", "--max_steps", 4, output_dir=tmp_path)
+    assert run.returncode == 0, run.stderr
+    (file,) = (tmp_path / "base" / "wandb").glob("offline-run-*/files/media/table/samples_*.json")
+    table, lines = json.loads(file.read_text()), samples(tmp_path)
+    assert table["columns"] == ["step", "prompt", "reply", "ended"]
+    assert table["data"] == [
+        [4, line["messages"][-1]["content"], line["reply"], line["ended"]] for line in lines if line["step"] == 4
+    ]
+
+
 def test_two_processes_reply_together(tmp_path, recipe, whole):
     keys = ("--gradient_accumulation_steps", 1, "--max_steps", 8)
     run_script(recipe, *keys, output_dir=tmp_path, launch="ddp2")

@@ -23,8 +23,9 @@ its prompt and its number, not on the batch size or the processes. An interrupte
 import sys
 from pathlib import Path
 
+from data.prompts import read_prompts
 from evaluation.model import evaluation_parser, find_model
-from evaluation.report_files import SamplingReport, read_configs, read_prompts, read_report
+from evaluation.report_files import SamplingReport, read_configs, read_report
 from evaluation.report_page import check_can_write, write_page
 from utils.command_line import positive
 from utils.errors import UserError, one_line_errors

@@ -8,7 +8,7 @@
 Any causal LM whose logits are its output layer's; one process, DDP, or DeepSpeed ZeRO-1 and 2; GPU or CPU; fp32, fp16,
 bf16. It prepares the data (before any process group exists), shows the first batch, tries the largest, trains,
 evaluates each data set, writes checkpoints and leaves in OUTPUT_DIR: recipe.yaml, run.json, metrics.jsonl,
-training.png, checkpoint-<step>/, the final model and its card.
+training.png, samples.jsonl, checkpoint-<step>/, the final model and its card.
 
 The same command again goes on from the newest whole checkpoint. On SIGTERM, SIGINT, SIGUSR1 or SIGHUP it finishes the
 step, saves and exits with status 75; where no step and no evaluation is left, it ends as if nobody had asked.
@@ -69,7 +69,7 @@ def main(options, recipe: Recipe, stop: StopSignal) -> None:
     language_model = run.load_model(config, tokenizer, dtype if deepspeed else torch.float32)
     engine = prepare_engine(accelerator, language_model, recipe, progress.total_steps)
     batches = Batches(mix, recipe, accelerator.process_index, accelerator.num_processes, tokenizer.pad_token_id)
-    run.attach(engine, batches, tokenizer, dtype)
+    run.attach(engine, batches, dtype)
 
     # ---- What will run, and what will be learnt: a wrong mask is the commonest silent mistake ----
     if accelerator.is_main_process:
@@ -102,7 +102,7 @@ def main(options, recipe: Recipe, stop: StopSignal) -> None:
         stopped = stop.agreed(accelerator, run.save_failed) and not progress.is_complete
         if due.save or stopped:
             run.save()
-        if stopped:
+        if stopped or progress.is_complete:  # with early_stopping_patience before the last step
             break
 
     # ---- The end ----

@@ -59,6 +59,11 @@ def expand_home(value: Any) -> Any:
     return os.path.abspath(text) if str(Path(text)).startswith("~") and not text.startswith("~") else expanded
 
 
+def as_list(value: Any) -> Any:
+    """A name in place of a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
 FolderPath = Annotated[Path, BeforeValidator(expand_home)]
 PathText = Annotated[str, BeforeValidator(expand_home)]
 ModuleName = Annotated[str, Field(min_length=1)]
@@ -168,13 +173,24 @@ class Recipe(Schema):
     )
 
     output_dir: FolderPath = key(..., "folder of the run: checkpoints, metrics, final model", "")
-    log_dir: str = key("base", "folder of the wandb files, under output_dir", "")
+    log_dir: str = key("base", "folder of the files of wandb and TensorBoard, under output_dir", "")
     logging_steps: PositiveInt = key(10, "a line in metrics.jsonl every so many steps", "")
     eval_steps: PositiveInt = key(200, "evaluate every so many steps, and at the end", "")
+    sample_every: PositiveInt | None = key(
+        None, "greedy replies at the first evaluation after each so many steps, and at the end; null: none", ""
+    )
+    sample_prompts: PathText | None = key(None, "to these prompts: .txt, one a line, or .jsonl", "")
+    early_stopping_metric: str = key(
+        "eval_loss", "of the evaluation's, what the best is by: eval_loss, eval_<dataset>_accuracy, ...", "training"
+    )
+    early_stopping_patience: PositiveInt | None = key(
+        None, "end after so many evaluations in a row that are not the best; null: by steps and epochs", "training"
+    )
     save_strategy: Literal["epoch", "steps", "no"] = key("steps", "when to write a checkpoint", "")
     save_steps: PositiveInt = key(1000, "a checkpoint every so many steps under save_strategy: steps", "")
     save_in_background: bool = key(True, "go on training while a checkpoint is written, from a copy in memory", "")
     save_total_limit: PositiveInt | None = key(4, "keep the newest so many checkpoints; null: all", "")
+    keep_best: bool = key(False, "save at each evaluation that is the best so far, and keep the newest of these", "")
     keep_trainer_state: PositiveInt | None = key(
         2, "only the newest so many checkpoints keep what resuming needs, 4 to 12 bytes a weight; null: all", ""
     )
@@ -183,7 +199,10 @@ class Recipe(Schema):
         0, "at the end, print replies to so many held-out prompts of each data set", ""
     )
     log_wandb: bool = key(True, "log to Weights & Biases, offline when nobody is logged in", "")
-    wandb_project: str = key("supervised-finetuning", "its project", "")
+    log_with: Annotated[list[Literal["wandb", "tensorboard", "trackio", "mlflow"]], BeforeValidator(as_list)] = key(
+        [], "trackers to log to beside it", ""
+    )
+    wandb_project: str = key("supervised-finetuning", "its project, trackio's too, and MLflow's experiment", "")
 
     @model_validator(mode="before")
     @classmethod

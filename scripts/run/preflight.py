@@ -141,14 +141,16 @@ def recipe_warnings(
             "num_train_epochs or max_steps is to say?"
         )
     every = steps_between_checkpoints(recipe, epoch_steps)
-    if recipe.save_strategy == "no":
+    if recipe.keep_best:  # which saves after the first evaluation
+        every = min(every, recipe.eval_steps)
+    if recipe.save_strategy == "no" and not recipe.keep_best:
         found.append("save_strategy = no: nothing to go on from after a crash: give steps or epoch")
     elif every > total_steps:
         found.append(
             f"the first checkpoint would come at step {every:,}, the run ends at {total_steps:,}: "
             "give save_strategy: steps and a smaller save_steps"
         )
-    if recipe.save_only_model and recipe.save_strategy != "no":
+    if recipe.save_only_model and (recipe.save_strategy != "no" or recipe.keep_best):
         found.append("save_only_model = true: nothing to go on from after a crash: give keep_trainer_state: 1 instead")
     if not len(mix.validation):
         found.append("nothing is held out, so that nothing shows overfitting: give a data set a val_split")

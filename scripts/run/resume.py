@@ -9,6 +9,7 @@ from transformers import AutoConfig, PretrainedConfig
 from data.mix import Mix
 from recipe.keys import Recipe
 from recipe.load import load_recipe
+from run.best import LINKS
 from run.checkpoint import Checkpoint, read_checkpoint
 from run.folder import is_ours, refuse_other_run
 from run.health import StepHealth
@@ -42,6 +43,8 @@ def find_checkpoint(recipe: Recipe, allow_changes: bool) -> Checkpoint | None:
     if asked not in ("auto", "never"):
         path = Path(asked)
         real = os.path.realpath(path)  # not Path.resolve, which raises for a link to itself
+        if path.name in LINKS:
+            path = Path(real)  # since it may lead elsewhere in a moment
         is_own = os.path.realpath(folder) in (os.path.realpath(path.parent), os.path.dirname(real))
         if is_own or not own:
             if not is_own and not _same_run_without_checkpoint(recipe):
@@ -196,10 +199,12 @@ def check_config(checkpoint: Checkpoint, config: PretrainedConfig, recipe: Recip
 def starting_point(checkpoint: Checkpoint | None, mix: Mix, recipe: Recipe) -> Progress:
     """Where the run begins or goes on, and where it ends."""
     plan = {"epoch_conversations": len(training_rows(mix, recipe, 0)), "held_out": len(mix.validation) > 0}
+    plan["patience"] = recipe.early_stopping_patience
     stood = {"step": 0, "position": Position()}
     if checkpoint:
-        kept = ("step", "results", "evaluation_due", "wandb_id")
+        kept = ("step", "results", "evaluation_due", "wandb_id", "tracker_runs")
         stood = {name: getattr(checkpoint.state, name) for name in kept} | {"position": checkpoint.position}
+        stood["best"] = checkpoint.best(recipe.early_stopping_metric)
         if checkpoint.position.conversations >= len(training_rows(mix, recipe, checkpoint.position.epoch)):
             stood["position"] = Position(checkpoint.position.epoch + 1)  # of a mix that was made smaller
     end = recipe.max_steps or stood["step"] + steps_left(mix, recipe, num_processes(), stood["position"])

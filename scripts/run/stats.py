@@ -18,11 +18,11 @@ class Clock:
     """What a run's time goes into, over all its starts.
 
     Attributes:
-        seconds: of `data` (waiting for a batch), `training`, `evaluation` and `saving`.
+        seconds: of `data` (waiting for a batch), `training`, `evaluation`, `saving` and `samples`.
     """
 
     def __init__(self):
-        self.seconds = dict.fromkeys(("data", "training", "evaluation", "saving"), 0.0)
+        self.seconds = dict.fromkeys(("data", "training", "evaluation", "saving", "samples"), 0.0)
 
     @contextmanager
     def spend(self, what: str) -> Iterator[None]:

@@ -70,7 +70,7 @@ def stopped(folder, recipe):
 @pytest.fixture
 def output(stopped, tmp_path):
     """A copy of it of the test's own."""
-    return shutil.copytree(stopped, tmp_path / "output")
+    return shutil.copytree(stopped, tmp_path / "output", symlinks=True)
 
 
 def assert_same_end(output: Path, whole: Path) -> None:
@@ -816,8 +816,8 @@ def test_the_one_in_use_is_never_moved(recipe, output, tmp_path, capsys):
     """By whatever way it is named; a link to it under another number is."""
     linked = tmp_path / "linked"
     linked.symlink_to(output)
-    (output / "best").symlink_to("checkpoint-7")
-    for way in (output / "checkpoint-7", linked / "checkpoint-7", output / "best", linked / ".." / "output" / "best"):
+    (output / "kept").symlink_to("checkpoint-7")
+    for way in (output / "checkpoint-7", linked / "checkpoint-7", output / "kept", linked / ".." / "output" / "kept"):
         (output / "checkpoint-9").symlink_to("checkpoint-7")
         values = make(recipe, output_dir=output, resume_from_checkpoint=way)
         claim_output_dir(values, find_checkpoint(values, allow_changes=False))

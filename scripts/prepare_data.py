@@ -122,7 +122,7 @@ def print_contamination(mix: Mix, recipe: Recipe) -> None:
     for name in contamination.BENCHMARKS:
         questions = contamination.load_benchmark(name, recipe.cache_dir)
         if isinstance(questions, str):
-            console.print(f"contamination: not checked: {questions}", soft_wrap=True)
+            console.print(f"test questions in training: not looked for, since {questions}", soft_wrap=True)
         else:
             found = contamination.contaminated_rows(mix.train, questions)
             print_overlaps(f"training conversations with questions of {name} ({len(questions):,} items)", found, mix)

@@ -40,7 +40,7 @@ def dry_run(recipe: Recipe, allow_changes: bool) -> None:
             raise UserError(
                 f"output_dir = {folder}: cannot write there: {nearest} is not a folder that can be written to"
             )
-    say(recipe.to_yaml())
+    say(f"{recipe.to_yaml()}\n# ---- what was found of it ----")  # which comes last, and is seen
     for name, options in recipe.datasets.chosen().items():
         hub, paths = find_source(name, options).hub, source_files(name, recipe, download=False)
         if not paths and not may_be_on_hub(options.input_file_path, hub):

@@ -23,7 +23,7 @@ from run import folder as folder_module
 from run.checkpoint import read_checkpoint
 from run.checkpoint_state import FORMAT
 from run.folder import RECIPE_HEADER, claim_output_dir
-from run.resume import changed_keys, find_checkpoint, restore
+from run.resume import changed_keys, find_checkpoint, is_finished, restore
 from run.retention import list_checkpoints, step_of
 from run.run import Run
 from utils.errors import UserError
@@ -532,6 +532,18 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(recipe, tmp_path,
     run = run_here(recipe, output_dir=tmp_path)
     assert "going on" not in run.stdout
     assert_same_end(tmp_path, whole)
+
+
+def test_of_a_finished_run_without_checkpoints_it_says_what_is_another(recipe, whole, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "out", ignore=shutil.ignore_patterns("checkpoint-*"))
+    assert is_finished(make(recipe, output_dir=folder))
+    other = make(recipe, output_dir=folder, learning_rate=0.02, max_grad_norm=1.0)
+    words = r"holds another run \(metrics.jsonl, .*; in its recipe learning_rate: 0.01 then, 0.02 now; max_grad_norm: "
+    for _ in range(2):
+        with pytest.raises(UserError, match=words):
+            find_checkpoint(other, allow_changes=False)
+        words = r"holds another run \(metrics.jsonl, [^;]*; give another --output_dir, or remove it$"
+        (folder / "run.json").write_text("{")
 
 
 def test_never_begins_in_an_empty_folder_only(recipe, output, tmp_path):

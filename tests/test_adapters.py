@@ -26,6 +26,7 @@ from training.deepspeed_config import fill_config
 from training.memory import estimate_memory
 from training.model import load_config, without_weights
 from training.pretrained import load_pretrained
+from training.sharding import replicated
 from utils.errors import UserError
 
 RANK, ALPHA = 4, 12
@@ -353,7 +354,7 @@ def test_a_recipe_that_ships_says_its_own_estimate(name):
     model = without_weights(loaded, config)
     adapter = adapter_size(loaded, model) if loaded.use_peft else None
     shape = (1, loaded.micro_batch_tokens)
-    parts = estimate_memory(loaded, config, model.num_parameters(), 1, None, torch.bfloat16, shape, True, adapter)
+    parts = estimate_memory(loaded, config, model.num_parameters(), replicated(1), torch.bfloat16, shape, True, adapter)
     said = float(re.search(r"([\d.]+) GiB of memory", path.read_text())[1])
     assert sum(parts.values()) / 2**30 == pytest.approx(said, rel=0.01)
 

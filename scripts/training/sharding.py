@@ -1,0 +1,214 @@
+"""How an engine lays a run's state over its processes, and what that takes of a device and of its host.
+
+Nothing here needs a process group, so that a run can be planned on any machine (`scripts/plan.py`).
+"""
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from training.deepspeed_config import optimizer_on_host
+from utils.launch import launcher_plugin, num_processes
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """An engine, by what decides over memory and traffic.
+
+    Attributes:
+        engine: `plain` is one process or DistributedDataParallel.
+        shards: processes that a state which is cut is cut among.
+        replicas: groups of such processes, each with the whole state. Under plain every process is one.
+        optimizer_on_host, parameters_on_host: offloaded from a GPU; without one all is in the same memory anyway.
+        bucket: gradients that DeepSpeed reduces at once (`reduce_bucket_size`); None: the square of the hidden size.
+        buckets: of them, two where one is filled while the other is reduced (`overlap_comm`).
+        live: weights that ZeRO-3 leaves gathered (`stage3_max_live_parameters`).
+        sub_group: weights that ZeRO-3 updates at once (`sub_group_size`).
+        reshard: FSDP2's `reshard_after_forward`.
+    """
+
+    engine: Literal["plain", "zero1", "zero2", "zero3", "fsdp2"] = "plain"
+    shards: int = 1
+    replicas: int = 1
+    optimizer_on_host: bool = False
+    parameters_on_host: bool = False
+    bucket: int | None = None
+    buckets: int = 1
+    live: int = 10**9
+    sub_group: int = 10**9
+    reshard: bool = True
+
+    @property
+    def processes(self) -> int:
+        return self.shards * self.replicas
+
+    @property
+    def is_deepspeed(self) -> bool:
+        return self.engine.startswith("zero")
+
+    @property
+    def keeps_half_weights(self) -> bool:
+        """Whether forward and backward run on weights in half precision, without autocast."""
+        return self.engine != "plain"
+
+
+def replicated(processes: int) -> Sharding:
+    """One process, or DistributedDataParallel."""
+    return Sharding(replicas=processes)
+
+
+def deepspeed_sharding(zero: Mapping[str, Any], processes: int) -> Sharding:
+    """By the section `zero_optimization` of DeepSpeed's config; the defaults are those of deepspeed 0.19's
+    runtime/zero/config.py."""
+    stage = max(1, min(3, zero.get("stage", 0)))
+    overlap = zero.get("overlap_comm")
+    bucket = zero.get("reduce_bucket_size", 5e8)
+    return Sharding(
+        engine=f"zero{stage}",
+        shards=processes,
+        optimizer_on_host=optimizer_on_host(zero),
+        parameters_on_host=stage == 3 and (zero.get("offload_param") or {}).get("device", "none") != "none",
+        bucket=None if bucket == "auto" else int(bucket),
+        buckets=2 if overlap or (overlap is None and stage == 3) else 1,
+        live=int(zero.get("stage3_max_live_parameters", 1e9)),
+        sub_group=int(zero.get("sub_group_size", 1e9)),
+    )
+
+
+def fsdp2_sharding(processes: int, replicas: int = 1, reshard: bool = True, offload: bool = False) -> Sharding:
+    """FSDP2 (`fully_shard` of each decoder layer and of the root); with several replicas hybrid shards (HSDP)."""
+    shards = max(1, processes // replicas)
+    return Sharding("fsdp2", shards, replicas, optimizer_on_host=offload, parameters_on_host=offload, reshard=reshard)
+
+
+def sharding_of_this_run(zero: Mapping[str, Any] | None) -> Sharding:
+    """Of the engine that the launcher started these processes for.
+
+    Args:
+        zero: the section `zero_optimization` of DeepSpeed's config; None without DeepSpeed.
+    """
+    processes = num_processes()
+    if zero is not None:
+        return deepspeed_sharding(zero, processes)
+    if launcher_plugin() == "fsdp":
+        replicas = int(os.environ.get("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", 1))
+        reshard, offload = (_is_true(f"FSDP_{name}") for name in ("RESHARD_AFTER_FORWARD", "OFFLOAD_PARAMS"))
+        return fsdp2_sharding(processes, replicas, reshard, offload)
+    return replicated(processes)
+
+
+def _is_true(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("true", "1")
+
+
+# ---- Bytes ----
+
+
+class ModelSize(NamedTuple):
+    """Weights, by what an engine does with them."""
+
+    trained: int
+    frozen_bytes: int  # of those that are not: an adapter's model
+    layer: int  # weights of one of the layers
+    ends: int  # of embedding and output layer
+    hidden: int  # width
+
+
+def device_state(sharding: Sharding, size: ModelSize, element: int, moments: int, gpu: bool) -> dict[str, int]:
+    """Bytes of a device for `weights`, `gradients`, `optimizer`; `step`, which the optimizer's step needs beside them;
+    `gathered`, which forward and backward need of the layers at work.
+
+    The first three are those of the ZeRO paper (Rajbhandari et al. 2020, section 3.1: 2 + 2 + 12 bytes a parameter in
+    half precision, of which stage 1 shards the 12, stage 2 the gradients and stage 3 the weights too). What else
+    DeepSpeed holds is read from deepspeed 0.19 (runtime/zero/stage_1_and_2.py, stage3.py), FSDP2 from torch 2.13
+    (distributed/fsdp/_fully_shard).
+
+    Args:
+        element: bytes of a number in forward and backward.
+        moments: bytes of Adam's two of a weight, without DeepSpeed.
+    """
+    trained, shard = size.trained, math.ceil(size.trained / sharding.shards)
+    if sharding.engine == "plain":
+        # DDP copies gradients into its buckets (gradient_as_bucket_view is off in Accelerate); autocast keeps copies of
+        # the matrices in half precision through the forward pass. AdamW makes no copy of anything.
+        return {
+            "weights": size.frozen_bytes + trained * (4 if element == 4 else 6),
+            "gradients": trained * (8 if sharding.replicas > 1 else 4),
+            "optimizer": trained * moments,
+            "step": 0,
+            "gathered": 0,
+        }
+    if sharding.engine == "fsdp2":
+        return _fsdp2_state(sharding, size, element, moments, gpu)
+    bucket = size.hidden**2 if sharding.bucket is None else sharding.bucket
+    if not gpu:  # where memory that is never touched takes no room
+        bucket = min(bucket, trained)
+    buckets = bucket * element * sharding.buckets
+    offloaded = gpu and sharding.optimizer_on_host
+    optimizer = 0 if offloaded else shard * 12  # fp32 masters also where the model is fp32
+    if sharding.engine == "zero3":
+        weights = math.ceil(size.frozen_bytes / sharding.shards) + shard * element
+        whole = trained + size.frozen_bytes // element
+        return {
+            "weights": 0 if gpu and sharding.parameters_on_host else weights,
+            "gradients": (0 if offloaded else shard * element) + buckets,  # grad_partitions_flat_buffer
+            "optimizer": optimizer,
+            # The gradients of a sub-group, joined and then in fp32 (_prepare_fp32_grad_for_sub_group).
+            "step": 0 if offloaded else min(shard, sharding.sub_group) * (element + 4),
+            # Weights stay gathered that come again within max_reuse_distance, up to max_live_parameters in all; beside
+            # them the gradients of a layer before they are in a bucket.
+            "gathered": (min(whole, sharding.live) + size.layer) * element,
+        }
+    # Under stage 2 with an optimizer on the host gradients go there bucket by bucket.
+    own = trained if sharding.engine == "zero1" else 0 if offloaded else shard
+    return {
+        "weights": size.frozen_bytes + trained * element,
+        "gradients": own * element + buckets,
+        "optimizer": optimizer,
+        "step": 0 if offloaded else shard * 4,  # the gradients in fp32
+        "gathered": 0,
+    }
+
+
+def _fsdp2_state(sharding: Sharding, size: ModelSize, element: int, moments: int, gpu: bool) -> dict[str, int]:
+    """fp32 weights, gradients and moments, all sharded; computed with in half precision (MixedPrecisionPolicy)."""
+    shard, offloaded = math.ceil(size.trained / sharding.shards), gpu and sharding.parameters_on_host
+    # The root stays gathered from forward to backward; of the layers the one at work, the next, and the buffer that it
+    # arrives in. Gradients of one are whole while they are reduced in fp32, those of the root at the end.
+    layers = 3 * size.layer if sharding.reshard else size.trained - size.ends
+    at_work = layers * element + size.layer * (element + 4)
+    at_the_end = size.ends * (element + 4)
+    return {
+        "weights": 0 if offloaded else math.ceil(size.frozen_bytes / sharding.shards) + 4 * shard,
+        "gradients": 0 if offloaded else 4 * shard,
+        "optimizer": 0 if offloaded else moments * shard,
+        "step": 0,
+        "gathered": size.ends * element + max(at_work, at_the_end),
+    }
+
+
+def host_state(sharding: Sharding, size: ModelSize, element: int, moments: int) -> dict[str, int]:
+    """Bytes that a process with a GPU keeps on the host: of the offloaded optimizer fp32 weights, both moments and the
+    gradients in fp32 (ZeRO-Offload, Ren et al. 2021, figure 1), and the weights that ZeRO-3 gathers from."""
+    found, shard = {}, math.ceil(size.trained / sharding.shards)
+    if sharding.optimizer_on_host:
+        if sharding.engine == "fsdp2":
+            found["optimizer"] = shard * (8 + moments)
+        else:  # stage 3 adds the step's gradients up there as well
+            found["optimizer"] = shard * (16 + (element if sharding.engine == "zero3" else 0))
+    if sharding.parameters_on_host and sharding.engine == "zero3":
+        found["weights"] = math.ceil(size.frozen_bytes / sharding.shards) + shard * element
+    return found
+
+
+def saving_bytes(sharding: Sharding, size: ModelSize, model: int, state: int) -> int:
+    """Bytes of host memory for a checkpoint that is copied there and written behind the training, of the first process:
+    the model as it is saved, or its shard of it, and this process's fragments of what resuming needs.
+
+    Args:
+        model, state: bytes of a checkpoint's model and of its trainer_state.
+    """
+    cut = sharding.engine in ("zero3", "fsdp2")
+    return math.ceil(model / (sharding.shards if cut else 1)) + math.ceil(state / sharding.shards)

@@ -26,7 +26,7 @@ from training.deepspeed_config import fill_config
 from training.memory import estimate_memory
 from training.model import load_config, without_weights
 from training.pretrained import load_pretrained
-from training.sharding import replicated
+from training.state_layout import replicated
 from utils.errors import UserError
 
 RANK, ALPHA = 4, 12

@@ -19,7 +19,7 @@ from training.memory import check_memory
 from training.micro_batches import MicroBatch, largest_micro_batches
 from training.model import check_tiny, count_parameters, without_weights
 from training.plan import steps_per_epoch, training_rows
-from training.sharding import sharding_of_this_run
+from training.state_layout import layout_of_this_run
 from utils.errors import UserError
 from utils.launch import num_processes, say
 
@@ -66,7 +66,7 @@ def preflight(
     largest = largest_micro_batches(mix, recipe, processes, progress.steps_left, progress.position)
     zero = deepspeed and deepspeed["zero_optimization"]
     adapter = adapter_size(recipe, without_weights(recipe, config)) if recipe.use_peft else None
-    check_memory(recipe, config, parameters, sharding_of_this_run(zero), dtype, largest[0].shape, adapter)
+    check_memory(recipe, config, parameters, layout_of_this_run(zero), dtype, largest[0].shape, adapter)
     saved = parameters if adapter is None else adapter.weights
     merged = parameters * dtype.itemsize if recipe.merge_adapter else 0
     check_disk(recipe, saved, dtype, deepspeed is not None, epoch_steps, total_steps, progress.step, merged)

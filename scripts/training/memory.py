@@ -13,7 +13,7 @@ from recipe.keys import Recipe
 from training.adapters import AdapterSize
 from training.attention import attention_heads, choose_attention
 from training.loss import rows_of_a_chunk
-from training.sharding import ModelSize, Sharding, deepspeed_sharding, device_state, host_state
+from training.state_layout import ModelSize, StateLayout, deepspeed_layout, device_state, host_state
 from utils.errors import UserError
 from utils.launch import has_gpu, say
 
@@ -22,7 +22,7 @@ def estimate_memory(
     recipe: Recipe,
     config: PretrainedConfig,
     num_parameters: int,
-    sharding: Sharding,
+    layout: StateLayout,
     dtype: torch.dtype,
     shape: tuple[int, int],
     gpu: bool,
@@ -30,7 +30,7 @@ def estimate_memory(
 ) -> dict[str, int]:
     """Bytes that training needs on each device, by what they are for.
 
-    What an engine keeps of weights, gradients and optimizer is that of `training/sharding.py`. Activations follow
+    What an engine keeps of weights, gradients and optimizer is that of `training/state_layout.py`. Activations follow
     Korthikanti et al. 2022 ("Reducing Activation Recomputation in Large Transformer Models", section 4.1: 34 bytes a
     token and hidden unit, with dropout), without the attention matrix, which SDPA and flash-attn never hold, and with
     what transformers adds: norms in fp32, a fused projection that stays whole, SDPA's mask of padded batches. An
@@ -59,8 +59,8 @@ def estimate_memory(
     whole = (3 * element if adapter else 4 if element == 4 else 6) * vocabulary * hidden
     size = model_size(config, num_parameters, adapter)
     return {
-        **device_state(sharding, size, element, moment_bytes(recipe), gpu),
-        "activations": tokens * _activations_per_token(recipe, config, num_parameters, sharding, element, length),
+        **device_state(layout, size, element, moment_bytes(recipe), gpu),
+        "activations": tokens * _activations_per_token(recipe, config, num_parameters, layout, element, length),
         "logits": logits + whole,
     }
 
@@ -91,7 +91,7 @@ def moment_bytes(recipe: Recipe) -> int:
 
 
 def _activations_per_token(
-    recipe: Recipe, config: PretrainedConfig, num_parameters: int, sharding: Sharding, element: int, length: int
+    recipe: Recipe, config: PretrainedConfig, num_parameters: int, layout: StateLayout, element: int, length: int
 ) -> int:
     """Bytes that the backward pass needs of each token of a micro-batch, and those of its own work in one layer."""
     text = config.get_text_config()
@@ -105,7 +105,7 @@ def _activations_per_token(
     gated = mlp > 2.5 * hidden * inner
 
     # Else weights are in half precision themselves.
-    autocast = element == 2 and not sharding.keeps_half_weights and not recipe.use_peft
+    autocast = element == 2 and not layout.keeps_half_weights and not recipe.use_peft
     stream = 4 if autocast else element  # the residual stream, which autocast leaves in fp32
     rms = hasattr(text, "rms_norm_eps")  # in transformers in single steps, computed in fp32
     masked = not recipe.padding_free and choose_attention(recipe, config)[0] == "sdpa"
@@ -129,7 +129,7 @@ def check_memory(
     recipe: Recipe,
     config: PretrainedConfig,
     num_parameters: int,
-    sharding: Sharding,
+    layout: StateLayout,
     dtype: torch.dtype,
     shape: tuple[int, int],
     adapter: AdapterSize | None = None,
@@ -138,18 +138,18 @@ def check_memory(
     UserError when weights, gradients and optimizer alone are."""
     gpu, local = has_gpu(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
-    def need(sharding: Sharding, recipe: Recipe = recipe) -> dict[str, int]:
-        parts = estimate_memory(recipe, config, num_parameters, sharding, dtype, shape, gpu, adapter)
+    def need(layout: StateLayout, recipe: Recipe = recipe) -> dict[str, int]:
+        parts = estimate_memory(recipe, config, num_parameters, layout, dtype, shape, gpu, adapter)
         return {name: size * (1 if gpu else local) for name, size in parts.items()}
 
-    parts = need(sharding)
+    parts = need(layout)
     resident, peak = resident_of(parts), peak_of(parts)
     if gpu:
         devices = range(min(local, torch.cuda.device_count()))
         memory = min(torch.cuda.get_device_properties(device).total_memory for device in devices)
-        where = f"of each GPU ({sharding.processes} in all)"
+        where = f"of each GPU ({layout.processes} in all)"
         size = model_size(config, num_parameters, adapter)
-        _check_host(local, host_state(sharding, size, dtype.itemsize, moment_bytes(recipe)))
+        _check_host(local, host_state(layout, size, dtype.itemsize, moment_bytes(recipe)))
     else:
         memory, where = psutil.virtual_memory().total, f"of memory, for the {local} process(es) here"
     shown = {name: size for name, size in parts.items() if name != "step" and (size or name != "gathered")}
@@ -157,16 +157,16 @@ def check_memory(
     say(f"memory, estimated: {show_bytes(peak)} of the {show_bytes(memory)} {where}: {described}")
     if resident > memory:
         remedy = "take a smaller model" + ("" if gpu else " or a machine with a GPU")
-        cut = deepspeed_sharding({"stage": 2}, 1) if sharding.engine == "plain" else sharding
+        cut = deepspeed_layout({"stage": 2}, 1) if layout.engine == "plain" else layout
         more = [replace(cut, shards=count, replicas=1) for count in (2, 4, 8, 16, 32, 64)]
         if gpu and adapter is None and (fit := [each for each in more if peak_of(need(each)) < memory]):
-            with_zero = "" if cut is sharding else " and deepspeed_config: ds_configs/zero2.json"
+            with_zero = "" if cut is layout else " and deepspeed_config: ds_configs/zero2.json"
             with_zero += "" if recipe.optimizer_state_dtype == "fp32" else " with optimizer_state_dtype: fp32"
             remedy = f"{fit[0].shards} such GPUs{with_zero} would hold it"
-        if recipe.use_peft and not recipe.load_in_4bit and gpu and sharding.engine == "plain":
+        if recipe.use_peft and not recipe.load_in_4bit and gpu and layout.engine == "plain":
             remedy = "give load_in_4bit: true"
         smaller = recipe.model_copy(update={"optimizer_state_dtype": "bf16"})
-        if not sharding.is_deepspeed and smaller != recipe and peak_of(need(sharding, smaller)) < memory:
+        if not layout.is_deepspeed and smaller != recipe and peak_of(need(layout, smaller)) < memory:
             remedy = f"optimizer_state_dtype: bf16 would make it fit; or {remedy}"
         raise UserError(
             f"model_name = {recipe.model_name}: {'' if gpu else 'no GPU here, and '}training "
@@ -175,7 +175,7 @@ def check_memory(
         )
     if peak > memory:
         remedies = [] if recipe.gradient_checkpointing else ["gradient_checkpointing: true"]
-        if not sharding.is_deepspeed and recipe.optimizer_state_dtype == "fp32":
+        if not layout.is_deepspeed and recipe.optimizer_state_dtype == "fp32":
             remedies.append("optimizer_state_dtype: bf16")
         if recipe.micro_batch_tokens is not None:
             remedies.append("a smaller micro_batch_tokens (max_length at the least)")

@@ -18,7 +18,7 @@ from benchmarking.fake_gpu import MEMORY
 from benchmarking.train import check_fits, shape
 from recipe.keys import Recipe
 from training.memory import check_memory
-from training.sharding import replicated
+from training.state_layout import replicated
 from utils.errors import UserError
 
 

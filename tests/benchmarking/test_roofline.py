@@ -16,7 +16,7 @@ from benchmarking.train import shape
 from recipe.keys import Recipe
 from training.memory import estimate_memory
 from training.model import count_parameters
-from training.sharding import replicated
+from training.state_layout import replicated
 
 GIB = 2**30
 

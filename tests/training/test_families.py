@@ -22,7 +22,7 @@ from training.engine import prepare_engine
 from training.family import freeze_unreached
 from training.flops import ModelFlops
 from training.memory import estimate_memory
-from training.sharding import replicated
+from training.state_layout import replicated
 
 DEMO = ROOT / "recipes" / "demo_data" / "model"
 MIX = make_mix([[23, 9, 14, 5]])

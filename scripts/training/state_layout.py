@@ -14,7 +14,7 @@ from utils.launch import launcher_plugin, num_processes
 
 
 @dataclass(frozen=True)
-class Sharding:
+class StateLayout:
     """An engine, by what decides over memory and traffic.
 
     Attributes:
@@ -54,18 +54,18 @@ class Sharding:
         return self.engine != "plain"
 
 
-def replicated(processes: int) -> Sharding:
+def replicated(processes: int) -> StateLayout:
     """One process, or DistributedDataParallel."""
-    return Sharding(replicas=processes)
+    return StateLayout(replicas=processes)
 
 
-def deepspeed_sharding(zero: Mapping[str, Any], processes: int) -> Sharding:
+def deepspeed_layout(zero: Mapping[str, Any], processes: int) -> StateLayout:
     """By the section `zero_optimization` of DeepSpeed's config; the defaults are those of deepspeed 0.19's
     runtime/zero/config.py."""
     stage = max(1, min(3, zero.get("stage", 0)))
     overlap = zero.get("overlap_comm")
     bucket = zero.get("reduce_bucket_size", 5e8)
-    return Sharding(
+    return StateLayout(
         engine=f"zero{stage}",
         shards=processes,
         optimizer_on_host=optimizer_on_host(zero),
@@ -77,13 +77,13 @@ def deepspeed_sharding(zero: Mapping[str, Any], processes: int) -> Sharding:
     )
 
 
-def fsdp2_sharding(processes: int, replicas: int = 1, reshard: bool = True, offload: bool = False) -> Sharding:
+def fsdp2_layout(processes: int, replicas: int = 1, reshard: bool = True, offload: bool = False) -> StateLayout:
     """FSDP2 (`fully_shard` of each decoder layer and of the root); with several replicas hybrid shards (HSDP)."""
     shards = max(1, processes // replicas)
-    return Sharding("fsdp2", shards, replicas, optimizer_on_host=offload, parameters_on_host=offload, reshard=reshard)
+    return StateLayout("fsdp2", shards, replicas, optimizer_on_host=offload, parameters_on_host=offload, reshard=reshard)
 
 
-def sharding_of_this_run(zero: Mapping[str, Any] | None) -> Sharding:
+def layout_of_this_run(zero: Mapping[str, Any] | None) -> StateLayout:
     """Of the engine that the launcher started these processes for.
 
     Args:
@@ -91,11 +91,11 @@ def sharding_of_this_run(zero: Mapping[str, Any] | None) -> Sharding:
     """
     processes = num_processes()
     if zero is not None:
-        return deepspeed_sharding(zero, processes)
+        return deepspeed_layout(zero, processes)
     if launcher_plugin() == "fsdp":
         replicas = int(os.environ.get("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", 1))
         reshard, offload = (_is_true(f"FSDP_{name}") for name in ("RESHARD_AFTER_FORWARD", "OFFLOAD_PARAMS"))
-        return fsdp2_sharding(processes, replicas, reshard, offload)
+        return fsdp2_layout(processes, replicas, reshard, offload)
     return replicated(processes)
 
 
@@ -116,7 +116,7 @@ class ModelSize(NamedTuple):
     hidden: int  # width
 
 
-def device_state(sharding: Sharding, size: ModelSize, element: int, moments: int, gpu: bool) -> dict[str, int]:
+def device_state(layout: StateLayout, size: ModelSize, element: int, moments: int, gpu: bool) -> dict[str, int]:
     """Bytes of a device for `weights`, `gradients`, `optimizer`; `step`, which the optimizer's step needs beside them;
     `gathered`, which forward and backward need of the layers at work.
 
@@ -129,40 +129,40 @@ def device_state(sharding: Sharding, size: ModelSize, element: int, moments: int
         element: bytes of a number in forward and backward.
         moments: bytes of Adam's two of a weight, without DeepSpeed.
     """
-    trained, shard = size.trained, math.ceil(size.trained / sharding.shards)
-    if sharding.engine == "plain":
+    trained, shard = size.trained, math.ceil(size.trained / layout.shards)
+    if layout.engine == "plain":
         # DDP copies gradients into its buckets (gradient_as_bucket_view is off in Accelerate); autocast keeps copies of
         # the matrices in half precision through the forward pass. AdamW makes no copy of anything.
         return {
             "weights": size.frozen_bytes + trained * (4 if element == 4 else 6),
-            "gradients": trained * (8 if sharding.replicas > 1 else 4),
+            "gradients": trained * (8 if layout.replicas > 1 else 4),
             "optimizer": trained * moments,
             "step": 0,
             "gathered": 0,
         }
-    if sharding.engine == "fsdp2":
-        return _fsdp2_state(sharding, size, element, moments, gpu)
-    bucket = size.hidden**2 if sharding.bucket is None else sharding.bucket
+    if layout.engine == "fsdp2":
+        return _fsdp2_state(layout, size, element, moments, gpu)
+    bucket = size.hidden**2 if layout.bucket is None else layout.bucket
     if not gpu:  # where memory that is never touched takes no room
         bucket = min(bucket, trained)
-    buckets = bucket * element * sharding.buckets
-    offloaded = gpu and sharding.optimizer_on_host
+    buckets = bucket * element * layout.buckets
+    offloaded = gpu and layout.optimizer_on_host
     optimizer = 0 if offloaded else shard * 12  # fp32 masters also where the model is fp32
-    if sharding.engine == "zero3":
-        weights = math.ceil(size.frozen_bytes / sharding.shards) + shard * element
+    if layout.engine == "zero3":
+        weights = math.ceil(size.frozen_bytes / layout.shards) + shard * element
         whole = trained + size.frozen_bytes // element
         return {
-            "weights": 0 if gpu and sharding.parameters_on_host else weights,
+            "weights": 0 if gpu and layout.parameters_on_host else weights,
             "gradients": (0 if offloaded else shard * element) + buckets,  # grad_partitions_flat_buffer
             "optimizer": optimizer,
             # The gradients of a sub-group, joined and then in fp32 (_prepare_fp32_grad_for_sub_group).
-            "step": 0 if offloaded else min(shard, sharding.sub_group) * (element + 4),
+            "step": 0 if offloaded else min(shard, layout.sub_group) * (element + 4),
             # Weights stay gathered that come again within max_reuse_distance, up to max_live_parameters in all; beside
             # them the gradients of a layer before they are in a bucket.
-            "gathered": (min(whole, sharding.live) + size.layer) * element,
+            "gathered": (min(whole, layout.live) + size.layer) * element,
         }
     # Under stage 2 with an optimizer on the host gradients go there bucket by bucket.
-    own = trained if sharding.engine == "zero1" else 0 if offloaded else shard
+    own = trained if layout.engine == "zero1" else 0 if offloaded else shard
     return {
         "weights": size.frozen_bytes + trained * element,
         "gradients": own * element + buckets,
@@ -172,16 +172,16 @@ def device_state(sharding: Sharding, size: ModelSize, element: int, moments: int
     }
 
 
-def _fsdp2_state(sharding: Sharding, size: ModelSize, element: int, moments: int, gpu: bool) -> dict[str, int]:
+def _fsdp2_state(layout: StateLayout, size: ModelSize, element: int, moments: int, gpu: bool) -> dict[str, int]:
     """fp32 weights, gradients and moments, all sharded; computed with in half precision (MixedPrecisionPolicy)."""
-    shard, offloaded = math.ceil(size.trained / sharding.shards), gpu and sharding.parameters_on_host
+    shard, offloaded = math.ceil(size.trained / layout.shards), gpu and layout.parameters_on_host
     # The root stays gathered from forward to backward; of the layers the one at work, the next, and the buffer that it
     # arrives in. Gradients of one are whole while they are reduced in fp32, those of the root at the end.
-    layers = 3 * size.layer if sharding.reshard else size.trained - size.ends
+    layers = 3 * size.layer if layout.reshard else size.trained - size.ends
     at_work = layers * element + size.layer * (element + 4)
     at_the_end = size.ends * (element + 4)
     return {
-        "weights": 0 if offloaded else math.ceil(size.frozen_bytes / sharding.shards) + 4 * shard,
+        "weights": 0 if offloaded else math.ceil(size.frozen_bytes / layout.shards) + 4 * shard,
         "gradients": 0 if offloaded else 4 * shard,
         "optimizer": 0 if offloaded else moments * shard,
         "step": 0,
@@ -189,26 +189,26 @@ def _fsdp2_state(sharding: Sharding, size: ModelSize, element: int, moments: int
     }
 
 
-def host_state(sharding: Sharding, size: ModelSize, element: int, moments: int) -> dict[str, int]:
+def host_state(layout: StateLayout, size: ModelSize, element: int, moments: int) -> dict[str, int]:
     """Bytes that a process with a GPU keeps on the host: of the offloaded optimizer fp32 weights, both moments and the
     gradients in fp32 (ZeRO-Offload, Ren et al. 2021, figure 1), and the weights that ZeRO-3 gathers from."""
-    found, shard = {}, math.ceil(size.trained / sharding.shards)
-    if sharding.optimizer_on_host:
-        if sharding.engine == "fsdp2":
+    found, shard = {}, math.ceil(size.trained / layout.shards)
+    if layout.optimizer_on_host:
+        if layout.engine == "fsdp2":
             found["optimizer"] = shard * (8 + moments)
         else:  # stage 3 adds the step's gradients up there as well
-            found["optimizer"] = shard * (16 + (element if sharding.engine == "zero3" else 0))
-    if sharding.parameters_on_host and sharding.engine == "zero3":
-        found["weights"] = math.ceil(size.frozen_bytes / sharding.shards) + shard * element
+            found["optimizer"] = shard * (16 + (element if layout.engine == "zero3" else 0))
+    if layout.parameters_on_host and layout.engine == "zero3":
+        found["weights"] = math.ceil(size.frozen_bytes / layout.shards) + shard * element
     return found
 
 
-def saving_bytes(sharding: Sharding, size: ModelSize, model: int, state: int) -> int:
+def saving_bytes(layout: StateLayout, size: ModelSize, model: int, state: int) -> int:
     """Bytes of host memory for a checkpoint that is copied there and written behind the training, of the first process:
     the model as it is saved, or its shard of it, and this process's fragments of what resuming needs.
 
     Args:
         model, state: bytes of a checkpoint's model and of its trainer_state.
     """
-    cut = sharding.engine in ("zero3", "fsdp2")
-    return math.ceil(model / (sharding.shards if cut else 1)) + math.ceil(state / sharding.shards)
+    cut = layout.engine in ("zero3", "fsdp2")
+    return math.ceil(model / (layout.shards if cut else 1)) + math.ceil(state / layout.shards)

@@ -65,7 +65,7 @@ def preflight(
     lost = check_targets(recipe, mix)
     largest = largest_micro_batches(mix, recipe, processes, progress.steps_left, progress.position)
     zero = deepspeed and deepspeed["zero_optimization"]
-    adapter = adapter_size(recipe, without_weights(recipe, config)) if recipe.use_peft else None
+    adapter = adapter_size(recipe, without_weights(recipe, config), dtype) if recipe.use_peft else None
     check_memory(recipe, config, parameters, layout_of_this_run(zero), dtype, largest[0].shape, adapter)
     saved = parameters if adapter is None else adapter.weights
     merged = parameters * dtype.itemsize if recipe.merge_adapter else 0

@@ -79,8 +79,8 @@ def deepspeed_layout(zero: Mapping[str, Any], processes: int) -> StateLayout:
 
 def fsdp2_layout(processes: int, replicas: int = 1, reshard: bool = True, offload: bool = False) -> StateLayout:
     """FSDP2 (`fully_shard` of each decoder layer and of the root); with several replicas hybrid shards (HSDP)."""
-    shards = max(1, processes // replicas)
-    return StateLayout("fsdp2", shards, replicas, optimizer_on_host=offload, parameters_on_host=offload, reshard=reshard)
+    on_host = {"optimizer_on_host": offload, "parameters_on_host": offload}
+    return StateLayout("fsdp2", max(1, processes // replicas), replicas, reshard=reshard, **on_host)
 
 
 def layout_of_this_run(zero: Mapping[str, Any] | None) -> StateLayout:

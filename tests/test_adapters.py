@@ -362,7 +362,8 @@ def test_a_recipe_that_ships_says_its_own_estimate(name):
 def test_in_4_bits_a_weight_takes_four_bits_and_its_share_of_a_factor(small, bases):
     loaded = load_recipe(small, {"load_in_4bit": "true"})
     model = AutoModelForCausalLM.from_pretrained(bases["with spare rows"])
-    sizes = [adapter_size(each, model, torch.float32) for each in (loaded.model_copy(update={"load_in_4bit": False}), loaded)]
+    both = loaded.model_copy(update={"load_in_4bit": False}), loaded
+    sizes = [adapter_size(each, model, torch.float32) for each in both]
     linear = 2 * (3 * 32 * 32 + 32 * 32 + 2 * 32 * 64)
     assert sizes[0].frozen_bytes == 4 * model.num_parameters()
     assert sizes[0].frozen_bytes - sizes[1].frozen_bytes == linear * 4 - linear // 2 - linear // 64 * 4

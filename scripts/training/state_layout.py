@@ -45,6 +45,15 @@ class StateLayout:
         return self.shards * self.replicas
 
     @property
+    def name(self) -> str:
+        """In words, for a table."""
+        if self.engine == "plain":
+            return "DDP" if self.processes > 1 else "one process"
+        what = "FSDP2" if self.replicas == 1 else "HSDP"
+        what = f"ZeRO-{self.engine[-1]}" if self.is_deepspeed else what
+        return what + ", offload" * (self.optimizer_on_host or self.parameters_on_host)
+
+    @property
     def is_deepspeed(self) -> bool:
         return self.engine.startswith("zero")
 
@@ -203,12 +212,13 @@ def host_state(layout: StateLayout, size: ModelSize, element: int, moments: int)
     return found
 
 
-def saving_bytes(layout: StateLayout, size: ModelSize, model: int, state: int) -> int:
-    """Bytes of host memory for a checkpoint that is copied there and written behind the training, of the first process:
-    the model as it is saved, or its shard of it, and this process's fragments of what resuming needs.
+def saving_bytes(layout: StateLayout, model: int, state: int, local: int) -> int:
+    """Bytes of the first machine's memory for a checkpoint that is copied there and written behind the training: the
+    model as it is saved, by the first process or each its shard, and every process's fragments of what resuming needs.
 
     Args:
         model, state: bytes of a checkpoint's model and of its trainer_state.
+        local: processes of that machine.
     """
-    cut = layout.engine in ("zero3", "fsdp2")
-    return math.ceil(model / (layout.shards if cut else 1)) + math.ceil(state / layout.shards)
+    share = min(local, layout.shards) / layout.shards
+    return math.ceil((model * share if layout.engine in ("zero3", "fsdp2") else model) + state * share)

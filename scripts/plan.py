@@ -22,16 +22,19 @@ its dense half-precision TFLOP/s and the GB/s of its memory.
 import argparse
 from pathlib import Path
 
+from planning.cards import find_card
 from recipe.command_line import parse_with_recipe, recipe_parser
 from recipe.keys import Recipe
 from recipe.load import load_recipe
 from utils.command_line import positive
 from utils.errors import UserError, one_line_errors
 
+MOST_CARDS = 4096
+
 
 def read_command_line() -> tuple[argparse.Namespace, Recipe | None, str, dict[str, str]]:
     parser = recipe_parser(__doc__)
-    parser.add_argument("--gpu", default="h100", metavar="NAME", help="(h100)")
+    parser.add_argument("--gpu", type=find_card, default="h100", metavar="NAME", help="(h100)")
     parser.add_argument(
         "--gpus", type=counts, default=[1, 2, 4, 8, 16], metavar="N,N", help="numbers of cards (1 to 16)"
     )
@@ -57,7 +60,10 @@ def read_command_line() -> tuple[argparse.Namespace, Recipe | None, str, dict[st
 
 def counts(text: str) -> list[int]:
     """Numbers of cards with commas between them, as argparse's `type`."""
-    return sorted({positive(number.strip()) for number in text.split(",")})
+    found = sorted({positive(number.strip()) for number in text.split(",")})
+    if found[-1] > MOST_CARDS:
+        raise argparse.ArgumentTypeError(f"{found[-1]} cards are more than {MOST_CARDS:,}")
+    return found
 
 
 def above_zero(text: str) -> float:
@@ -76,7 +82,6 @@ if __name__ == "__main__":
     with one_line_errors():
         OPTIONS, RECIPE, RECIPE_FILE, OVERRIDES = read_command_line()
 
-from planning.cards import find_card
 from planning.documents import write_tables
 from planning.launchers import launchers
 from planning.measured import measured_on
@@ -88,7 +93,7 @@ from utils.tables import make_console, make_table
 
 
 def main(options: argparse.Namespace, recipe: Recipe, recipe_file: str, overrides: dict[str, str]) -> None:
-    card, config = find_card(options.gpu), find_config(recipe)
+    card, config = options.gpu, find_config(recipe)
     mix, data = find_mix(recipe, options.tokens)
     subject = make_subject(recipe, config, mix, options.mfu)
     plans = [plan_run(subject, each, card) for cards in options.gpus for each in launchers(recipe, cards)]
@@ -116,10 +121,13 @@ def main(options: argparse.Namespace, recipe: Recipe, recipe_file: str, override
         write_json(as_json(subject, card, plans, data, command), options.json)
     if options.plot:
         plot(plans, card, options.plot)
-    if plans[0].fits:
-        print(f"the fastest, from the collection's folder:\n{command(plans[0])}")
-    else:
+    if not plans[0].fits:
         print("it fits on none of these: take more cards (--gpus), larger ones, or adapters (use_peft)")
+        return
+    cheapest = min((plan for plan in plans if plan.fits), key=lambda plan: plan.hours * plan.launcher.cards)
+    for what, plan in {"the fastest": plans[0], "the fewest hours of cards": cheapest}.items():
+        each = ", on each machine with its RANK and the first one's ADDRESS" if plan.launcher.machines > 1 else ""
+        print(f"{what}, from the collection's folder{each}:\n{command(plan)}")
 
 
 if __name__ == "__main__":

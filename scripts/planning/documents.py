@@ -51,9 +51,12 @@ def make_tables() -> dict[str, str]:
     """By name: `which`, the fewest cards of each size for each kind of training; `cards`, the same for every number of
     them; `seed` and `seed_memory`, the seed's recipe on H100s."""
     plans = {kind: {gpu: _fastest(kind, find_card(GPUS[gpu])) for gpu in GPUS} for kind in KINDS}
-    which, cards = [["StableLM", *(f"cards of {gpu}" for gpu in GPUS)]], [["StableLM", "cards", *GPUS]]
+    cards = [["StableLM", "cards", *GPUS]]
+    which = [["StableLM", *(f"cards of {gpu}" for gpu in GPUS)]]
+    for model in MODELS:
+        own = {kind[1]: by_gpu for kind, by_gpu in plans.items() if kind[0] == model}
+        which.append([model, *("; ".join(f"{how} {_fewest(own[how][gpu])}" for how in own) for gpu in GPUS)])
     for kind, by_gpu in plans.items():
-        which.append([" ".join(kind), *(_fewest(own) for own in by_gpu.values())])
         for count in COUNTS:
             cells = [_in_short(own[count], " {gib:.0f} GiB, {tokens:,}") for own in by_gpu.values()]
             cards.append([" ".join(kind), str(count), *cells])
@@ -78,7 +81,7 @@ def _fastest(kind: tuple[str, str], card: Card) -> dict[int, Plan | None]:
 
 def _fewest(plans: dict[int, Plan | None]) -> str:
     plan = next((plan for plan in plans.values() if plan), None)
-    return f"{plan.launcher.cards} x{_in_short(plan, '')}" if plan else "more than 8"
+    return f"{plan.launcher.cards} x {_in_short(plan, '')}" if plan else "more than 8"
 
 
 def _in_short(plan: Plan | None, rest: str) -> str:

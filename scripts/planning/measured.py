@@ -36,8 +36,8 @@ class Measured(NamedTuple):
         return (
             f"measured on one H100 (benchmarks/h100.json), StableLM's 3B shape: {self.speed:,.0f} tokens a second and "
             f"{self.peak / GIB:.1f} GiB on full rows, where this says {self.planned_speed:,.0f} and "
-            f"{self.planned_peak / GIB:.1f}; on conversations of the mix's lengths {self.mixed:,.0f}, from which the time "
-            "that a micro-batch of them takes beyond the roofline is taken; several cards never"
+            f"{self.planned_peak / GIB:.1f}; on conversations of the mix's lengths {self.mixed:,.0f}, by which the "
+            "plan is set there; several cards never"
         )
 
 
@@ -51,8 +51,8 @@ def measured_on(card: Card) -> Measured | None:
     model, layout, element = without_weights(recipe, config), replicated(1), 2
     count = sum(parameter.numel() for parameter in model.parameters())
     size = model_size(config, count)
-    work, traffic = work_of(recipe, config, model, layout, element), traffic_of(layout, size, element)
-    pace = Pace(card, work, layout, size, traffic, element, moment_bytes(recipe), mixed=False)
+    work = work_of(recipe, config, model, layout, element)
+    pace = Pace(card, work, layout, size, traffic_of(layout, size, element), element, moment_bytes(recipe), mixed=False)
     row = load_of(np.array([ROWS]), np.array([ROWS - 1]), recipe)
     seconds = pace.step(Load(*[np.full((MICRO_BATCHES, 1), each) for each in row]))
     parts = estimate_memory(recipe, config, count, layout, torch.bfloat16, (1, ROWS), gpu=True)

@@ -33,7 +33,7 @@ def speed_rows(plans: Sequence[Plan], card: Card, price: float | None) -> list[l
             continue
         row += [f"{plan.micro_batch_tokens:,}", f"{plan.most_tokens:,}", "yes" if plan.recomputes else "no"]
         row += [f"{plan.tokens_per_second:,.0f}", f"{plan.hours:.1f}"]
-        row += [f"{price * plan.hours * launcher.cards:,.0f}"] * (price is not None)
+        row += [] if price is None else [f"{price * plan.hours * launcher.cards:,.0f}"]
         row += [f"{plan.sent[0] / 1e9:.1f}", f"{plan.sent[1] / 1e9:.1f}", f"{sum(plan.host.values()) / GIB:.0f}"]
         rows.append(row)
     return rows
@@ -128,11 +128,12 @@ def plot(plans: Sequence[Plan], card: Card, file: Path) -> None:
             places = [plan.launcher.cards for plan in fitting]
             hours.plot(places, [plan.hours for plan in fitting], marker="o", label=name)
     counts = sorted({plan.launcher.cards for plan in plans})
-    hours.set(xscale="log", yscale="log", xlabel="cards", title=f"hours of the run on {card.name} (estimates)")
+    hours.set(xscale="log", xlabel="cards", title=f"hours of the run on {card.name} (estimates)")
     hours.set_xticks(counts, [str(count) for count in counts])
     hours.minorticks_off()
     hours.grid(alpha=0.3)
     if hours.lines:
+        hours.set_ylim(bottom=0)
         hours.legend()
     chosen = [next((plan for plan in own if plan.fits), own[-1]) for own in engines.values()]
     labels, base = [f"{plan.launcher.layout.name}\n{plan.launcher.cards}" for plan in chosen], [0.0] * len(chosen)
@@ -141,7 +142,7 @@ def plot(plans: Sequence[Plan], card: Card, file: Path) -> None:
         memory.bar(labels, sizes, bottom=base, label=part)
         base = [below + size for below, size in zip(base, sizes, strict=True)]
     memory.axhline(card.memory / GIB, color="black", linestyle="--", linewidth=1)
-    memory.set_title("GiB of a card in forward and backward (dashed: what it has), by engine and cards")
+    memory.set_title(f"GiB of a card in forward and backward (dashed: {card.name})")
     memory.tick_params(axis="x", labelsize=7)
     memory.legend(fontsize=8)
     try:

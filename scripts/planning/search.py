@@ -24,7 +24,7 @@ from training.adapters import AdapterSize, adapter_size
 from training.memory import estimate_memory, model_size, moment_bytes, peak_of
 from training.micro_batches import largest_micro_batches
 from training.model import without_weights
-from training.plan import Position, epoch_plan, packs_per_step, steps_left, steps_per_epoch
+from training.plan import EpochPlan, Position, epoch_plan, packs_per_step, steps_left
 from training.state_layout import host_state, saving_bytes
 from utils.launch import DTYPES
 
@@ -41,7 +41,7 @@ class Subject:
     model: PreTrainedModel  # without weights in memory
     mix: Mix
     mfu: float | None = None
-    cuts: dict = field(default_factory=dict)  # the steps that were cut so far
+    cuts: dict = field(default_factory=dict)  # the steps that were cut so far, and how many there are
 
     @property
     def dtype(self) -> torch.dtype:
@@ -56,11 +56,29 @@ class Subject:
     def adapter(self) -> AdapterSize | None:
         return adapter_size(self.recipe, self.model, self.dtype) if self.recipe.use_peft else None
 
+    @functools.cached_property
+    def epoch(self) -> EpochPlan:
+        """The first; the others have as many tokens, or about as many."""
+        return epoch_plan(self.mix, self.recipe, 0)
+
+    @functools.cached_property
+    def tokens(self) -> np.ndarray:
+        """Of each pack of it: int64 [packs]."""
+        return self.epoch.tokens(self.mix, self.recipe)
+
     def loads(self, recipe: Recipe, processes: int) -> list[Load]:
+        """Some steps of the epoch, cut as `recipe` says."""
         key = recipe.micro_batch_tokens, processes
         if key not in self.cuts:
-            self.cuts[key] = loads_of_steps(self.mix, recipe, processes)
+            self.cuts[key] = loads_of_steps(self.mix, recipe, self.epoch, self.tokens, processes)
         return self.cuts[key]
+
+    def steps(self, processes: int) -> tuple[int, int]:
+        """Of the run and of an epoch."""
+        if processes not in self.cuts:
+            total = self.recipe.max_steps or steps_left(self.mix, self.recipe, processes, Position())
+            self.cuts[processes] = total, math.ceil(len(self.epoch) / packs_per_step(self.recipe, processes))
+        return self.cuts[processes]
 
 
 def make_subject(recipe: Recipe, config: PretrainedConfig, mix: Mix, mfu: float | None = None) -> Subject:
@@ -123,8 +141,7 @@ def _cut_by(recipe: Recipe, most: int, subject: Subject, processes: int) -> Reci
     change the loss."""
     if recipe.loss_normalization == "micro_batch":
         return recipe
-    plan = epoch_plan(subject.mix, recipe, 0)
-    of_step = plan.tokens(subject.mix, recipe).mean() * packs_per_step(recipe, processes)
+    of_step = subject.tokens.mean() * packs_per_step(recipe, processes)
     needed = math.ceil(1.5 * of_step / processes / recipe.max_length) * recipe.max_length
     return recipe.model_copy(update={"micro_batch_tokens": max(recipe.max_length, min(most, needed))})
 
@@ -163,7 +180,7 @@ def _memory(subject: Subject, recipe: Recipe, launcher: Launcher, shape: tuple[i
 
 def _planned(subject: Subject, recipe: Recipe, launcher: Launcher, card: Card, most: int) -> Plan:
     layout, cards, element = launcher.layout, launcher.cards, subject.dtype.itemsize
-    steps = recipe.max_steps or steps_left(subject.mix, recipe, cards, Position())
+    steps, epoch_steps = subject.steps(cards)
     shape = _largest_shape(subject, recipe, cards, steps)
     parts = _memory(subject, recipe, launcher, shape)
     fits = peak_of(parts) + RESERVE <= card.memory
@@ -183,7 +200,6 @@ def _planned(subject: Subject, recipe: Recipe, launcher: Launcher, card: Card, m
     model, state = checkpoint_bytes(recipe, saved, subject.dtype, layout.is_deepspeed)
     merged = subject.parameters * element if recipe.merge_adapter else 0
     state = 0 if recipe.save_only_model else state
-    epoch_steps = steps_per_epoch(subject.mix, recipe, cards)
     local = min(PER_MACHINE, cards)
     host = {name: local * each for name, each in host_state(layout, size, element, moment_bytes(recipe)).items()}
     host["weights as they are loaded"] = saved * (element if layout.is_deepspeed else 4)

@@ -12,7 +12,7 @@ from recipe.keys import Recipe
 from training.adapters import adapter_size, linear_layers
 from training.attention import CUDNN_FROM, attention_heads
 from training.micro_batches import rows_of_step
-from training.plan import EpochPlan, epoch_plan, packs_per_step
+from training.plan import EpochPlan, packs_per_step
 from training.state_layout import ModelSize, StateLayout
 
 # Bytes that the layers' passes between the products move for each token, layer and hidden unit: by the trace of a step
@@ -88,10 +88,9 @@ class Load(NamedTuple):
     long_pairs: np.ndarray
 
 
-def loads_of_steps(mix: Mix, recipe: Recipe, processes: int) -> list[Load]:
-    """Steps of the first epoch, cut as a run cuts them."""
-    plan = epoch_plan(mix, recipe, 0)
-    tokens, per_step = plan.tokens(mix, recipe), packs_per_step(recipe, processes)
+def loads_of_steps(mix: Mix, recipe: Recipe, plan: EpochPlan, tokens: np.ndarray, processes: int) -> list[Load]:
+    """Steps of an epoch, cut as a run cuts them; `tokens` are `plan.tokens`."""
+    per_step = packs_per_step(recipe, processes)
     starts = np.arange(0, len(plan), per_step)
     chosen = starts[np.unique(np.linspace(0, len(starts) - 1, STEPS).astype(int))]
     return [_load(mix, recipe, plan, tokens, int(first), processes) for first in chosen]

@@ -10,7 +10,7 @@ from planning.cards import PER_MACHINE
 from recipe.keys import Recipe
 from recipe.strict_yaml import parse_yaml
 from training.state_layout import StateLayout, deepspeed_layout, fsdp2_layout, replicated
-from utils.errors import UserError
+from utils.errors import UserError, reason
 from utils.files import read_json, read_text
 
 ROOT = Path(__file__).parents[2]
@@ -61,10 +61,13 @@ def launchers(recipe: Recipe, cards: int) -> Iterator[Launcher]:
     for path in sorted((ROOT / FOLDER).glob("*.yaml")):
         name = f"{FOLDER}/{path.name}"
         settings = parse_yaml(read_text(path, "accelerate config"), name)[0]
-        layout = _layout(settings, cards, machines)
+        try:
+            layout = _layout(settings, cards, machines)
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{name}: not an accelerate config that can be planned with: {reason(error)}") from None
         if layout is None or not _takes(layout, recipe):
             continue
-        options = {} if layout.processes == 1 == int(settings["num_processes"]) else {"--num_processes": str(cards)}
+        options = {"--num_processes": str(cards)} if cards > 1 or layout.is_deepspeed else {}
         if machines > 1:
             options |= {"--num_machines": str(machines), "--machine_rank": "RANK", "--main_process_ip": "ADDRESS"}
         if layout.engine == "fsdp2" and layout.replicas > 1:
@@ -84,16 +87,26 @@ def _layout(settings: Mapping[str, Any], cards: int, machines: int) -> StateLayo
     if kind == "MULTI_GPU":
         return replicated(cards) if cards > 1 else None
     if kind == "DEEPSPEED":
-        file = settings["deepspeed_config"]["deepspeed_config_file"]
-        return deepspeed_layout(read_json(ROOT / file)["zero_optimization"], cards)
-    if kind == "FSDP" and cards > 1:
+        return deepspeed_layout(_zero_section(settings["deepspeed_config"]), cards)
+    fsdp = settings.get("fsdp_config") or {}
+    if kind == "FSDP" and cards > 1 and fsdp.get("fsdp_version") == "2":
         hybrid = "parallelism_config" in settings  # a replica for each machine, so that weights travel within it
         if hybrid and machines == 1:
             return None
-        fsdp = settings["fsdp_config"]
-        reshard, offload = (fsdp.get(f"fsdp_{name}") == "true" for name in ("reshard_after_forward", "offload_params"))
+        offload = fsdp.get("fsdp_offload_params") == "true"
+        reshard = fsdp.get("fsdp_reshard_after_forward", "true") == "true"
         return fsdp2_layout(cards, machines if hybrid else 1, reshard, offload)
     return None
+
+
+def _zero_section(plugin: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of DeepSpeed's config in a file, or spelled out in the accelerate config."""
+    if file := plugin.get("deepspeed_config_file"):
+        return read_json(ROOT / file, "deepspeed_config_file")["zero_optimization"]
+    offloads = {
+        name: {"device": plugin.get(f"{name}_device", "none")} for name in ("offload_optimizer", "offload_param")
+    }
+    return {"stage": int(plugin["zero_stage"]), **offloads}
 
 
 def _takes(layout: StateLayout, recipe: Recipe) -> bool:

@@ -197,7 +197,7 @@ def _planned(subject: Subject, recipe: Recipe, launcher: Launcher, card: Card, m
         hours = (steps * seconds + evaluations * pace.evaluating(_validation(subject, recipe))) / 3600
     rounds = sum(len(load.tokens) for load in loads) / len(loads)
     saved = subject.parameters if subject.adapter is None else subject.adapter.weights
-    model, state = checkpoint_bytes(recipe, saved, subject.dtype, layout.is_deepspeed)
+    model, state = checkpoint_bytes(recipe, saved, subject.dtype, layout.keeps_half_weights)
     merged = subject.parameters * element if recipe.merge_adapter else 0
     state = 0 if recipe.save_only_model else state
     local = min(PER_MACHINE, cards)

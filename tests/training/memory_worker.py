@@ -1,6 +1,6 @@
 """What a process of an engine takes for two steps, beyond what it had before its model; of test_state_layout.py.
 
-    accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 2 tests/training/memory_worker.py FILE
+    accelerate launch --config_file CONFIG --num_processes 2 tests/training/memory_worker.py FILE large
 
 Writes {"measured": bytes of the process that took most, "processes"}.
 """
@@ -32,22 +32,20 @@ def kilobytes(name: str) -> int:
 
 
 if __name__ == "__main__":
-    from test_state_layout import CONFIG, KEYS, SMALL, TOKENS
+    from test_state_layout import KEYS, SIZES, TOKENS
 
+    config = SIZES[sys.argv[2]]
     torch.set_num_threads(1)
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 65536)  # every larger block goes back to the system at once
     recipe = make_recipe(**KEYS)
     deepspeed = deepspeed_config(recipe, 10, torch.float32)
     accelerator = start_accelerator(recipe, torch.float32, deepspeed)
-    warm = make_scored_loss(SMALL, **KEYS)  # so that libraries and their buffers are there
-    warm(make_batch(SMALL.vocab_size, (1, 16), True))[0].backward()
-    del warm
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = kilobytes("VmRSS")
-    engine = prepare_engine(accelerator, make_scored_loss(CONFIG, **KEYS).model, recipe, total_steps=10)
+    engine = prepare_engine(accelerator, make_scored_loss(config, **KEYS).model, recipe, total_steps=10)
     stats = TrainingStats(make_mix([[2]]), accelerator.device, Clock())
     for _ in range(2):  # the second micro-batch of the second step finds moments and gradients there
-        train_step(engine, [make_batch(CONFIG.vocab_size, (1, TOKENS), True) for _ in range(2)], recipe, stats)
+        train_step(engine, [make_batch(config.vocab_size, (1, TOKENS), True) for _ in range(2)], recipe, stats)
     taken = gather_object([kilobytes("VmHWM") - before])
     if accelerator.is_main_process:
         found = {"measured": max(taken) * 1024, "processes": accelerator.num_processes}

@@ -15,11 +15,12 @@ from run.progress import Progress
 from run.retention import check_disk, steps_between_checkpoints
 from training.adapters import adapter_size
 from training.collate import kept_targets
-from training.fsdp_config import find_sharding, sharded_size
+from training.fsdp_config import find_sharding, sharded_layers
 from training.memory import check_memory
 from training.micro_batches import MicroBatch, largest_micro_batches
 from training.model import check_tiny, count_parameters, without_weights
 from training.plan import steps_per_epoch, training_rows
+from training.state_layout import layout_of_this_run
 from utils.errors import UserError
 from utils.launch import num_processes, say
 from utils.tables import counted
@@ -66,14 +67,14 @@ def preflight(
     lost = check_targets(recipe, mix)
     largest = largest_micro_batches(mix, recipe, processes, progress.steps_left, progress.position)
     zero = deepspeed and deepspeed["zero_optimization"]
-    adapter = adapter_size(recipe, without_weights(recipe, config)) if recipe.use_peft else None
-    sharding = find_sharding(recipe, dtype)
-    sharded = sharded_size(without_weights(recipe, config), sharding) if sharding else None
-    check_memory(recipe, config, parameters, zero, dtype, largest[0].shape, adapter, sharded)
+    adapter = adapter_size(recipe, without_weights(recipe, config), dtype) if recipe.use_peft else None
+    if sharding := find_sharding(recipe, dtype):
+        sharded_layers(without_weights(recipe, config), sharding)  # are there
+    layout = layout_of_this_run(zero, sharding)
+    check_memory(recipe, config, parameters, layout, dtype, largest[0].shape, adapter)
     saved = parameters if adapter is None else adapter.weights
     merged = parameters * dtype.itemsize if recipe.merge_adapter else 0
-    in_half = deepspeed is not None or sharding is not None
-    check_disk(recipe, saved, dtype, in_half, epoch_steps, total_steps, progress.step, merged)
+    check_disk(recipe, saved, dtype, layout.keeps_half_weights, epoch_steps, total_steps, progress.step, merged)
     found = recipe_warnings(recipe, config, mix, parameters, epoch_steps, total_steps)
     for warning in [*lost, *vocabulary_warnings(recipe, config, tokenizer), *found]:
         say(f"warning: {warning}")

@@ -65,15 +65,6 @@ class Sharding:
         return name + ", offloaded" * self.on_host
 
 
-@dataclass(frozen=True)
-class ShardedSize:
-    """Numbers of weights: of the largest layer that is sharded by itself, and of all that is in none."""
-
-    sharding: Sharding
-    layer: int
-    rest: int
-
-
 def find_sharding(recipe: Recipe, dtype: torch.dtype) -> Sharding | None:
     """How the accelerate config wants the model sharded; None where it does not ask for FSDP.
 
@@ -139,12 +130,3 @@ def sharded_layers(model: PreTrainedModel, sharding: Sharding) -> list[torch.nn.
         )
         raise UserError(f"{CONFIG}: {told}")
     return layers[::-1]
-
-
-def sharded_size(model: PreTrainedModel, sharding: Sharding) -> ShardedSize:
-    """What of a model is gathered at a time.  Raises: UserError as `sharded_layers`."""
-    layers = sharded_layers(model, sharding)
-    inside = {parameter for layer in layers for parameter in layer.parameters()}
-    largest = max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers)
-    rest = sum(parameter.numel() for parameter in model.parameters() if parameter not in inside)
-    return ShardedSize(sharding, largest, rest)

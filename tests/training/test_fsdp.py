@@ -10,7 +10,7 @@ from forking import launched_environments
 from mixes import make_recipe
 from test_loss import make_model
 
-from training.fsdp_config import ShardedSize, Sharding, find_sharding, sharded_layers, sharded_size
+from training.fsdp_config import Sharding, find_sharding, sharded_layers
 from utils.errors import UserError
 
 MICRO_BATCHES = 2  # of each process in a step
@@ -167,9 +167,3 @@ def test_a_layer_that_the_model_lacks_is_named():
     model._no_split_modules = None
     with pytest.raises(UserError, match="give fsdp_transformer_layer_cls_to_wrap: transformers has none"):
         sharded_layers(model, Sharding(1, True, False))
-
-
-def test_what_is_gathered_at_a_time_is_counted():
-    model, sharding = make_model("llama_tied"), Sharding(1, True, False)
-    layer, rest = 4 * 32 * 32 + 3 * 32 * 64 + 2 * 32, 104 * 32 + 32
-    assert sharded_size(model, sharding) == ShardedSize(sharding, layer, rest)

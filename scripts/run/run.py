@@ -1,12 +1,14 @@
 """A run from its folder to its end: the one owner of where it stands, what it counts, and what it leaves."""
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from transformers import PretrainedConfig, PreTrainedModel
 
 from data.mix import Mix
@@ -18,10 +20,11 @@ from run.log import RunLog
 from run.model_files import config_of_run
 from run.progress import Progress
 from run.record import begin_record
-from run.record_file import update_status
 from run.report import end_report
 from run.resume import check_config, check_data, find_checkpoint, restore, run_state, starting_point
+from run.starts import begin_start, end_start
 from run.stats import Clock, TrainingStats
+from run.watch import Watch, alive, bytes_moved
 from training.batches import Batches
 from training.engine import Engine
 from training.flops import ModelFlops, peak_flops
@@ -47,6 +50,7 @@ class Run:
         self.recipe, self.checkpoint, self.lock = recipe, checkpoint, lock
         self.record = recipe.output_dir / "run.json"
         self.clock = Clock()
+        self.watch = Watch(recipe.stall_minutes, self.record)
 
     def plan(
         self,
@@ -69,14 +73,22 @@ class Run:
             check_data(self.checkpoint, mix, self.recipe, allow_changes)
             check_config(self.checkpoint, config_of_run(self.recipe, config, tokenizer), self.recipe, allow_changes)
         self.mix = mix
-        self.progress = starting_point(self.checkpoint, mix, self.recipe)
+        self.progress = self.watch.progress = starting_point(self.checkpoint, mix, self.recipe)
         if process_index() == 0:
             earlier = reproduced or (self.record if self.checkpoint and self.record.exists() else None)
             begin_record(self.record, self.recipe, mix, dtype, earlier)
         return self.progress
 
+    def meet(self) -> None:
+        """The processes have found each other: note where they are, and watch each other. Every process calls this."""
+        hosts = gather_object([socket.gethostname()])
+        if process_index() == 0:
+            begin_start(self.record, self.progress.step, hosts)
+        self.watch.connect()
+
     def load_model(self, config: PretrainedConfig, tokenizer, dtype: torch.dtype) -> PreTrainedModel:
         """The model as it is at this start: of the checkpoint, or of model_name.  Raises: UserError as `load_model`."""
+        self.watch.at("loading the model", alive)
         if not self.checkpoint:
             return load_model(self.recipe, config, tokenizer, dtype)
         with self.checkpoint.model_folder() as folder:
@@ -86,6 +98,7 @@ class Run:
 
     def attach(self, engine: Engine, batches: Batches, dtype: torch.dtype) -> None:
         """What makes its steps from now on, and counts them."""
+        self.watch.at("about to begin")
         self.engine, self.batches = engine, batches
         self.main_process = engine.accelerator.is_main_process
         device, flops = engine.accelerator.device, ModelFlops(engine.language_model)
@@ -109,6 +122,7 @@ class Run:
     @contextmanager
     def training(self) -> Iterator[None]:
         """Around an optimizer step."""
+        self.watch.at("training")
         with self.clock.spend("training"), one_line_at_minimum_scale():
             yield
 
@@ -133,6 +147,7 @@ class Run:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Around an evaluation, which is due until `write_evaluation` has its results."""
+        self.watch.at("evaluating")
         self.progress.evaluation_due = True
         self.log.progress.set_description("evaluating")
         with self.clock.spend("evaluation"):
@@ -149,15 +164,22 @@ class Run:
     def save(self, tokenizer) -> None:
         """Write a checkpoint. Every process calls this."""
         self.check_folder()
+        self.watch.at("saving", bytes_moved)
         with self.clock.spend("saving"):
             state = run_state(self.recipe, self.mix, self.engine, self.progress, self.health)
             save_checkpoint(self.engine, tokenizer, self.recipe, state, self.stats)
+        self.watch.at("saved")
 
     # ---- The end ----
 
-    def end(self, tokenizer, stopped: bool) -> None:
-        """Write the final model, unless the run was stopped; say what it came to."""
+    def end(self, tokenizer, stopped: bool, by: str | None) -> None:
+        """Write the final model, unless the run was stopped; say what it came to.
+
+        Args:
+            by: name of the signal that this process was stopped by, if any.
+        """
         self.check_folder()
+        self.watch.at("ending the run", alive if self.main_process else None)
         self.log.close()
         if not self.main_process:
             return
@@ -166,8 +188,9 @@ class Run:
                 merge = partial(load_merged, self.recipe) if self.recipe.merge_adapter else None
                 save_final_model(self.engine.language_model, tokenizer, self.recipe.output_dir, merge)
         report = end_report(self.recipe, self.progress, self.stats, self.health)
-        status = "interrupted" if stopped else "finished"
-        update_status(self.record, status, report=report, wandb=self.log.wandb_url)
+        status, why = ("interrupted", by or "a signal to another process") if stopped else ("finished", "finished")
+        end_start(self.record, status, why, self.progress.step, report=report, wandb=self.log.wandb_url)
+        self.watch.at("leaving the others")
 
 
 def open_run(recipe: Recipe, allow_changes: bool) -> Run:

@@ -36,8 +36,7 @@ from run.dry_run import dry_run
 from run.preflight import preflight
 from run.report import describe_rehearsal, describe_run, out_of_memory, show_first_batch, show_replies
 from run.resume import is_finished
-from run.run import Run, open_run
-from run.starts import recorded_end
+from run.run import Run, open_run, recorded_end
 from training.batches import Batches, prefetched
 from training.contamination import without_contamination
 from training.deepspeed_config import deepspeed_config

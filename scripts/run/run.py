@@ -3,7 +3,7 @@
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from training.engine import Engine
 from training.flops import ModelFlops, peak_flops
 from training.model import load_merged, load_model
 from training.optimizer_state import loss_scale
+from utils.errors import UserError, reason
 from utils.launch import process_index
 
 
@@ -37,10 +38,13 @@ class Run:
     """One start of a run.
 
     Attributes:
+        begun: of the class: the start whose end run.json is still to say; None on all processes but the first.
         checkpoint: that it goes on from; None from its beginning.
         progress: where it stands.
         clock, stats, health: what its time goes into, what its steps add up to, and what went wrong in them.
     """
+
+    begun: "Run | None" = None
 
     def __init__(self, recipe: Recipe, checkpoint: Checkpoint | None, lock: int | None):
         """
@@ -84,6 +88,7 @@ class Run:
         hosts = gather_object([socket.gethostname()])
         if process_index() == 0:
             begin_start(self.record, self.progress.step, hosts)
+            Run.begun = self
         self.watch.connect()
 
     def load_model(self, config: PretrainedConfig, tokenizer, dtype: torch.dtype) -> PreTrainedModel:
@@ -190,6 +195,7 @@ class Run:
         report = end_report(self.recipe, self.progress, self.stats, self.health)
         status, why = ("interrupted", by or "a signal to another process") if stopped else ("finished", "finished")
         end_start(self.record, status, why, self.progress.step, report=report, wandb=self.log.wandb_url)
+        Run.begun = None
         self.watch.at("leaving the others")
 
 
@@ -210,3 +216,19 @@ def open_run(recipe: Recipe, allow_changes: bool) -> Run:
             checkpoint = find_checkpoint(recipe, allow_changes)
         claim_output_dir(recipe, checkpoint)
     return Run(recipe, checkpoint, lock)
+
+
+@contextmanager
+def recorded_end() -> Iterator[None]:
+    """Around all of a start: where it ends by an error, or before its first step, run.json says so."""
+    Run.begun = None
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        status, why = "failed", str(error) if isinstance(error, UserError) else reason(error)
+        if isinstance(error, SystemExit):
+            status, why = "interrupted", "a signal before the first step"
+        with suppress(UserError):  # a disk that is full, of which the first error speaks
+            if Run.begun is not None:
+                end_start(Run.begun.record, status, why, Run.begun.progress.step)
+        raise

@@ -1,17 +1,12 @@
 """The starts of a run, as run.json lists them: when and where each began, from which step, how far it came, and why it
 ended."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from run.record_file import read_record, update_status, utc_now, write_record
-from run.stopping import EXIT_STOPPED
-from utils.errors import UserError, reason
 
 UNKNOWN = "it did not say: killed, or its machine went down"
-_begun: Path | None = None  # the record in which this process has begun a start that has not ended
 
 
 def earlier_starts(path: Path) -> list[dict[str, Any]]:
@@ -28,13 +23,11 @@ def begin_start(path: Path, step: int, hosts: list[str]) -> None:
         step: that it goes on after.
         hosts: the machine of each process.
     """
-    global _begun
     record = read_record(path)
     machines = list(dict.fromkeys(hosts))
     start = {"started": record["started"], "machines": machines, "processes": len(hosts), "from_step": step}
     start |= {"step": None, "ended": None, "why": None}
     write_record({**record, "starts": [*(record.get("starts") or []), start]}, path)
-    _begun = path
 
 
 def end_start(
@@ -52,26 +45,7 @@ def end_start(
 
     Raises: UserError as `read_record` and `write_record`.
     """
-    global _begun
     starts = read_record(path).get("starts") or []
     if starts:
         starts[-1] |= {"step": step, "ended": utc_now(), "why": why}
     update_status(path, status, starts=starts, **more)
-    _begun = None
-
-
-@contextmanager
-def recorded_end() -> Iterator[None]:
-    """Around all of a start: one that ends by an error says so in the record, where it has begun there."""
-    global _begun
-    _begun = None
-    try:
-        yield
-    except SystemExit as end:
-        if _begun and end.code == EXIT_STOPPED:
-            end_start(_begun, "interrupted", "a signal before the first step")
-        raise
-    except Exception as error:
-        if _begun:
-            end_start(_begun, "failed", str(error) if isinstance(error, UserError) else reason(error))
-        raise

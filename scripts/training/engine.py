@@ -22,6 +22,7 @@ from training.neox import fuse_layers
 from training.optimizer import clip_fused_step, make_optimizer
 from training.optimizer_state import allocate_moments, load_loss_scale, loss_scale_state
 from training.plan import accumulation_steps
+from training.shared_folder import check_shared_folder
 from utils.launch import check_processes, has_gpu, num_processes, process_group_options
 
 
@@ -89,16 +90,16 @@ class Engine:
 
 
 def start_accelerator(
-    recipe: Recipe, dtype: torch.dtype, deepspeed: dict[str, Any] | None, step: int = 0
+    recipe: Recipe, dtype: torch.dtype, deepspeed: dict[str, Any] | None, step: int | None = None
 ) -> Accelerator:
     """The accelerator of one process, of DDP or of the DeepSpeed engine, on GPUs or (over gloo) on CPUs; seeded.
 
     Args:
         deepspeed: the engine's complete config; None without it.
-        step: at which this process begins.
+        step: at which this process begins, in a run that has an output_dir; None without.
 
     Raises:
-        UserError: the processes do not find each other, or stand at different steps.
+        UserError: the processes do not find each other, do not see one output_dir, or stand at different steps.
     """
     accelerator = Accelerator(
         mixed_precision={torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, "no"),
@@ -107,7 +108,9 @@ def start_accelerator(
         deepspeed_plugin=_deepspeed_plugin(deepspeed) if deepspeed else None,
         kwargs_handlers=process_group_options(deepspeed=deepspeed is not None),
     )
-    check_processes(accelerator, step)
+    if step is not None:
+        check_shared_folder(recipe.output_dir)
+    check_processes(accelerator, step or 0)
     set_seed(recipe.rng_seed)
     return accelerator
 

@@ -38,13 +38,13 @@ class Run:
     """One start of a run.
 
     Attributes:
-        begun: of the class: the start whose end run.json is still to say; None on all processes but the first.
+        begun: whether run.json is still to say how this start ended; False on all processes but the first.
         checkpoint: that it goes on from; None from its beginning.
         progress: where it stands.
         clock, stats, health: what its time goes into, what its steps add up to, and what went wrong in them.
     """
 
-    begun: "Run | None" = None
+    opened: "Run | None" = None  # of this process
 
     def __init__(self, recipe: Recipe, checkpoint: Checkpoint | None, lock: int | None):
         """
@@ -53,6 +53,7 @@ class Run:
         """
         self.recipe, self.checkpoint, self.lock = recipe, checkpoint, lock
         self.record = recipe.output_dir / "run.json"
+        self.begun = False
         self.clock = Clock()
         self.watch = Watch(recipe.stall_minutes, self.record)
 
@@ -88,7 +89,7 @@ class Run:
         hosts = gather_object([socket.gethostname()])
         if process_index() == 0:
             begin_start(self.record, self.progress.step, hosts)
-            Run.begun = self
+            self.begun = True
         self.watch.connect()
 
     def load_model(self, config: PretrainedConfig, tokenizer, dtype: torch.dtype) -> PreTrainedModel:
@@ -195,7 +196,7 @@ class Run:
         report = end_report(self.recipe, self.progress, self.stats, self.health)
         status, why = ("interrupted", by or "a signal to another process") if stopped else ("finished", "finished")
         end_start(self.record, status, why, self.progress.step, report=report, wandb=self.log.wandb_url)
-        Run.begun = None
+        self.begun = False
         self.watch.at("leaving the others")
 
 
@@ -215,20 +216,24 @@ def open_run(recipe: Recipe, allow_changes: bool) -> Run:
         if os.path.lexists(recipe_file) and not was_there:  # of a start that was a moment before this one
             checkpoint = find_checkpoint(recipe, allow_changes)
         claim_output_dir(recipe, checkpoint)
-    return Run(recipe, checkpoint, lock)
+    Run.opened = Run(recipe, checkpoint, lock)
+    return Run.opened
 
 
 @contextmanager
 def recorded_end() -> Iterator[None]:
     """Around all of a start: where it ends by an error, or before its first step, run.json says so."""
-    Run.begun = None
+    Run.opened = None
     try:
         yield
     except (Exception, SystemExit) as error:
         status, why = "failed", str(error) if isinstance(error, UserError) else reason(error)
         if isinstance(error, SystemExit):
             status, why = "interrupted", "a signal before the first step"
-        with suppress(UserError):  # a disk that is full, of which the first error speaks
-            if Run.begun is not None:
-                end_start(Run.begun.record, status, why, Run.begun.progress.step)
+        if (run := Run.opened) and run.begun:
+            with suppress(UserError):  # a disk that is full, of which the first error speaks
+                end_start(run.record, status, why, run.progress.step)
         raise
+    finally:
+        if Run.opened:
+            Run.opened.watch.close()

@@ -98,6 +98,7 @@ class Watch:
         self.progress: Progress | None = None
         self._mark: tuple[int, str, Callable[[], int] | None] = (0, "starting", None)  # changed as a whole
         self._closed = threading.Event()
+        self._threads: list[threading.Thread] = []
         self._server: TCPStore | None = None
         self._port: int | None = None
         now = time.monotonic()
@@ -110,7 +111,7 @@ class Watch:
             return
         # So that `kill -USR2 PID` shows where a process stands, also one that does not let go of the interpreter.
         faulthandler.register(signal.SIGUSR2, sys.__stderr__, all_threads=True)
-        threading.Thread(target=self._judge, name="watch", daemon=True).start()
+        self._in_background(self._judge)
 
     def connect(self) -> None:
         """Hear of the other processes, too. Every process calls this, when all have met."""
@@ -120,7 +121,7 @@ class Watch:
             self._server = self._store(0)
             self._port = self._server.port
         self._port = gather_object([self._port])[0]
-        threading.Thread(target=self._tell, name="tell", daemon=True).start()
+        self._in_background(self._tell)
 
     def at(self, doing: str, pulse: Callable[[], int] | None = None) -> None:
         """The main thread has come to something, which is progress.
@@ -137,8 +138,15 @@ class Watch:
             yield item
 
     def close(self) -> None:
-        """The run is over."""
+        """The run is over. The threads end before the interpreter does, which waits for no daemon within torch."""
         self._closed.set()
+        for thread in self._threads:
+            thread.join(2 * STORE_PATIENCE.total_seconds())
+        self._server = None
+
+    def _in_background(self, work: Callable[[], None]) -> None:
+        self._threads.append(threading.Thread(target=work, name=work.__name__, daemon=True))
+        self._threads[-1].start()
 
     @property
     def _beat(self) -> float:

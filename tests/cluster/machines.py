@@ -121,13 +121,20 @@ class Launcher:
         """Until none of them is left; returns the launcher's exit status."""
         deadline = time.monotonic() + seconds
         while self.process.poll() is None or self.processes():
-            assert time.monotonic() < deadline, f"still there after {seconds} s:\n{self.said()}"
+            assert time.monotonic() < deadline, f"still there after {seconds} s: {self._standing()}"
             time.sleep(0.1)
         return self.process.returncode
 
+    def _standing(self) -> str:
+        """What is left of it, and where its training processes stand, which the watch has them say on SIGUSR2."""
+        for process in self.workers():
+            process.send_signal(signal.SIGUSR2)
+        time.sleep(1)
+        return f"{[process.cmdline() for process in self.processes()]}\n{self.said()}"
+
     def said(self) -> str:
         """What it has printed, without the states of its progress bar."""
-        lines = self.log.read_text(errors="replace").splitlines()
+        lines = self.log.read_text(errors="replace").split("\n")
         return "\n".join(line.rpartition("\r")[2][-1000:] for line in lines)
 
 

@@ -36,7 +36,7 @@ from run.dry_run import dry_run
 from run.preflight import preflight
 from run.report import describe_rehearsal, describe_run, out_of_memory, show_first_batch, show_replies
 from run.resume import is_finished
-from run.run import Run, open_run
+from run.run import Run, open_run, recorded_end
 from training.batches import Batches, prefetched
 from training.contamination import without_contamination
 from training.deepspeed_config import deepspeed_config
@@ -65,7 +65,9 @@ def main(options, recipe: Recipe, stop: StopSignal) -> None:
     largest_batches = preflight(recipe, config, tokenizer, mix, dtype, deepspeed, progress)
 
     # ---- Model. Autocast wants fp32 weights, DeepSpeed the dtype it trains in: it keeps fp32 masters itself ----
+    run.watch.start("meeting the other processes")
     accelerator = start_accelerator(recipe, dtype, deepspeed, progress.step)
+    run.meet()
     language_model = run.load_model(config, tokenizer, dtype if deepspeed else torch.float32)
     engine = prepare_engine(accelerator, language_model, recipe, progress.total_steps)
     batches = Batches(mix, recipe, accelerator.process_index, accelerator.num_processes, tokenizer.pad_token_id)
@@ -106,7 +108,7 @@ def main(options, recipe: Recipe, stop: StopSignal) -> None:
             break
 
     # ---- The end ----
-    run.end(stopped)
+    run.end(stopped, stop.name)
     engine.close()
     if stopped:
         raise SystemExit(EXIT_STOPPED)
@@ -195,7 +197,7 @@ def evaluate_mix(engine: Engine, batches: Batches, run: Run, stop: StopSignal) -
     sums = torch.zeros(len(names), 3, dtype=torch.float64, device=accelerator.device)  # loss, right, scored tokens
     with run.evaluating():
         for index in range(len(names)):
-            for batch in batches.validation(index):
+            for batch in run.watch.each(batches.validation(index), "evaluating"):
                 if stop.agreed(accelerator):
                     return
                 batch = batch.to(accelerator.device)
@@ -214,5 +216,5 @@ def evaluate_mix(engine: Engine, batches: Batches, run: Run, stop: StopSignal) -
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with one_line_errors(), recorded_end():
         dry_run(RECIPE, OPTIONS.allow_changes) if OPTIONS.dry_run else main(OPTIONS, RECIPE, STOP)

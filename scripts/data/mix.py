@@ -133,11 +133,11 @@ def prepare_mix(recipe: Recipe, tokenizer) -> Mix:
 
 
 def _locked(folder: Path) -> AbstractContextManager:
-    lock = FileLock(f"{folder}.lock")
+    lock = FileLock(f"{folder}.lock", fallback_to_soft=False)  # a soft one outlives a kill, and would be waited for
     try:
         return lock.acquire()
     except (OSError, NotImplementedError) as error:  # another user's file; a file system without locks
-        raise UserError(f"{lock.lock_file}: {reason(error)}: give another cache_dir") from None
+        raise UserError(f"{lock.lock_file}: {reason(error)}: give a cache_dir on another file system") from None
 
 
 def _open_whole(folder: Path, locked_for: str | None = None) -> Prepared | None:

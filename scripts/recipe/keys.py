@@ -168,6 +168,9 @@ class Recipe(Schema):
     max_bad_steps: PositiveInt = key(
         10, "stop after so many steps in a row whose loss or gradient was no finite number; each is left out", ""
     )
+    stall_minutes: float | None = key(
+        None, "end the run when no process has come further for so many minutes; null: never", "", ge=0.05, le=10_000
+    )
     resume_from_checkpoint: PathText = key(
         "auto", "auto: output_dir's newest whole checkpoint, if any; never; or a checkpoint's folder", "", min_length=1
     )

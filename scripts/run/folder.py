@@ -5,6 +5,7 @@ import os
 import re
 import time
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 from recipe.keys import Recipe
@@ -171,6 +172,11 @@ def _passed_over(folder: Path, checkpoint: Checkpoint) -> list[Path]:
     return [path for path in others if step_of(path) >= checkpoint.step]
 
 
+@cache
+def _say_unlocked(folder: Path, why: str) -> None:
+    say(f"warning: output_dir = {folder}: its file system has no locks ({why}): nothing keeps a second run out of it")
+
+
 def _lock(path: Path) -> int:
     """Lock a file until this process ends, and return it open: two runs would each remove the other's checkpoints.
 
@@ -185,6 +191,7 @@ def _lock(path: Path) -> int:
         except (BlockingIOError, PermissionError) as error:
             if time.monotonic() > until:
                 raise UserError(f"output_dir = {path.parent}: another process is training there") from error
-        except OSError:  # a file system without locks
+        except OSError as error:  # a file system without locks, as NFS is where no lockd runs
+            _say_unlocked(path.parent, error.strerror)
             return handle
         time.sleep(0.2)

@@ -31,6 +31,7 @@ from training.neox import fuse_layers
 from training.optimizer import clip_fused_step, make_optimizer
 from training.optimizer_state import load_loss_scale, loss_scale_state
 from training.plan import accumulation_steps
+from training.shared_folder import check_shared_folder
 from training.zero import deepspeed_plugin, ready_for_engine
 from utils.launch import check_processes, has_gpu, num_processes, process_group_options
 
@@ -113,16 +114,16 @@ class Engine:
 
 
 def start_accelerator(
-    recipe: Recipe, dtype: torch.dtype, deepspeed: dict[str, Any] | None, step: int = 0
+    recipe: Recipe, dtype: torch.dtype, deepspeed: dict[str, Any] | None, step: int | None = None
 ) -> Accelerator:
     """The accelerator of one process, of DDP or of the DeepSpeed engine, on GPUs or (over gloo) on CPUs; seeded.
 
     Args:
         deepspeed: the engine's complete config; None without it.
-        step: at which this process begins.
+        step: at which this process begins, in a run that has an output_dir; None without.
 
     Raises:
-        UserError: the processes do not find each other, or stand at different steps.
+        UserError: the processes do not find each other, do not see one output_dir, or stand at different steps.
     """
     sharding = find_sharding(recipe, dtype)
     hide_plugin()
@@ -138,7 +139,9 @@ def start_accelerator(
     accelerator.sharding = sharding
     if sharding and accelerator.scaler:
         accelerator.scaler = ShardScaler(accelerator.device.type)
-    check_processes(accelerator, step)
+    if step is not None:
+        check_shared_folder(recipe.output_dir)
+    check_processes(accelerator, step or 0)
     set_seed(recipe.rng_seed)
     return accelerator
 

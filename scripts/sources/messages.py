@@ -159,7 +159,10 @@ def _pair(record: Record, there: dict[str, str], names: Names, unused: set[str])
         )
 
     def turns(name: str) -> list[Message]:
-        return read_turns(record, name, record.values[name], unused, names.roles, names.contents)
+        value = record.values[name]
+        if isinstance(value, list) and len(value) > 1 and isinstance(value[0], str):
+            raise record.error(f"field {name!r} is a list of texts, of which one would have to be chosen")
+        return read_turns(record, name, value, unused, names.roles, names.contents)
 
     if len(there) > 2:
         unused.update(name for name in ANSWERS if name in there and there[name] not in (answer, question))
@@ -171,14 +174,12 @@ def _pair(record: Record, there: dict[str, str], names: Names, unused: set[str])
     else:
         text = record.get(question)
         prompt = [Message("user", f"{text}\n\n{record.get(passage)}" if passage else text)]
-    before = turns(history) if history else []
+    before = read_turns(record, history, record.values[history], unused, names.roles, names.contents) if history else []
     replied = record.values[answer]
     if isinstance(replied, list) and len(replied) == 1 and isinstance(replied[0], str):
         return [*before, *prompt, Message("assistant", replied[0])]
     if not isinstance(replied, list | dict):
         return [*before, *prompt, Message("assistant", record.get(answer))]
-    if isinstance(replied, list) and isinstance(replied[0], str):
-        raise record.error(f"field {answer!r} is a list of texts, of which one would have to be chosen")
     reply = turns(answer)
     if reply and reply[0].role != "assistant":  # the whole conversation once more, as in many data sets of preferences
         same = [

@@ -100,6 +100,8 @@ SYSTEM = {"role": "system", "content": "s"}
         ({"prompt": [SYSTEM, *chat("q")], "completion": "a"}, [("system", "s"), *PAIR]),
         ({"prompt": "q", "completion": ["a"]}, PAIR),
         ({"problem": "q", "solution": "a"}, PAIR),
+        ({"inputs": "q", "targets": "a"}, PAIR),
+        ({"Human": "q", "Bot": "a"}, PAIR),
         ({"user": "q", "assistant": "a", "system_message": "s"}, [("system", "s"), *PAIR]),
     ],
 )
@@ -319,6 +321,7 @@ def test_dropped_with_a_reason(tmp_path, messages, reason):
         ({"messages": [{"role": "user", "content": 3}]}, "'messages.content' is a number, not a string"),
         ({"messages": [{"role": "user", "content": [3]}]}, "'messages.content' has a part that is a number"),
         ({"messages": [{"role": "user", "content": "q", "weight": 0.5}]}, "'messages.weight' is '0.5', not 0 or 1"),
+        ({"prompt": ["q", "r"], "response": "a"}, "'prompt' is a list of texts, of which one would have to be chosen"),
         (
             {"prompt": "q", "response": ["a", "b"]},
             "'response' is a list of texts, of which one would have to be chosen",

@@ -115,6 +115,7 @@ def test_prepared_examples_are_those_of_the_sources_and_of_encode(make_recipe, t
         assert mix.reports[name] == {
             "rows_read": reading.rows_read,
             "dropped": reading.dropped,
+            "used": {},
             "unused": {},
             "bad_records": 0,
             "first_bad_record": None,

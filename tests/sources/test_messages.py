@@ -382,6 +382,24 @@ def test_several_in_one_mix_from_every_kind_of_file(tmp_path, prepare):
     assert (mix.train.dataset[training_rows(mix, recipe, 0)] == 1).sum() == 8
 
 
+def test_what_is_said_of_a_data_set(tmp_path, prepare, capsys):
+    """What its conversations were made of, what was dropped, and what could matter and was not used."""
+    reply = {"role": "assistant", "content": "a", "reasoning_content": "x"}
+    rows = [
+        *[{"messages": [*chat("q"), reply, *chat("r"), reply]}] * 3,
+        {"prompt": "q", "chosen": "a", "rejected": "b", "system": "s"},
+        {"messages": [*chat("q"), reply | {"tool_calls": [{"id": 1}]}]},
+    ]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, mix, _ = prepare({"messages": {"input_file_path": "x.jsonl", "val_split": 0}})
+    report = mix.reports["messages"]
+    assert report["used"] == {"messages": 3, "prompt, chosen, system": 1}
+    assert report["unused"] == {"reasoning_content": 3, "rejected": 1}
+    assert report["dropped"] == {"conversation with a tool's turn": 1}
+    said = "(dropped: 1 conversation with a tool's turn; not used: reasoning_content of 3, rejected of 1)"
+    assert said in capsys.readouterr().out
+
+
 def test_train_false_is_not_scored(tmp_path, prepare):
     messages = chat("one", "two", "three", "four", "five", "six")
     messages[1]["train"], messages[5]["train"] = False, True

@@ -98,10 +98,12 @@ def print_tables(mix: Mix, recipe: Recipe) -> None:
     console.print(read)
     for name in mix.names:
         report = mix.reports[name]
+        for fields, count in report["used"].items():
+            console.print(f"{name}: {count:,} made of {fields}")
         for reason, count in report["dropped"].items():
             console.print(f"{name}: dropped {counted(count, reason)}")
         for field, count in report["unused"].items():
-            console.print(f"{name}: {field!r} is not used, which {counted(count, 'record')} had")
+            console.print(f"{name}: not used: {field!r} of {count:,}")
         if report["bad_records"]:
             count, first = report["bad_records"], report["first_bad_record"]
             console.print(f"{name}: left out {counted(count, 'record')} as bad, first: {first}")

@@ -256,6 +256,7 @@ def _prepare(
         report = {
             "rows_read": source.rows_read,
             "dropped": dict(source.dropped),
+            "used": {", ".join(fields): count for fields, count in source.used.items()},
             "unused": dict(source.unused),
             "bad_records": source.bad_records,
             "first_bad_record": source.first_bad_record,

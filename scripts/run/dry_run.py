@@ -46,7 +46,7 @@ def dry_run(recipe: Recipe, allow_changes: bool) -> None:
         if not paths and not may_be_on_hub(options.input_file_path, hub):
             source_files(name, recipe)  # says where it looked
         if not paths:
-            say(f"{name}: not here, would be fetched from the hub ({hub.repo})")
+            say(f"{name}: not here, would be fetched from {f'the hub ({hub.repo})' if hub.repo else 'its URL'}")
             continue
         source = Reading(name, options, paths, recipe.rng_seed)
         for _ in source:  # only counted

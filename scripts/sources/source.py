@@ -211,6 +211,7 @@ class Remarks(Counter):
 
     def __init__(self):
         super().__init__()
+        self.used: tuple[str, ...] = ()  # fields that its conversation was made of, where a reader has a choice
         self.unused: set[str] = set()  # fields that could matter and are not used
         self.absent: set[str] = set()  # fields that its options name, and that it does not have
 

@@ -140,6 +140,7 @@ def test_all_of_them_at_once(folder, tmp_path, tiny_model):
     for name in places:
         if name not in ("several", "pattern"):
             assert [row["messages"] for row in exported if row["dataset"] == name] == first
+    assert shown.count(" 40 made of prompt, response") == len(FILES) + 1
     run = run_script(tmp_path / "recipe.yaml", output_dir=tmp_path / "out")
     assert len(run.curve("loss")) == 2
 

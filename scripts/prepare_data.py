@@ -153,13 +153,18 @@ def render(tokenizer, ids: np.ndarray, scored: np.ndarray) -> Text:
     return text
 
 
+def weight_of(mix: Mix, row: int) -> str:
+    """What each token of a training example counts in the loss, in words; none where all count the same."""
+    return "" if mix.train.weights is None else f", weight {mix.train.weights[row]:g}"
+
+
 def show_examples(mix: Mix, recipe: Recipe, tokenizer, count: int, dataset: str | None) -> None:
     """Print the first examples of each data set, or of one, as the first epoch sees them."""
     for index, name in enumerate(mix.names):
         for row in np.flatnonzero(mix.train.dataset == index)[:count] if dataset in (None, name) else []:
             ids, scored = cut(mix.train, row, recipe, epoch=0)
-            weight = "" if mix.train.weights is None else f", weight {mix.train.weights[row]:g}"
-            console.rule(f"{name}, row {row}: {len(ids):,} tokens, {scored.sum():,} scored{weight}", align="left")
+            title = f"{name}, row {row}: {len(ids):,} tokens, {scored.sum():,} scored{weight_of(mix, row)}"
+            console.rule(title, align="left")
             console.print(render(tokenizer, ids, scored))
 
 
@@ -179,7 +184,8 @@ def show_batch(mix: Mix, recipe: Recipe, tokenizer) -> None:
         start, length = window_start(mix.train.tokens(row)[1], row, recipe, 0), len(ids)
         console.rule(
             f"{mix.names[mix.train.dataset[row]]}, row {row}: tokens {start:,} to {start + length:,} of "
-            f"{mix.train.lengths[row]:,} at positions 0 to {length - 1:,}, {int(scored.sum()):,} scored",
+            f"{mix.train.lengths[row]:,} at positions 0 to {length - 1:,}, {int(scored.sum()):,} scored"
+            f"{weight_of(mix, row)}",
             align="left",
         )
         console.print(render(tokenizer, ids.numpy(), scored.numpy()))

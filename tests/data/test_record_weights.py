@@ -296,10 +296,12 @@ def test_the_report_shows_weights_and_shares(tmp_path):
         {"b": {"source": "messages", "input_file_path": str(tmp_path / "b.jsonl"), "val_split": 0}},
     ]
     values = {"model_name": str(MODEL), "output_dir": "o", "cache_dir": str(tmp_path / "c"), "datasets": mix}
-    (tmp_path / "r.yaml").write_text(json.dumps(values | {"log_wandb": False}))
+    (tmp_path / "r.yaml").write_text(json.dumps(values | {"log_wandb": False, "per_device_train_batch_size": 12}))
     file = tmp_path / "mix.jsonl.gz"
     run = run_script(
-        *(tmp_path / "r.yaml", "--show", 2, "--export", file), script="scripts/prepare_data.py", output_dir=tmp_path
+        *(tmp_path / "r.yaml", "--show", 2, "--show_batch", "--export", file),
+        script="scripts/prepare_data.py",
+        output_dir=tmp_path,
     )
     with gzip.open(file, "rt") as lines:
         rows = [json.loads(line) for line in lines]
@@ -310,4 +312,4 @@ def test_the_report_shows_weights_and_shares(tmp_path):
     cells = [line.split()[-2] for line in run.stdout.splitlines() if line.startswith(("│ a ", "│ b "))]
     assert cells[:2] == expected
     assert "a, row 1: " in run.stdout
-    assert "scored, weight 4" in run.stdout
+    assert run.stdout.count("scored, weight 4") == 1 + 3  # of the examples, and of the first batch

@@ -18,11 +18,15 @@ from test_resume import assert_same_end
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evaluation.model import find_model
+from evaluation.result_files import read_columns
+from recipe.load import load_recipe
 from run import run as run_module
 from run.best import Best, best_checkpoint, judge, link_checkpoints
 from run.checkpoint import read_checkpoint
+from run.log import RunLog
 from run.run import Run
 from run.samples import Samples, greedy_replies
+from training.replies import Reply
 
 PROMPTS = [
     "sums 3 and 8?",
@@ -178,7 +182,7 @@ def test_more_patience_goes_on_where_it_ended(tmp_path, recipe, whole):
     assert os.readlink(output / "best") == "checkpoint-20"
 
 
-def test_every_script_takes_the_link(tmp_path, whole):
+def test_what_evaluates_takes_the_link(whole):
     """As the checkpoint that it leads to now; a run that goes on may have it lead elsewhere."""
     link = whole.output_dir / "best"
     checkpoint = link.resolve()
@@ -187,22 +191,25 @@ def test_every_script_takes_the_link(tmp_path, whole):
     assert (Path(found.name), found.step) == (checkpoint, 20)
     assert found.recipe_file == whole.output_dir / "recipe.yaml"
     assert open_source(str(link))[0] == found
-    run_script(link, script="scripts/eval_loss.py", output_dir=tmp_path)
-    assert (checkpoint / "eval" / "loss.json").exists()
-    shown = run_script(link, "--markdown", script="scripts/compare.py", output_dir=tmp_path).stdout
-    assert "(step 20)" in shown
+    result = {"name": "loss", "checkpoint": {"name": "x", "step": 20}, "results": {"loss": {"value": 1}}}
+    (checkpoint / "eval").mkdir()
+    (checkpoint / "eval" / "loss.json").write_text(json.dumps(result))
+    columns, problems = read_columns([link])
+    assert ([column.step for column in columns], problems) == ([20], [])
 
 
-def test_wandb_has_them_as_a_table(tmp_path, recipe, monkeypatch):
+def test_wandb_has_them_as_a_table(tmp_path, recipe, chat, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    run = run_here(recipe, "--log_wandb", "true", "--max_steps", 4, output_dir=tmp_path)
-    assert run.returncode == 0, run.stderr
+    chosen = load_recipe(recipe, {"log_wandb": "true", "output_dir": str(tmp_path)})
+    own = Samples(chosen, chat[1])
+    log = RunLog(chosen, make_progress(4), main_process=True)
+    log.write_samples(4, own, [Reply("That is 11.", 5, True), Reply("So", 24, False)])
+    log.close()
     (file,) = (tmp_path / "base" / "wandb").glob("offline-run-*/files/media/table/samples_*.json")
-    table, lines = json.loads(file.read_text()), samples(tmp_path)
+    table = json.loads(file.read_text())
     assert table["columns"] == ["step", "prompt", "reply", "ended"]
-    assert table["data"] == [
-        [4, line["messages"][-1]["content"], line["reply"], line["ended"]] for line in lines if line["step"] == 4
-    ]
+    assert table["data"] == [[4, "sums 3 and 8?", "That is 11.", True], [4, "words\n\x1b[2J", "So", False]]
+    assert [line["reply"] for line in samples(tmp_path)] == ["That is 11.", "So"]
 
 
 def test_two_processes_reply_together(tmp_path, recipe, whole):

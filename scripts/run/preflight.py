@@ -60,13 +60,14 @@ def preflight(
     parameters, epoch_steps = count_parameters(recipe, config), steps_per_epoch(mix, recipe, processes)
     if not progress.steps_left:
         return None
-    check_tiny(recipe, config)
+    frozen = count_parameters(recipe, config, within=check_tiny(recipe, config) or [])
     check_savable(recipe, config, tokenizer)
     lost = check_targets(recipe, mix)
     largest = largest_micro_batches(mix, recipe, processes, progress.steps_left, progress.position)
     zero = deepspeed and deepspeed["zero_optimization"]
     adapter = adapter_size(recipe, without_weights(recipe, config), dtype) if recipe.use_peft else None
-    check_memory(recipe, config, parameters, layout_of_this_run(zero), dtype, largest[0].shape, adapter)
+    layout = layout_of_this_run(zero)
+    check_memory(recipe, config, parameters, layout, dtype, largest[0].shape, adapter, frozen)
     saved = parameters if adapter is None else adapter.weights
     merged = parameters * dtype.itemsize if recipe.merge_adapter else 0
     check_disk(recipe, saved, dtype, deepspeed is not None, epoch_steps, total_steps, progress.step, merged)

@@ -82,7 +82,7 @@ def describe_model(recipe: Recipe) -> str:
     own, unseen = os.path.isdir(recipe.model_name), []
     config = load_config(recipe)
     parameters = count_parameters(recipe, config)
-    if not check_tiny(recipe, config):
+    if check_tiny(recipe, config) is None:
         unseen.append("whether its kind can be trained, since no tiny model of it can be made")
     if own or (folder / "tokenizer.json").exists():
         tokenizer = load_tokenizer(recipe)

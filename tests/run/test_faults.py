@@ -138,11 +138,12 @@ CUT_SHORT = [("evaluation", "SIGTERM all"), ("evaluated", "SIGKILL all")]
 SHORT = {
     "cpu": [("save: optimizer", "SIGKILL all"), *CUT_SHORT, ("final", "SIGKILL all")],
     "zero2x2": [("save: optimizer", "SIGKILL worker"), ("training", "SIGTERM launcher")],
+    "zero3x2": [("save: model", "SIGKILL worker")],
 }
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("launch", SHORT)
+@pytest.mark.parametrize("launch", ["cpu", "zero2x2", pytest.param("zero3x2", marks=pytest.mark.soak)])
 def test_killed_a_few_times(tmp_path, launch):
     kill_over_and_over(Training(tmp_path, launch, max_steps=20), SHORT[launch], int(os.environ.get("FAULT_SEED", 0)))
 

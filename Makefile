@@ -22,20 +22,24 @@ chat: .venv/installed | demo_output/config.json  ## talk to the demo's model
 demo_output/config.json:
 	$(MAKE) demo
 
+# Each of two processes begins with a half of the tests, so that a module's fixtures are made once, and takes over what
+# the other has left.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal
+
 test: .venv/tests lint  ## everything, two tests at a time
-	$(BIN)/python -m pytest -q -n 2
+	$(PYTEST)
 
 test-kernels: .venv/tests .venv/liger  ## the Triton kernels, ours and Liger's, without a GPU, in Triton's interpreter (1 GB)
-	PYTHONPATH=.venv/liger TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/training/test_adamw.py tests/training/test_cross_entropy.py tests/training/test_neox.py
+	PYTHONPATH=.venv/liger TRITON_INTERPRET=1 $(PYTEST) tests/training/test_adamw.py tests/training/test_cross_entropy.py tests/training/test_neox.py
 
 test-transformers4: .venv/tests .venv/transformers4  ## what a run saves and an export, read by transformers 4
-	$(BIN)/python -m pytest -q tests/run/test_model_files.py tests/test_export.py
+	$(PYTEST) tests/run/test_model_files.py tests/test_export.py
 
 soak: .venv/tests  ## kill runs 20 times each, and other long tests; alone on the machine, since it takes a while
 	$(BIN)/python -m pytest -q -s -m soak
 
 fuzz: .venv/tests  ## damage what is read back, thousands of times; FUZZ_CASES=N of each kind
-	$(BIN)/python -m pytest -q -n 2 -m fuzz
+	$(PYTEST) -m fuzz
 
 lint: .venv/tests  ## ruff's checks and its formatting
 	$(BIN)/ruff check .

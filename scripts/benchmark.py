@@ -9,6 +9,7 @@
     python scripts/benchmark.py gpu --out DIR [--minutes 8] [--rehearse]
     python scripts/benchmark.py roofline --gpu 3b [--tokens 4096] [--layers 16] [--json FILE]
     python scripts/benchmark.py chat CHECKPOINT [--rounds 3] [--json FILE]
+    python scripts/benchmark.py checkpoint MODEL [--rounds 3] [--json FILE]
     [accelerate launch ...] scripts/benchmark.py balance RECIPE [--json FILE] [--key value ...]
 
 `data`: tokens and conversations a second of a cold preparation, and the seconds of a start that finds it done, next to
@@ -37,6 +38,9 @@ tokens a second, MFU and peak memory, from a trace of the real step; for each se
 `chat`: seconds to the first token and tokens a second of chat.py's replies, next to a bare `generate` for the same
 prompt.
 
+`checkpoint`: how long training waits for a checkpoint of a model that is trained plainly, with save_in_background and
+without, and what a step takes while one is written.
+
 `balance`: tokens of a micro-batch, and the share of their time that 1, 2, 4 and 8 processes wait for the slowest, with
 a recipe's steps cut by conversations and by tokens (micro_batch_tokens), counted from its plan. Where a launcher starts
 several processes, the time of 12 steps of the small model of `train` on them, by either cut in turn.
@@ -59,17 +63,18 @@ from utils.errors import UserError, one_line_errors
 
 # What each option is for, and its value where none is given.
 TAKEN_BY = {
-    "rounds": ("data", "train", "scaling", "chat"),
+    "rounds": ("data", "train", "scaling", "chat", "checkpoint"),
     "conversations": ("train",),
     "gpu": ("train", "scaling", "attention", "roofline"),
     "layers": ("train", "scaling", "attention", "roofline"),
     "tokens": ("roofline",),
     "plot": ("scaling",),
-    "json": ("data", "train", "scaling", "attention", "roofline", "chat", "balance"),
+    "json": ("data", "train", "scaling", "attention", "roofline", "chat", "checkpoint", "balance"),
     "out": ("gpu",),
     "minutes": ("gpu",),
     "rehearse": ("gpu",),
 }
+OF_A_MODEL = {"chat": "CHECKPOINT", "checkpoint": "MODEL"}
 DEFAULTS = {"rounds": 3, "tokens": 4096, "minutes": 8, "rehearse": False}
 
 
@@ -91,9 +96,9 @@ def main() -> None:
     recipe = None
     if options.what in ("data", "balance") or (options.what == "train" and not options.gpu):
         recipe = load_recipe(recipe_file, overrides)
-    elif options.what == "chat" and recipe_file and not overrides:
-        options.checkpoint = find_model(recipe_file).name
-    elif options.what != "chat" and (recipe_file or overrides):
+    elif options.what in OF_A_MODEL and recipe_file and not overrides:
+        options.model = find_model(recipe_file).name
+    elif options.what not in OF_A_MODEL and (recipe_file or overrides):
         raise UserError(f"command line: {options.what} takes no {recipe_file or '--' + next(iter(overrides))}")
     check_options(options)
     result = BENCHMARKS[options.what](options, recipe)
@@ -113,8 +118,8 @@ def check_options(options: argparse.Namespace) -> None:
         raise UserError(f"command line: --json {options.json}: there is no folder {options.json.parent}")
     if options.what == "roofline" and not options.gpu:
         raise UserError("command line: roofline needs --gpu 3b or 7b")
-    if options.what == "chat" and not hasattr(options, "checkpoint"):
-        raise UserError("command line: chat needs a CHECKPOINT, and takes no keys")
+    if options.what in OF_A_MODEL and not hasattr(options, "model"):
+        raise UserError(f"command line: {options.what} needs a {OF_A_MODEL[options.what]}, and takes no keys")
     if options.what == "gpu" and not options.out:
         raise UserError("command line: gpu needs --out DIR")
     for name, value in DEFAULTS.items():
@@ -195,8 +200,15 @@ def roofline(options: argparse.Namespace, _):
 def chat(options: argparse.Namespace, _):
     from benchmarking.chat import benchmark_chat, chat_table
 
-    figures = benchmark_chat(options.checkpoint, options.rounds)
+    figures = benchmark_chat(options.model, options.rounds)
     return chat_table(figures), {"figures": figures}
+
+
+def checkpoint(options: argparse.Namespace, _):
+    from benchmarking.checkpoint import benchmark_checkpoint, checkpoint_table
+
+    figures = benchmark_checkpoint(options.model, options.rounds)
+    return checkpoint_table(figures), {"figures": figures}
 
 
 def balance(options: argparse.Namespace, recipe: Recipe):
@@ -208,7 +220,9 @@ def balance(options: argparse.Namespace, recipe: Recipe):
     return (measured_table if several else balance_table)(figures), {"figures": figures}
 
 
-BENCHMARKS = {each.__name__: each for each in (data, train, scaling, attention, gpu, roofline, chat, balance)}
+BENCHMARKS = {
+    each.__name__: each for each in (data, train, scaling, attention, gpu, roofline, chat, checkpoint, balance)
+}
 
 if __name__ == "__main__":
     with one_line_errors():

@@ -2,16 +2,18 @@
 """All evaluation results of some checkpoints in one table: the best marked, differences with their intervals.
 
     python scripts/compare.py base_results stablelm_7b/checkpoint-4000 stablelm_7b/checkpoint-12000
-    python scripts/compare.py stablelm_7b --plot curves.png      # a run: all its checkpoints, and curves over the steps
+    python scripts/compare.py stablelm_7b --plot curves.png        # a run: all its checkpoints, and curves of them
+    python scripts/compare.py stablelm_7b --all                    # each data set, language and turn, every checkpoint
     python scripts/compare.py stablelm_7b other_run --markdown     # for a pull request or a model card
 
 Each argument is a checkpoint (its eval/ folder is read), a run (all its checkpoints), or what --output of an evaluation
 was: a result file, or a folder of them. Below each value stands its difference to the first column's, with the 95 %
 interval. Where both results keep what was measured on each item, it is a paired bootstrap over the items that both
 have; else, marked ~, it comes from the two intervals as if they were of different items, and is wider. A difference
-whose interval holds 0 may be chance. Of a run with more than 8 checkpoints the first, the newest 3 and the best are
-shown; --all shows each, and the plot has them all. A damaged result file, or one of a newer format, is passed over with
-a line that names file and field.
+whose interval holds 0 may be chance. A metric has one row, of all items; --all adds its rows of single data sets,
+languages and turns. Of a run with more than 8 checkpoints the first, the newest 3 and the best are shown, with --all
+each; the plot has them all. A damaged result file, or one of a newer format, is passed over with a line that names file
+and field.
 """
 
 from utils.command_line import OneLineParser
@@ -22,7 +24,8 @@ def arguments():
     parser = OneLineParser(__doc__)
     parser.add_argument("paths", nargs="+", metavar="CHECKPOINT", help="or a run, a result file, a folder of results")
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
-    parser.add_argument("--all", action="store_true", help="show every checkpoint of a run, however many it has")
+    more = "show each data set, language and turn too, and every checkpoint of a run, however many it has"
+    parser.add_argument("--all", action="store_true", help=more)
     parser.add_argument("--plot", metavar="FILE", help="write curves over the steps of a run's checkpoints")
     return parser.parse_args()
 
@@ -43,7 +46,7 @@ from rich.table import Table
 
 from evaluation.intervals import RESAMPLES, paired_differences
 from evaluation.result_files import Column, Metric, ResultFile, read_columns
-from utils.tables import make_console
+from utils.tables import counted, make_console
 
 MOST_OF_A_RUN = 8  # checkpoints; a column takes 30 characters, of 200 a line took 6,400
 NEWEST = BEST = 3  # of a run that has more
@@ -54,11 +57,11 @@ def main(options) -> None:
     for problem in problems:
         print(f"passed over: {' '.join(problem.split())}", file=sys.stderr)
     shown, left_out = (columns, []) if options.all else some_of(columns)
-    rows, notes = table_rows(shown, columns)
+    rows, notes = table_rows(shown, columns, options.all)
     show = print_markdown if options.markdown else print_table
     show(shown, rows, [*left_out, *notes])
     if options.plot:
-        plot(columns, Path(options.plot))
+        plot(columns, Path(options.plot), options.all)
 
 
 # ---- Choosing ----
@@ -98,6 +101,15 @@ def has_value(metric: Metric | None) -> bool:
     return metric is not None and metric.value is not None
 
 
+def is_part(name: str, results: dict[str, Metric]) -> bool:
+    """Whether a metric is of a data set, a language or a turn alone, and stands beside the same of all items.
+
+    What is left without the problems that a model was trained on is no part: it is what the score is worth.
+    """
+    kind, slash, _ = name.partition("/")
+    return bool(slash) and kind in results and "in_training" not in results[name].where
+
+
 # ---- Comparing ----
 
 
@@ -110,15 +122,19 @@ class Cell:
     difference: str = ""
 
 
-def table_rows(columns: list[Column], every: list[Column]) -> tuple[list[tuple[str, str, list[Cell]]], list[str]]:
-    """(evaluation, metric, cells) for each metric that any column has, the best that of `every` one, shown or not; and
-    what has to be said below the table."""
-    rows, notes = [], []
+def table_rows(
+    columns: list[Column], every: list[Column], parts: bool
+) -> tuple[list[tuple[str, str, list[Cell]]], list[str]]:
+    """(evaluation, metric, cells) for each metric that any column has, with or without those of parts, the best that
+    of `every` one, shown or not; and what has to be said below the table."""
+    rows, notes, left_out = [], [], 0
     for evaluation in dict.fromkeys(name for column in columns for name in column.files):
         files = [column.files.get(evaluation) for column in columns]
         pairs = [paired_differences(files[0], file) if files[0] and file else {} for file in files]
         notes += differing_settings(evaluation, columns)
-        for name in dict.fromkeys(name for file in files if file for name in file.results):
+        names = {name: is_part(name, file.results) for file in files if file for name in file.results}
+        left_out += 0 if parts else sum(names.values())
+        for name in (name for name, part in names.items() if parts or not part):
             metrics = [file.results.get(name) if file else None for file in files]
             of_every = [column.files[evaluation].results.get(name) for column in every if evaluation in column.files]
             values = [metric.value for metric in of_every if has_value(metric)]
@@ -132,6 +148,8 @@ def table_rows(columns: list[Column], every: list[Column]) -> tuple[list[tuple[s
             rows.append((evaluation, name, cells))
         for column, file in zip(columns, files, strict=True):
             notes += [f"{column.name}, {evaluation}: {problem}" for problem in (said_of(file) if file else [])]
+    if left_out:
+        notes.append(f"--all adds {counted(left_out, 'row')} of single data sets, languages and turns")
     return rows, notes
 
 
@@ -224,8 +242,10 @@ def print_markdown(columns: list[Column], rows, notes: list[str]) -> None:
         print(text.replace("* best", "**bold**: best", 1) + "  ")
 
 
-def plot(columns: list[Column], path: Path) -> None:
-    """Draw every metric over the steps: a panel for each kind, in it a line for each part and run.
+def plot(columns: list[Column], path: Path, parts: bool) -> None:
+    """Draw every metric over the steps: a panel for each kind, in it a line for each run, and for each part if wanted.
+
+    A perplexity, which is its loss on another scale, is left to the table.
 
     Raises: UserError where no run has results at two steps.
     """
@@ -240,7 +260,7 @@ def plot(columns: list[Column], path: Path) -> None:
             for name, metric in file.results.items():
                 kind, _, part = name.partition("/")
                 label = " ".join([part or "all", *([column.run] if len(runs) > 1 else [])])
-                if has_value(metric):
+                if has_value(metric) and not metric.exp and (parts or not is_part(name, file.results)):
                     title = kind if kind == evaluation else f"{evaluation}: {kind}"
                     panels[title][label].append((column.step, metric))
     if not any(len({step for step, _ in points}) > 1 for lines in panels.values() for points in lines.values()):

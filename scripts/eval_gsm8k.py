@@ -45,7 +45,6 @@ import time
 from pathlib import Path
 
 import evaluate
-from tqdm import tqdm
 
 from data.files import find_data_file, source_files
 from data.mix import prepare_mix
@@ -59,7 +58,7 @@ from sources.source import Record
 from training.contamination import BENCHMARKS, contaminated_rows, without_contamination
 from training.model import load_tokenizer
 from utils.launch import process_index, say
-from utils.tables import make_console, make_table
+from utils.tables import counted, make_console, make_table, progress_bar
 
 BATCH_SIZE = 32
 # grade_school_math_instructions holds GSM8K's test problems with its training problems: 8,792 rows = 7,473 + 1,319.
@@ -105,7 +104,8 @@ def main(options, checkpoint, recipe: Recipe | None) -> None:
 
     mine = evaluation.share(sorted(prompts, key=lambda key: -len(prompts[key])))
     started, tokens = time.perf_counter(), 0
-    with tqdm(total=len(mine), desc="solving", unit="problem", disable=not accelerator.is_main_process) as progress:
+    quiet = not accelerator.is_main_process
+    with progress_bar(total=len(mine), desc="solving", unit="problem", disable=quiet) as progress:
         asked, most = [prompts[key] for key in mine], {"max_new_tokens": max_new_tokens}
         for place, reply in generate(model, tokenizer, asked, most, options.batch_size or BATCH_SIZE):
             tokens += reply.tokens
@@ -181,7 +181,7 @@ def find_contamination(recipe: Recipe | None, checkpoint, problems: list[dict[st
     places = sorted(set(found.others.tolist()))
     verdict = "no conversation of the training mix holds one of these problems"
     if places:
-        held = f"{len(places):,} of these {len(problems):,} problems, in {len(found):,} conversations"
+        held = f"{len(places):,} of these {len(problems):,} problems, in {counted(len(found), 'conversation')}"
         verdict = f"the training mix holds {held}: on them the score shows memory, not skill"
     return {"contaminated": bool(places), "verdict": verdict, "problems": places}
 

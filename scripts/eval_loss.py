@@ -51,7 +51,6 @@ import numpy as np
 import torch
 from accelerate.utils import set_seed
 from rich.table import Table
-from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from data.dialogue import ASSISTANT, CHAT_TOKENS
@@ -68,7 +67,7 @@ from training.collate import cut
 from training.loss import ScoredLoss
 from training.model import load_config, load_model, load_tokenizer
 from utils.launch import set_up_process, training_dtype
-from utils.tables import make_console, make_table
+from utils.tables import make_console, make_table, progress_bar
 
 LAST_TURN = 5  # later replies are counted with it
 
@@ -175,7 +174,8 @@ def measure(evaluation: Evaluation, model: ScoredLoss, mix: Mix, recipe: Recipe,
     left = replace(mix, validation=mix.validation.select(np.array(rows, dtype=np.int64)))
     batches = Batches(left, recipe, accelerator.process_index, accelerator.num_processes, tokenizer.pad_token_id)
     assistant = tokenizer.convert_tokens_to_ids(ASSISTANT)
-    progress = tqdm(total=len(rows), desc="evaluating", unit="conversation", disable=not accelerator.is_main_process)
+    quiet = not accelerator.is_main_process
+    progress = progress_bar(total=len(rows), desc="evaluating", unit="conversation", disable=quiet)
     for index, name in enumerate(mix.names):
         for batch in batches.validation(index):
             with accelerator.autocast():

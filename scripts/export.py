@@ -90,6 +90,7 @@ from training.pretrained import load_pretrained
 from training.weight_files import model_folder
 from utils.files import read_json
 from utils.launch import DTYPES, say, set_up_process
+from utils.tables import counted
 
 
 def main(options) -> None:
@@ -135,7 +136,7 @@ def main(options) -> None:
             check_same(reference, logits, read_back(work, reference), dtype)
         written = read_weights(work)
     say(f"weights: {stored.dtype}, {decimal_bytes(stored.size)} in {source.name}")
-    say(f"         {written.dtype}, {decimal_bytes(written.size)} in {options.out}, {written.files} file(s)")
+    say(f"         {written.dtype}, {decimal_bytes(written.size)} in {options.out}, {counted(written.files, 'file')}")
     apart = f"{distance(reference.logits, logits):.2g} of their spread"
     say(f"read back: the ids of {len(reference.chats)} chats are those of {source.name}, the logits within {apart}")
     say(f"in {options.out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
@@ -152,10 +153,10 @@ def open_source(name: str) -> tuple[EvaluatedModel, Weights]:
     Of an adapter those of its base model.
     Raises: UserError for what is no folder with a model, an adapter without its base, or quantized weights.
     """
-    folder = Path(name)
-    if not folder.is_dir():
+    if not Path(name).is_dir():
         raise UserError(f"{name}: no such folder under {Path.cwd()}")
     source = find_model(name)
+    name, folder = source.name, source.folder
     if is_adapter(name):
         base = read_base(folder)
         folder = model_folder(base.name)

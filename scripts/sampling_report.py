@@ -23,8 +23,9 @@ its prompt and its number, not on the batch size or the processes. An interrupte
 import sys
 from pathlib import Path
 
+from data.prompts import read_prompts
 from evaluation.model import evaluation_parser, find_model
-from evaluation.report_files import SamplingReport, read_configs, read_prompts, read_report
+from evaluation.report_files import SamplingReport, read_configs, read_report
 from evaluation.report_page import check_can_write, write_page
 from utils.command_line import positive
 from utils.errors import UserError, one_line_errors
@@ -67,14 +68,13 @@ from datetime import UTC, datetime
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from data.dialogue import CHAT_TEMPLATE
 from evaluation.chat_model import load_chat_model
 from evaluation.generation import WARPERS, encode_chat, generate, room_for_reply
 from evaluation.results import Evaluation, device_name, digest, start_processes, versions
 from utils.launch import say
-from utils.tables import make_console, make_table
+from utils.tables import make_console, make_table, progress_bar
 
 BATCH_SIZE = 16
 
@@ -90,11 +90,13 @@ def main(options, checkpoint, prompts: list[list[dict]], configs: dict[str, dict
             raise UserError(f"{options.config}: {config}: {error}") from None
     ids = [encode_chat(tokenizer, messages) for messages in prompts]
     fitted = {config: room_for_reply(model, ids, chosen["max_new_tokens"]) for config, chosen in settings.items()}
-    for config, most in fitted.items():
-        if most < settings[config]["max_new_tokens"]:
-            say(f"{config}: replies of up to {most} tokens: more have no room in the model's positions")
-            least = min(most, settings[config].get("min_new_tokens", 0))
-            settings[config] |= {"max_new_tokens": most, "min_new_tokens": least}
+    shorter = {config: most for config, most in fitted.items() if most < settings[config]["max_new_tokens"]}
+    for config, most in shorter.items():
+        least = min(most, settings[config].get("min_new_tokens", 0))
+        settings[config] |= {"max_new_tokens": most, "min_new_tokens": least}
+    if shorter:  # all to the same: what the positions leave beside the longest prompt
+        names, most = ", ".join(shorter), min(shorter.values())
+        say(f"replies of up to {most} tokens ({names}): more have no room in the model's positions")
     depends_on = {
         "prompts": digest(prompts, 7),
         "settings": settings,
@@ -116,7 +118,7 @@ def main(options, checkpoint, prompts: list[list[dict]], configs: dict[str, dict
         keys = [key for key, item in items.items() if item[0] == config]
         shares[config] = evaluation.share(sorted(keys, key=lambda key: -len(ids[items[key][1]])))
     total = sum(map(len, shares.values()))
-    with tqdm(total=total, desc="sampling", unit="reply", disable=not accelerator.is_main_process) as progress:
+    with progress_bar(total=total, desc="sampling", unit="reply", disable=not accelerator.is_main_process) as progress:
         for config, mine in shares.items():
             asked = [ids[items[key][1]] for key in mine]
             chances = [[options.seed, config, prompts[items[key][1]], items[key][2]] for key in mine]

@@ -49,6 +49,8 @@ LAUNCH = {
     "cpu": [*ACCELERATE, "--config_file", "accelerate_configs/cpu.yaml"],
     "single_gpu": [*ACCELERATE, "--config_file", "accelerate_configs/single_gpu.yaml"],
     "ddp2": [*ACCELERATE, "--config_file", "accelerate_configs/ddp.yaml", "--num_processes", "2"],
+    "fsdp2x2": [*ACCELERATE, "--config_file", "accelerate_configs/fsdp2.yaml", "--num_processes", "2"],
+    "hsdp2x2": [*ACCELERATE, "--config_file", "accelerate_configs/hsdp.yaml"],  # of two, two replicas
     "zero2x2": [*ACCELERATE, "--config_file", "accelerate_configs/zero2.yaml", "--num_processes", "2"],
     "zero3x2": [*ACCELERATE, "--config_file", "accelerate_configs/zero3.yaml", "--num_processes", "2"],
 }

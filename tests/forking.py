@@ -7,6 +7,7 @@ it does beyond that (watching processes, passing signals on) is left to the test
 
 import atexit
 import fcntl
+import json
 import multiprocessing
 import os
 import pty
@@ -67,6 +68,11 @@ def call_forked(function: Callable, *arguments, **keywords):
     return result
 
 
+def measure_forked(measure: Callable[..., dict], *arguments, limit: float | None = None) -> dict:
+    """As `benchmarking.measuring.in_a_process`, which starts Python anew: through JSON, within a limit of the test."""
+    return json.loads(json.dumps(call_forked(measure, *json.loads(json.dumps(arguments)))))
+
+
 def _call(sending, function: Callable, arguments: tuple, keywords: dict) -> None:
     try:
         sending.send((function(*arguments, **keywords), None))
@@ -90,7 +96,7 @@ def start_forked(
         env: further variables; those that are read when a library is imported come too late.
     """
     _start_server()
-    environments = [dict(os.environ)] if launcher is None else _environments(launcher, script)
+    environments = [dict(os.environ)] if launcher is None else launched_environments(launcher, script)
     processes = []
     for environment in environments:
         files = [_Descriptor(file) for file in ((stdout, stderr) if stdin is None else (stdout, stderr, stdin))]
@@ -114,7 +120,7 @@ def _start_server() -> None:
         forkserver.ensure_running()
 
 
-def _environments(launcher: list[str], script: str) -> list[dict[str, str]]:
+def launched_environments(launcher: list[str], script: str) -> list[dict[str, str]]:
     """Of each process, by the code of `accelerate launch` and the variables of `torchrun`."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import (
@@ -128,7 +134,7 @@ def _environments(launcher: list[str], script: str) -> list[dict[str, str]]:
         fields = [*defaults.deepspeed_config] + ["mixed_precision"] * precision
         arguments.deepspeed_fields_from_accelerate_config = ",".join(fields)
         _, environment = prepare_deepspeed_cmd_env(arguments)
-    elif arguments.multi_gpu and not arguments.cpu:
+    elif (arguments.multi_gpu or arguments.use_fsdp) and not arguments.cpu:
         environment = prepare_multi_gpu_env(arguments)
     else:
         _, environment = prepare_simple_launcher_cmd_env(arguments)

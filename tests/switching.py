@@ -53,9 +53,10 @@ def write_state(engine, folder: Path) -> None:
     if accelerator.is_main_process:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        (folder / "engine.txt").write_text(name_of(accelerator))
+        (folder / "engine.txt").write_text(name_of(accelerator, model))
     accelerator.wait_for_everyone()
-    if is_sharded(model):
+    state = {}
+    if is_sharded(model):  # of FSDP2 the rows are cast when they are gathered
         held = model_fragments(accelerator, model)
         state = {f"computes/{each.start}/{each.name}": each.tensors["model"] for each in held}
     else:
@@ -71,11 +72,18 @@ def write_state(engine, folder: Path) -> None:
     accelerator.wait_for_everyone()
 
 
-def name_of(accelerator) -> str:
+def name_of(accelerator, model) -> str:
     """As tests/run/test_engines.py calls it, by what runs, not by what was asked for."""
+    from torch.distributed.tensor import DTensor
+
+    from training.fsdp_config import sharding_of
+
     if accelerator.state.deepspeed_plugin:
         stage = accelerator.deepspeed_engine_wrapped.engine.zero_optimization_stage()
         return f"zero{stage}x{accelerator.num_processes}"
+    if sharding := sharding_of(accelerator):
+        assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+        return f"hsdp{sharding.replicas}x{sharding.shards}" if sharding.replicas > 1 else f"fsdp2x{sharding.shards}"
     return f"ddp{accelerator.num_processes}" if accelerator.num_processes > 1 else "plain"
 
 

@@ -26,6 +26,7 @@ from training.deepspeed_config import fill_config
 from training.memory import estimate_memory
 from training.model import load_config, without_weights
 from training.pretrained import load_pretrained
+from training.state_layout import replicated
 from utils.errors import UserError
 
 RANK, ALPHA = 4, 12
@@ -351,9 +352,9 @@ def test_a_recipe_that_ships_says_its_own_estimate(name):
     loaded = load_recipe(path)
     config = GPTNeoXConfig(**sizes, intermediate_size=4 * sizes["hidden_size"])
     model = without_weights(loaded, config)
-    adapter = adapter_size(loaded, model) if loaded.use_peft else None
+    adapter = adapter_size(loaded, model, torch.bfloat16) if loaded.use_peft else None
     shape = (1, loaded.micro_batch_tokens)
-    parts = estimate_memory(loaded, config, model.num_parameters(), 1, None, torch.bfloat16, shape, True, adapter)
+    parts = estimate_memory(loaded, config, model.num_parameters(), replicated(1), torch.bfloat16, shape, True, adapter)
     said = float(re.search(r"([\d.]+) GiB of memory", path.read_text())[1])
     assert sum(parts.values()) / 2**30 == pytest.approx(said, rel=0.01)
 
@@ -361,7 +362,8 @@ def test_a_recipe_that_ships_says_its_own_estimate(name):
 def test_in_4_bits_a_weight_takes_four_bits_and_its_share_of_a_factor(small, bases):
     loaded = load_recipe(small, {"load_in_4bit": "true"})
     model = AutoModelForCausalLM.from_pretrained(bases["with spare rows"])
-    sizes = [adapter_size(each, model) for each in (loaded.model_copy(update={"load_in_4bit": False}), loaded)]
+    both = loaded.model_copy(update={"load_in_4bit": False}), loaded
+    sizes = [adapter_size(each, model, torch.float32) for each in both]
     linear = 2 * (3 * 32 * 32 + 32 * 32 + 2 * 32 * 64)
     assert sizes[0].frozen_bytes == 4 * model.num_parameters()
     assert sizes[0].frozen_bytes - sizes[1].frozen_bytes == linear * 4 - linear // 2 - linear // 64 * 4

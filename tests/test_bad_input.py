@@ -12,14 +12,14 @@ import re
 import runpy
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, launch_command
+from conftest import ROOT, launcher_options
+from forking import run_forked
 
 from recipe.load import load_recipe
 from run.folder import OWN_FILES, check_own_names
@@ -592,8 +592,8 @@ def test_an_accelerate_config_may_spell_deepspeed_out(tmp_path, tiny_model):
         "compute_environment: LOCAL_MACHINE\ndistributed_type: DEEPSPEED\nnum_processes: 2\nnum_machines: 1\n"
         "deepspeed_config: {zero_stage: 2, offload_optimizer_device: none, zero3_init_flag: false}\n"
     )
-    command = [*launch_command("bare2"), "--config_file", str(config), "scripts/sft.py", "recipes/demo.yaml"]
+    launcher = [*launcher_options("bare2"), "--config_file", str(config)]
     options = ["--max_steps", "2", "--output_dir", str(tmp_path / "out"), "--sample_replies", "0"]
-    process = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    process = run_forked(launcher, "scripts/sft.py", ["recipes/demo.yaml", *options], ROOT)
     assert process.returncode == 0, process.stderr[-3000:]
     assert "DEEPSPEED on cpu" in process.stdout

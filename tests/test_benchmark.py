@@ -10,24 +10,29 @@ import pytest
 import torch
 from checkpoints import save_chat_model
 from conftest import ROOT, run_script
+from forking import measure_forked
 from mixes import make_recipe
 
+import benchmarking.data
 from benchmarking.attention import attention_table, layer_outputs
 from benchmarking.contenders import Work, train_ours
-from benchmarking.measuring import in_a_process
 from benchmarking.scaling import plot_scaling, scaling_table
 from benchmarking.train import CONTENDERS, NEOX, SMALL, random_conversations, save_data, train_table
+from recipe.load import load_recipe
 
 TINY = SMALL | {"vocab_size": 500, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 
 
 @pytest.fixture(scope="module")
 def figures() -> dict[str, list[dict]]:
-    """One round of every contender, each in its own process, on 4 steps of a tiny model."""
+    """One round of every contender, each in its own process, on 4 steps of a tiny model.
+
+    A process as the benchmark starts them is in tests/benchmarking/test_gpu.py.
+    """
     lengths = np.random.default_rng(0).integers(5, 40, 16).tolist()
     work = Work(TINY, save_data(random_conversations(lengths, 500, 0.6)), 2, 2, 64)
     return {
-        name: [in_a_process(measure, asdict(work), *arguments)] for name, (measure, *arguments) in CONTENDERS.items()
+        name: [measure_forked(measure, asdict(work), *arguments)] for name, (measure, *arguments) in CONTENDERS.items()
     }
 
 
@@ -99,7 +104,7 @@ def test_our_contender_under_bf16_and_gradient_checkpointing():
     losses = []
     for options in ({}, {"gradient_checkpointing": True}, {"dtype": "bf16"}):
         work = Work(TINY, save_data(conversations), 1, 2, 64, **options)
-        losses.append(in_a_process(train_ours, asdict(work))["losses"])
+        losses.append(measure_forked(train_ours, asdict(work))["losses"])
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
     assert losses[2] == pytest.approx(losses[0], rel=1e-2)
 
@@ -159,7 +164,7 @@ def test_ours_runs_without_packages_that_a_bare_gpu_machine_lacks():
     command = [sys.executable, "-c", WITHOUT, json.dumps(asdict(work))]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
-    assert json.loads(run.stdout.splitlines()[-1]) == in_a_process(train_ours, asdict(work))["losses"]
+    assert json.loads(run.stdout.splitlines()[-1]) == measure_forked(train_ours, asdict(work))["losses"]
 
 
 def test_chat_next_to_a_bare_call(tiny_model, tmp_path):
@@ -240,11 +245,22 @@ def test_measured_table_by_hand():
     assert "By tokens a step takes 0.75 of the time (median of 3 steps, 0.75 to 0.75)" in table
 
 
-def test_data_figures_of_a_small_mix(tmp_path):
-    """The whole `data` benchmark, TRL included, on the demo's data."""
+def test_data_figures_of_a_small_mix(monkeypatch):
+    """TRL included, on the demo's data, in processes that are forked; `make soak` runs the whole command."""
+    monkeypatch.setattr(benchmarking.data, "in_a_process", measure_forked)
+    figures = benchmarking.data.benchmark_data(load_recipe(str(ROOT / "recipes" / "demo.yaml")), rounds=1)
+    check_data_figures(figures, benchmarking.data.data_table(figures))
+
+
+@pytest.mark.soak
+def test_the_data_command(tmp_path):
     arguments = ["data", "recipes/demo.yaml", "--rounds", "1", "--json", tmp_path / "data.json"]
     run_script(*arguments, script="scripts/benchmark.py", output_dir=tmp_path)
     result = json.loads((tmp_path / "data.json").read_text())
-    assert result["figures"]["cold"][0]["conversations"] == result["figures"]["trl"][0]["conversations"] > 1000
-    assert "times TRL's best" in result["table"]
+    check_data_figures(result["figures"], result["table"])
+
+
+def check_data_figures(figures: dict, table: str) -> None:
+    assert figures["cold"][0]["conversations"] == figures["trl"][0]["conversations"] > 1000
+    assert "times TRL's best" in table
     assert NEOX["vocab_size"] == 50288

@@ -3,11 +3,12 @@
 import json
 import os
 import re
+import runpy
 import shutil
 
 import numpy as np
 import pytest
-from conftest import run_script
+from conftest import ROOT, run_script
 
 
 def compare(*arguments, check=True):
@@ -113,6 +114,50 @@ def test_a_best_that_is_not_shown_is_not_given_to_another(long_run):
     assert "*" not in accuracy
 
 
+def test_a_metric_has_one_row_and_all_shows_its_parts(tmp_path, monkeypatch):
+    """Of a loss on two data sets and two turns; a score that leaves out contaminated problems is no part."""
+
+    def figures(loss: float) -> dict:
+        part = {"low": loss - 0.1, "high": loss + 0.1, "better": "lower"}
+        losses = {
+            f"loss{name}": {"value": loss} | part for name in ("", "/vicuna", "/dolly15k", "/turn 1", "/turn 2 on")
+        }
+        scores = {"exact_match": {"value": 0.5, "better": "higher"}}
+        scores["exact_match/not in training"] = {"value": 0.25, "better": "higher", "where": {"in_training": False}}
+        other = {"arc_easy/acc (raw)": {"value": 0.3, "better": "higher"}}
+        return losses | {"perplexity": {"value": np.exp(loss), "better": "lower", "exp": True}} | scores | other
+
+    for step in (10, 20):
+        write_result(tmp_path / "run" / f"checkpoint-{step}", step, 3.0, results=figures(3 - step / 10))
+
+    def rows(text: str) -> list[str]:
+        return [line.split(" | ")[1] for line in text.splitlines() if line.startswith("| loss | ")]
+
+    whole = ["loss", "perplexity", "exact_match", "exact_match/not in training", "arc_easy/acc (raw)"]
+    short = compare(tmp_path / "run", "--markdown").stdout
+    assert rows(short) == whole
+    assert "note: --all adds 4 rows of single data sets, languages and turns" in short
+    every = compare(tmp_path / "run", "--markdown", "--all").stdout
+    assert rows(every) == ["loss", "loss/vicuna", "loss/dolly15k", "loss/turn 1", "loss/turn 2 on", *whole[1:]]
+    assert "--all adds" not in every
+
+    # What is drawn: the panels with the lines of each.
+    drawn = []
+
+    def look(figure, *_, **__):
+        drawn.append({axis.get_title(): [line.get_label() for line in axis.lines] for axis in figure.axes})
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", look)
+    from evaluation.result_files import read_columns
+
+    columns, _ = read_columns([tmp_path / "run"])
+    for parts in (False, True):
+        runpy.run_path(str(ROOT / "scripts" / "compare.py"))["plot"](columns, tmp_path / "curves.png", parts)
+    scores = {"loss: exact_match": ["all", "not in training"], "loss: arc_easy": ["acc (raw)"]}
+    assert drawn[0] == {"loss": ["all"], **scores}
+    assert drawn[1] == {"loss": ["all", "vicuna", "dolly15k", "turn 1", "turn 2 on"], **scores}
+
+
 def test_markdown(run):
     shown = compare(run / "checkpoint-20", run / "checkpoint-300", "--markdown").stdout.splitlines()
     assert shown[0].startswith("| evaluation | metric |")
@@ -168,7 +213,7 @@ def test_a_damaged_file_hides_no_other(run, tmp_path):
     alone = compare(*damaged, check=False)
     assert alone.returncode == 2
     assert alone.stderr.count("\n") == len(alone.errors) == 1
-    assert "(and 1 more file)" in alone.errors[0]
+    assert "(and 1 file more)" in alone.errors[0]
 
 
 def test_results_of_before_there_were_all_fields(run, tmp_path):

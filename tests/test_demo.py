@@ -1,11 +1,14 @@
 """The demo as a whole: it learns, it replies, and its output folder keeps the contract."""
 
 import json
+import os
 import re
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, Run, run_script
 from huggingface_hub import ModelCard
 from interruption import MEASURED, metrics
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -15,6 +18,9 @@ DATASETS = ["oasst_export", "vicuna", "dolly15k", "grade_school_math_instruction
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
+    """A whole run of the demo; where DEMO_LOG names what `make demo` has just printed, as in .ci/run, that one."""
+    if log := os.environ.get("DEMO_LOG"):
+        return Run(subprocess.CompletedProcess("make demo", 0, Path(log).read_text(), ""), ROOT / "demo_output")
     folder = tmp_path_factory.mktemp("demo")
     return run_script(
         "recipes/demo.yaml",

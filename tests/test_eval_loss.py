@@ -132,7 +132,7 @@ def test_an_interrupted_evaluation_goes_on(run, result, tmp_path):
         measured = {name: value for name, value in item.items() if name.split("_turn_")[0] in fields}
         started.add(key, measured | {"loss": 10.0 * item["targets"]})
     again = evaluate(run.output_dir, "--output", tmp_path)
-    assert f"{len(done)} items are done" in again.stdout
+    assert f"an interrupted evaluation, done so far: {len(done)} item" in again.stdout
     found = json.loads((tmp_path / "loss.json").read_text())
     assert found["resumed_items"] == len(done)
     for key, item in found["items"].items():

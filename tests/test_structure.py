@@ -12,7 +12,7 @@ from conftest import ROOT
 SCRIPTS = ROOT / "scripts"
 # A room may import itself and those of a lower number.
 FLOORS = {"utils": 0, "sources": 1, "recipe": 2, "data": 3, "training": 4, "run": 5, "evaluation": 5, "publishing": 6}
-FLOORS |= {"chatting": 6, "sft": 7, "benchmarking": 8}  # which times the step of sft
+FLOORS |= {"planning": 6, "chatting": 6, "sft": 7, "benchmarking": 8}  # which times the step of sft
 MODULES = sorted(path for room in FLOORS for path in (SCRIPTS / room).glob("*.py"))
 
 

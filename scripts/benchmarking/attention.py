@@ -8,12 +8,12 @@ import itertools
 import math
 
 import torch
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
 from benchmarking.train import shape
 from training import attention  # noqa: F401, registers the implementations
 from training.collate import end_to_end
+from utils.tables import progress_bar
 
 LENGTHS = (4096, 512)  # two conversations, so that a leak over the boundary would show
 WIDTH_ON_CPU = {"hidden_size": 512, "num_attention_heads": 4, "intermediate_size": 2048, "num_hidden_layers": 16}
@@ -39,7 +39,7 @@ def benchmark_attention(gpu: str | None, layers: int | None) -> dict[str, list[f
     model.set_attn_implementation("eager")
     reference = layer_outputs(model, conversations, laid=False)
     found = {}
-    for dtype, name in tqdm([*itertools.product(DTYPES, ONE_BY_ONE + END_TO_END)], desc="implementations"):
+    for dtype, name in progress_bar([*itertools.product(DTYPES, ONE_BY_ONE + END_TO_END)], desc="implementations"):
         label = f"{name}, {str(dtype).removeprefix('torch.')}"
         on_gpu_only = name in HALF_ONLY or dtype == torch.float16
         if (on_gpu_only and device.type != "cuda") or (name in HALF_ONLY and dtype == torch.float32):

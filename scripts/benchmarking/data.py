@@ -7,11 +7,11 @@ from pathlib import Path
 from statistics import median
 
 import yaml
-from tqdm import tqdm
 
 from benchmarking.measuring import in_a_process
 from recipe.keys import Recipe
 from recipe.load import load_recipe
+from utils.tables import progress_bar
 
 
 def measure_ours(recipe_file: str) -> dict:
@@ -82,8 +82,8 @@ def benchmark_data(recipe: Recipe, rounds: int) -> dict[str, list[dict]]:
     values = yaml.safe_load(recipe.to_yaml())
     for entry in values["datasets"]:  # the files where they are, since cache_dir becomes an empty folder
         ((name, given),) = entry.items()
-        given["input_file_path"] = str(source_files(name, recipe)[0].resolve())
-    for _ in tqdm(range(rounds), desc="rounds"):
+        given["input_file_path"] = [str(path.absolute()) for path in source_files(name, recipe)]
+    for _ in progress_bar(range(rounds), desc="rounds"):
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "recipe.yaml")
             file.write_text(yaml.safe_dump({**values, "cache_dir": folder}))

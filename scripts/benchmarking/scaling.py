@@ -4,12 +4,11 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
-from tqdm import tqdm
-
 from benchmarking.contenders import Work, train_ours
 from benchmarking.measuring import in_a_process
 from benchmarking.train import random_conversations, save_data, shape
 from utils.errors import UserError
+from utils.tables import progress_bar
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)  # one conversation a micro-batch
 BATCHES = (1, 2, 4, 8, 16)  # conversations of 512 tokens
@@ -23,7 +22,7 @@ def benchmark_scaling(gpu: str | None, layers: int | None, rounds: int) -> dict[
     works = {("max_length", length): (length, 1) for length in LENGTHS}
     works |= {("conversations a micro-batch", batch): (512, batch) for batch in BATCHES}
     figures: dict[str, dict[int, list[dict]]] = {what: {} for what, _ in works}
-    for (what, value), (length, batch) in tqdm([*works.items()] * rounds, desc="measurements"):
+    for (what, value), (length, batch) in progress_bar([*works.items()] * rounds, desc="measurements"):
         data = save_data(random_conversations([length] * batch * (STEPS + 1), config["vocab_size"], SCORED_SHARE))
         work = Work(config, data, batch, 1, length, dtype="bf16" if gpu else "fp32")
         seen = figures[what].setdefault(value, [])

@@ -19,6 +19,7 @@ from evaluation.generation import Reply, control_tokens, encode_chat, generate, 
 from evaluation.model import EvaluatedModel
 from utils.errors import UserError
 from utils.launch import has_gpu
+from utils.tables import counted
 
 HELD_BACK = "\N{REPLACEMENT CHARACTER}"  # what a part of a character's bytes is decoded as
 
@@ -86,7 +87,7 @@ class Talker:
         """Why the model did not end a reply, for the user."""
         room = self.positions and len(prompt.ids) + reply.tokens >= self.positions
         why = f"the model's {self.positions:,} positions are used up" if room else "max_new_tokens"
-        return f"the reply was cut after {reply.tokens:,} tokens: {why}"
+        return f"the reply was cut after {counted(reply.tokens, 'token')}: {why}"
 
     def check_system(self, text: str) -> None:
         """UserError where the model's template takes no system message."""

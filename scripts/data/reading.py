@@ -4,20 +4,25 @@ Text is never kept: a split is drawn over counts and record numbers, so a source
 `fraction` and `size` are the sampler's, as they are drawn anew each epoch.
 """
 
+import itertools
 import math
 import random
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data.records import read_records
+from data.records import count_records, read_records
+from data.splits import slices
+from recipe.load import nearest
 from sources.registry import find_source
-from sources.source import Conversation, Record, Source
+from sources.source import Conversation, Record, Remarks, Source
 from utils.errors import UserError
+from utils.tables import counted
 
 TRAIN, VALIDATION, LEFT_OUT = range(3)  # left out by max_val_set
 SPLIT_SEED = 287631038922  # of torch's random_split
@@ -35,7 +40,8 @@ class Reading:
         self.name, self.options, self.paths, self.rng_seed = name, options, paths, rng_seed
         self.source: Source = find_source(name, options)
         self.rows_read = 0  # records in the files (trees, conversations or rows), those skipped included
-        self.dropped: Counter = Counter()  # reason -> trees, threads, conversations or rows, as the reason says
+        self.dropped: Counter = Counter()  # reason -> how many trees, threads, conversations or rows: its first word
+        self.unused: Counter = Counter()  # field that could matter -> records that had it, and it was not used
         self.bad_records = 0  # places passed over under `on_bad_records: skip`; a cut-off file's end counts as one
         self.first_bad_record: str | None = None  # what was wrong with the first of them
         self._records = array("q")  # of each unit of the split, the place of its record among all
@@ -44,24 +50,52 @@ class Reading:
     def __iter__(self) -> Iterator[Conversation]:
         """The conversations in the order of the files; UserError for a damaged file, or a field missing."""
         skip = self._skip if self.options.on_bad_records == "skip" else None
-        for path in self.paths:
-            for number, values in read_records(path, skip, self.source.fields):
-                record = Record(values, path, number, self.rows_read + 1)
-                dropped: Counter = Counter()  # of this record, forgotten when it turns out to be bad
-                try:
-                    unit = self.source.read(record, self.options, dropped, self.rng_seed)
-                except (UserError, RecursionError) as error:
-                    problem = error if isinstance(error, UserError) else record.error("nested too deeply")
-                    if not skip:
-                        raise problem from None
-                    skip(problem)
-                    continue
-                self.rows_read += 1
-                self.dropped.update(dropped)
-                if unit is not None:
-                    self._records.append(self.rows_read - 1)
-                    self._sizes.append(len(unit))
-                    yield from unit
+        absent: Counter = Counter()  # field that the options name -> records without it
+        values: dict[str, Any] = {}
+        remarks = Remarks()  # of one record at a time, not counted when it turns out to be bad
+        for path, number, values in self._rows(skip):
+            record = Record(values, path, number, self.rows_read + 1)
+            if remarks or remarks.unused or remarks.absent:
+                remarks.forget()
+            try:
+                unit = self.source.read(record, self.options, remarks, self.rng_seed)
+                unit = _weighted(unit, record.weight, remarks)
+            except (UserError, RecursionError) as error:
+                problem = error if isinstance(error, UserError) else record.error("nested too deeply")
+                if not skip:
+                    raise problem from None
+                skip(problem)
+                continue
+            self.rows_read += 1
+            if remarks:
+                self.dropped.update(remarks)
+            if remarks.unused or remarks.absent:
+                self.unused.update(remarks.unused)
+                absent.update(remarks.absent)
+            if unit is not None:
+                self._records.append(self.rows_read - 1)
+                self._sizes.append(len(unit))
+                yield from unit
+        for field, count in absent.items():
+            if count == self.rows_read - self.bad_records:
+                hint = nearest(field, values, otherwise="")
+                raise UserError(f"data set {self.name}: no record has the field {field!r}, which `columns` names{hint}")
+
+    def _rows(self, skip: Callable[[UserError], None] | None) -> Iterator[tuple[Path, int, dict[str, Any]]]:
+        """File, number in it and values of each record that is asked for: all of them, or those of a slice."""
+
+        fields = {*self.source.fields, "weight"}
+
+        def everything():
+            for path in self.paths:
+                for number, values in read_records(path, skip, fields):
+                    yield path, number, values
+
+        if not (split := self.source.hub.split) or "[" not in split:
+            yield from everything()
+            return
+        for start, stop in slices(split, sum(count_records(path, fields) for path in self.paths)):
+            yield from itertools.islice(everything(), start, stop)
 
     def _skip(self, problem: UserError) -> None:
         self.rows_read += 1
@@ -101,10 +135,23 @@ class Reading:
 
     def losses(self) -> str:
         """What did not become a conversation, in words."""
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.items()) or "nothing"
-        if not self.bad_records:
-            return f"dropped: {reasons}"
-        return f"dropped: {reasons}; skipped: {self.bad_records:,} bad, the first: {self.first_bad_record}"
+        reasons = ", ".join(counted(count, reason) for reason, count in self.dropped.items()) or "nothing"
+        said = [f"dropped: {reasons}"]
+        if self.unused:
+            said.append("not used: " + ", ".join(f"{name} of {count:,}" for name, count in self.unused.items()))
+        if self.bad_records:
+            said.append(f"skipped: {self.bad_records:,} bad, the first: {self.first_bad_record}")
+        return "; ".join(said)
+
+
+def _weighted(unit: list[Conversation] | None, weight: float, dropped: Counter) -> list[Conversation] | None:
+    """The conversations of a record with its weight; none of weight 0, but their place in the split."""
+    if not unit or weight == 1:
+        return unit
+    if weight == 0:
+        dropped["record of weight 0"] += 1
+        return []
+    return [replace(conversation, weight=weight) for conversation in unit]
 
 
 def _validation_places(split: str, count: int, val_split: float) -> np.ndarray:

@@ -1,50 +1,63 @@
-"""What data files hold, one record at a time: JSON Lines and JSON arrays, each plain or gzipped, and parquet.
+"""What data files hold, one record at a time: `data/kinds.py` lists the kinds.
 
-A file is what it begins with, whatever its name says: downloads and exports lose endings, and get wrong ones. Records
-are streamed, so memory stays flat whatever the file's size. Whatever is wrong with a file is a `UserError` of one line
-that names the file and the line or record; under `on_bad_records: skip` it is reported and passed over.
+A file is what it begins with, whatever its name says: downloads and exports lose endings, and get wrong ones. Only
+CSV, which begins with anything, goes by its name. Records are streamed, so memory stays flat whatever the file's size.
+Whatever is wrong with a file is a `UserError` of one line that names the file and the line or record; under
+`on_bad_records: skip` it is reported and passed over.
 """
 
 import codecs
-import gzip
-import json
-import re
+import lzma
 import zlib
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from data.kinds import GZIP, PARQUET, refuse_other_kinds
+from data.json_text import is_one_object, read_array, read_lines, read_object
+from data.kinds import (
+    ARROW_FILE,
+    ARROW_STREAM,
+    COMPRESSED,
+    PARQUET,
+    READ,
+    compression_of,
+    open_unpacked,
+    refuse_other_kinds,
+)
+from data.tables import count_rows, read_arrow, read_csv, read_parquet
 from sources.source import kind_of
-from utils.errors import UserError, reason
+from utils.errors import UserError
 
-CHUNK_BYTES = 1 << 20
-BLANK = re.compile(r"[ \t\r\n]*")
-ESCAPED_BYTE = re.compile("[\udc80-\udcff]")  # what the surrogateescape handler makes of a byte that is not UTF-8
-
-NOT_IN_JSON = ("TIMESTAMP", "DATE", "TIME", "DECIMAL", "INTERVAL", "DURATION")  # parquet's types that no source uses
+LOOKED_AT = 1 << 18  # bytes of a text, to tell how it is laid out
+PACKED_ENDINGS = ("", ".gz", ".bz2", ".xz", ".zst", ".zstd", ".lz4")
+TABLES = tuple(ending + packed for ending in (".csv", ".tsv") for packed in PACKED_ENDINGS)
+JSON = tuple(ending + packed for ending in (".json", ".jsonl", ".ndjson") for packed in PACKED_ENDINGS)
+ENDINGS = (*JSON, ".parquet", ".arrow", *TABLES)  # of what is read
 
 
 def read_records(
     path: Path, skip: Callable[[UserError], None] | None = None, fields: Collection[str] | None = None
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Stream the records of a file of JSON or parquet, the former possibly gzipped.
+    """Stream the records of a file of any kind that is read.
 
-    Text is a JSON array if its first character that is not blank is `[`, else JSON Lines.
+    Text that begins with `[` is a JSON array, with `{` JSON Lines or one object; else it is CSV if its name says so.
 
     Args:
-        fields: those that are used, in lower case; None for all. Another column of a parquet file is not read, and
-            None in each record.
+        fields: those that are used, in lower case; None for all. Another column of parquet or Arrow is not read, and
+            None in each record. They also tell what a record is in `{"data": [...]}`.
         skip: called with what is wrong with a record, in place of raising it. Reading then goes on after a bad line of
-            JSON Lines or bad bytes; a broken array or parquet file or a cut-off gzip ends there.
+            JSON Lines or CSV or bad bytes; a broken array, a parquet or Arrow file, or data cut off end there.
     Yields: (number from 1, record); the number is the line in JSON Lines, the place in the array or table elsewhere.
-    Raises: UserError when the file is missing, empty, cut off, not UTF-8, not JSON, or holds anything but objects; with
-        `skip` only when it cannot be read, is damaged gzip, or no record is whole.
+    Raises: UserError when the file is missing, empty, cut off, not UTF-8, of no kind that is read, or holds anything
+        but objects; with `skip` only when it cannot be read, is damaged where it is unpacked, or no record is whole.
     """
     number, whole = 0, False
     problem = ended = None  # the last one that was skipped; what ended the reading
     try:
-        for number, record in _read(path, fields):
+        with open(path, "rb") as file:
+            head = file.read(512)
+        compression = compression_of(head)
+        for number, record in _read(path, head, fields):
             if isinstance(record, dict):
                 whole = True
                 yield number, record
@@ -55,12 +68,13 @@ def read_records(
                 raise record
             problem = record
             skip(problem)
-    except EOFError:
-        ended = UserError(f"{path}: cut off: the gzip data ends in the middle, after record {number}")
-    except (gzip.BadGzipFile, zlib.error) as error:  # never skipped: it may have garbled what was read before it showed
-        raise UserError(f"{path}: damaged gzip data after record {number}: {error}") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        if getattr(error, "errno", None):
+            raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+        if not isinstance(error, EOFError) and "Truncated" not in str(error):
+            # never skipped: it may have garbled what was read before it showed
+            raise UserError(f"{path}: damaged {compression} data after record {number}: {error}") from None
+        ended = UserError(f"{path}: cut off: the {compression} data ends in the middle, after record {number}")
     except UserError as error:
         ended = error
     if ended and not (skip and whole):
@@ -71,171 +85,63 @@ def read_records(
         raise problem or UserError(f"{path}: holds no records")
 
 
-def _read(path: Path, fields: Collection[str] | None) -> Iterator[tuple[int, Any]]:
+def count_records(path: Path, fields: Collection[str] | None = None) -> int:
+    """How many `read_records` would give; by what a parquet file says of itself, else by reading it."""
     with open(path, "rb") as file:
-        head = file.read(512)
+        if file.read(4) == PARQUET:
+            return count_rows(path)
+    return sum(1 for _ in read_records(path, lambda _: None, fields))
+
+
+def _read(path: Path, head: bytes, fields: Collection[str] | None) -> Iterator[tuple[int, Any]]:
     if not head:
         raise UserError(f"{path}: the file is empty")
     if head.startswith(PARQUET):
-        yield from _read_parquet(path, fields)
-        return
-    refuse_other_kinds(path, head)
-    if path.suffix == ".parquet":
-        raise UserError(f"{path}: is no parquet file, which begins with PAR1: download it anew, or name it .jsonl")
-    with gzip.open(path, "rb") if head.startswith(GZIP) else open(path, "rb") as file:
-        yield from _read_text(path, file)
+        return read_parquet(path, fields)
+    if head.startswith((ARROW_FILE, ARROW_STREAM)):
+        return read_arrow(path, head, fields)
+    if not head.startswith(tuple(COMPRESSED)):
+        refuse_other_kinds(path, head)
+    for ending, kind, start in ((".parquet", "parquet", "PAR1"), (".arrow", "Arrow", "ARROW1 or four bytes FF")):
+        if path.suffix == ending:
+            raise UserError(
+                f"{path}: is no {kind} file, which begins with {start}: download it anew, or name it .jsonl"
+            )
+    return _read_text(path, compression_of(head), fields)
 
 
-def _read_parquet(path: Path, fields: Collection[str] | None) -> Iterator[tuple[int, Any]]:
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            used = [name for name in names if fields is None or name.lower() in fields]
-            if repeated := [name for name in used if used.count(name) > 1]:
-                raise UserError(f"{path}: has the column {repeated[0]!r} twice")
-            unread = dict.fromkeys(names)
-            for batch in file.iter_batches(batch_size=1000, columns=_columns(file.schema, fields)):
-                for record in batch.to_pylist() if batch.num_columns else [{}] * batch.num_rows:
-                    number += 1
-                    yield number, unread | record
-    except UserError:
-        raise
-    except Exception as error:  # pyarrow's own, and whatever Python makes of its values: dates after the year 9999, ...
-        raise UserError(f"{path}: not readable as parquet after record {number}: {reason(error)}") from None
-
-
-def _columns(schema: Any, fields: Collection[str] | None) -> list[str]:
-    """The paths of the leaves that are read; not those of times and decimals within lists and structs, of which some
-    values are none of Python's."""
-    paths = []
-    for leaf in map(schema.column, range(len(schema))):
-        top, *inner = leaf.path.split(".")
-        unused = inner and (leaf.logical_type.type in NOT_IN_JSON or leaf.physical_type == "INT96")
-        if fields is None or (top.lower() in fields and not unused):
-            paths.append(leaf.path)
-    return paths
+def _read_text(path: Path, compression: str | None, fields: Collection[str] | None) -> Iterator[tuple[int, Any]]:
+    head, whole = _head(path, compression)
+    start = head.removeprefix(codecs.BOM_UTF8).lstrip()
+    if not start:
+        raise UserError(f"{path}: the file is empty")
+    if compression:
+        refuse_other_kinds(path, head, compression)
+    name = path.name.lower()
+    with open_unpacked(path, compression) as file:
+        if start.startswith(b"["):
+            yield from read_array(path, file)
+        elif start.startswith(b"{") and is_one_object(start.decode(errors="replace"), whole, fields or ()):
+            yield from read_object(path, file, fields or ())
+        elif not start.startswith(b"{") and name.endswith(TABLES):
+            yield from read_csv(path, file)
+        elif start.startswith(b"{") or name.endswith(JSON) or not path.suffix:
+            yield from read_lines(path, file)
+        else:
+            raise UserError(f"{path}: is text that is no JSON, nor by its name CSV or TSV (what is read: {READ})")
 
 
-def _read_text(path: Path, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
-    first = b""
-    while not first:
-        if not (chunk := file.read1(4096)):
-            raise UserError(f"{path}: the file is empty")
-        if file.tell() == len(chunk):
-            refuse_other_kinds(path, chunk, within_gzip=isinstance(file, gzip.GzipFile))
-        first = chunk.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
-    file.seek(0)
-    yield from _read_array(path, file) if first == b"[" else _read_lines(path, file)
-
-
-def _read_lines(path: Path, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
-    """Yields a UserError in the place of a line that is no record."""
-    for number, raw in enumerate(file, start=1):
+def _head(path: Path, compression: str | None) -> tuple[bytes, bool]:
+    """The first bytes of a text, and whether they are all of it."""
+    parts, size = [], 0
+    with open_unpacked(path, compression) as file:
         try:
-            line = raw.removeprefix(codecs.BOM_UTF8).decode()  # at the seams of files that were put together, too
-            record = json.loads(line) if line.strip() else None
-        except UnicodeDecodeError as error:
-            record = UserError(f"{path}, line {number}: not UTF-8 at byte {error.start + 1} of the line")
-        except json.JSONDecodeError as error:
-            # A writer that was stopped leaves a last line without its newline.
-            what = "not valid JSON" if raw.endswith(b"\n") else "cut off or not valid JSON"
-            record = UserError(f"{path}, line {number}: {what}: {error.msg} at column {error.colno}")
-        except RecursionError:
-            record = UserError(f"{path}, line {number}: nested too deeply")
-        except ValueError as error:  # a whole number of more than 4,300 digits
-            record = UserError(f"{path}, line {number}: {error}")
-        if record is not None or line.strip():
-            yield number, record
-
-
-def _read_array(path: Path, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
-    """A JSON array, one element at a time: holds one chunk and one element, never the file.
-
-    Yields a UserError in the place of an element with bytes that are not UTF-8.
-    """
-    decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
-    scan = json.JSONDecoder().raw_decode
-    text, at, line, ended = "", 0, 1, False  # unread text, place in it, line number of its start, end of file seen
-    bad_bytes = False  # seen anywhere yet
-
-    def more(size: int) -> None:
-        nonlocal text, at, line, ended, bad_bytes
-        line += text.count("\n", 0, at)
-        chunk = _read_up_to(file, size)
-        ended = not chunk
-        new = decode(chunk, ended)
-        bad_bytes = bad_bytes or bool(not new.isascii() and ESCAPED_BYTE.search(new))
-        text = text[at:] + new
-        at = 0
-
-    def next_character() -> str:
-        """Move to the next character that is not blank; "" at the end of the file."""
-        nonlocal at
-        while True:
-            at = BLANK.match(text, at).end()
-            if at < len(text) or ended:
-                return text[at : at + 1]
-            more(CHUNK_BYTES)
-
-    def fail(what: str, where: int) -> UserError:
-        return UserError(f"{path}, record {number}, line {line + text.count(chr(10), 0, where)}: {what}")
-
-    number = 0
-    next_character()
-    at += 1  # the opening bracket, seen by the caller
-    while True:
-        found = next_character()
-        if found == "]":
-            at += 1
-            if next_character():
-                raise fail("more text after the end of the array", at)
-            return
-        if number:
-            if found and found != ",":
-                raise fail("not valid JSON: expected ',' or ']' after the record", at)
-            at += bool(found)
-            found = next_character()
-        number += 1
-        if not found:
-            raise fail("the file is cut off: the array has no end", at)
-        size = CHUNK_BYTES
-        while True:
-            try:
-                record, end = scan(text, at)
-                break
-            except RecursionError:
-                raise fail("nested too deeply", at) from None
-            except json.JSONDecodeError as error:
-                # Unfinished or wrong? What is unfinished fails at the end of the text, within the longest literal or
-                # escape, or in a string that is open. Anything else is wrong now, without reading on.
-                open_string = error.msg.startswith("Unterminated string")
-                if not open_string and error.pos < len(text) - 16:
-                    raise fail(f"not valid JSON: {error.msg}", error.pos) from None
-                if ended:
-                    cut_off = open_string or not text[error.pos :].strip()
-                    what = "the file is cut off" if cut_off else f"cut off or not valid JSON: {error.msg}"
-                    raise fail(what, error.pos) from None
-                more(size)
-                size *= 2  # so that one long element is not scanned from its start for every chunk of it
-            except ValueError as error:  # a whole number of more than 4,300 digits
-                raise fail(str(error), at) from None
-        if bad_bytes and (escaped := ESCAPED_BYTE.search(text, at, end)):
-            record = fail("not UTF-8", escaped.start())
-        at = end
-        yield number, record
-
-
-def _read_up_to(file: IO[bytes], size: int) -> bytes:
-    """`file.read(size)`, but first returns what comes before the end of a cut-off gzip; the next call raises it."""
-    parts: list[bytes] = []
-    try:
-        while size > 0 and (part := file.read1(size)):
-            parts.append(part)
-            size -= len(part)
-    except EOFError:
-        if not parts:
-            raise
-    return b"".join(parts)
+            while size < LOOKED_AT:
+                if not (part := file.read1(LOOKED_AT - size)):
+                    return b"".join(parts), True
+                parts.append(part)
+                size += len(part)
+        except (EOFError, OSError, zlib.error, lzma.LZMAError):
+            if not parts:
+                raise
+    return b"".join(parts), False

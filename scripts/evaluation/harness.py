@@ -10,6 +10,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 
 from evaluation.results import Evaluation
 from utils.errors import UserError
+from utils.tables import progress_bar
 
 
 class SharedModel(HFLM):
@@ -68,7 +69,8 @@ class SharedModel(HFLM):
             self.unanswered[keys[place].split()[0]].append(keys[place])
         try:
             if mine:
-                getattr(super(), kind)([requests[place] for place in mine], disable_tqdm=self.quiet)
+                with progress_bar(total=len(mine), desc=kind, unit="request", disable=self.quiet) as self.progress:
+                    getattr(super(), kind)([requests[place] for place in mine], disable_tqdm=True)
         except torch.OutOfMemoryError as error:
             raise UserError(f"out of memory: give a --batch_size below {self.batch_size}") from error
         kept = self.evaluation.gather()
@@ -84,6 +86,7 @@ class SharedModel(HFLM):
         if kind == "generate_until":
             cut = len(self.tok_encode(request[0])) > self.max_length - self.new_tokens(request[1])
         self.evaluation.add(self.unanswered[text].pop(), {"answer": answer, "cut": cut})
+        self.progress.update()
 
     def _loglikelihood_tokens(self, requests, **how):
         self.too_long |= {

@@ -17,6 +17,7 @@ from typing_extensions import TypedDict  # pydantic reads typing's own from Pyth
 from utils.errors import UserError
 from utils.files import read_json
 from utils.schemas import Schema, checked
+from utils.tables import counted
 
 FORMAT = 1  # of a result file; a newer one is refused
 OWN_KEYS = {"checkpoint", "results"}  # one of which even a damaged result has
@@ -169,7 +170,7 @@ def read_columns(paths: Iterable[Path]) -> tuple[list[Column], list[str]]:
         columns += found
         problems += passed_over
     if not columns:
-        more = f" (and {len(problems) - 1} more file{'s' * (len(problems) > 2)})" * (len(problems) > 1)
+        more = f" (and {counted(len(problems) - 1, 'file')} more)" * (len(problems) > 1)
         raise UserError(f"{problems[0]}{more}")
     return columns, problems
 

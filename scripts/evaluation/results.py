@@ -27,6 +27,7 @@ from utils.errors import UserError
 from utils.files import parse_json, read_text, write_whole
 from utils.launch import check_processes, has_gpu, launcher_plugin, process_group_options, say, set_up_process
 from utils.schemas import Schema, checked
+from utils.tables import counted
 
 if TYPE_CHECKING:
     import evaluate
@@ -99,7 +100,7 @@ class Evaluation:
         [self.done] = broadcast_object_list([self._collect_parts() if main else None])
         self._part = open(f"{self._stem}{accelerator.process_index}.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         if self.done:
-            say(f"going on with an interrupted evaluation: {len(self.done):,} items are done")
+            say(f"going on with an interrupted evaluation, done so far: {counted(len(self.done), 'item')}")
 
     def _parts(self) -> list[Path]:
         stem = Path(self._stem)

@@ -35,6 +35,7 @@ from training.pretrained import load_pretrained
 from utils.errors import UserError
 from utils.files import write_whole
 from utils.launch import say
+from utils.tables import counted
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 HUB = "https://huggingface.co"
@@ -118,8 +119,9 @@ def _of_the_run(run: TrainedRun, model: EvaluatedModel, results: dict[str, Resul
     packages = [name for name in ("transformers", "torch", "deepspeed") if name in record.packages]
     versions = ", ".join(f"{name} {record.packages[name]}" for name in packages)
     device = record.hardware.GPUs[0].partition(",")[0] if record.hardware.GPUs else "CPU"
+    machine = f"{counted(record.num_processes, 'process')}, {device}" if record.num_processes else "an unknown machine"
     tokens = f", {run.tokens:,} tokens" if run.tokens else ""
-    steps = "an unknown number of steps" if model.step is None else f"{model.step:,} steps"
+    steps = "an unknown number of steps" if model.step is None else counted(model.step, "step")
     done = steps if run.epochs is None else f"{run.epochs:g} {'epoch' if run.epochs == 1 else 'epochs'} ({steps})"
     return {
         "summary": (
@@ -132,7 +134,7 @@ def _of_the_run(run: TrainedRun, model: EvaluatedModel, results: dict[str, Resul
         "wandb": record.wandb if record.wandb and LINK.fullmatch(record.wandb) else "",
         "progress": done + tokens + (f", of {recipe.num_train_epochs:g} epochs" if recipe.max_steps is None else ""),
         "dtype": record.dtype or recipe.dtype,
-        "processes": f"{record.num_processes} process(es), {device}" if record.num_processes else "an unknown machine",
+        "processes": machine,
         "command": " ".join([*_launch(run.record), "scripts/sft.py recipe.yaml --output_dir NEW"]),
         "data_block": _yaml({"datasets": values.pop("datasets")}),
         "hyperparameter_block": _yaml(values),
@@ -164,7 +166,8 @@ def _data_row(run: TrainedRun, name: str) -> list[str]:
     """A data set of the mix: its name, conversations, where it is from, and its licence."""
     options = run.recipe.datasets.chosen()[name]
     source, hub, counts = find_source(name, options), run.hub_data_set(name), run.data(name).conversations
-    given = options.input_file_path and code(Path(options.input_file_path).name)
+    paths = options.input_file_path if isinstance(options.input_file_path, list) else [options.input_file_path]
+    given = ", ".join(code(Path(path).name) for path in paths if path)
     place = f"[{hub}]({HUB}/datasets/{hub})" if hub else "data of its own"
     counted = [f"{counts[split]:,}" if split in counts else "?" for split in ("train", "validation")]
     return [name, *counted, place + (f", {given}" if given else ""), source.licence if hub else "not stated"]

@@ -109,7 +109,7 @@ class TrainedRun:
         files = [PurePath(file.path).as_posix() for file in self.data(name).files]
         repo = find_source(name, self.recipe.datasets.chosen()[name]).hub.repo
         given = self.recipe.datasets.chosen()[name].input_file_path or ""
-        of_the_demo = any(DEMO_DATA in path for path in files or [given])
+        of_the_demo = any(DEMO_DATA in path for path in files or ([given] if isinstance(given, str) else given))
         return repo if repo and is_hub_name(repo) and not of_the_demo else None
 
     def data(self, name: str) -> _Data:
@@ -203,5 +203,5 @@ def shareable_text(text: str) -> str:
     return ABSOLUTE_PATH.sub(lambda path: _last_part(path[0]), redact_text(text))
 
 
-def _last_part(path: str) -> str:
-    return PurePath(path).name or "."
+def _last_part(path: str | list[str]) -> str | list[str]:
+    return [_last_part(one) for one in path] if isinstance(path, list) else PurePath(path).name or "."

@@ -17,6 +17,7 @@ from recipe.dataset_keys import Datasets
 from recipe.keys import IGNORED, Recipe, problem_of_ignored
 from recipe.refusals import Problem, problems_of, secrets_of
 from recipe.strict_yaml import parse_yaml
+from sources.messages_columns import Columns
 from utils.errors import UserError
 from utils.files import read_text
 
@@ -132,6 +133,7 @@ def _explain(detail: Any, places: dict[tuple[str, ...], str], path: str | Path) 
         return f"{path}: {name} is missing: {Recipe.model_fields[name].description}"
     if detail["type"] == "extra_forbidden":
         known = Recipe if len(key) == 1 else Datasets.options_of(key[1])
+        known = Columns if key[2:-1] == ("columns",) else known
         return f"{place}: unknown key {name}{nearest(key[-1], known.model_fields)}"
     message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ").split(", unable to")[0]
     message = MESSAGES.get(detail["type"], message)

@@ -7,7 +7,7 @@ from recipe.command_line import parse_with_recipe, recipe_parser
 from recipe.keys import Recipe
 from recipe.load import load_recipe
 from run.record_file import recorded_recipe
-from utils.errors import UserError
+from utils.errors import UserError, one_line_errors
 
 
 def read_command_line(usage: str, arguments: list[str] | None = None) -> tuple[argparse.Namespace, Recipe]:
@@ -38,3 +38,9 @@ def read_command_line(usage: str, arguments: list[str] | None = None) -> tuple[a
     if options.reproduce is not None:
         return options, recorded_recipe(options.reproduce, overrides)
     return options, load_recipe(recipe_file, overrides, for_a_run=True)
+
+
+if __name__ == "__main__":
+    # For recipes/launch.slurm: `python -m run.command_line RECIPE ...` says where sft.py with these arguments writes.
+    with one_line_errors():
+        print(read_command_line("")[1].output_dir)

@@ -15,12 +15,15 @@ from run.progress import Progress
 from run.retention import check_disk, steps_between_checkpoints
 from training.adapters import adapter_size
 from training.collate import kept_targets
+from training.fsdp_config import find_sharding, sharded_layers
 from training.memory import check_memory
 from training.micro_batches import MicroBatch, largest_micro_batches
 from training.model import check_tiny, count_parameters, without_weights
 from training.plan import steps_per_epoch, training_rows
+from training.state_layout import layout_of_this_run
 from utils.errors import UserError
 from utils.launch import num_processes, say
+from utils.tables import counted
 
 # Rates of full fine-tuning over which a pretrained model of that many parameters usually loses what it knows: several
 # times those of huggingface/alignment-handbook (1e-3 for SmolLM2 135M and 360M, 3e-4 for 1.7B, 2e-5 for SmolLM3 3B and
@@ -64,11 +67,14 @@ def preflight(
     lost = check_targets(recipe, mix)
     largest = largest_micro_batches(mix, recipe, processes, progress.steps_left, progress.position)
     zero = deepspeed and deepspeed["zero_optimization"]
-    adapter = adapter_size(recipe, without_weights(recipe, config)) if recipe.use_peft else None
-    check_memory(recipe, config, parameters, zero, dtype, largest[0].shape, adapter)
+    adapter = adapter_size(recipe, without_weights(recipe, config), dtype) if recipe.use_peft else None
+    if sharding := find_sharding(recipe, dtype):
+        sharded_layers(without_weights(recipe, config), sharding)  # are there
+    layout = layout_of_this_run(zero, sharding)
+    check_memory(recipe, config, parameters, layout, dtype, largest[0].shape, adapter)
     saved = parameters if adapter is None else adapter.weights
     merged = parameters * dtype.itemsize if recipe.merge_adapter else 0
-    check_disk(recipe, saved, dtype, deepspeed is not None, epoch_steps, total_steps, progress.step, merged)
+    check_disk(recipe, saved, dtype, layout.keeps_half_weights, epoch_steps, total_steps, progress.step, merged)
     found = recipe_warnings(recipe, config, mix, parameters, epoch_steps, total_steps)
     for warning in [*lost, *vocabulary_warnings(recipe, config, tokenizer), *found]:
         say(f"warning: {warning}")
@@ -126,7 +132,9 @@ def recipe_warnings(
     if recipe.warmup_steps >= total_steps:
         found.append(f"warmup_steps = {recipe.warmup_steps}: as long as the run ({total_steps:,} steps): give fewer")
     if total_steps <= 2:
-        found.append(f"the run has {total_steps} step(s), and the first two run at rate 0: no weight will change")
+        found.append(
+            f"the run has {counted(total_steps, 'step')}, and the first two run at rate 0: no weight will change"
+        )
     if total_steps > ABSURD_STEPS or total_steps > ABSURD_EPOCHS * epoch_steps:
         found.append(
             f"the run has {total_steps:,} steps, {total_steps / epoch_steps:,.0f} epochs: at a step a second "
@@ -134,14 +142,16 @@ def recipe_warnings(
             "num_train_epochs or max_steps is to say?"
         )
     every = steps_between_checkpoints(recipe, epoch_steps)
-    if recipe.save_strategy == "no":
+    if recipe.keep_best:  # which saves after the first evaluation
+        every = min(every, recipe.eval_steps)
+    if recipe.save_strategy == "no" and not recipe.keep_best:
         found.append("save_strategy = no: nothing to go on from after a crash: give steps or epoch")
     elif every > total_steps:
         found.append(
             f"the first checkpoint would come at step {every:,}, the run ends at {total_steps:,}: "
             "give save_strategy: steps and a smaller save_steps"
         )
-    if recipe.save_only_model and recipe.save_strategy != "no":
+    if recipe.save_only_model and (recipe.save_strategy != "no" or recipe.keep_best):
         found.append("save_only_model = true: nothing to go on from after a crash: give keep_trainer_state: 1 instead")
     if not len(mix.validation):
         found.append("nothing is held out, so that nothing shows overfitting: give a data set a val_split")
@@ -167,6 +177,12 @@ def recipe_warnings(
             f"learning_rate = {recipe.learning_rate:g}: pretrained models of this size ({num_parameters / 1e9:.2g} "
             f"billion parameters) are fine-tuned at {LOWEST_RATE:g} to {highest:g}: check it"
         )
+    for name, options in recipe.datasets.chosen().items():
+        if not options.weight:
+            found.append(
+                f"datasets.{name}.weight = 0: its conversations take their time in every step and teach nothing: leave "
+                "it out, or to evaluate on it alone, give it size: 1"
+            )
     if recipe.dtype == "fp16" and not recipe.from_scratch and config.dtype == torch.bfloat16:
         found.append("dtype = fp16: the model's weights are bf16, whose range fp16 lacks: give dtype: bf16")
     return found

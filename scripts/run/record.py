@@ -24,6 +24,7 @@ from data.files import source_files
 from data.mix import Mix
 from recipe.keys import Recipe
 from run.record_file import FORMAT, read_record, redact, utc_now, write_record
+from run.starts import earlier_starts
 from utils.files import fingerprint, read_json
 from utils.launch import has_gpu, launcher_plugin, num_processes, say
 
@@ -47,6 +48,7 @@ def begin_record(path: Path, recipe: Recipe, mix: Mix, dtype: torch.dtype, earli
     Raises: UserError when the earlier one cannot be read, or this one not be written.
     """
     record = start_record(recipe, mix, num_processes(), dtype)
+    record["starts"] = earlier_starts(path)
     for line in differences(read_record(earlier), record) if earlier else []:
         say(f"differs from {earlier}: {line}")
     write_record(record, path)

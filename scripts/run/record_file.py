@@ -53,8 +53,9 @@ class Record(Schema):
     """What stands in run.json, as far as it is read back; `run/record.py` has more of it."""
 
     format: Annotated[int, Field(ge=1)]
-    status: Literal["running", "interrupted", "finished", "failed"]
+    status: Literal["running", "interrupted", "finished", "failed", "stalled"]
     recipe: dict[str, Any]
+    starts: list[dict[str, Any]] | None = None
     num_processes: Annotated[int, Field(ge=1, le=2**20)]
     data: dict[str, dict[str, Any]] | None = None
     model: dict[str, Any] | None = None
@@ -97,7 +98,7 @@ def still_keys(values: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key in Recipe.model_fields}
 
 
-def update_status(path: Path, status: Literal["interrupted", "finished", "failed"], **more: Any) -> None:
+def update_status(path: Path, status: Literal["interrupted", "finished", "failed", "stalled"], **more: Any) -> None:
     """Say in a record how its run ended, and when; `more` are further keys, as its `report` at its end.
 
     Raises: UserError as `read_record` and `write_record`.

@@ -42,14 +42,14 @@ def kept(recipe: Recipe) -> tuple[float, float]:
     return most, min(most, recipe.keep_trainer_state or math.inf)
 
 
-def prune(recipe: Recipe, newest: Path) -> None:
-    """Remove the oldest checkpoints, and the trainer_state of the older ones; never the newest, which was verified, nor
-    what has a number that no run writes (checkpoint-0009)."""
+def prune(recipe: Recipe, newest: Path, spared: Path | None = None) -> None:
+    """Remove the oldest checkpoints but for a spared one, and the trainer_state of the older ones; never the newest,
+    which was verified, nor what has a number that no run writes (checkpoint-0009)."""
     written = [path for path in list_checkpoints(recipe.output_dir) if path.name == f"checkpoint-{step_of(path)}"]
     checkpoints = [newest, *(path for path in reversed(written) if path != newest)]
     most, most_states = kept(recipe)
     for age, path in reversed([*enumerate(checkpoints)]):
-        if age >= most:
+        if age >= most and path != spared:
             remove_folder(path)
         elif age >= most_states and (path / "trainer_state").exists():
             remove_folder(path / "trainer_state")
@@ -63,17 +63,18 @@ def remove_folder(folder: Path, hidden: str | None = None) -> None:
     remove_tree(folder.rename(hidden))
 
 
-def checkpoint_bytes(recipe: Recipe, num_parameters: int, dtype: torch.dtype, deepspeed: bool) -> tuple[int, int]:
+def checkpoint_bytes(recipe: Recipe, num_parameters: int, dtype: torch.dtype, in_half: bool) -> tuple[int, int]:
     """Bytes of a checkpoint: its model, and its trainer_state (Adam's moments, and the fp32 weights if the model has
     none: training/optimizer_state.py). Of adapters, `num_parameters` are theirs."""
-    half = deepspeed and dtype != torch.float32
-    return num_parameters * (2 if half else 4), num_parameters * (12 if half else moment_bytes(recipe))
+    half = in_half and dtype != torch.float32
+    return num_parameters * (2 if half else 4), num_parameters * (4 * half + moment_bytes(recipe))
 
 
 def disk_peak(recipe: Recipe, model: int, state: int, epoch_steps: int, total_steps: int, start_step: int = 0) -> int:
     """Bytes that the checkpoints to come and the final model will take at most, beyond what is used now.
 
-    Those that are in output_dir already count as room when save_total_limit or keep_trainer_state removes them.
+    Under keep_best as if each evaluation were the best, and then one of long ago. Those that are in output_dir already
+    count as room when save_total_limit or keep_trainer_state removes them.
 
     Args:
         model, state: bytes of a checkpoint's model and of its trainer_state.
@@ -87,6 +88,9 @@ def disk_peak(recipe: Recipe, model: int, state: int, epoch_steps: int, total_st
     most, most_states = kept(recipe)
     used = peak = 0
     saves = int(total_steps // every - start_step // every)
+    if recipe.keep_best:
+        saves += total_steps // recipe.eval_steps - start_step // recipe.eval_steps + 1  # and one at the end
+        most += 1
     # After these, each does what the one before it did: a run of two billion steps has as many.
     settling = len(models) + sum(int(limit) for limit in (most, most_states) if limit < math.inf)
     for _ in range(min(saves, settling)):
@@ -109,7 +113,7 @@ def check_disk(
     recipe: Recipe,
     num_parameters: int,
     dtype: torch.dtype,
-    deepspeed: bool,
+    in_half: bool,
     epoch_steps: int,
     total_steps: int,
     start_step: int = 0,
@@ -118,13 +122,14 @@ def check_disk(
     """Print the size of a checkpoint, and the room that the run will need beside what is free.
 
     Args:
+        in_half: the engine's model files have the precision of the forward pass (DeepSpeed, FSDP2); else fp32.
         start_step: of the checkpoint that the run goes on from.
         merged: bytes of a final model with merged adapters.
 
     Raises:
         UserError: the disk of output_dir has less.
     """
-    model, state = checkpoint_bytes(recipe, num_parameters, dtype, deepspeed)
+    model, state = checkpoint_bytes(recipe, num_parameters, dtype, in_half)
     state = 0 if recipe.save_only_model else state
     peak = disk_peak(recipe, model, state, epoch_steps, total_steps, start_step) + merged
     folder = next(path for path in (recipe.output_dir, *recipe.output_dir.absolute().parents) if path.exists())

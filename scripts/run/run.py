@@ -1,16 +1,19 @@
 """A run from its folder to its end: the one owner of where it stands, what it counts, and what it leaves."""
 
 import os
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from data.mix import Mix
 from recipe.keys import Recipe
+from run.best import check_metric, link_checkpoints
 from run.checkpoint import Checkpoint
 from run.folder import check_still_ours, claim_output_dir, lock_output_dir, wait_for_other_run
 from run.health import StepHealth, one_line_at_minimum_scale
@@ -18,11 +21,13 @@ from run.log import RunLog
 from run.model_files import config_of_run
 from run.progress import Progress
 from run.record import begin_record
-from run.record_file import update_status
 from run.report import end_report
 from run.resume import check_config, check_data, find_checkpoint, restore, run_state, starting_point
+from run.samples import Samples, check_prompts
 from run.saving import Saver
+from run.starts import begin_start, end_start
 from run.stats import Clock, TrainingStats
+from run.watch import Watch, alive, bytes_moved
 from training.batches import Batches
 from training.engine import Engine
 from training.flops import ModelFlops, peak_flops
@@ -31,17 +36,21 @@ from training.host_weights import load_model
 from training.model import load_merged
 from training.optimizer_state import loss_scale
 from training.pretrained import load_pretrained
-from utils.launch import process_index
+from utils.errors import UserError, reason
+from utils.launch import process_index, stop_all
 
 
 class Run:
     """One start of a run.
 
     Attributes:
+        begun: whether run.json is still to say how this start ended; False on all processes but the first.
         checkpoint: that it goes on from; None from its beginning.
         progress: where it stands.
         clock, stats, health: what its time goes into, what its steps add up to, and what went wrong in them.
     """
+
+    opened: "Run | None" = None  # of this process
 
     def __init__(self, recipe: Recipe, checkpoint: Checkpoint | None, lock: int | None):
         """
@@ -50,7 +59,10 @@ class Run:
         """
         self.recipe, self.checkpoint, self.lock = recipe, checkpoint, lock
         self.record = recipe.output_dir / "run.json"
+        self.begun = False
         self.clock = Clock()
+        self.saved_step: int | None = None  # of the last checkpoint of this start
+        self.watch = Watch(recipe.stall_minutes, self.record)
 
     def plan(
         self,
@@ -67,20 +79,31 @@ class Run:
             reproduced: the record of an earlier run that this one repeats.
 
         Raises:
-            UserError: the data or the model are not those of the checkpoint.
+            UserError: the data or the model are not those of the checkpoint; no evaluation will have
+                early_stopping_metric; as `Samples`.
         """
         if self.checkpoint:
             check_data(self.checkpoint, mix, self.recipe, allow_changes)
             check_config(self.checkpoint, config_of_run(self.recipe, config, tokenizer), self.recipe, allow_changes)
-        self.mix = mix
-        self.progress = starting_point(self.checkpoint, mix, self.recipe)
+        check_metric(self.recipe, {mix.names[index] for index in set(mix.validation.dataset)})
+        self.mix, self.tokenizer, self.samples = mix, tokenizer, Samples(self.recipe, tokenizer)
+        self.progress = self.watch.progress = starting_point(self.checkpoint, mix, self.recipe)
         if process_index() == 0:
             earlier = reproduced or (self.record if self.checkpoint and self.record.exists() else None)
             begin_record(self.record, self.recipe, mix, dtype, earlier)
         return self.progress
 
+    def meet(self) -> None:
+        """The processes have found each other: note where they are, and watch each other. Every process calls this."""
+        hosts = gather_object([socket.gethostname()])
+        if process_index() == 0:
+            begin_start(self.record, self.progress.step, hosts)
+            self.begun = True
+        self.watch.connect()
+
     def load_model(self, config: PretrainedConfig, tokenizer, dtype: torch.dtype) -> PreTrainedModel:
         """The model as it is at this start: of the checkpoint, or of model_name.  Raises: UserError as `load_model`."""
+        self.watch.at("loading the model", alive)
         if not self.checkpoint:
             return load_model(self.recipe, config, tokenizer, dtype)
         with self.checkpoint.model_folder() as folder:
@@ -88,10 +111,11 @@ class Run:
                 config = config_of_run(self.recipe, config, tokenizer)
             return load_model(self.recipe, config, tokenizer, dtype, checkpoint=folder)
 
-    def attach(self, engine: Engine, batches: Batches, tokenizer, dtype: torch.dtype) -> None:
+    def attach(self, engine: Engine, batches: Batches, dtype: torch.dtype) -> None:
         """What makes its steps from now on, counts them, and saves what they come to. Every process calls this."""
+        self.watch.at("about to begin")
         self.engine, self.batches = engine, batches
-        self.saver = Saver(engine, tokenizer, self.recipe)
+        self.saver = Saver(engine, self.tokenizer, self.recipe)
         self.main_process = engine.accelerator.is_main_process
         device, flops = engine.accelerator.device, ModelFlops(engine.language_model)
         self.stats = TrainingStats(self.mix, device, self.clock, flops, peak_flops(device, dtype))
@@ -114,6 +138,7 @@ class Run:
     @contextmanager
     def training(self) -> Iterator[None]:
         """Around an optimizer step."""
+        self.watch.at("training")
         with self.clock.spend("training"), one_line_at_minimum_scale():
             yield
 
@@ -138,6 +163,7 @@ class Run:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Around an evaluation, which is due until `write_evaluation` has its results."""
+        self.watch.at("evaluating")
         self.progress.evaluation_due = True
         self.log.progress.set_description("evaluating")
         with self.clock.spend("evaluation"):
@@ -145,29 +171,56 @@ class Run:
         self.log.progress.set_description("training")
 
     def write_evaluation(self, results: dict[str, float]) -> None:
-        """The results of an evaluation, for metrics.jsonl, the curves, the screen and the model card."""
+        """The results of an evaluation, for metrics.jsonl, the curves, the screen and the model card; then what hangs
+        on them: replies to look at, and under keep_best a checkpoint. Every process calls this."""
         self.check_folder()
-        self.progress.results, self.progress.evaluation_due = results, False
+        metric = self.recipe.early_stopping_metric
+        if metric not in results and (self.recipe.keep_best or self.recipe.early_stopping_patience):
+            stop_all(f"early_stopping_metric = {metric}: no token that is held out is scored")
+        is_best = self.progress.end_evaluation(results, metric)
         self.log.write(self.progress.as_metrics() | results)
         self.log.show_evaluation(self.progress.step, results)
+        if self.samples.due(self.progress):
+            self.watch.at("replying", alive)
+            self.log.progress.set_description("replying")
+            with self.clock.spend("samples"):
+                replies = self.samples.take(self.engine)
+            self.log.progress.set_description("training")
+            self.log.write_samples(self.progress.step, self.samples, replies)
+        if self.main_process and self.saver.is_idle:  # which else links when it is done
+            link_checkpoints(self.recipe, self.progress.best)  # one of this very step may be there, of a stop
+        if is_best and self.recipe.keep_best:
+            self.save()
 
     def save(self) -> None:
-        """Write a checkpoint, or begin to. Every process calls this."""
+        """Write a checkpoint, or begin to, unless this step has one since its evaluation was the best. Every process
+        calls this."""
+        if self.saved_step == self.progress.step:
+            return
         self.check_folder()
+        self.watch.at("saving", bytes_moved)
         with self.clock.spend("saving"):
             state = run_state(self.recipe, self.mix, self.engine, self.progress, self.health)
             self.saver.save(state, self.stats)
+        self.saved_step = self.progress.step
+        self.watch.at("saved")
 
     @property
     def save_failed(self) -> bool:
-        """Whether a checkpoint that is written behind the training could not be: the next `save` says why."""
+        """Whether a checkpoint that is written behind the training could not be: the next `save`, or the end, says
+        why."""
         return self.saver.failed
 
     # ---- The end ----
 
-    def end(self, stopped: bool) -> None:
-        """Write the final model, unless the run was stopped; say what it came to. Every process calls this."""
+    def end(self, stopped: bool, by: str | None) -> None:
+        """Write the final model, unless the run was stopped; say what it came to. Every process calls this.
+
+        Args:
+            by: name of the signal that this process was stopped by, if any.
+        """
         self.check_folder()
+        self.watch.at("ending the run", alive if self.main_process else None)
         self.log.close()
         with self.clock.spend("saving"):
             if stopped:
@@ -177,8 +230,11 @@ class Run:
         if not self.main_process:
             return
         report = end_report(self.recipe, self.progress, self.stats, self.health)
-        status = "interrupted" if stopped else "finished"
-        update_status(self.record, status, report=report, wandb=self.log.wandb_url)
+        status, why = ("interrupted", by or "a signal to another process") if stopped else ("finished", "finished")
+        url = self.log.trackers.wandb_url
+        end_start(self.record, status, why, self.progress.step, report=report, wandb=url)
+        self.begun = False
+        self.watch.at("leaving the others")
 
     def final_model(self) -> PreTrainedModel:
         """The model that was trained; where no process has all of it, as it was saved. On the first process."""
@@ -192,8 +248,10 @@ def open_run(recipe: Recipe, allow_changes: bool) -> Run:
     """Find the checkpoint that a run goes on from, and make its folder ours, before anything heavy. Every process.
 
     Raises:
-        UserError: the folder holds another run, or another process is at it.
+        UserError: the folder holds another run, or another process is at it; as `check_metric` and `check_prompts`.
     """
+    check_metric(recipe, recipe.datasets.chosen())
+    check_prompts(recipe)
     recipe_file = recipe.output_dir / "recipe.yaml"
     if process_index() == 0:
         wait_for_other_run(recipe)
@@ -204,4 +262,24 @@ def open_run(recipe: Recipe, allow_changes: bool) -> Run:
         if os.path.lexists(recipe_file) and not was_there:  # of a start that was a moment before this one
             checkpoint = find_checkpoint(recipe, allow_changes)
         claim_output_dir(recipe, checkpoint)
-    return Run(recipe, checkpoint, lock)
+    Run.opened = Run(recipe, checkpoint, lock)
+    return Run.opened
+
+
+@contextmanager
+def recorded_end() -> Iterator[None]:
+    """Around all of a start: where it ends by an error, or before its first step, run.json says so."""
+    Run.opened = None
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        status, why = "failed", str(error) if isinstance(error, UserError) else reason(error)
+        if isinstance(error, SystemExit):
+            status, why = "interrupted", "a signal before the first step"
+        if (run := Run.opened) and run.begun:
+            with suppress(UserError):  # a disk that is full, of which the first error speaks
+                end_start(run.record, status, why, run.progress.step)
+        raise
+    finally:
+        if Run.opened:
+            Run.opened.watch.close()

@@ -19,11 +19,12 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from recipe.keys import Recipe
+from run.best import Best, keep_checkpoints
 from run.checkpoint import read_checkpoint
 from run.checkpoint_state import FORMAT, process_file, sealed
 from run.model_files import as_readable_as_others, save_model, save_trained
 from run.processes import Processes
-from run.retention import prune, remove_folder
+from run.retention import remove_folder
 from run.snapshot import HostCopies, Snapshot, Weights, take_snapshot, trained_weights
 from run.stats import TrainingStats
 from training.adapter_files import ADAPTER_FILES
@@ -50,9 +51,14 @@ class Saver:
         self._writing: Future | None = None
 
     @property
+    def is_idle(self) -> bool:
+        """Whether nothing is being written by this process."""
+        return self._writing is None or self._writing.done()
+
+    @property
     def failed(self) -> bool:
         """Whether what is written behind the training could not be: `wait` raises why."""
-        return self._writing is not None and self._writing.done() and self._writing.exception() is not None
+        return self.is_idle and self._writing is not None and self._writing.exception() is not None
 
     def wait(self) -> None:
         """For the checkpoint that is being written.  Raises: as `save_checkpoint`."""
@@ -69,7 +75,7 @@ class Saver:
         snapshot = take_snapshot(self.engine, self.recipe, state, stats)
         if self._behind is None:
             self._behind = self._fits(snapshot)
-        parts = self.engine.language_model, self.tokenizer, self.recipe, snapshot, self.processes
+        parts = self.engine.outline, self.tokenizer, self.recipe, snapshot, self.processes
         if not self._behind:
             write_checkpoint(*parts)
             return
@@ -80,7 +86,7 @@ class Saver:
         """Wait for the last checkpoint, then write the final model.  Args, Raises: as `save_final_model`."""
         self.wait()
         weights, folder = trained_weights(self.engine), self.recipe.output_dir
-        save_final_model(self.engine.language_model, self.tokenizer, folder, weights, self.processes, merge)
+        save_final_model(self.engine.outline, self.tokenizer, folder, weights, self.processes, merge)
 
     def _fits(self, snapshot: Snapshot) -> bool:
         """Whether the copies of all processes fit into each machine's memory; the same on every process."""
@@ -109,7 +115,7 @@ def save_checkpoint(engine: Engine, tokenizer, recipe: Recipe, state: dict[str, 
         UserError: it cannot be written (a full disk); those before it stay as they were. On every process.
     """
     snapshot = take_snapshot(engine, recipe, state, stats)
-    write_checkpoint(engine.language_model, tokenizer, recipe, snapshot, Processes(engine.accelerator))
+    write_checkpoint(engine.outline, tokenizer, recipe, snapshot, Processes(engine.accelerator))
 
 
 def write_checkpoint(
@@ -157,7 +163,7 @@ def write_checkpoint(
             remove_folder(whole, hidden=f"{work.name}.replaced")
         os.replace(work, whole)
         flush(recipe.output_dir)
-        prune(recipe, whole)
+        keep_checkpoints(recipe, whole, snapshot.state.get("best") and Best(**snapshot.state["best"]))
 
     def as_one(action: Callable[[], None]) -> None:
         """Do a part of the work; where it fails on any process, all stop, the first with the reason."""

@@ -3,42 +3,61 @@
     datasets:
       - support_chats:                        # any name; --datasets.support_chats.fraction, eval_support_chats_loss
           source: messages
-          input_file_path: support.jsonl      # .jsonl, .json (each also .gz) or .parquet
+          input_file_path: support.jsonl      # a file, a list of them, a folder, a pattern, or a URL
       - ultrachat:
           source: messages
           hub_name: HuggingFaceH4/ultrachat_200k
-          files: data/train_sft-*.parquet
+          split: train_sft[:5%]
+      - faq:
+          source: messages
+          input_file_path: faq.csv
+          columns: {prompt: query, response: answer, system: persona}
 
-A record is taken for the first of these forms whose field it has, in upper or lower case:
+A record is taken for the first of these forms whose fields it has, in upper or lower case, null and blank being none:
 
-    messages        [{"role", "content"}], as of the hub's chat data sets and chat templates
-    conversations   [{"from", "value"}], as of ShareGPT (also `conversation`, and either naming in either list)
-    instruction     or `prompt` or `question`, a text; with `output`, `response`, `completion` or `answer`; a passage in
-                    `input` or `context` goes below the question, after a blank line
+    messages        a list of messages, as `sources/messages_forms.py` has them; or `conversations`, `conversation`,
+                    `dialog`, `dialogue`, `chat`
+    instruction     or `prompt`, `question`, `query`, ...: a text, or a list of messages, of which nothing is learnt;
+                    with `output`, `response`, `completion`, `chosen`, `answer`, ...: a text or a list. A passage in
+                    `input` or `context` goes below the question, after a blank line; a `history` of earlier turns
+                    before it
 
-A text in a field `system` or `system_prompt` becomes the system message of the last two. Every reply is learnt but one
-with `"train": false` beside its text. A conversation is user and assistant in turn, with or without a system message in
-front; what else there is is dropped, with the reason, and so is the end of a conversation after its last reply.
+A text in a field `system` or `system_prompt` becomes the system message where there is none. Every reply is learnt
+but one with `"train": false` or `"weight": 0` beside its text; a `weight` of the record is what its tokens count in the
+loss. A conversation is user and assistant in turn, with or without a system message in front; what else there is is
+dropped, with the reason, and so is the end of a conversation after its last reply.
 """
 
-from collections import Counter
+import re
+from dataclasses import replace
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import model_validator
+from pydantic import AfterValidator, BeforeValidator, model_validator
 
-from sources.source import PREPARED, Conversation, DatasetOptions, HubSource, Message, Record, Source, key
+from sources.messages_columns import UNUSED, Columns, Names, check_named, fields_of, names_of
+from sources.messages_forms import ANSWERS, MEDIA, Dropped, is_there, read_turns
+from sources.source import PREPARED, Conversation, DatasetOptions, HubSource, Message, Record, Remarks, Source, key
 
-ROLES = {
-    "system": "system",
-    **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "model"), "assistant"),
-}
-LISTS = ("messages", "conversations", "conversation")
-QUESTIONS = ("instruction", "prompt", "question")
-PASSAGES = ("input", "context")
-ANSWERS = ("output", "response", "completion", "answer")
-SYSTEMS = ("system", "system_prompt")
+# In the language of `datasets`: a name, [from:to] in rows or percent, and how percents are rounded.
+SPLIT = r"(?:[\w.]+(?:\[(?:-?[\d_]+%?)?:(?:-?[\d_]+%?)?\](?:\((?:closest|pct1_dropremainder)\))?)?)"
+
+
+def _split(value: str | None) -> str | None:
+    if value is not None and not re.fullmatch(rf"{SPLIT}(?:\s*\+\s*{SPLIT})*", value):
+        raise ValueError("should be the name of a split, or a slice such as train[:5%] or train[100:200]")
+    return value
+
+
+def _patterns(value: Any) -> Any:
+    """Checked by hand, since of a choice pydantic says one line for each of its branches."""
+    if value is None:
+        return None
+    lists = value.values() if isinstance(value, dict) else [value]
+    texts = [text for one in lists for text in (one if isinstance(one, list) else [one])]
+    if not texts or not all(isinstance(text, str) and text for text in texts):
+        raise ValueError("should be a name or pattern, a list of them, or `split: names` for each split")
+    return value
 
 
 class MessagesOptions(DatasetOptions):
@@ -46,79 +65,136 @@ class MessagesOptions(DatasetOptions):
 
     source: Literal["messages"] = key(..., "messages; it lets a data set have any name", PREPARED)
     hub_name: str | None = key(None, "data set on the hub, as org/name", "")
-    files: str | None = key(None, "pattern of its data files; null: those of its training split", "")
+    config: str | None = key(None, "its configuration; null: its default one", "")
+    split: Annotated[str | None, AfterValidator(_split)] = key(
+        None, "its split, or a slice such as train[:5%]; null: train", PREPARED
+    )
+    data_files: Annotated[str | list | dict | None, BeforeValidator(_patterns)] = key(
+        None, "names or patterns of its files, in place of what it says its splits are", ""
+    )
+    columns: Columns | None = key(None, "names of its fields, e.g. {messages: dialog}", PREPARED)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _earlier_name(cls, values: Any) -> Any:
+        """`files`, as data_files was called till November 2026: recipes of earlier runs are still read."""
+        if isinstance(values, dict) and "files" in values:
+            files, values = values["files"], {name: value for name, value in values.items() if name != "files"}
+            values.setdefault("data_files", files)
+        return values
 
     @model_validator(mode="after")
     def _one_place(self):
         if self.input_file_path is None and self.hub_name is None:
             raise ValueError("give input_file_path or hub_name, where its data are")
-        if self.files is not None and (self.input_file_path is not None or self.hub_name is None):
-            raise ValueError("files is a pattern for hub_name, in place of input_file_path")
+        if self.data_files is not None and (self.input_file_path is not None or self.hub_name is None):
+            raise ValueError("data_files are those of hub_name, in place of input_file_path")
+        if self.split and "+" in self.split and "[" in self.split and len(split_names(self.split)) > 1:
+            raise ValueError("slices of several splits: make a data set of each")
         return self
 
 
-def read_messages(record: Record, options: Any, dropped: Counter, rng_seed: int) -> list[Conversation] | None:
+def split_names(split: str) -> list[str]:
+    """Those of `train[:5%]` or `train+test`."""
+    return list(dict.fromkeys(part.partition("[")[0].strip() for part in split.split("+")))
+
+
+def read_messages(record: Record, options: Any, remarks: Remarks, rng_seed: int) -> list[Conversation] | None:
     """The conversation of one record, in whichever form; UserError for none of them, or a field of another type."""
-    fields = {name.lower(): name for name in record.values}  # INSTRUCTION and RESPONSE are as usual
-    listed = next((fields[name] for name in LISTS if name in fields), None)
-    messages = _from_list(record, listed, dropped) if listed else _from_pair(record, fields)
-    if messages is None:
+    names = names_of(options.columns)
+    if options.columns:
+        check_named(record, names, remarks)
+    there = {name.lower(): name for name, value in record.values.items() if is_there(value)}
+    try:
+        if not MEDIA.isdisjoint(there):
+            raise Dropped(f"conversation with what is not text ({min(there.keys() & MEDIA)})")
+        messages = _conversation(record, there, names, remarks.unused)
+    except Dropped as dropped:
+        remarks[str(dropped)] += 1
         return None
-    if listed is None or not messages or messages[0].role != "system":
-        messages = _system(record, fields) + messages
-    turns = messages[1:] if messages and messages[0].role == "system" else messages
-    if not turns or turns[0].role != "user":
-        reason = "conversation that does not start with a user's message"
-    elif any(message.role == "system" for message in turns):
-        reason = "conversation with a system message that is not the first"
-    elif any(before.role == after.role for before, after in pairwise(turns)):
-        reason = "conversation whose speakers do not take turns"
-    elif len(turns) < 2:
-        reason = "conversation without a reply"
-    elif any(message.role == "assistant" and not message.content.strip() for message in turns):
-        reason = "conversation with an empty reply"
+    if not UNUSED.isdisjoint(there):
+        remarks.unused.update(there.keys() & UNUSED)
+    return [Conversation(messages)]
+
+
+def _conversation(record: Record, there: dict[str, str], names: Names, unused: set[str]) -> list[Message]:
+    listed = _first(names.lists, there)
+    if listed:
+        messages = read_turns(record, listed, record.values[listed], unused, names.roles, names.contents)
     else:
-        return [Conversation(messages[:-1] if turns[-1].role == "user" else messages)]
-    dropped[reason] += 1
-    return None
-
-
-def _from_list(record: Record, name: str, dropped: Counter) -> list[Message] | None:
-    messages = []
-    for entry in record.get(name, list):
-        speaker = record.inside(entry, name, "from" if isinstance(entry, dict) and "from" in entry else "role")
-        role = ROLES.get(speaker.strip().lower())
-        if role is None:
-            dropped["conversation with a speaker other than system, user and assistant"] += 1
-            return None
-        # null where a message is not text, as of tool calls
-        content = record.inside(entry, name, "value" if "value" in entry else "content", nullable=True)
-        train = record.inside({"train": None} | entry, name, "train", bool, nullable=True)
-        messages.append(Message(role, content or "", train=train is not False))
+        messages = _pair(record, there, names, unused)
+    messages = [message for message in messages if message.role != "system" or is_there(message.content)]
+    if (not messages or messages[0].role != "system") and (system := _first(names.systems, there)):
+        messages = [Message("system", record.get(system)), *messages]
+    turns = messages[1:] if messages and messages[0].role == "system" else messages
+    roles = [message.role for message in turns]
+    if "system" in roles:
+        raise Dropped("conversation with a system message that is not the first")
+    if not roles or roles[0] != "user":
+        raise Dropped("conversation that does not start with a user's message")
+    if any(before == after for before, after in pairwise(roles)):
+        raise Dropped("conversation whose speakers do not take turns")
+    if len(turns) < 2:
+        raise Dropped("conversation without a reply")
+    if turns[-1].role == "user":
+        messages, turns = messages[:-1], turns[:-1]
+    for message in turns:
+        if not is_there(message.content):
+            raise Dropped(f"conversation with an empty {'reply' if message.role == 'assistant' else 'prompt'}")
     return messages
 
 
-def _from_pair(record: Record, fields: dict[str, str]) -> list[Message]:
-    def first(names: tuple[str, ...]) -> str | None:
-        return next((fields[name] for name in names if name in fields), None)
-
-    question, answer, passage = first(QUESTIONS), first(ANSWERS), first(PASSAGES)
+def _pair(record: Record, there: dict[str, str], names: Names, unused: set[str]) -> list[Message]:
+    question, answer = _first(names.questions, there), _first(names.answers, there)
     if question is None or answer is None:
-        there = ", ".join(record.values) or "none"
+        known = {name.lower() for name in record.values}
+        if known & {*names.questions} and known & {*names.answers}:
+            raise Dropped(f"conversation with an empty {'reply' if answer is None else 'prompt'}")
+        if known & {*names.lists}:
+            return []
+        names_there = ", ".join(record.values) or "none"
         raise record.error(
-            f"no field 'messages', 'conversations', or 'instruction' with 'output' (or the like); fields there: {there}"
+            "no field 'messages', 'conversations', or 'instruction' with 'output' (or the like), nor `columns` to name "
+            f"others; fields there: {names_there}"
         )
-    text = record.get(question)
-    below = record.get(passage, nullable=True) if passage else None
-    if below and below.strip():
-        text = f"{text}\n\n{below}"
-    return [Message("user", text), Message("assistant", record.get(answer, nullable=True) or "")]
+
+    def turns(name: str) -> list[Message]:
+        return read_turns(record, name, record.values[name], unused, names.roles, names.contents)
+
+    if len(there) > 2:
+        unused.update(name for name in ANSWERS if name in there and there[name] not in (answer, question))
+    passage, history = _first(names.passages, there), _first(names.histories, there)
+    if passage == question:
+        passage = _first(names.passages[1:], there)
+    if isinstance(record.values[question], list | dict):
+        prompt = [replace(message, train=False) for message in turns(question)]
+    else:
+        text = record.get(question)
+        prompt = [Message("user", f"{text}\n\n{record.get(passage)}" if passage else text)]
+    before = turns(history) if history else []
+    replied = record.values[answer]
+    if isinstance(replied, list) and len(replied) == 1 and isinstance(replied[0], str):
+        return [*before, *prompt, Message("assistant", replied[0])]
+    if not isinstance(replied, list | dict):
+        return [*before, *prompt, Message("assistant", record.get(answer))]
+    if isinstance(replied, list) and isinstance(replied[0], str):
+        raise record.error(f"field {answer!r} is a list of texts, of which one would have to be chosen")
+    reply = turns(answer)
+    if reply and reply[0].role != "assistant":  # the whole conversation once more, as in many data sets of preferences
+        same = [
+            message.role == asked.role and message.content == asked.content
+            for message, asked in zip(reply, prompt, strict=False)
+        ]
+        known = len(prompt) if all(same) and len(reply) > len(prompt) else 0
+        return [*prompt[:known], *reply[known:]]
+    return [*before, *prompt, *reply]
 
 
-def _system(record: Record, fields: dict[str, str]) -> list[Message]:
-    name = next((fields[name] for name in SYSTEMS if name in fields), None)
-    text = record.get(name, nullable=True) if name else None
-    return [Message("system", text)] if text and text.strip() else []
+def _first(names: tuple[str, ...], there: dict[str, str]) -> str | None:
+    for name in names:  # a plain loop, as of every record: `next` over a generator takes four times as long
+        if name in there:
+            return there[name]
+    return None
 
 
 SOURCE = Source(
@@ -126,6 +202,6 @@ SOURCE = Source(
     licence="that of the data",
     hub=HubSource(None),
     read=read_messages,
-    fields=(*LISTS, *QUESTIONS, *PASSAGES, *ANSWERS, *SYSTEMS),
+    fields=fields_of(None),
     options=MessagesOptions,
 )

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import sources
+from sources.messages import fields_of
 from sources.source import HubSource, Source
 
 # The seed's mix. The order of data sets decides the order of training: another file never changes an old recipe's.
@@ -26,6 +27,5 @@ def find_source(name: str, options: Any) -> Source:
     """The source of a data set of the mix: the one of its name, or messages for a data set of any other name."""
     if name in SOURCES and name != "messages":
         return SOURCES[name]
-    files = (options.files,) if options.files else ()
-    hint = "name its data files by a pattern, `files: data/train_sft-*.parquet`" if options.hub_name else ""
-    return replace(SOURCES["messages"], hub=HubSource(options.hub_name, files, hint))
+    own = {"config": options.config, "split": options.split, "data_files": options.data_files}
+    return replace(SOURCES["messages"], hub=HubSource(options.hub_name, **own), fields=fields_of(options.columns))

@@ -45,6 +45,19 @@ PositiveInt = Annotated[WholeNumber, Field(gt=0, lt=2**31)]
 NonNegativeInt = Annotated[WholeNumber, Field(ge=0, lt=2**31)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, le=1)]
+MOST_WEIGHT = 1e100  # so that a record's times its data set's is finite, too
+Weight = Annotated[float, Field(ge=0, le=MOST_WEIGHT)]
+
+
+def _path_or_paths(value: Any) -> Any:
+    """Checked by hand, since of a choice pydantic says one line for each of its branches."""
+    listed = value if isinstance(value, list) and value else [value]
+    if not all(isinstance(path, str | None) for path in listed) or (None in listed and value is not None):
+        raise ValueError("should be a path, or a list of paths")
+    return value
+
+
+Paths = Annotated[str | list[str] | None, BeforeValidator(_path_or_paths)]
 
 
 class Schema(BaseModel):
@@ -55,8 +68,9 @@ class Schema(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _writable_text(cls, value: Any) -> Any:
-        if isinstance(value, str) and ("\0" in value or value.encode(errors="replace").decode() != value):
-            raise ValueError("holds a character that UTF-8 files and file names cannot hold")
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and ("\0" in text or text.encode(errors="replace").decode() != text):
+                raise ValueError("holds a character that UTF-8 files and file names cannot hold")
         return value
 
 
@@ -66,12 +80,16 @@ PREPARED = "data training evaluation"  # what most options of a data set change
 class DatasetOptions(Schema):
     """What every data set of the mix can be given. Where its files are changes nothing: what is in them counts."""
 
-    input_file_path: str | None = key(None, "data file: as given, under cache_dir, or on the hub", "")
+    input_file_path: Paths = key(
+        None, "data file, a list of them, a folder, a pattern or a URL: as given, under cache_dir, or on the hub", ""
+    )
     revision: str | None = key(None, "commit, tag or branch of the hub data set; null: its newest", "")
     val_split: float = key(0.2, "share held out for validation", PREPARED, ge=0, lt=1)
     max_val_set: PositiveInt | None = key(None, "at most this many validation conversations", PREPARED)
     fraction: Share | None = key(None, "share of the training rows used, drawn anew each epoch", "training")
     size: PositiveInt | None = key(None, "number of training rows used, drawn anew each epoch", "training")
+    weight: Weight = key(1.0, "what each of its tokens counts in the loss, times its record's own weight", "training")
+    train_on: Literal["all", "last"] = key("all", "learn every reply of a conversation, or its last only", PREPARED)
     on_bad_records: Literal["error", "skip"] = key(
         "error", "what to do at a damaged record: stop, or go on and report how many", PREPARED
     )
@@ -122,6 +140,22 @@ class Record:
                 raise self.error(f"field {full!r} holds half of a surrogate pair") from None
         return value
 
+    @property
+    def weight(self) -> float:
+        """What its field `weight`, in upper or lower case, says that each of its tokens counts in the loss; 1.0 without
+        one, or with null.  Raises: UserError for what is no number from 0 to `MOST_WEIGHT`."""
+        if "weight" not in map(str.lower, self.values):
+            return 1.0
+        name = next(name for name in self.values if name.lower() == "weight")
+        value = self.values[name]
+        if value is None:
+            return 1.0
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not 0 <= value <= MOST_WEIGHT:
+            shown = str(value)[:20] if is_number else kind_of(value)
+            raise self.error(f"field {name!r} is {shown}: what a record counts in the loss is a number, 0 or more")
+        return float(value)
+
     def error(self, what: str) -> UserError:
         return UserError(f"{self.path}, record {self.number}: {what}")
 
@@ -144,6 +178,7 @@ class Message:
 @dataclass(frozen=True, slots=True)
 class Conversation:
     messages: list[Message]
+    weight: float = 1.0  # what each of its tokens counts in the loss
 
     def as_dicts(self) -> list[dict[str, str]]:
         """[{"role": ..., "content": ...}], the form of `apply_chat_template` and of the prepared data."""
@@ -159,18 +194,36 @@ def pair(question: str, answer: str, properties: dict | None = None) -> Conversa
 class HubSource:
     """Where a data set lives on the hub: `files` are fnmatch patterns within the data set repository `repo`.
 
-    The first pattern that matches any file counts; without one, the files of its training split do. Without a `repo`,
-    only this machine is searched.
+    The first pattern that matches any file counts. Without one the files of a split do, by what `datasets` makes of the
+    repository, or of `data_files` in place of what it says itself. Without a `repo`, only this machine is searched.
     """
 
     repo: str | None
     files: tuple[str, ...] = ()
     hint: str = ""  # what to try when the file is not found, put at the end of the error message
+    config: str | None = None  # None: its default one
+    split: str | None = None  # in the language of `datasets`, slices included; None: train
+    data_files: str | list | dict | None = None  # as `datasets.load_dataset` takes them
+
+
+class Remarks(Counter):
+    """What is to be said of a record: how much of it was dropped, by reason; and of its fields."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused: set[str] = set()  # fields that could matter and are not used
+        self.absent: set[str] = set()  # fields that its options name, and that it does not have
+
+    def forget(self) -> None:
+        """Make it that of another record."""
+        self.clear()
+        self.unused.clear()
+        self.absent.clear()
 
 
 # Turns a record, with the data set's options, into the conversations it holds, which stay together in a split; or None
 # when the split is drawn without it. What it drops it counts by reason; the last argument is rng_seed.
-Reader = Callable[[Record, Any, Counter, int], list[Conversation] | None]
+Reader = Callable[[Record, Any, Remarks, int], list[Conversation] | None]
 
 
 @dataclass(frozen=True)

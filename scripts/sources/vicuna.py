@@ -22,7 +22,7 @@ def read_vicuna(record: Record, options: Any, dropped: Counter, rng_seed: int) -
     speakers = [record.inside(line, "conversations", "from") for line in lines]
     texts = [record.inside(line, "conversations", "value", nullable=True) for line in lines]
     if not lines or speakers[0] != "human":
-        dropped["conversation that does not start with human"] += 1
+        dropped["conversation without human at its start"] += 1
         return None
     if ("gpt", True) in zip(speakers, (not text for text in texts), strict=True):
         dropped["conversation with an empty gpt message"] += 1

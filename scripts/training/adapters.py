@@ -29,6 +29,7 @@ from training.adapter_files import (
     read_adapter,
     require_packages,
 )
+from training.weight_files import hub_name
 from utils.errors import UserError, reason
 from utils.launch import DTYPES, say, training_dtype
 
@@ -72,20 +73,20 @@ class AdapterSize(NamedTuple):
     frozen_bytes: int
 
 
-def adapter_size(recipe: Recipe, model: PreTrainedModel) -> AdapterSize:
+def adapter_size(recipe: Recipe, model: PreTrainedModel, dtype: torch.dtype) -> AdapterSize:
     """What `put_on` would add.
 
     Args:
         model: without weights in memory.
+        dtype: of the frozen model.
     """
     shapes = [module.weight.shape for module in _adapted(recipe, model).values()]
     added = sum(recipe.lora_r * (rows + columns) + (rows if recipe.use_dora else 0) for rows, columns in shapes)
     count = sum(parameter.numel() for parameter in model.parameters())
-    element = training_dtype(recipe.dtype, announce=False).itemsize
     in_4_bits = 0
     if recipe.load_in_4bit:  # the linear layers, each 64 weights with a factor in fp32
         in_4_bits = sum(layer.weight.numel() for layer in linear_layers(model).values())
-    return AdapterSize(added, (count - in_4_bits) * element + in_4_bits * 9 // 16)
+    return AdapterSize(added, (count - in_4_bits) * dtype.itemsize + in_4_bits * 9 // 16)
 
 
 def _adapted(recipe: Recipe, model: PreTrainedModel) -> dict[str, torch.nn.Module]:
@@ -242,7 +243,9 @@ def adapted_weights(model: PreTrainedModel) -> list[int]:
 
 
 def _describe_base(recipe: Recipe, model: PreTrainedModel) -> BaseModel:
-    name = os.path.abspath(recipe.model_name) if os.path.isdir(recipe.model_name) else recipe.model_name
+    name = recipe.model_name
+    if os.path.isdir(name):  # under which others can load the adapter, else this machine
+        name = hub_name(Path(name)) or os.path.abspath(name)
     quantization = None
     if recipe.load_in_4bit:
         dtype = next(name for name, dtype in DTYPES.items() if dtype == training_dtype(recipe.dtype, announce=False))

@@ -34,14 +34,13 @@ def find_config(recipe: Recipe) -> tuple[dict[str, Any], str] | None:
     """The DeepSpeed config that this run uses and where it comes from; None for a run without DeepSpeed.
 
     The accelerate config's plugin wins over the recipe's `deepspeed_config`.
-    Raises: UserError when the file is missing or not JSON, or the accelerate config asks for FSDP.
+    Raises: UserError when the file is missing or not JSON.
     """
     plugin = launcher_plugin()
-    if plugin == "deepspeed" and recipe.deepspeed_config:
+    if plugin and recipe.deepspeed_config:
         say(f"the accelerate config brings {plugin}: it wins over the recipe's deepspeed_config")
     if plugin == "fsdp":
-        # run/checkpoint.py saves from one process, which under FSDP holds only its shard.
-        raise UserError("the accelerate config asks for FSDP, which is not supported yet: use DDP or DeepSpeed ZeRO-2")
+        return None
     path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") if plugin else recipe.deepspeed_config
     if path is None:
         return None

@@ -1,4 +1,4 @@
-"""The engine: Accelerate's processes around the model and its optimizer, with or without DeepSpeed, on any machine."""
+"""The engine: Accelerate's processes around the model and its optimizer, by DDP, DeepSpeed or FSDP2, on any machine."""
 
 import math
 from collections.abc import Iterator
@@ -14,13 +14,25 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from recipe.keys import Recipe
 from training.fragments import allocate_moments
+from training.fsdp import (
+    ShardScaler,
+    begin_micro_batch,
+    gathered_root,
+    hand_over_gradients,
+    norm_over_shards,
+    shard_model,
+    updated,
+)
+from training.fsdp_config import find_sharding, hide_plugin, sharding_of
+from training.host_weights import outline_of, receive_weights
 from training.linear import HalfWeights
 from training.loss import ScoredLoss
 from training.neox import fuse_layers
 from training.optimizer import clip_fused_step, make_optimizer
 from training.optimizer_state import load_loss_scale, loss_scale_state
 from training.plan import accumulation_steps
-from training.zero import deepspeed_plugin, ready_for_engine
+from training.shared_folder import check_shared_folder
+from training.zero import deepspeed_plugin, ready_for_engine, shards_weights
 from utils.launch import check_processes, has_gpu, num_processes, process_group_options
 
 
@@ -29,8 +41,9 @@ class Engine:
     """What makes an optimizer step.
 
     Attributes:
-        model: the loss of the language model, as DDP or DeepSpeed have wrapped it.
+        model: the loss of the language model, as DDP, DeepSpeed or FSDP2 have wrapped it.
         language_model: itself, inside of it.
+        outline: what has its names and its config, but perhaps no weights; training leaves it alone.
         scheduler: stepped once after each update of the weights.
         half_weights: under autocast, of its linear layers.
     """
@@ -38,6 +51,7 @@ class Engine:
     accelerator: Accelerator
     model: torch.nn.Module
     language_model: PreTrainedModel
+    outline: PreTrainedModel
     optimizer: Any
     scheduler: Any
     half_weights: HalfWeights | None = None
@@ -48,6 +62,8 @@ class Engine:
         # Accelerate's DeepSpeed wrapper reads this too, and closes the accumulation window there, full or not: its
         # `backward` also makes the optimizer's step.
         self.accelerator.sync_gradients = last
+        if sharding := sharding_of(self.accelerator):
+            begin_micro_batch(self.model, last, sharding)
         with nullcontext() if last else self.accelerator.no_sync(self.model):
             yield
 
@@ -62,9 +78,12 @@ class Engine:
         accelerator = self.accelerator
         if accelerator.state.deepspeed_plugin is not None:  # its engine has done both
             return torch.as_tensor(accelerator.clip_grad_norm_(self.model.parameters(), max_norm or math.inf))
+        hand_over_gradients(self.model)
         accelerator.unscale_gradients(self.optimizer)
-        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        gradients = [updated(parameter).grad for parameter in self.model.parameters()]
+        norm = torch.nn.utils.get_total_norm([own for own in gradients if own is not None], foreach=True)
+        if sharding_of(accelerator):
+            norm = norm_over_shards(norm, self.model, accelerator.device)
         clip_fused_step(self.optimizer.optimizer, norm, max_norm)
         return norm
 
@@ -78,6 +97,13 @@ class Engine:
         finally:
             load_loss_scale(self.accelerator, scale)
 
+    @contextmanager
+    def outside_of_the_loss(self) -> Iterator[None]:
+        """Let the language model be called by itself, without a gradient. Every process calls this."""
+        sharded = sharding_of(self.accelerator)  # whose weights are gathered in the precision of the forward pass
+        with nullcontext() if sharded else self.accelerator.autocast(), gathered_root(self.model):
+            yield
+
     def close(self) -> None:
         """Leave the other processes; the language model stays. Every process calls this."""
         self.accelerator.wait_for_everyone()
@@ -88,17 +114,19 @@ class Engine:
 
 
 def start_accelerator(
-    recipe: Recipe, dtype: torch.dtype, deepspeed: dict[str, Any] | None, step: int = 0
+    recipe: Recipe, dtype: torch.dtype, deepspeed: dict[str, Any] | None, step: int | None = None
 ) -> Accelerator:
     """The accelerator of one process, of DDP or of the DeepSpeed engine, on GPUs or (over gloo) on CPUs; seeded.
 
     Args:
         deepspeed: the engine's complete config; None without it.
-        step: at which this process begins.
+        step: at which this process begins, in a run that has an output_dir; None without.
 
     Raises:
-        UserError: the processes do not find each other, or stand at different steps.
+        UserError: the processes do not find each other, do not see one output_dir, or stand at different steps.
     """
+    sharding = find_sharding(recipe, dtype)
+    hide_plugin()
     accelerator = Accelerator(
         mixed_precision={torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, "no"),
         gradient_accumulation_steps=accumulation_steps(recipe, num_processes()) if deepspeed else 1,  # it asks
@@ -108,7 +136,12 @@ def start_accelerator(
     )
     if deepspeed:
         unset_hf_deepspeed_config()  # by which transformers would load a model under ZeRO-3 in ways of its own
-    check_processes(accelerator, step)
+    accelerator.sharding = sharding
+    if sharding and accelerator.scaler:
+        accelerator.scaler = ShardScaler(accelerator.device.type)
+    if step is not None:
+        check_shared_folder(recipe.output_dir)
+    check_processes(accelerator, step or 0)
     set_seed(recipe.rng_seed)
     return accelerator
 
@@ -117,19 +150,28 @@ def prepare_engine(
     accelerator: Accelerator, language_model: PreTrainedModel, recipe: Recipe, total_steps: int
 ) -> Engine:
     """The model's loss, AdamW and the learning rate's curve, as `accelerator` runs them."""
-    deepspeed = accelerator.state.deepspeed_plugin is not None
+    deepspeed, sharding = accelerator.state.deepspeed_plugin is not None, sharding_of(accelerator)
+    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision)
     model = ScoredLoss(language_model, recipe).train()
-    if not deepspeed:
-        model.to(accelerator.device)
+    outline = language_model
+    if sharding:
+        outline = outline_of(language_model, half or torch.float32)
+        shard_model(model, language_model, accelerator, half or torch.float32)
+    elif not deepspeed:
+        receive_weights(model, accelerator.device)
+    elif shards_weights(accelerator):
+        outline = outline_of(language_model, language_model.dtype)
     optimizer, scheduler = make_optimizer(model, recipe, total_steps, deepspeed)
     if deepspeed:
         ready_for_engine(accelerator, model)
         model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+    elif sharding:
+        optimizer = accelerator.prepare(optimizer)
     else:  # a prepared schedule would be stepped num_processes times a step
         model, optimizer = accelerator.prepare(model, optimizer)
-    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision)
-    half_weights = for_autocast(language_model, optimizer.optimizer, half) if half and not deepspeed else None
-    return Engine(accelerator, model, language_model, optimizer, scheduler, half_weights)
+    autocast = half and not deepspeed and not sharding
+    half_weights = for_autocast(language_model, optimizer.optimizer, half) if autocast else None
+    return Engine(accelerator, model, language_model, outline, optimizer, scheduler, half_weights)
 
 
 def for_autocast(model: PreTrainedModel, optimizer: torch.optim.Optimizer, dtype: torch.dtype) -> HalfWeights:

@@ -9,9 +9,12 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from training.adamw import MOMENTS, allocate_state
+from training.fsdp import updated
+from training.fsdp_config import sharding_of
 
 
 @dataclass
@@ -54,7 +57,8 @@ def trained_dtype(model: PreTrainedModel) -> torch.dtype:
 
 def model_fragments(accelerator: Accelerator, model: PreTrainedModel) -> Iterator[Fragment]:
     """Of each parameter what this process gives to the model's files, in `file_dtype`; a tied one comes once. Over all
-    processes every element comes once: where each holds all of the model, from the first.
+    processes every element comes once: where each holds all of the model, from the first; of shards from the first
+    replica.
 
     Args:
         model: the language model itself, as its engine has left it.
@@ -64,6 +68,10 @@ def model_fragments(accelerator: Accelerator, model: PreTrainedModel) -> Iterato
             start, count = _own_part(parameter)
             if count:
                 yield Fragment(name, start, {"model": parameter.ds_tensor.detach().narrow(0, 0, count)})
+        elif isinstance(parameter, DTensor):
+            shard = parameter.shard
+            if shard.rows.numel() and writes_fragments(accelerator):
+                yield Fragment(name, shard.start, {"model": shard.rows.detach().view(-1).to(shard.dtype)})
         elif accelerator.is_main_process:
             yield Fragment(name, 0, {"model": parameter.detach().reshape(-1)})
 
@@ -75,7 +83,7 @@ def full_shape(parameter: torch.nn.Parameter) -> torch.Size:
 
 def is_sharded(model: PreTrainedModel) -> bool:
     """Whether the engine has left each process only a part of the model's weights."""
-    return any(map(is_part, model.parameters()))
+    return any(is_part(parameter) or isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def is_part(parameter: torch.nn.Parameter) -> bool:
@@ -85,12 +93,15 @@ def is_part(parameter: torch.nn.Parameter) -> bool:
 
 def writes_fragments(accelerator: Accelerator) -> bool:
     """Whether a checkpoint takes the fragments of this process: of those that hold the same, only the first's."""
+    if sharding := sharding_of(accelerator):
+        return accelerator.process_index < sharding.shards
     return zero_optimizer(accelerator) is not None or accelerator.is_main_process
 
 
 def file_dtype(accelerator: Accelerator, model: PreTrainedModel) -> torch.dtype:
     """Of the model's files in a checkpoint; where it is not fp32, fragments of the fp32 weights lie beside them."""
-    return trained_dtype(model)
+    parameter = next(model.parameters())
+    return parameter.shard.dtype if isinstance(parameter, DTensor) else trained_dtype(model)
 
 
 def zero_optimizer(accelerator: Accelerator):
@@ -115,10 +126,11 @@ def fragments(accelerator: Accelerator, model: PreTrainedModel, optimizer) -> It
     zero, adam = zero_optimizer(accelerator), adam_of(accelerator, optimizer)
     for name, parameter in model.named_parameters():
         if zero is None:
-            state = adam.state.get(parameter)  # none for one that is not trained
-            if state:
-                tensors = {"weights": parameter.data} | {moment: state[moment] for moment in MOMENTS}
-                yield Fragment(name, 0, {kind: tensor.view(-1) for kind, tensor in tensors.items()})
+            own, start = updated(parameter), parameter.shard.start if isinstance(parameter, DTensor) else 0
+            state = adam.state.get(own)  # none for one that is not trained
+            if state and own.numel():
+                tensors = {"weights": own.data} | {moment: state[moment] for moment in MOMENTS}
+                yield Fragment(name, start, {kind: tensor.view(-1) for kind, tensor in tensors.items()})
         elif is_part(parameter):
             start, count = _own_part(parameter)
             if parameter.requires_grad and count:

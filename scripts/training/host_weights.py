@@ -3,6 +3,7 @@
 Eight processes of a machine that each read 7.87 billion weights in half precision held 126 GB of its memory.
 """
 
+import copy
 from pathlib import Path
 
 import torch
@@ -49,12 +50,35 @@ def _build_empty(recipe: Recipe, config: PretrainedConfig, tokenizer, parameters
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.trust_remote_code)
     whole.fit_to_tokenizer(model, tokenizer, mean_resizing=False)
-    own = dict(model.named_parameters(remove_duplicate=False))
+    _fit_parameters(model, parameters)
+    return whole.ready_for_training(model, recipe)
+
+
+def outline_of(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Names, config and buffers of a model, for what saves it while its parameters come and go; in a dtype."""
+    with init_empty_weights(include_buffers=False):
+        outline = type(model)(copy.deepcopy(model.config))
+    _fit_parameters(outline, [(name, dtype, True) for name, _ in model.named_parameters()])
+    for name, buffer in model.named_buffers():
+        module, _, own = name.rpartition(".")
+        setattr(outline.get_submodule(module), own, buffer)
+    outline.generation_config = model.generation_config
+    return outline
+
+
+def _fit_parameters(model: PreTrainedModel, parameters: list[tuple]) -> None:
+    """Give a model's parameters their dtypes, and untie those that the config ties, though their files differ (which
+    transformers reads as they are)."""
+    own, seen = dict(model.named_parameters(remove_duplicate=False)), set()
     for name, dtype, trained in parameters:
         parameter = own[name]
+        if parameter in seen:
+            module, _, attribute = name.rpartition(".")
+            parameter = torch.nn.Parameter(torch.empty_like(parameter))
+            setattr(model.get_submodule(module), attribute, parameter)
+        seen.add(parameter)
         parameter.data = parameter.data.to(dtype)
         parameter.requires_grad_(trained)
-    return whole.ready_for_training(model, recipe)
 
 
 def receive_weights(module: torch.nn.Module, device: torch.device) -> None:

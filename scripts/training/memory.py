@@ -1,10 +1,9 @@
 """What training needs of each device's memory, estimated, and whether this machine has it; and what it came to."""
 
-import math
 import os
 import resource
 import sys
-from typing import Any
+from dataclasses import replace
 
 import psutil
 import torch
@@ -13,18 +12,18 @@ from transformers import PretrainedConfig
 from recipe.keys import Recipe
 from training.adapters import AdapterSize
 from training.attention import attention_heads, choose_attention
-from training.deepspeed_config import optimizer_on_host
 from training.loss import rows_of_a_chunk
+from training.state_layout import ModelSize, StateLayout, deepspeed_layout, device_state, host_state
 from utils.errors import UserError
-from utils.launch import has_gpu, num_processes, say
+from utils.launch import has_gpu, say
+from utils.tables import counted
 
 
 def estimate_memory(
     recipe: Recipe,
     config: PretrainedConfig,
     num_parameters: int,
-    num_processes: int,
-    zero: dict[str, Any] | None,
+    layout: StateLayout,
     dtype: torch.dtype,
     shape: tuple[int, int],
     gpu: bool,
@@ -32,8 +31,7 @@ def estimate_memory(
 ) -> dict[str, int]:
     """Bytes that training needs on each device, by what they are for.
 
-    Weights, gradients and optimizer are those of the ZeRO paper (Rajbhandari et al. 2020, section 3.1: 2 + 2 + 12 bytes
-    a parameter in half precision, of which stage 1 shards the 12, stage 2 the gradients too). Activations follow
+    What an engine keeps of weights, gradients and optimizer is that of `training/state_layout.py`. Activations follow
     Korthikanti et al. 2022 ("Reducing Activation Recomputation in Large Transformer Models", section 4.1: 34 bytes a
     token and hidden unit, with dropout), without the attention matrix, which SDPA and flash-attn never hold, and with
     what transformers adds: norms in fp32, a fused projection that stays whole, SDPA's mask of padded batches. An
@@ -45,53 +43,47 @@ def estimate_memory(
     5 % under it.
 
     Args:
-        zero: the section `zero_optimization` of DeepSpeed's config; None without DeepSpeed.
         dtype: of forward and backward.
         shape: of the largest micro-batch: (1, tokens), or padded (conversations, the longest).
         adapter: of an adapter, of which alone there are gradients and moments, on a frozen model; None where all is
             trained.
-    Returns: weights, gradients, optimizer; `step`, which the optimizer's step needs in place of the following two, of
-        the forward and backward pass: activations, logits (in chunks, with their gradient and the output layer's).
+    Returns: weights, gradients, optimizer; `step`, which the optimizer's step needs in place of the following, of the
+        forward and backward pass: gathered, activations, logits (in chunks, with their gradient and the output
+        layer's).
     """
     text, (rows, length) = config.get_text_config(), shape
     element = 4 if dtype == torch.float32 else 2
     hidden, vocabulary, tokens = text.hidden_size, text.vocab_size, rows * length
     # Training in fp32 needs 4 bytes a logit and bf16 6, evaluation 8 and 10, fp16 12: made twice, through autograd.
     logits = (8 if element == 4 else 12) * vocabulary * min(tokens, rows_of_a_chunk(vocabulary, element))
-    held = {
-        "activations": tokens * _activations_per_token(recipe, config, num_parameters, zero, element, length),
-        "logits": logits + (4 if element == 4 else 6) * vocabulary * hidden,
-    }
-    frozen = 0
-    if adapter is not None:
-        frozen, num_parameters = adapter.frozen_bytes, adapter.weights
-        # Each embedding with the rows of new tokens in place, and the gradient of the input's.
-        held["logits"] = logits + 3 * element * vocabulary * hidden
-    if zero is None:
-        # DDP copies gradients into its buckets (gradient_as_bucket_view is off in Accelerate); autocast keeps copies of
-        # the matrices in half precision through the forward pass. AdamW makes no copy of anything.
-        return {
-            "weights": frozen + num_parameters * (4 if element == 4 else 6),
-            "gradients": num_parameters * (8 if num_processes > 1 else 4),
-            "optimizer": num_parameters * moment_bytes(recipe),
-            "step": 0,
-            **held,
-        }
-    shard = math.ceil(num_parameters / num_processes)
-    offloaded = gpu and optimizer_on_host(zero)
-    bucket = zero.get("reduce_bucket_size", 5e8)  # the engine's default; "auto" is what Accelerate makes of it
-    bucket = hidden**2 if bucket == "auto" else int(bucket)
-    if not gpu:  # where memory that is never touched takes no room
-        bucket = min(bucket, num_parameters)
+    # With adapters each embedding with the rows of new tokens in place, and the gradient of the input's.
+    whole = (3 * element if adapter else 4 if element == 4 else 6) * vocabulary * hidden
+    size = model_size(config, num_parameters, adapter)
     return {
-        "weights": frozen + num_parameters * element,
-        # Under stage 2 with an optimizer on the host they go there bucket by bucket.
-        "gradients": (num_parameters if zero.get("stage") != 2 else 0 if offloaded else shard) * element
-        + bucket * element * (2 if zero.get("overlap_comm") else 1),
-        "optimizer": 0 if offloaded else shard * 12,  # fp32 masters also where the model is fp32 (stage_1_and_2.py)
-        "step": 0 if offloaded else shard * 4,  # the gradients in fp32
-        **held,
+        **device_state(layout, size, element, moment_bytes(recipe), gpu),
+        "activations": tokens * _activations_per_token(recipe, config, num_parameters, layout, element, length),
+        "logits": logits + whole,
     }
+
+
+def peak_of(parts: dict[str, int]) -> int:
+    """The most that is held at once, of the bytes of `estimate_memory`."""
+    passes = parts["gathered"] + parts["activations"] + parts["logits"]
+    return resident_of(parts) + max(parts["step"], passes)
+
+
+def resident_of(parts: dict[str, int]) -> int:
+    """What is always there."""
+    return parts["weights"] + parts["gradients"] + parts["optimizer"]
+
+
+def model_size(config: PretrainedConfig, num_parameters: int, adapter: AdapterSize | None = None) -> ModelSize:
+    """The weights of a model, or of an adapter and its frozen model, by what an engine does with them."""
+    text = config.get_text_config()
+    ends = text.vocab_size * text.hidden_size * (1 if config.tie_word_embeddings else 2)
+    layer = max(0, num_parameters - ends) // text.num_hidden_layers
+    trained, frozen = (num_parameters, 0) if adapter is None else (adapter.weights, adapter.frozen_bytes)
+    return ModelSize(trained, frozen, layer, ends, text.hidden_size)
 
 
 def moment_bytes(recipe: Recipe) -> int:
@@ -100,7 +92,7 @@ def moment_bytes(recipe: Recipe) -> int:
 
 
 def _activations_per_token(
-    recipe: Recipe, config: PretrainedConfig, num_parameters: int, zero: dict | None, element: int, length: int
+    recipe: Recipe, config: PretrainedConfig, num_parameters: int, layout: StateLayout, element: int, length: int
 ) -> int:
     """Bytes that the backward pass needs of each token of a micro-batch, and those of its own work in one layer."""
     text = config.get_text_config()
@@ -113,7 +105,8 @@ def _activations_per_token(
     mlp = (num_parameters - embeddings) / layers - 2 * hidden * head * (heads + key_heads)
     gated = mlp > 2.5 * hidden * inner
 
-    autocast = element == 2 and zero is None and not recipe.use_peft  # else weights are in half precision themselves
+    # Else weights are in half precision themselves.
+    autocast = element == 2 and not layout.keeps_half_weights and not recipe.use_peft
     stream = 4 if autocast else element  # the residual stream, which autocast leaves in fp32
     rms = hasattr(text, "rms_norm_eps")  # in transformers in single steps, computed in fp32
     masked = not recipe.padding_free and choose_attention(recipe, config)[0] == "sdpa"
@@ -137,51 +130,48 @@ def check_memory(
     recipe: Recipe,
     config: PretrainedConfig,
     num_parameters: int,
-    zero: dict[str, Any] | None,
+    layout: StateLayout,
     dtype: torch.dtype,
     shape: tuple[int, int],
     adapter: AdapterSize | None = None,
 ) -> None:
     """Print the estimate beside the memory of each GPU (without one, of the machine), and a warning if it is over it;
     UserError when weights, gradients and optimizer alone are."""
-    gpu, processes, local = has_gpu(), num_processes(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    gpu, local = has_gpu(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
-    def need(count: int, zero: dict[str, Any] | None, recipe: Recipe = recipe) -> tuple[dict[str, int], int, int]:
-        """The estimate; of it what is always there, and the peak."""
-        parts = estimate_memory(recipe, config, num_parameters, count, zero, dtype, shape, gpu, adapter)
-        parts = {name: size * (1 if gpu else local) for name, size in parts.items()}
-        resident = parts["weights"] + parts["gradients"] + parts["optimizer"]
-        return parts, resident, resident + max(parts["step"], parts["activations"] + parts["logits"])
+    def need(layout: StateLayout, recipe: Recipe = recipe) -> dict[str, int]:
+        parts = estimate_memory(recipe, config, num_parameters, layout, dtype, shape, gpu, adapter)
+        return {name: size * (1 if gpu else local) for name, size in parts.items()}
 
-    parts, resident, peak = need(processes, zero)
+    parts = need(layout)
+    resident, peak = resident_of(parts), peak_of(parts)
     if gpu:
         devices = range(min(local, torch.cuda.device_count()))
         memory = min(torch.cuda.get_device_properties(device).total_memory for device in devices)
-        where = f"of each GPU ({processes} in all)"
+        where = f"of each GPU ({layout.processes} in all)"
+        size = model_size(config, num_parameters, adapter)
+        _check_host(local, layout, host_state(layout, size, dtype.itemsize, moment_bytes(recipe)))
     else:
-        memory, where = psutil.virtual_memory().total, f"of memory, for the {local} process(es) here"
-    if gpu and zero and optimizer_on_host(zero):
-        trained = num_parameters if adapter is None else adapter.weights
-        host, installed = local * math.ceil(trained / processes) * 16, psutil.virtual_memory().total
-        say(f"memory of the host, estimated: {show_bytes(host)} of {show_bytes(installed)} for the offloaded optimizer")
-        if host > installed:
-            raise UserError(
-                f"deepspeed_config: offload_optimizer: {show_bytes(host)} of fp32 weights, moments and gradients do "
-                f"not fit into the host's {show_bytes(installed)}: take more machines, or no offload"
-            )
-    described = ", ".join(f"{name} {show_bytes(size)}" for name, size in parts.items() if name != "step")
+        memory, where = psutil.virtual_memory().total, f"of memory, for the {counted(local, 'process')} here"
+    shown = {name: size for name, size in parts.items() if name != "step" and (size or name != "gathered")}
+    described = ", ".join(f"{name} {show_bytes(size)}" for name, size in shown.items())
     say(f"memory, estimated: {show_bytes(peak)} of the {show_bytes(memory)} {where}: {described}")
     if resident > memory:
         remedy = "take a smaller model" + ("" if gpu else " or a machine with a GPU")
-        sizes = (2, 4, 8, 16, 32, 64) if gpu and adapter is None else ()  # no engine shards a frozen model
-        if counts := [count for count in sizes if need(count, zero or {"stage": 2})[2] < memory]:
-            with_zero = "" if zero else " and deepspeed_config: ds_configs/zero2.json"
-            with_zero += "" if recipe.optimizer_state_dtype == "fp32" else " with optimizer_state_dtype: fp32"
-            remedy = f"{counts[0]} such GPUs{with_zero} would hold it"
-        if recipe.use_peft and not recipe.load_in_4bit and gpu and zero is None:
+        cut = deepspeed_layout({"stage": 2}, 1) if layout.engine == "plain" else layout
+        more = [replace(cut, shards=count, replicas=1) for count in (2, 4, 8, 16, 32, 64)]
+        if gpu and adapter is None and (fit := [each for each in more if peak_of(need(each)) < memory]):
+            with_zero = "" if cut is layout else " and deepspeed_config: ds_configs/zero2.json"
+            with_zero += (
+                ""
+                if recipe.optimizer_state_dtype == "fp32" or not cut.is_deepspeed
+                else " with optimizer_state_dtype: fp32"
+            )
+            remedy = f"{fit[0].shards} such GPUs{with_zero} would hold it"
+        if recipe.use_peft and not recipe.load_in_4bit and gpu and layout.engine == "plain":
             remedy = "give load_in_4bit: true"
         smaller = recipe.model_copy(update={"optimizer_state_dtype": "bf16"})
-        if zero is None and smaller != recipe and need(processes, zero, smaller)[2] < memory:
+        if not layout.is_deepspeed and smaller != recipe and peak_of(need(layout, smaller)) < memory:
             remedy = f"optimizer_state_dtype: bf16 would make it fit; or {remedy}"
         raise UserError(
             f"model_name = {recipe.model_name}: {'' if gpu else 'no GPU here, and '}training "
@@ -190,7 +180,7 @@ def check_memory(
         )
     if peak > memory:
         remedies = [] if recipe.gradient_checkpointing else ["gradient_checkpointing: true"]
-        if zero is None and recipe.optimizer_state_dtype == "fp32":
+        if not layout.is_deepspeed and recipe.optimizer_state_dtype == "fp32":
             remedies.append("optimizer_state_dtype: bf16")
         if recipe.micro_batch_tokens is not None:
             remedies.append("a smaller micro_batch_tokens (max_length at the least)")
@@ -198,6 +188,21 @@ def check_memory(
             remedies.append("a smaller per_device_train_batch_size with more gradient_accumulation_steps")
         remedies.append("a smaller max_length")
         say(f"warning: by this estimate memory will run out: give {', or '.join(remedies)}")
+
+
+def _check_host(local: int, layout: StateLayout, of_each: dict[str, int]) -> None:
+    """The same of the host's memory, for what the `local` processes here have offloaded to it."""
+    if not of_each:
+        return
+    host, installed, what = local * sum(of_each.values()), psutil.virtual_memory().total, " and ".join(of_each)
+    say(f"memory of the host, estimated: {show_bytes(host)} of {show_bytes(installed)} for the offloaded {what}")
+    if host > installed:
+        is_deepspeed = layout.is_deepspeed
+        key = "deepspeed_config: offload_optimizer" if is_deepspeed else "the accelerate config: fsdp_offload_params"
+        raise UserError(
+            f"{key}: {show_bytes(host)} of fp32 weights, moments and gradients do "
+            f"not fit into the host's {show_bytes(installed)}: take more machines, or no offload"
+        )
 
 
 def peak_memory(device: torch.device) -> int:

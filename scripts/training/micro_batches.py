@@ -11,6 +11,7 @@ import numpy as np
 from data.mix import Mix, Split
 from recipe.keys import Recipe
 from training.plan import EpochPlan, Position, epoch_plan, packs_per_step, validation_rows
+from utils.tables import counted
 
 
 def micro_batch_numbers(tokens: np.ndarray, size: int, recipe: Recipe, num_processes: int) -> np.ndarray:
@@ -159,7 +160,7 @@ class MicroBatch(NamedTuple):
     def describe(self) -> str:
         """For a message."""
         each = "" if self.shape[0] == 1 else f" of {self.shape[1]:,} each, padded"
-        return f"{len(self.rows)} conversation{'s' * (len(self.rows) > 1)}, {self.tokens:,} tokens{each}"
+        return f"{counted(len(self.rows), 'conversation')}, {self.tokens:,} tokens{each}"
 
 
 def largest_micro_batches(

@@ -7,6 +7,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from recipe.keys import Recipe
 from training.adamw import AdamW
+from training.fsdp import shard_number, updated
 from training.neox import why_no_kernels
 from utils.launch import say
 
@@ -32,7 +33,7 @@ def shortest_warmup(warmup_steps: int) -> int:
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
     """Matrices with weight decay, biases and norms (one dimension) without, as in the original's HF Trainer."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = [updated(parameter) for parameter in model.parameters() if parameter.requires_grad]
     return [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
@@ -63,7 +64,8 @@ def make_optimizer(model: torch.nn.Module, recipe: Recipe, total_steps: int, dee
         optimizer = torch.optim.AdamW(groups, *numbers, fused=True)
     else:
         state_dtype = torch.bfloat16 if recipe.optimizer_state_dtype == "bf16" else torch.float32
-        optimizer = AdamW(groups, *numbers, state_dtype, recipe.rng_seed, kernel=not no_kernel)
+        seed = (recipe.rng_seed + shard_number(model)) % 2**32  # each process's rows are rounded by draws of their own
+        optimizer = AdamW(groups, *numbers, state_dtype, seed, kernel=not no_kernel)
     return optimizer, LambdaLR(optimizer, lambda step: warmup_decay(step, recipe.warmup_steps, total_steps))
 
 

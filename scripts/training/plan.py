@@ -15,6 +15,7 @@ from data.mix import Mix
 from recipe.keys import Recipe
 from utils.errors import UserError
 from utils.launch import say
+from utils.tables import counted
 
 # What a draw is for, so that no two share a stream.
 ORDER, SUBSET, WINDOW = range(3)
@@ -138,15 +139,15 @@ def describe_cut(recipe: Recipe, num_processes: int) -> str:
     accumulated = accumulation_steps(recipe, num_processes)
     if recipe.micro_batch_tokens is not None:
         most = f"up to {recipe.micro_batch_tokens:,} tokens x up to {accumulated}"
-        return f"{num_processes} process(es) x {most} accumulated"
-    what = "packs" if recipe.packing else "conversations"
-    return f"{num_processes} process(es) x {recipe.per_device_train_batch_size} {what} x {accumulated} accumulated"
+        return f"{counted(num_processes, 'process')} x {most} accumulated"
+    batch = counted(recipe.per_device_train_batch_size, "pack" if recipe.packing else "conversation")
+    return f"{counted(num_processes, 'process')} x {batch} x {accumulated} accumulated"
 
 
 def describe_step(recipe: Recipe, num_processes: int) -> str:
     """What a full step holds, for a message."""
-    what = f"packs of up to {recipe.max_length:,} tokens" if recipe.packing else "conversations"
-    return f"{packs_per_step(recipe, num_processes)} {what} a step"
+    what = f"pack of up to {recipe.max_length:,} tokens" if recipe.packing else "conversation"
+    return f"{counted(packs_per_step(recipe, num_processes), what)} a step"
 
 
 def micro_batch_size(recipe: Recipe) -> int:
@@ -214,10 +215,11 @@ def describe_packing(mix: Mix, recipe: Recipe, num_processes: int) -> str:
     plan = epoch_plan(mix, recipe, 0)
     tokens = np.minimum(mix.train.lengths[plan.rows], recipe.max_length).sum()
     unpacked = steps_per_epoch(mix, recipe.model_copy(update={"packing": False}), num_processes)
+    steps = steps_per_epoch(mix, recipe, num_processes)
     return (
-        f"packing: {len(plan.rows):,} conversations in {len(plan):,} packs, {len(plan.rows) / len(plan):.1f} in each, "
-        f"{tokens / (len(plan) * recipe.max_length):.1%} full: {steps_per_epoch(mix, recipe, num_processes):,} steps "
-        f"an epoch in place of {unpacked:,}"
+        f"packing: {counted(len(plan.rows), 'conversation')} in {counted(len(plan), 'pack')}, "
+        f"{len(plan.rows) / len(plan):.1f} in each, {tokens / (len(plan) * recipe.max_length):.1%} full: "
+        f"{counted(steps, 'step')} an epoch in place of {unpacked:,}"
     )
 
 

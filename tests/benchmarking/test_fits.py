@@ -18,6 +18,7 @@ from benchmarking.fake_gpu import MEMORY
 from benchmarking.train import check_fits, shape
 from recipe.keys import Recipe
 from training.memory import check_memory
+from training.state_layout import replicated
 from utils.errors import UserError
 
 
@@ -74,7 +75,7 @@ def test_two_rows_of_the_3b_fit_beside_moments_in_bf16(moments, fits, monkeypatc
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=MEMORY))
     recipe = Recipe.model_validate(keys | {"use_flash_attention": True})
-    check_memory(recipe, config, parameters("3b", 16), None, torch.bfloat16, (1, 8192))
+    check_memory(recipe, config, parameters("3b", 16), replicated(1), torch.bfloat16, (1, 8192))
     said = capsys.readouterr().out
     assert ("optimizer 13.5 GiB" in said) == fits
     assert ("memory will run out: give gradient_checkpointing: true, or optimizer_state_dtype: bf16" in said) != fits
@@ -93,7 +94,7 @@ def test_the_remedy_for_a_gpu_too_small_is_none_that_is_refused(moments, gib, re
     recipe = Recipe.model_validate(keys | {"gradient_checkpointing": True})
     config = GPTNeoXConfig(**shape("3b", None))
     with pytest.raises(UserError, match=remedy):
-        check_memory(recipe, config, parameters("3b", 16), None, torch.bfloat16, (1, 512))
+        check_memory(recipe, config, parameters("3b", 16), replicated(1), torch.bfloat16, (1, 512))
 
 
 def test_a_gpu_on_which_no_layer_fits():

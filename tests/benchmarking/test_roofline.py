@@ -16,6 +16,7 @@ from benchmarking.train import shape
 from recipe.keys import Recipe
 from training.memory import estimate_memory
 from training.model import count_parameters
+from training.state_layout import replicated
 
 GIB = 2**30
 
@@ -74,7 +75,7 @@ def test_peak_memory_by_parts(size, conversations, keys, peak):
     matrices = parameters - 50288 * config.hidden_size  # the embedding is read in fp32
     assert memory["weights in half precision"] == pytest.approx(2 * matrices / GIB, abs=0.2)
     dtype = torch.float16 if "dtype" in keys else torch.bfloat16
-    estimate = estimate_memory(recipe, config, parameters, 1, None, dtype, (1, 4096 * conversations), gpu=True)
+    estimate = estimate_memory(recipe, config, parameters, replicated(1), dtype, (1, 4096 * conversations), gpu=True)
     assert sum(memory.values()) == pytest.approx(peak, abs=0.1)
     assert sum(memory.values()) * GIB <= sum(estimate.values()) <= 1.08 * sum(memory.values()) * GIB
 

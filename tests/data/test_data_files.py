@@ -8,6 +8,7 @@ import io
 import json
 import lzma
 import os
+import pickle
 import random
 import re
 import subprocess
@@ -15,7 +16,6 @@ import sys
 import tarfile
 import tracemalloc
 import zipfile
-from types import SimpleNamespace
 
 import pyarrow
 import pyarrow.parquet
@@ -24,9 +24,10 @@ from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data import records
+from data import json_text
 from data.files import find_data_file
 from data.records import read_records
+from sources.messages import MessagesOptions
 from sources.registry import SOURCES, find_source
 from sources.source import HubSource, Record
 from utils.errors import UserError
@@ -114,12 +115,21 @@ def archive(kind) -> bytes:
     return content.getvalue()
 
 
+def zstd(data: bytes, codec: str = "zstd") -> bytes:
+    stream = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(stream, codec) as file:
+        file.write(data)
+    return stream.getvalue().to_pybytes()
+
+
 OTHER_KINDS = {
     "a zip archive": archive(zipfile),
     "a tar archive": archive(tarfile),
-    "bzip2 data": bz2.compress(ROW),
-    "xz data": lzma.compress(ROW),
-    "zstd data": bytes.fromhex("28b52ffd2009490000") + ROW,
+    "a spreadsheet": archive(zipfile),
+    "a document of Microsoft Office": bytes.fromhex("d0cf11e0a1b11ae1") + bytes(500),
+    "a pickle": pickle.dumps([{"a": 1}]),
+    "an HDF5 file": b"\x89HDF\r\n\x1a\n" + ROW,
+    "XML": b"<?xml version='1.0'?>\n<a/>\n",
     "text in UTF-16": ROW.decode().encode("utf-16"),
     "text in UTF-16, no mark": ROW.decode().encode("utf-16-be"),
     "text in UTF-16 without a mark": ROW.decode().encode("utf-16-le"),
@@ -133,13 +143,15 @@ OTHER_KINDS = {
 @pytest.mark.parametrize("name", ["x.jsonl", "x.json.gz", "x.parquet"])
 @pytest.mark.parametrize("kind", OTHER_KINDS)
 def test_what_is_none_of_them_is_named(tmp_path, name, kind):
+    name = "x.xlsx" if kind == "a spreadsheet" else name
     (tmp_path / name).write_bytes(OTHER_KINDS[kind])
     said = re.split(",| without", kind)[0]
-    with refuse(name, f"is {said}", "not JSON or parquet"):
+    with refuse(name, f"is {said}", "not read", "what is read: JSON Lines, JSON, CSV and TSV, .*parquet"):
         list(read_records(tmp_path / name))
-    (tmp_path / name).write_bytes(gzip.compress(OTHER_KINDS[kind]))
-    with refuse(name, "is no parquet file" if name == "x.parquet" else f"is {said}.* in gzip data"):
-        list(read_records(tmp_path / name))
+    for compress, named in ((gzip.compress, "gzip"), (bz2.compress, "bzip2"), (lzma.compress, "xz"), (zstd, "zstd")):
+        (tmp_path / name).write_bytes(compress(OTHER_KINDS[kind]))
+        with refuse(name, "is no parquet file" if name == "x.parquet" else f"is {said}.* in {named} data"):
+            list(read_records(tmp_path / name))
 
 
 def test_gzipped_twice_and_gzipped_parquet(tmp_path):
@@ -225,7 +237,7 @@ values = st.recursive(
     ascii_only=st.booleans(),
 )
 def test_array_in_chunks_of_any_size(tmp_path, monkeypatch, rows, chunk, indent, ascii_only):
-    monkeypatch.setattr(records, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(json_text, "CHUNK_BYTES", chunk)
     text = json.dumps(rows, indent=indent, ensure_ascii=ascii_only)
     path = write(tmp_path / "x.json", text.encode())
     assert list(read_records(path)) == list(enumerate(rows, start=1))
@@ -270,6 +282,8 @@ def test_array_is_streamed(tmp_path):
         ("x.json", b'[{"a": 1},\n{"a": "\xc3"}]', ["UTF-8"]),
         ("x.json", "[" * 200_000, ["nested too deeply"]),
         ("x.parquet", "not parquet at all", ["parquet"]),
+        ("x.arrow", "not Arrow at all", ["is no Arrow file"]),
+        ("x.txt", "not JSON at all", ["text that is no JSON, nor by its name CSV or TSV", "what is read: JSON Lines"]),
     ],
 )
 def test_damaged_files(tmp_path, name, data, parts):
@@ -401,13 +415,7 @@ def hub(monkeypatch, tmp_path):
             write(tmp_path / "hub" / name, "{}")
         return str(tmp_path / "hub")
 
-    def list_repo_files(self, repo, *, repo_type, revision):
-        if Hub.down:
-            raise ConnectionError("no route\nto host")
-        return [*Hub.files]
-
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", list_repo_files)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "hub").mkdir()
     return Hub
@@ -438,77 +446,6 @@ def test_default_file(tmp_path, hub):
     assert find_data_file("d", None, tmp_path / "cache", None, HUB) == [by_dataset]
     by_hub_name = write(tmp_path / "cache/train.json", "{}")
     assert find_data_file("d", None, tmp_path / "cache", None, HUB) == [by_hub_name]
-
-
-TRAIN = HubSource("someone/some-data", hint="name them by `files`")
-
-
-@pytest.mark.parametrize(
-    ("files", "taken"),
-    [
-        (
-            ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", "data/constraints_test.parquet"],
-            2,
-        ),
-        (
-            [
-                "data/train-00000-of-00002-a09b74b3ef9c3b56.parquet",
-                "data/train-00001-of-00002-93fc5c3b56a09b74.parquet",
-            ],
-            2,
-        ),
-        (["default/train/0000.parquet", "default/train/0001.parquet", "default/test/0000.parquet"], 2),
-        (["train_sft.jsonl", "train_sft.json", "train_sft.csv"], 1),  # the first format that there is
-        (["Train.parquet", "training.parquet", "restrained.parquet", "train_test.parquet", "val/train.parquet"], 1),
-        (["train.part1.jsonl.gz", "train.part2.jsonl.gz"], 2),
-        (["a [b]/train.json", "a b/test.json"], 1),
-        (["constraints_test.parquet", "strain.json", "test.json", "README.md"], 0),
-    ],
-)
-def test_the_training_split_is_a_word_of_the_path(tmp_path, hub, capsys, files, taken):
-    hub.files = files
-    if not taken:
-        with refuse("data set d", "a file of its training split not found", "no such file there", "name them by"):
-            find_data_file("d", None, tmp_path, None, TRAIN)
-        assert not hub.calls
-        return
-    assert find_data_file("d", None, tmp_path, None, TRAIN) == [tmp_path / "hub" / name for name in files[:taken]]
-    assert hub.calls[0][2] == [name.replace("[", "[[]") for name in files[:taken]]  # nothing else is downloaded
-    assert capsys.readouterr().out == f"files of the hub's someone/some-data: {', '.join(files[:taken])}\n"
-    assert find_data_file("d", None, tmp_path, None, TRAIN, download=False) == find_data_file(
-        "d", None, tmp_path, None, TRAIN
-    )
-
-
-@pytest.mark.parametrize(
-    "splits",
-    [
-        ["main/train", "socratic/train"],
-        ["data/train-gen", "data/train-sft"],
-        ["de/train", "en/train", "fr/train"],
-        ["train-de", "train-en"],
-        ["2023-01/train", "2023-02/train"],
-    ],
-)
-def test_several_training_splits_are_never_mixed(tmp_path, hub, splits):
-    hub.files = [f"{split.replace('-', '_')}-0000{part}-of-00002.parquet" for split in splits for part in (0, 1)]
-    if "2023" in splits[0]:
-        hub.files = [f"{split}.jsonl" for split in splits]
-    with refuse("data set d", f"{len(splits)} training splits", ", ".join(splits), "name them by"):
-        find_data_file("d", None, tmp_path, None, TRAIN)
-    assert not hub.calls
-    for name in hub.files:  # as an earlier version left them here
-        write(tmp_path / "hub" / name, "{}")
-    for download in (True, False):
-        hub.down = hub.cached = True
-        with refuse("data set d", f"{len(splits)} training splits"):
-            find_data_file("d", None, tmp_path, None, TRAIN, download=download)
-
-
-def test_a_split_in_a_hundred_parts_is_listed_in_one_line(tmp_path, hub, capsys):
-    hub.files = [f"train-{part:05d}-of-00100.parquet" for part in range(100)]
-    assert len(find_data_file("d", None, tmp_path, None, TRAIN)) == 100
-    assert capsys.readouterr().out.endswith("train-00009-of-00100.parquet and 90 more\n")
 
 
 def test_nothing_found(tmp_path, hub):
@@ -548,12 +485,12 @@ FIND = """
 import json, sys
 sys.path.insert(0, "scripts")
 from pathlib import Path
-from types import SimpleNamespace
 from data.files import find_data_file
+from sources.messages import MessagesOptions
 from utils.errors import UserError
 from sources.registry import find_source
 for name, hub_name, files, path, revision in json.load(sys.stdin):
-    hub = find_source(name, SimpleNamespace(hub_name=hub_name, files=files)).hub
+    hub = find_source(name, MessagesOptions(source="messages", hub_name=hub_name or "a/b", data_files=files)).hub
     try:
         found = find_data_file(name, path, Path("none"), revision, hub)
         assert find_data_file(name, path, Path("none"), revision, hub, download=False) == found
@@ -569,7 +506,7 @@ HUB_FILES = {
     "code_alpaca": ["code_alpaca_20k.json"],
     "my_chats": ["data/train-00000-of-00001.parquet"],
 }
-OWN = SimpleNamespace(hub_name="someone/chats", files=None)
+OWN = MessagesOptions(source="messages", hub_name="someone/chats")
 
 
 def test_every_source_is_found_in_the_hubs_cache(tmp_path):
@@ -595,33 +532,27 @@ def test_every_source_is_found_in_the_hubs_cache(tmp_path):
         expected.append([str(folder / commits[0] / files[0])])
     asked.append(["my_chats", OWN.hub_name, "data/test-*", None, "v1"])
     expected.append([str(folder / commits[0] / "data/test-00000-of-00001.parquet")])
-    environment, taken = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}, []
-
-    def answers(questions):
-        process = subprocess.run(
-            [sys.executable, "-c", FIND],
-            cwd=ROOT,
-            env=environment,
-            input=json.dumps(questions),
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert process.returncode == 0, process.stderr
-        said = process.stdout.splitlines()
-        taken.extend(line for line in said if line.startswith("files of "))
-        return [json.loads(line) for line in said if line not in taken]
-
-    assert set(HUB_FILES) - {"my_chats"} == set(SOURCES) - {"messages"}
-    assert answers(asked) == expected
-    assert "files of the hub's someone/chats: data/train-00000-of-00001.parquet" in taken  # named by no pattern
-    unknown, missing, other = answers(
-        [
-            ["vicuna", None, None, None, "v2"],
-            ["vicuna", None, None, "other.json", "v1"],
-            ["my_chats", OWN.hub_name, "*.csv", None, None],
-        ]
+    asked += [
+        ["vicuna", None, None, None, "v2"],
+        ["vicuna", None, None, "other.json", "v1"],
+        ["my_chats", OWN.hub_name, "*.csv", None, None],
+    ]
+    process = subprocess.run(
+        [sys.executable, "-c", FIND],
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+        input=json.dumps(asked),
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
+    assert process.returncode == 0, process.stderr
+    said = process.stdout.splitlines()
+    taken = [line for line in said if line.startswith("files of ")]
+    *answers, unknown, missing, other = [json.loads(line) for line in said if line not in taken]
+    assert set(HUB_FILES) - {"my_chats"} == set(SOURCES) - {"messages"}
+    assert answers == expected
+    assert "files of the hub's someone/chats, in its cache: data/train-00000-of-00001.parquet" in taken
     assert re.search(r"Aeala/ShareGPT_Vicuna_unfiltered at revision v2 \(could not be reached", unknown)
     assert re.search(r"other.json not found.* at revision v1 \(no such file there\)", missing)
-    assert re.search(r"\*\.csv not found.*no such file there.*files: ", other)
+    assert re.search(r"files of \*\.csv not found; looked at the hub's someone/chats", other)

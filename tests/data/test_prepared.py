@@ -177,7 +177,11 @@ def test_a_lock_that_cannot_be_had_is_the_users_error(whole, copy, tmp_path):
     lock = copy[0].with_name(f"{copy[0].name}.lock")
     lock.unlink()
     lock.mkdir()
-    with pytest.raises(UserError, match=rf"\A{lock}: IsADirectoryError: [^\n]*: give another cache_dir\Z"):
+    with pytest.raises(
+        UserError,
+        match=rf"\A{lock}: IsADirectoryError: [^\n]*: give a cache_dir on another "
+        r"file system\Z",
+    ):
         prepare_mix(recipe.model_copy(update={"cache_dir": tmp_path}), tokenizer)
 
 

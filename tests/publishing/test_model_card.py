@@ -135,7 +135,7 @@ def test_the_seeds_run(run_folder):
         "- wandb: https://wandb.ai/open-assistant/supervised-finetuning/runs/08dfhyuc",
         "- base model: [stabilityai/stablelm-base-alpha-7b](https://huggingface.co/stabilityai/stablelm-base-alpha-7b)",
         "- checkpoint: 3 epochs (12,000 steps), 123,456,789 tokens, of 4 epochs",
-        "- computed in float16 on 4 process(es), NVIDIA A100-SXM4-80GB",
+        "- computed in float16 on 4 processes, NVIDIA A100-SXM4-80GB",
         "as recipe.yaml: `accelerate launch --num_processes 4 scripts/sft.py recipe.yaml --output_dir NEW`",
         "| validation after step 12,000 | eval_loss | 0.9877 |",
         "![loss, accuracy, learning rate, gradient norm and speed over the steps](training.png)",

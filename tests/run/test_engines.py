@@ -1,9 +1,9 @@
 """Every engine goes on where any other has stopped, in fp32 and in bf16, whatever names the model's file has.
 
-A walk of 21 starts, of one step each, makes every change between plain, DDP, ZeRO-1, 2 and 3, there and back. At each
-change the fp32 weights and Adam's moments that the next engine has are, bit for bit, those that the one before it left,
-and what computes is those weights, rounded. Then the loss of every step is compared with that of a plain run that
-nobody stopped: in fp32 to the order of additions, in bf16 to what is rounded in one engine and not in the other.
+A walk of 43 starts, of one step each, makes every change between plain, DDP, ZeRO-1, 2 and 3, FSDP2 and hybrid shards,
+there and back. At each change the fp32 weights and moments that the next engine has are, bit for bit, those that the
+one before it left, and what computes is those weights, rounded. Then every loss is compared with that of a plain run
+that nobody stopped: in fp32 to the order of additions, in bf16 to what is rounded in one engine and not in the other.
 
 The normal run makes three short walks (40 seconds on two cores); `make soak` all six whole ones (6 minutes).
 """
@@ -22,10 +22,11 @@ from switching import KINDS, observed, read_state
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MixtralConfig
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-ENGINES = PLAIN, DDP, ZERO1, ZERO2, ZERO3 = "plain", "ddp2", "zero1x2", "zero2x2", "zero3x2"
-WHOLE = [PLAIN, DDP, PLAIN, ZERO1, PLAIN, ZERO2, PLAIN, ZERO3, DDP, ZERO1, DDP]
-WHOLE += [ZERO2, DDP, ZERO3, ZERO1, ZERO2, ZERO1, ZERO3, ZERO2, ZERO3, PLAIN]
-SHORT = {"gpt_neox": [PLAIN, ZERO3, DDP, ZERO1, PLAIN], "mixture": [DDP, ZERO3, PLAIN, ZERO2]}
+ENGINES = ("plain", "ddp2", "zero1x2", "zero2x2", "zero3x2", "fsdp2x2", "hsdp2x2")
+PLAIN, DDP, ZERO1, ZERO2, ZERO3, FSDP2, HSDP = ENGINES  # hybrid shards on 4 processes, the others but plain on 2
+PAIRS = itertools.combinations(ENGINES, 2)
+WHOLE = [*itertools.chain(*PAIRS), PLAIN]  # there and back between each two
+SHORT = {"gpt_neox": [PLAIN, ZERO3, FSDP2, DDP, HSDP, PLAIN], "mixture": [DDP, FSDP2, ZERO2, ZERO3, ZERO1]}
 # Of a loss: measured 8e-8 in fp32, 2e-4 in bf16 (whose own eps is 8e-3).
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3}
 

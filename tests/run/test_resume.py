@@ -23,7 +23,7 @@ from run import folder as folder_module
 from run.checkpoint import read_checkpoint
 from run.checkpoint_state import FORMAT
 from run.folder import RECIPE_HEADER, claim_output_dir
-from run.resume import changed_keys, find_checkpoint, restore
+from run.resume import changed_keys, find_checkpoint, is_finished, restore
 from run.retention import list_checkpoints, step_of
 from run.run import Run
 from utils.errors import UserError
@@ -70,7 +70,7 @@ def stopped(folder, recipe):
 @pytest.fixture
 def output(stopped, tmp_path):
     """A copy of it of the test's own."""
-    return shutil.copytree(stopped, tmp_path / "output")
+    return shutil.copytree(stopped, tmp_path / "output", symlinks=True)
 
 
 def assert_same_end(output: Path, whole: Path) -> None:
@@ -282,11 +282,11 @@ def test_other_processes_go_on_with_the_same_steps(tmp_path, recipe, tiny_model)
     launched("zero2x2", recipe, *keys, output_dir=output, code=75, steps=4)
     run = run_here(recipe, *keys, output_dir=output, steps=7)
     assert run.returncode == 75, run.stderr
-    assert "written by 2 process(es), 1 now: 4 conversations in a step, as before" in run.stdout
+    assert "written by 2 processes, 1 now: 4 conversations in a step, as before" in run.stdout
     shutil.copytree(output, tmp_path / "ddp2")
     for launch in ("zero2x2", "ddp2"):
         run = launched(launch, recipe, *keys, output_dir=tmp_path / launch)
-        assert "written by 1 process(es), 2 now: 4 conversations in a step, as before" in run.stdout
+        assert "written by 1 process, 2 now: 4 conversations in a step, as before" in run.stdout
         assert_close(metrics(tmp_path / launch), metrics(tmp_path / "whole"))
 
 
@@ -342,7 +342,7 @@ def test_without_a_global_batch_size_it_says_what_changes(tmp_path, recipe, tiny
     run_here(recipe, *keys, output_dir=tmp_path, steps=7)
     run = launched("ddp2", recipe, *keys, output_dir=tmp_path)
     line = "8 conversations in a step where there were 4 (global_batch_size keeps their number)"
-    assert f"written by 1 process(es), 2 now: {line}; random states begin anew" in run.stdout
+    assert f"written by 1 process, 2 now: {line}; random states begin anew" in run.stdout
     # Twelve conversations were left of the first epoch: two steps of 8 and 4... and five of the second.
     assert metrics(tmp_path)[-1]["step"] == 7 + 2 + 5
     assert metrics(tmp_path)[-1]["epoch"] == 2
@@ -535,6 +535,18 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(recipe, tmp_path,
     run = run_here(recipe, output_dir=tmp_path)
     assert "going on" not in run.stdout
     assert_same_end(tmp_path, whole)
+
+
+def test_of_a_finished_run_without_checkpoints_it_says_what_is_another(recipe, whole, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "out", ignore=shutil.ignore_patterns("checkpoint-*"))
+    assert is_finished(make(recipe, output_dir=folder))
+    other = make(recipe, output_dir=folder, learning_rate=0.02, max_grad_norm=1.0)
+    words = r"holds another run \(metrics.jsonl, .*; in its recipe learning_rate: 0.01 then, 0.02 now; max_grad_norm: "
+    for _ in range(2):
+        with pytest.raises(UserError, match=words):
+            find_checkpoint(other, allow_changes=False)
+        words = r"holds another run \(metrics.jsonl, [^;]*; give another --output_dir, or remove it$"
+        (folder / "run.json").write_text("{")
 
 
 def test_never_begins_in_an_empty_folder_only(recipe, output, tmp_path):
@@ -819,8 +831,8 @@ def test_the_one_in_use_is_never_moved(recipe, output, tmp_path, capsys):
     """By whatever way it is named; a link to it under another number is."""
     linked = tmp_path / "linked"
     linked.symlink_to(output)
-    (output / "best").symlink_to("checkpoint-7")
-    for way in (output / "checkpoint-7", linked / "checkpoint-7", output / "best", linked / ".." / "output" / "best"):
+    (output / "kept").symlink_to("checkpoint-7")
+    for way in (output / "checkpoint-7", linked / "checkpoint-7", output / "kept", linked / ".." / "output" / "kept"):
         (output / "checkpoint-9").symlink_to("checkpoint-7")
         values = make(recipe, output_dir=output, resume_from_checkpoint=way)
         claim_output_dir(values, find_checkpoint(values, allow_changes=False))

@@ -4,7 +4,6 @@ A new source wants one more line in CASES.
 """
 
 import json
-from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,6 +15,7 @@ from data.mix import prepare_mix
 from data.records import read_records
 from recipe.command_line import describe_keys
 from recipe.load import load_recipe
+from sources.messages import MessagesOptions
 from sources.registry import SEED_MIX, SOURCES, find_source
 from training.model import load_tokenizer
 
@@ -74,6 +74,6 @@ def test_of_a_parquet_file_only_what_it_uses_is_read(tmp_path, name):
     table = pa.Table.from_pylist([record])
     late = pa.array([2**62], pa.timestamp("us"))  # in the year 148,107, which no datetime of Python's holds
     pq.write_table(table.append_column("created", late), tmp_path / "data.parquet")
-    options = SimpleNamespace(hub_name=None, files=None)
+    options = MessagesOptions(source="messages", input_file_path="data.parquet")
     ((number, read),) = read_records(tmp_path / "data.parquet", fields=find_source(name, options).fields)
     assert (number, read) == (1, table.to_pylist()[0] | {"created": None})

@@ -2,7 +2,7 @@
 
 import gzip
 import json
-from types import SimpleNamespace
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -15,18 +15,24 @@ from data.mix import prepare_mix
 from data.reading import Reading
 from recipe.keys import Recipe
 from recipe.load import load_recipe
+from sources.messages import MessagesOptions, read_messages
+from sources.messages_columns import Columns
 from sources.registry import find_source
+from sources.source import Record, Remarks
 from training.plan import training_rows
 from utils.errors import UserError
 
-OPTIONS = {"val_split": 0, "max_val_set": None, "on_bad_records": "error", "hub_name": None, "files": None}
+OPTIONS = MessagesOptions(source="messages", input_file_path="rows.jsonl", val_split=0)
 
 
-def read(tmp_path, *rows):
+CASES = [json.loads(line) for line in (ROOT / "tests" / "fixtures" / "chat_forms.jsonl").read_text().splitlines()]
+
+
+def read(tmp_path, *rows, options=OPTIONS):
     """The conversations of these rows as (role, content) pairs, and what was dropped."""
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    reading = Reading("mine", SimpleNamespace(**OPTIONS), [path], 1)
+    reading = Reading("mine", options, [path], 1)
     return [[(m.role, m.content) for m in conversation.messages] for conversation in reading], dict(reading.dropped)
 
 
@@ -35,6 +41,8 @@ def chat(*texts, roles=("user", "assistant")):
 
 
 PAIR = [("user", "q"), ("assistant", "a")]
+SECOND = [("user", "r"), ("assistant", "b")]
+JOINED = [("user", "q r"), ("assistant", "ab")]
 SYSTEM = {"role": "system", "content": "s"}
 
 
@@ -50,7 +58,6 @@ SYSTEM = {"role": "system", "content": "s"}
         ({"messages": [SYSTEM, *chat("q", "a")], "system": "another"}, [("system", "s"), *PAIR]),
         ({"messages": chat("q", "a"), "system_prompt": " "}, PAIR),
         ({"messages": chat("q", "a", "unanswered")}, PAIR),
-        ({"messages": chat("", "a")}, [("user", ""), ("assistant", "a")]),
         ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, PAIR),
         ({"conversations": chat("q", "a", roles=("prompter", "Assistant"))}, PAIR),
         ({"conversation": [{"from": "user", "value": "q"}, {"from": "model", "value": "a"}]}, PAIR),
@@ -60,10 +67,220 @@ SYSTEM = {"role": "system", "content": "s"}
         ({"instruction": "q", "context": None, "response": "a"}, PAIR),
         ({"prompt": "q", "completion": "a"}, PAIR),
         ({"question": "q", "answer": "a", "system": "s"}, [("system", "s"), *PAIR]),
+        # The ways of a list.
+        ({"messages": ["q", "a"]}, PAIR),
+        ({"dialog": [["q", "a"]]}, PAIR),
+        ({"messages": [["user", "q"], ["assistant", "a"]]}, PAIR),
+        ({"conversation": [{"human": "q", "assistant": "a"}, {"assistant": "b", "human": "r"}]}, [*PAIR, *SECOND]),
+        ({"dialogue": [{"query": "q", "response": "a"}]}, PAIR),
+        ({"chat": {"role": ["user", "assistant"], "content": ["q", "a"]}}, PAIR),
+        ({"conversations": str(chat("q", "a"))}, PAIR),  # Python's own notation, as pandas writes it into CSV
+        ({"messages": json.dumps(json.dumps(chat("q", "a")))}, PAIR),
+        ({"messages": [{"speaker": "User ", "text": "q"}, {"speaker": "BOT", "text": "a"}]}, PAIR),
+        ({"messages": [{"role": None, "from": "human", "content": None, "value": "q"}, *chat("q", "a")[1:]]}, PAIR),
+        ({"messages": [{"role": "system", "content": None}, *chat("q", "a")]}, PAIR),
+        ({"messages": [*chat("q", "a"), {"role": "system", "content": " "}, *chat("r", "b")]}, [*PAIR, *SECOND]),
+        ({"messages": [{"role": "developer", "content": "s"}, *chat("q", "a")]}, [("system", "s"), *PAIR]),
+        ({"messages": [], "conversations": "", "instruction": "q", "output": "a"}, PAIR),
+        ({"conversations": None, "messages": chat("q", "a"), "images": []}, PAIR),
+        # The parts of a content.
+        ({"messages": chat([{"type": "text", "text": "q"}, {"type": "input_text", "text": " r"}], ["a", "b"])}, JOINED),
+        ({"messages": chat([{"text": "q r", "type": "text", "image": None}], {"type": "text", "text": "ab"})}, JOINED),
+        ({"messages": chat("q r", [{"type": "thinking", "thinking": "x"}, {"type": "text", "text": "ab"}])}, JOINED),
+        # A prompt and a reply.
+        ({"query": "r", "response": "b", "history": [["q", "a"]]}, [*PAIR, *SECOND]),
+        ({"prompt": "r", "response": "b", "history": json.dumps(chat("q", "a"))}, [*PAIR, *SECOND]),
+        ({"instruction": "q", "output": "a", "history": None, "system": ""}, PAIR),
+        ({"instruction": "q", "output": "a", "history": []}, PAIR),
+        ({"input": "q", "output": "a"}, PAIR),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, PAIR),
+        ({"prompt": "q", "chosen": chat("q", "a"), "rejected": chat("q", "b")}, PAIR),
+        ({"prompt": "q", "chosen": {"role": "assistant", "content": "a"}}, PAIR),
+        ({"prompt": chat("q"), "chosen": [{"role": "assistant", "content": "a"}]}, PAIR),
+        ({"prompt": [SYSTEM, *chat("q")], "completion": "a"}, [("system", "s"), *PAIR]),
+        ({"prompt": "q", "completion": ["a"]}, PAIR),
+        ({"problem": "q", "solution": "a"}, PAIR),
+        ({"user": "q", "assistant": "a", "system_message": "s"}, [("system", "s"), *PAIR]),
     ],
 )
 def test_forms(tmp_path, row, expected):
     assert read(tmp_path, row) == ([expected], {})
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
+def test_the_forms_of_the_fixture(case):
+    """A record, and its messages with whether each is learnt; or that it is dropped."""
+    remarks = Remarks()
+    found = read_messages(Record(case["record"], Path("x"), 1, 1), OPTIONS, remarks, 1)
+    if "drop" in case["expect"]:
+        assert (found, sum(remarks.values())) == (None, 1)
+        return
+    ((conversation),) = found
+    learnt = [(message.role == "assistant" and message.train) for message in conversation.messages]
+    texts = [(message.role, message.content) for message in conversation.messages]
+    assert [[*text, train] for text, train in zip(texts, learnt, strict=True)] == case["expect"]["keep"]
+    assert remarks.unused == ({"reasoning_content"} if "thinking" in case["name"] else set())
+
+
+@pytest.mark.parametrize(
+    ("row", "learnt"),
+    [
+        ({"messages": [*chat("q"), {"role": "assistant", "content": "a", "weight": 1.0, "train": None}]}, [True]),
+        ({"messages": [*chat("q"), {"role": "assistant", "content": "a", "weight": 1, "train": False}]}, [False]),
+        ({"messages": [*chat("q"), {"role": "assistant", "content": "a", "weight": False}]}, [False]),
+        ({"prompt": chat("q", "a", "r"), "completion": chat("b", roles=("assistant",))}, [False, True]),
+        ({"prompt": chat("q", "a", "r"), "chosen": chat("q", "a", "r", "b")}, [False, True]),
+        ({"prompt": "q", "chosen": chat("q", "a", "r", "b")}, [True, True]),
+        ({"prompt": "r", "response": "b", "history": [["q", "a"]]}, [True, True]),
+    ],
+)
+def test_what_is_learnt(row, learnt):
+    (conversation,) = read_messages(Record(row, Path("x"), 1, 1), OPTIONS, Remarks(), 1)
+    assert [message.train for message in conversation.messages if message.role == "assistant"] == learnt
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"messages": None}, "does not start with a user's message"),
+        ({"messages": "[]"}, "does not start with a user's message"),
+        ({"prompt": " ", "response": "a"}, "an empty prompt"),
+        ({"prompt": None, "response": "a"}, "an empty prompt"),
+        ({"prompt": "q", "response": "\n"}, "an empty reply"),
+        ({"messages": chat("q", "a", " ", "b")}, "an empty prompt"),
+        ({"messages": chat([{"type": "image_url", "image_url": {"url": "x"}}], "a")}, "what is not text (image_url)"),
+        ({"messages": chat([{"type": None, "text": None, "audio": "x"}], "a")}, "what is not text (audio)"),
+        ({"messages": chat([{"type": "refusal", "refusal": "no"}], "a")}, "what is not text (refusal)"),
+        ({"messages": chat("<image> q", "a"), "images": ["x.png"]}, "what is not text (images)"),
+        (
+            {"messages": [{"role": "user", "content": "q", "images": ["x"]}, *chat("q", "a")[1:]]},
+            "what is not text (images)",
+        ),
+        (
+            {"messages": [*chat("q"), {"role": "assistant", "tool_calls": [{}]}, *chat("a", roles=("tool",))]},
+            "a tool's turn",
+        ),
+        (
+            {"messages": [*chat("q"), {"role": "assistant", "content": "a", "function_call": {"name": "f"}}]},
+            "a tool's turn",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": "{}"}]},
+            "a tool's turn",
+        ),
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "observation", "value": "{}"}]}, "a tool's turn"),
+        ({"messages": chat("q", [{"type": "tool_use", "name": "f"}])}, "a tool's turn"),
+        ({"messages": [{"role": None, "content": "q"}, *chat("q", "a")[1:]]}, "a speaker other than"),
+        ({"messages": [{"role": "critic", "content": "q"}, *chat("q", "a")[1:]]}, "a speaker other than"),
+        ({"messages": [SYSTEM, SYSTEM, *chat("q", "a")]}, "a system message that is not the first"),
+        ({"dialog": [["q", None]]}, "an empty reply"),
+    ],
+)
+def test_what_is_none_is_dropped_with_a_reason(row, reason):
+    remarks = Remarks()
+    assert read_messages(Record(row, Path("x"), 1, 1), OPTIONS, remarks, 1) is None
+    ((said, count),) = remarks.items()
+    assert (reason in said, count) == (True, 1)
+
+
+def test_tool_calls_that_are_null_are_none():
+    row = {
+        "messages": [
+            message | {"tool_calls": None, "function_call": None, "images": None} for message in chat("q", "a")
+        ]
+    }
+    (conversation,) = read_messages(Record(row, Path("x"), 1, 1), OPTIONS, Remarks(), 1)
+    assert [message.content for message in conversation.messages] == ["q", "a"]
+
+
+@pytest.mark.parametrize(
+    ("row", "unused"),
+    [
+        ({"messages": chat("q", "a"), "thinking": "x", "tools": [{"name": "f"}]}, {"thinking", "tools"}),
+        ({"messages": chat("q", "a"), "thinking": None, "tools": [], "rejected": " "}, set()),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, {"rejected"}),
+        ({"prompt": "q", "completion": "a", "label": False}, {"label"}),
+        ({"question": "q", "solution": "a", "answer": "4", "cot": "x"}, {"solution", "cot"}),
+        (
+            {"messages": [*chat("q"), {"role": "assistant", "content": "a", "reasoning": "x", "loss": True}]},
+            {"reasoning", "loss"},
+        ),
+        ({"messages": chat("q", [{"type": "reasoning", "summary": []}, "a"])}, {"reasoning"}),
+    ],
+)
+def test_what_could_matter_and_is_not_used(row, unused):
+    remarks = Remarks()
+    assert read_messages(Record(row, Path("x"), 1, 1), OPTIONS, remarks, 1)
+    assert remarks.unused == unused
+
+
+@pytest.mark.parametrize(
+    ("columns", "row", "expected"),
+    [
+        ({"messages": "dialog_turns"}, {"dialog_turns": chat("q", "a"), "messages": chat("x", "y")}, PAIR),
+        (
+            {"prompt": "query", "response": "best"},
+            {"query": "q", "best": "a", "answer": "x", "messages": ["x", "y"]},
+            PAIR,
+        ),
+        (
+            {"prompt": "QUERY", "system": "persona"},
+            {"query": "q", "answer": "a", "persona": "s"},
+            [("system", "s"), *PAIR],
+        ),
+        (
+            {"input": "passage"},
+            {"instruction": "q", "passage": "p", "output": "a"},
+            [("user", "q\n\np"), ("assistant", "a")],
+        ),
+        ({"history": "before"}, {"prompt": "r", "output": "b", "before": [["q", "a"]]}, [*PAIR, *SECOND]),
+        (
+            {"messages": "log", "role": "who", "content": "said"},
+            {"log": [{"who": "user", "said": "q", "role": "x"}, {"who": "assistant", "said": "a"}]},
+            PAIR,
+        ),
+    ],
+)
+def test_columns(tmp_path, columns, row, expected):
+    options = OPTIONS.model_copy(update={"columns": Columns(**columns)})
+    assert read(tmp_path, row, options=options) == ([expected], {})
+    (tmp_path / "x.parquet").unlink(missing_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "x.parquet")
+    (conversation,) = Reading("mine", options, [tmp_path / "x.parquet"], 1)
+    assert [(message.role, message.content) for message in conversation.messages] == expected
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        (
+            {"messages": "dialgo"},
+            "record 1: no field 'dialgo', which `columns` names: did you mean dialog? (fields there: ",
+        ),
+        ({"prompt": "quory"}, "no field 'quory', which `columns` names: did you mean query?"),
+        (
+            {"prompt": "query", "response": "x"},
+            "no field 'x', which `columns` names (fields there: dialog, query, answer",
+        ),
+        (
+            {"prompt": "query", "system": "persna"},
+            "no record has the field 'persna', which `columns` names: did you mean persona?",
+        ),
+        ({"messages": "dialog", "role": "wo", "content": "said"}, "no field 'dialog.wo'; fields there: who, said"),
+    ],
+)
+def test_misspelt_columns(tmp_path, columns, said):
+    row = {"dialog": [{"who": "user", "said": "q"}], "query": "q", "answer": "a", "persona": "s"}
+    with pytest.raises(UserError) as error:
+        read(tmp_path, row, row, options=OPTIONS.model_copy(update={"columns": Columns(**columns)}))
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_named_column_that_some_records_lack(tmp_path):
+    rows = [{"prompt": "q", "response": "a"}, {"prompt": "q", "response": "a", "persona": "s"}]
+    options = OPTIONS.model_copy(update={"columns": Columns(system="persona")})
+    assert read(tmp_path, *rows, options=options)[0] == [PAIR, [("system", "s"), *PAIR]]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +295,9 @@ def test_forms(tmp_path, row, expected):
         (chat("q"), "without a reply"),
         (chat("q", " \n"), "an empty reply"),
         (chat("q", None), "an empty reply"),
-        ([*chat("q"), {"role": "tool", "content": "x"}], "a speaker other than system, user and assistant"),
+        (chat("", "a"), "an empty prompt"),
+        ([*chat("q"), {"role": "tool", "content": "x"}], "a tool's turn"),
+        ([*chat("q"), {"role": "narrator", "content": "x"}], "a speaker other than system, user and assistant"),
     ],
 )
 def test_dropped_with_a_reason(tmp_path, messages, reason):
@@ -94,10 +313,16 @@ def test_dropped_with_a_reason(tmp_path, messages, reason):
         ({"text": "x"}, "no field 'messages', 'conversations', or 'instruction' with 'output' .* fields there: text"),
         ({"prompt": "q"}, "no field 'messages'"),
         ({"messages": "q"}, "field 'messages' is a string, not a list"),
-        ({"messages": ["q"]}, "an entry of 'messages' is not an object"),
+        ({"messages": ["q", 3]}, "an entry of 'messages' is not an object"),
         ({"messages": [{"role": "user"}]}, "no field 'messages.content'; fields there: role"),
         ({"messages": [{"content": "q"}]}, "no field 'messages.role'; fields there: content"),
-        ({"messages": [{"role": "user", "content": ["q"]}]}, "'messages.content' is a list, not a string"),
+        ({"messages": [{"role": "user", "content": 3}]}, "'messages.content' is a number, not a string"),
+        ({"messages": [{"role": "user", "content": [3]}]}, "'messages.content' has a part that is a number"),
+        ({"messages": [{"role": "user", "content": "q", "weight": 0.5}]}, "'messages.weight' is '0.5', not 0 or 1"),
+        (
+            {"prompt": "q", "response": ["a", "b"]},
+            "'response' is a list of texts, of which one would have to be chosen",
+        ),
         ({"messages": [{"role": "user", "content": "q", "train": "no"}]}, "'messages.train' is a string"),
         ({"prompt": "q", "output": "\udc80"}, "'output' holds half of a surrogate pair"),
         ({"prompt": 3, "output": "a"}, "'prompt' is a number, not a string"),
@@ -195,9 +420,39 @@ def test_names_overrides_and_round_trip(tmp_path):
         ("- mine: {source: mesages, input_file_path: x}\n", ["datasets.mine.source = mesages", "'messages'"]),
         ("- mine: {source: messages}\n", ["datasets.mine: give input_file_path or hub_name"]),
         ("- messages\n", ["datasets.messages: give input_file_path or hub_name"]),
-        ("- mine: {source: messages, input_file_path: x, files: y}\n", ["datasets.mine: files is a pattern"]),
+        (
+            "- mine: {source: messages, input_file_path: x, files: y}\n",
+            ["datasets.mine: data_files are those of hub_name"],
+        ),
         ("- mine: {source: messages, input_file_path: x, fractoin: 1}\n", ["datasets.mine.fractoin", "fraction?"]),
         ("- messages: {input_file_path: x, hub_nam: y}\n", ["datasets.messages.hub_nam", "hub_name?"]),
+        ("- mine: {source: messages, hub_name: x/y, splitt: a}\n", ["datasets.mine.splitt", "split?"]),
+        (
+            "- mine: {source: messages, hub_name: x/y, split: 'a[5'}\n",
+            ["datasets.mine.split = a[5: should be the name"],
+        ),
+        ("- mine: {source: messages, hub_name: x/y, split: 'a[:1]+b'}\n", ["datasets.mine: slices of several splits"]),
+        (
+            "- mine: {source: messages, hub_name: x/y, data_files: [[a]]}\n",
+            ["datasets.mine.data_files: should be a name"],
+        ),
+        (
+            "- mine: {source: messages, input_file_path: [x, [y]]}\n",
+            ["mine.input_file_path: should be a path, or a list"],
+        ),
+        ("- mine: {source: messages, input_file_path: []}\n", ["mine.input_file_path: should be a path, or a list"]),
+        (
+            "- mine: {source: messages, input_file_path: x, columns: {mesages: y}}\n",
+            ["unknown key datasets.mine.columns.mesages: did you mean messages?"],
+        ),
+        (
+            "- mine: {source: messages, input_file_path: x, columns: dialog}\n",
+            ["datasets.mine.columns = dialog: should be a mapping"],
+        ),
+        (
+            "- mine: {source: messages, input_file_path: x, columns: {messages: y, prompt: z}}\n",
+            ["datasets.mine.columns: name messages, or prompt and response"],
+        ),
         ("- a/b: {source: messages, input_file_path: x}\n", ["'a/b' is no name for a data set"]),
         ("- a.b: {source: messages, input_file_path: x}\n", ["'a.b' is no name for a data set"]),
         ("- vicuna: {source: messages, input_file_path: x}\n", ["unknown key datasets.vicuna.source"]),

@@ -170,7 +170,7 @@ def test_vicuna_rules(tmp_path):
         ["x" * 32_768, "As an AI language model, I am kept"],
     ]
     assert split.dropped == {
-        "conversation that does not start with human": 2,
+        "conversation without human at its start": 2,
         "conversation with an empty gpt message": 2,
         "conversation with unequal numbers of prompts and replies": 1,
     }
@@ -321,7 +321,7 @@ def test_conversations_without_a_scored_token_leave_the_others_where_they_were(t
     whole = reading.split()
     assert reading.split(kept).tolist() == whole[kept].tolist()
     assert reading.dropped == {"conversation with no scored token": 67}
-    with pytest.raises(UserError, match=r"no conversation left .* 267 conversation with no scored token"):
+    with pytest.raises(UserError, match=r"no conversation left .* 267 conversations with no scored token"):
         reading.split(np.zeros(len(whole), dtype=bool))
 
 
@@ -348,7 +348,7 @@ GOOD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_records_are_an_error_or_skipped_and_counted(tmp_path, name):
     rows = [GOOD[name], *BAD[name], GOOD[name]]
-    options = {"hub_name": None, "files": None}
+    options = dict.fromkeys(("hub_name", "config", "split", "data_files", "columns"))
     with pytest.raises(UserError, match=r"\A[^\n]*rows.jsonl, record 2: [^\n]*\Z"):
         load(tmp_path, name, rows, **options)
     split = load(tmp_path, name, rows, on_bad_records="skip", **options)

@@ -253,7 +253,7 @@ def test_packing_says_how_the_epoch_changes():
     )
     assert describe_step(recipe, 1) == "4 packs of up to 100 tokens a step"
     assert describe_step(make_recipe(2, **keys), 2) == "8 conversations a step"
-    assert describe_cut(recipe, 1) == "1 process(es) x 2 packs x 2 accumulated"
+    assert describe_cut(recipe, 1) == "1 process x 2 packs x 2 accumulated"
 
 
 # ---- prefetching ----

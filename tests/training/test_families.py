@@ -22,6 +22,7 @@ from training.engine import prepare_engine
 from training.family import freeze_unreached
 from training.flops import ModelFlops
 from training.memory import estimate_memory
+from training.state_layout import replicated
 
 DEMO = ROOT / "recipes" / "demo_data" / "model"
 MIX = make_mix([[23, 9, 14, 5]])
@@ -81,7 +82,7 @@ def test_a_family_does_what_the_documents_say(tmp_path, tokenizer, name):
         assert updated
     assert grad_norm == pytest.approx(float(norm) / len(losses), rel=1e-4)
     assert flops.of(batch) > 0
-    estimate_memory(recipe, model.config, 1, 1, None, torch.float32, tuple(batch.input_ids.shape), gpu=False)
+    estimate_memory(recipe, model.config, 1, replicated(1), torch.float32, tuple(batch.input_ids.shape), gpu=False)
 
     save_model(model, tokenizer, tmp_path / "final")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "final").eval()

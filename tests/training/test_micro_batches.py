@@ -153,7 +153,7 @@ def test_none_to_group():
 
 def test_in_words():
     recipe = make_recipe(max_length=1000, micro_batch_tokens=2500, global_batch_size=32)
-    assert describe_cut(recipe, 4) == "4 process(es) x up to 2,500 tokens x up to 4 accumulated"
+    assert describe_cut(recipe, 4) == "4 processes x up to 2,500 tokens x up to 4 accumulated"
     assert packs_per_step(recipe, 4) == 32
 
 

@@ -169,11 +169,12 @@ def with_added_tokens_decoder(tokenizer):
 
 @pytest.fixture(scope="module", params=KINDS)
 def pair(request, tmp_path_factory):
-    """A tokenizer as training has it, and as whoever serves the model does."""
+    """A tokenizer as training has it, with its fast encoder where it has one, and as whoever serves the model does."""
     folder = tmp_path_factory.mktemp("tokenizer")
     tokenizer = prepare_tokenizer(KINDS[request.param]())
     save_tokenizer(tokenizer, folder)
-    return SimpleNamespace(trained=tokenizer, served=AutoTokenizer.from_pretrained(folder), folder=folder)
+    fast = fast_text_encoder(tokenizer)  # of GPT-NeoX's half a second
+    return SimpleNamespace(trained=tokenizer, fast=fast, served=AutoTokenizer.from_pretrained(folder), folder=folder)
 
 
 def chat(*texts: str) -> Conversation:
@@ -182,7 +183,7 @@ def chat(*texts: str) -> Conversation:
 
 def same_ids(pair, conversations: list[Conversation]) -> None:
     expected = [pair.served.apply_chat_template(one.as_dicts(), tokenize=True)["input_ids"] for one in conversations]
-    for encode_texts in (None, fast_text_encoder(pair.trained)):
+    for encode_texts in (None, pair.fast):
         found = [ids.tolist() for ids, _ in encode(pair.trained, conversations, encode_texts=encode_texts)]
         for conversation, ours, theirs in zip(conversations, found, expected, strict=True):
             assert ours == theirs, (conversation, *map(pair.trained.convert_ids_to_tokens, (ours, theirs)))

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, SHARED, launch_command
 
+from utils.tables import counted
+
 RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.yaml"))
 DEMO_DATA = {
     "oasst_export": "oasst_trees.jsonl",
@@ -41,24 +43,31 @@ def test_dry_run(run_sft, recipe, tmp_path):
     assert not (tmp_path / "output").exists()
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """The data of each recipe are prepared once."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.mark.parametrize(
     ("recipe", "launch"),
     [
-        *(("demo.yaml", launch) for launch in ("cpu", "single_gpu", "ddp2", "zero2x2")),
+        *(("demo.yaml", launch) for launch in ("bare", "cpu", "single_gpu", "ddp2", "zero2x2")),
         *((recipe, "zero2x2") for recipe in RECIPES if recipe != "demo.yaml"),
     ],
 )
-def test_two_steps(run_sft, tiny_model, tmp_path, recipe, launch):
+def test_two_steps(run_sft, tiny_model, cache, recipe, launch):
     if "qlora" in recipe and launch == "zero2x2":
         pytest.skip("refused: tests/test_adapters.py")
     own = [] if recipe == "demo.yaml" else inputs(DEMO_DATA, ROOT / "recipes" / "demo_data")
     own += [] if recipe == "demo.yaml" else ["--model_name", tiny_model, "--max_length", 128]
     small = ["--max_steps", 2, "--logging_steps", 1, "--gradient_accumulation_steps", 2, "--log_wandb", "false"]
-    run = run_sft(
-        f"recipes/{recipe}", *own, *small, "--cache_dir", tmp_path / "cache", launch=launch, real=recipe == "demo.yaml"
-    )
+    small += ["--sample_replies", 0]  # which the demo's own run shows
+    # By the user's own command twice: with and without a config. DDP's is in tests/run/test_stopping.py.
+    real = recipe == "demo.yaml" and launch in ("bare", "zero2x2")
+    run = run_sft(f"recipes/{recipe}", *own, *small, "--cache_dir", cache, launch=launch, real=real)
     processes = 2 if launch.endswith("2") else 1
-    assert f"\n{processes} process(es) x" in run.stdout
+    assert f"\n{counted(processes, 'process')} x" in run.stdout
     assert ("DEEPSPEED on cpu" in run.stdout) == (launch == "zero2x2" or recipe == "stablelm7b_oasst.yaml")
     assert len(run.curve("loss")) == 2
     assert {f"eval_{name}_loss" for name in DEMO_DATA} <= run.metrics()[-1].keys()
@@ -67,7 +76,8 @@ def test_two_steps(run_sft, tiny_model, tmp_path, recipe, launch):
 @pytest.mark.skipif(not SHARED.exists(), reason="the real data are not here")
 @pytest.mark.parametrize("launch", ["zero2x2", pytest.param("bare", marks=pytest.mark.soak)])
 def test_the_main_job_on_real_data(run_sft, tmp_path, launch):
-    """The seed's recipe as it stands, on a tiny StableLM with its real tokenizer: ZeRO-2 and all five sources."""
+    """The seed's recipe as it stands, on a tiny StableLM with its real tokenizer: ZeRO-2 and all five sources; by the
+    user's own command in `make soak`."""
     make = [sys.executable, str(SHARED / "tools" / "make_tiny_stablelm.py"), str(tmp_path / "tiny")]
     subprocess.run(make, check=True, capture_output=True)
     # At the seed's 1e-5 a random model would hardly move in so few steps.
@@ -77,7 +87,7 @@ def test_the_main_job_on_real_data(run_sft, tmp_path, launch):
         *["--model_name", tmp_path / "tiny", "--cache_dir", SHARED / "data", "--log_wandb", "false", *short],
         *inputs(REAL_DATA, Path()),
         launch=launch,
-        real=True,
+        real=launch == "bare",
     )
     assert "DEEPSPEED on cpu" in run.stdout
     losses = run.curve("loss")
@@ -108,7 +118,7 @@ print("threads", torch.get_num_threads())
         ("python", "2", 2),
         ("ddp2", None, 4),
         ("ddp2", "1", 1),  # which is also what the launcher puts there when nobody says anything
-        ("torchrun", None, 4),
+        pytest.param("torchrun", None, 4, marks=pytest.mark.soak),
     ],
 )
 def test_omp_num_threads_is_the_users(tmp_path, monkeypatch, launch, said, threads):

@@ -1,0 +1,132 @@
+"""CSV, parquet and Arrow, one record at a time, with the columns that are used."""
+
+import csv
+import io
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from data.json_text import ESCAPED_BYTE
+from data.kinds import ARROW_FILE
+from utils.errors import UserError, reason
+
+ROWS_AT_A_TIME = 1000
+BUFFER_BYTES = 1 << 20  # of a parquet column, so that a row group of any size is read in flat memory
+LONGEST_CELL = 1 << 24  # characters; more is a quote that was left open
+DELIMITERS = "\t,;|"
+NOT_IN_JSON = ("TIMESTAMP", "DATE", "TIME", "DECIMAL", "INTERVAL", "DURATION")  # parquet's types that no source uses
+
+
+def read_csv(path: Path, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
+    """(place from 1, record) of a table in text, whose first row names the columns; a UserError in place of a bad row.
+
+    All values are text as it stands there: "NA" and "007" are not a missing value and 7. The delimiter is that of tab,
+    comma, semicolon and bar which the first line has most of.
+    """
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    first = text.readline()
+    csv.field_size_limit(LONGEST_CELL)
+    form = {"delimiter": max(DELIMITERS, key=first.count), "strict": True}
+    try:
+        header = [name.strip() for name in next(csv.reader([first], **form))]
+    except csv.Error as error:
+        raise UserError(f"{path}, line 1: not valid CSV: {error}") from None
+    if repeated := [name for name in header if name and header.count(name) > 1]:
+        raise UserError(f"{path}: has the column {repeated[0]!r} twice")
+    rows, number = csv.reader(text, **form), 0
+    while True:
+        number += 1
+        problem = None
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            problem = f"not valid CSV: {error}"
+        else:
+            if not row:
+                number -= 1
+                continue
+            if len(row) != len(header):
+                problem = f"has {len(row)} cells, the first line {len(header)}: is a quote missing around one?"
+            elif not (joined := "".join(row)).isascii() and ESCAPED_BYTE.search(joined):
+                problem = "not UTF-8"
+        if problem:
+            yield number, UserError(f"{path}, record {number}, line {rows.line_num + 1}: {problem}")
+        else:
+            yield number, dict(zip(header, row, strict=True))
+
+
+def read_parquet(path: Path, fields: Collection[str] | None) -> Iterator[tuple[int, Any]]:
+    """(place from 1, record) of a parquet file, as `records.read_records` says."""
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path, buffer_size=BUFFER_BYTES) as file:
+            unread = _unread(path, file.schema_arrow.names, fields)
+            for batch in file.iter_batches(batch_size=ROWS_AT_A_TIME, columns=_leaves(file.schema, fields)):
+                for record in batch.to_pylist() if batch.num_columns else [{}] * batch.num_rows:
+                    number += 1
+                    yield number, unread | record
+    except UserError:
+        raise
+    except Exception as error:  # pyarrow's own, and whatever Python makes of its values: dates after the year 9999, ...
+        raise UserError(f"{path}: not readable as parquet after record {number}: {reason(error)}") from None
+
+
+def read_arrow(path: Path, head: bytes, fields: Collection[str] | None) -> Iterator[tuple[int, Any]]:
+    """(place from 1, record) of an Arrow file or stream, memory-mapped, as `records.read_records` says."""
+    import pyarrow as pa
+
+    number = 0
+    try:
+        with pa.memory_map(str(path)) as file:
+            if head.startswith(ARROW_FILE):
+                opened = pa.ipc.open_file(file)
+                batches = map(opened.get_batch, range(opened.num_record_batches))
+            else:
+                batches = opened = pa.ipc.open_stream(file)
+            unread = _unread(path, opened.schema.names, fields)
+            used = [name for name in unread if fields is None or name.lower() in fields]
+            for batch in batches:
+                for start in range(0, batch.num_rows, ROWS_AT_A_TIME):
+                    part = batch.slice(start, ROWS_AT_A_TIME).select(used)
+                    for record in part.to_pylist() if used else [{}] * part.num_rows:
+                        number += 1
+                        yield number, unread | record
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path}: not readable as Arrow after record {number}: {reason(error)}") from None
+
+
+def count_rows(path: Path) -> int:
+    """Those of a parquet file, by what is written at its end."""
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_metadata(path).num_rows
+    except Exception as error:
+        raise UserError(f"{path}: not readable as parquet: {reason(error)}") from None
+
+
+def _unread(path: Path, names: list[str], fields: Collection[str] | None) -> dict[str, None]:
+    """A record with null in every column; UserError where one that is used is there twice."""
+    used = [name for name in names if fields is None or name.lower() in fields]
+    if repeated := [name for name in used if used.count(name) > 1]:
+        raise UserError(f"{path}: has the column {repeated[0]!r} twice")
+    return dict.fromkeys(names)
+
+
+def _leaves(schema: Any, fields: Collection[str] | None) -> list[str]:
+    """The paths of the leaves that are read; not those of times and decimals within lists and structs, of which some
+    values are none of Python's, nor the bytes of pictures and sounds (`datasets` keeps them so, beside their path)."""
+    paths = []
+    for leaf in map(schema.column, range(len(schema))):
+        top, *inner = leaf.path.split(".")
+        kind, stored = leaf.logical_type.type, leaf.physical_type
+        unused = inner and (kind in NOT_IN_JSON or stored == "INT96" or inner[-1] == "bytes")
+        if fields is None or (top.lower() in fields and not unused):
+            paths.append(leaf.path)
+    return paths

@@ -1,0 +1,53 @@
+"""The config of a recipe's model where that is not on this machine: of the models that the shipped recipes name."""
+
+from transformers import AutoConfig, PretrainedConfig
+
+from recipe.keys import Recipe
+from training.model import load_config
+from training.weight_files import model_folder
+from utils.errors import UserError
+
+# What decides over memory and speed of what the config.json of each says on the hub.
+NEOX = {
+    "model_type": "gpt_neox",
+    "num_hidden_layers": 16,
+    "max_position_embeddings": 4096,
+    "hidden_act": "gelu",
+    "tie_word_embeddings": False,
+}
+CONFIGS = {
+    "stabilityai/stablelm-base-alpha-3b": NEOX
+    | {"vocab_size": 50688, "hidden_size": 4096, "num_attention_heads": 32, "intermediate_size": 16384},
+    "stabilityai/stablelm-base-alpha-7b": NEOX
+    | {"vocab_size": 50432, "hidden_size": 6144, "num_attention_heads": 48, "intermediate_size": 24576},
+    "HuggingFaceTB/SmolLM2-135M": {
+        "model_type": "llama",
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "intermediate_size": 1536,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+def find_config(recipe: Recipe) -> PretrainedConfig:
+    """The model's own config where it is here, else what is known of it.
+
+    Raises: UserError where neither is, or the recipe cannot train it.
+    """
+    if model_folder(recipe.model_name):
+        return load_config(recipe)
+    if recipe.model_name not in CONFIGS:
+        raise UserError(
+            f"model_name = {recipe.model_name}: its config.json is not on this machine: `hf download "
+            f"{recipe.model_name} config.json` fetches it (no weights are needed)"
+        )
+    config = AutoConfig.for_model(**CONFIGS[recipe.model_name])
+    if recipe.max_length > config.max_position_embeddings:
+        positions = config.max_position_embeddings
+        raise UserError(f"max_length = {recipe.max_length}: {recipe.model_name} has {positions} positions")
+    return config

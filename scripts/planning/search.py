@@ -1,0 +1,245 @@
+"""For a launcher and a card: the setting of the recipe that is fastest of those that fit, and all that it needs.
+
+Tried are only the keys that change nothing of what is learnt: how a step is cut (`micro_batch_tokens`), and whether
+layers are computed again (`gradient_checkpointing`).
+"""
+
+import functools
+import math
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from data.mix import Mix
+from planning.cards import GIB, PER_MACHINE, Card
+from planning.launchers import Launcher
+from planning.speed import Pace
+from planning.work import Load, load_of, loads_of_steps, traffic_of, work_of
+from recipe.keys import Recipe
+from run.retention import checkpoint_bytes, disk_peak
+from training.adapters import AdapterSize, adapter_size
+from training.memory import estimate_memory, model_size, moment_bytes, peak_of
+from training.micro_batches import largest_micro_batches
+from training.model import without_weights
+from training.plan import EpochPlan, Position, epoch_plan, packs_per_step, steps_left
+from training.state_layout import host_state, saving_bytes
+from utils.launch import DTYPES
+
+# Of a card's memory, beside what a step holds: CUDA itself, the libraries' buffers, NCCL's.
+RESERVE = GIB
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A run that is planned: what does not depend on where it runs."""
+
+    recipe: Recipe
+    config: PretrainedConfig
+    model: PreTrainedModel  # without weights in memory
+    mix: Mix
+    mfu: float | None = None
+    cuts: dict = field(default_factory=dict)  # the steps that were cut so far, and how many there are
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of forward and backward: on a GPU, whatever is here."""
+        return DTYPES[self.recipe.dtype]
+
+    @functools.cached_property
+    def parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @functools.cached_property
+    def adapter(self) -> AdapterSize | None:
+        return adapter_size(self.recipe, self.model, self.dtype) if self.recipe.use_peft else None
+
+    @functools.cached_property
+    def epoch(self) -> EpochPlan:
+        """The first; the others have as many tokens, or about as many."""
+        return epoch_plan(self.mix, self.recipe, 0)
+
+    @functools.cached_property
+    def tokens(self) -> np.ndarray:
+        """Of each pack of it: int64 [packs]."""
+        return self.epoch.tokens(self.mix, self.recipe)
+
+    def loads(self, recipe: Recipe, processes: int) -> list[Load]:
+        """Some steps of the epoch, cut as `recipe` says."""
+        key = recipe.micro_batch_tokens, processes
+        if key not in self.cuts:
+            self.cuts[key] = loads_of_steps(self.mix, recipe, self.epoch, self.tokens, processes)
+        return self.cuts[key]
+
+    def steps(self, processes: int) -> tuple[int, int]:
+        """Of the run and of an epoch."""
+        if processes not in self.cuts:
+            total = self.recipe.max_steps or steps_left(self.mix, self.recipe, processes, Position())
+            self.cuts[processes] = total, math.ceil(len(self.epoch) / packs_per_step(self.recipe, processes))
+        return self.cuts[processes]
+
+
+def make_subject(recipe: Recipe, config: PretrainedConfig, mix: Mix, mfu: float | None = None) -> Subject:
+    """Raises: UserError where no model can be made of the config."""
+    return Subject(recipe, config, without_weights(recipe, config), mix, mfu)
+
+
+class Plan(NamedTuple):
+    """Of a run on some cards. Bytes, seconds; an estimate all of it.
+
+    Attributes:
+        launcher: how it is started.
+        keys: of the recipe, that differ from it.
+        micro_batch_tokens: of the largest micro-batch of the run.
+        recomputes: whether it checkpoints gradients.
+        parts: of each card's memory, as `estimate_memory` has them, at the micro-batch of `keys`.
+        fits: whether `peak` does.
+        most_tokens: of the largest micro-batch that fits; 0 where none does.
+        tokens_per_second, hours: of all cards; 0 where it does not fit. `hours` are those of training and evaluation.
+        sent: by each card in a step, to its own machine and (by the machine) to others.
+        host: of each machine's memory, by what it is for.
+        checkpoint: of a checkpoint its model, and what resuming needs; disk: that the run takes at most.
+    """
+
+    launcher: Launcher
+    keys: dict[str, str]
+    micro_batch_tokens: int
+    recomputes: bool
+    parts: dict[str, int]
+    peak: int
+    fits: bool
+    most_tokens: int
+    tokens_per_second: float
+    hours: float
+    steps: int
+    sent: tuple[float, float]
+    host: dict[str, int]
+    checkpoint: tuple[int, int]
+    disk: int
+
+
+def plan_run(subject: Subject, launcher: Launcher, card: Card) -> Plan:
+    """The fastest setting that fits; where none does, the one that needs the least memory.
+
+    Raises: UserError where the recipe has no step.
+    """
+    recipe, found = subject.recipe, []
+    for checkpointing in (False,) if recipe.torch_compile else (False, True):
+        tried = recipe.model_copy(update={"gradient_checkpointing": checkpointing})
+        most = _most_tokens(subject, tried, launcher, card)
+        found.append(_planned(subject, _cut_by(tried, most, subject, launcher.cards), launcher, card, most))
+    fitting = [plan for plan in found if plan.fits]
+    if fitting:
+        return min(fitting, key=lambda plan: plan.hours)
+    return min(found, key=lambda plan: plan.peak)
+
+
+def _cut_by(recipe: Recipe, most: int, subject: Subject, processes: int) -> Recipe:
+    """The recipe with micro-batches as large as fit, and no larger than a process needs; as it is where that would
+    change the loss."""
+    if recipe.loss_normalization == "micro_batch":
+        return recipe
+    of_step = subject.tokens.mean() * packs_per_step(recipe, processes)
+    needed = math.ceil(1.5 * of_step / processes / recipe.max_length) * recipe.max_length
+    return recipe.model_copy(update={"micro_batch_tokens": max(recipe.max_length, min(most, needed))})
+
+
+def _most_tokens(subject: Subject, recipe: Recipe, launcher: Launcher, card: Card) -> int:
+    """Of the largest micro-batch, in whole rows of max_length, that fits; 0 where none does."""
+
+    def fits(rows: int) -> bool:
+        return peak_of(_memory(subject, recipe, launcher, _full_shape(recipe, rows))) + RESERVE <= card.memory
+
+    low, high = 0, 1
+    while high <= 4096 and fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low * recipe.max_length
+
+
+def _full_shape(recipe: Recipe, rows: int) -> tuple[int, int]:
+    """Of a micro-batch of so many rows of max_length."""
+    return (1, rows * recipe.max_length) if recipe.padding_free else (rows, recipe.max_length)
+
+
+def _largest_shape(subject: Subject, recipe: Recipe, cards: int, steps: int) -> tuple[int, int]:
+    """Of a run's micro-batches: cut by tokens none is larger than full; else as `run/preflight.py` has it."""
+    if recipe.micro_batch_tokens is not None:
+        return _full_shape(recipe, recipe.micro_batch_tokens // recipe.max_length)
+    return largest_micro_batches(subject.mix, recipe, cards, steps, Position())[0].shape
+
+
+def _memory(subject: Subject, recipe: Recipe, launcher: Launcher, shape: tuple[int, int]) -> dict[str, int]:
+    arguments = subject.parameters, launcher.layout, subject.dtype, shape, True, subject.adapter
+    return estimate_memory(recipe, subject.config, *arguments)
+
+
+def _planned(subject: Subject, recipe: Recipe, launcher: Launcher, card: Card, most: int) -> Plan:
+    layout, cards, element = launcher.layout, launcher.cards, subject.dtype.itemsize
+    steps, epoch_steps = subject.steps(cards)
+    shape = _largest_shape(subject, recipe, cards, steps)
+    parts = _memory(subject, recipe, launcher, shape)
+    fits = peak_of(parts) + RESERVE <= card.memory
+    size = model_size(subject.config, subject.parameters, subject.adapter)
+    traffic = traffic_of(layout, size, element)
+    tokens_per_second = hours = 0.0
+    loads = subject.loads(recipe, cards)
+    if fits:
+        work = work_of(recipe, subject.config, subject.model, layout, element)
+        pace = Pace(card, work, layout, size, traffic, element, moment_bytes(recipe), subject.mfu)
+        seconds = sum(pace.step(load) for load in loads) / len(loads)
+        tokens_per_second = float(sum(load.tokens.sum() for load in loads)) / len(loads) / seconds
+        evaluations = steps // recipe.eval_steps + 1
+        hours = (steps * seconds + evaluations * pace.evaluating(_validation(subject, recipe))) / 3600
+    rounds = sum(len(load.tokens) for load in loads) / len(loads)
+    saved = subject.parameters if subject.adapter is None else subject.adapter.weights
+    model, state = checkpoint_bytes(recipe, saved, subject.dtype, layout.keeps_half_weights)
+    merged = subject.parameters * element if recipe.merge_adapter else 0
+    state = 0 if recipe.save_only_model else state
+    local = min(PER_MACHINE, cards)
+    host = {name: local * each for name, each in host_state(layout, size, element, moment_bytes(recipe)).items()}
+    host["weights as they are loaded"] = saved * (element if layout.is_deepspeed else 4)
+    host["a checkpoint as it is written"] = saving_bytes(layout, model, state, local)
+    return Plan(
+        launcher=launcher,
+        keys=_difference(subject.recipe, recipe),
+        micro_batch_tokens=math.prod(shape),
+        recomputes=recipe.gradient_checkpointing,
+        parts=parts,
+        peak=peak_of(parts),
+        fits=fits,
+        most_tokens=most,
+        tokens_per_second=tokens_per_second,
+        hours=hours,
+        steps=steps,
+        sent=_sent(launcher, traffic.micro_batch * rounds + traffic.step, traffic.replicas),
+        host=host,
+        checkpoint=(model, state),
+        disk=disk_peak(recipe, model, state, epoch_steps, steps) + merged,
+    )
+
+
+def _sent(launcher: Launcher, shared: float, replicas: float) -> tuple[float, float]:
+    """Bytes of a step that a card sends, and that a machine sends to another."""
+    between = 0.0
+    if launcher.machines > 1:
+        hybrid = launcher.layout.engine == "fsdp2" and launcher.layout.replicas > 1
+        between = replicas * (PER_MACHINE if hybrid else 1) + (0 if hybrid else shared)
+    return shared + replicas, between
+
+
+def _validation(subject: Subject, recipe: Recipe) -> Load:
+    held_out = subject.mix.validation
+    if not len(held_out):
+        return Load(*np.zeros((4, 1, 1)))
+    return Load(*np.array(load_of(held_out.lengths, held_out.targets, recipe))[:, None, None])
+
+
+def _difference(recipe: Recipe, planned: Recipe) -> dict[str, str]:
+    names = ("gradient_checkpointing", "micro_batch_tokens")
+    values = {name: (getattr(recipe, name), getattr(planned, name)) for name in names}
+    return {name: str(new).lower() for name, (old, new) in values.items() if old != new}

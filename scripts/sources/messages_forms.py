@@ -1,0 +1,204 @@
+"""A conversation in the forms that people keep it in, as messages: who speaks, what is text, what is learnt.
+
+A list of messages is any of these, or JSON text of one:
+
+    [{"role": "user", "content": "Hi"}, ...]        or from, value (ShareGPT); speaker, text; ...
+    [{"user": "Hi", "assistant": "Hello"}, ...]     a turn or two of them under their speakers' names
+    [["Hi", "Hello"], ...]                          questions with their replies
+    ["Hi", "Hello", ...]                            the user speaks first
+    {"role": ["user", ...], "content": ["Hi", ...]} as `datasets` keeps a sequence of structs
+
+A content is a text, or a list of text parts, which are joined.
+"""
+
+import ast
+import json
+from typing import Any
+
+from sources.source import Message, Record, kind_of
+
+ROLES = {
+    **dict.fromkeys(("system", "developer", "sys"), "system"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(
+        ("assistant", "gpt", "model", "bot", "chatbot", "ai", "chatgpt", "gpt4", "gpt-4", "llm"), "assistant"
+    ),
+    **dict.fromkeys(("bing", "bard", "claude"), "assistant"),  # in ShareGPT's collections
+}
+TOOLS = {"tool", "tools", "function", "tool_call", "tool_calls", "tool_response", "tool_result", "tool_use"}
+TOOLS |= {"function_call", "function_response", "function_result", "observation", "ipython", "environment"}
+ROLE_KEYS = ("role", "from", "speaker", "author", "sender")
+CONTENT_KEYS = ("content", "value", "text", "message", "utterance")
+QUESTIONS = ("instruction", "prompt", "question", "query", "problem", "user", "human")
+ANSWERS = ("output", "response", "completion", "chosen", "answer", "solution", "reply", "assistant", "gpt")
+SPEAKER_KEYS = dict.fromkeys(QUESTIONS, "user") | dict.fromkeys(ANSWERS, "assistant") | ROLES
+TEXT_PARTS = {None, "text", "input_text", "output_text"}
+MEDIA = {"image", "images", "image_url", "audio", "audios", "video", "videos", "pixel_values"}
+# What else may be said beside a text, and is not learnt from.
+THOUGHTS = {"reasoning_content", "reasoning", "thinking", "thought", "thoughts", "chain_of_thought", "cot", "rationale"}
+UNUSED_IN_MESSAGE = THOUGHTS | {"loss", "mask", "train_on_turn", "training"}
+CALLS = {"tool_calls", "function_call", "tool_call_id"}
+SAID_BESIDE = UNUSED_IN_MESSAGE | MEDIA | CALLS | {"weight", "train"}
+
+
+class Dropped(Exception):
+    """A conversation that is none to be learnt from; the message is the reason, as it is counted."""
+
+
+def is_there(value: Any) -> bool:
+    """Whether a field has a value: null, a blank text and an empty list or object are none."""
+    if isinstance(value, str):
+        return value != "" and not value.isspace()
+    return value is not None and value != [] and value != {}
+
+
+def read_turns(
+    record: Record,
+    where: str,
+    value: Any,
+    unused: set[str],
+    role_keys: tuple[str, ...] = ROLE_KEYS,
+    content_keys: tuple[str, ...] = CONTENT_KEYS,
+) -> list[Message]:
+    """The messages of a list in any form.
+
+    Args:
+        where: the field that it is in, for errors.
+        unused: gets the names of fields that could matter and are not used.
+        role_keys, content_keys: names of a message's speaker and text; the first that is not null counts.
+    Raises: Dropped, or UserError for what is none of the forms.
+    """
+    entries = value if type(value) is list else _entries(record, where, value, role_keys)
+    if entries and not isinstance(entries[0], dict):
+        if all(isinstance(entry, str | None) for entry in entries):
+            texts = [_text(record, where, entry, unused) for entry in entries]
+            return [Message(("user", "assistant")[place % 2], text) for place, text in enumerate(texts)]
+        if all(isinstance(entry, list) and len(entry) == 2 for entry in entries):
+            entries = _of_pairs(entries)
+    messages = []
+    for entry in entries:
+        if not isinstance(entry, dict):
+            raise record.error(f"an entry of {where!r} is not an object")
+        messages += _read_entry(record, where, entry, unused, role_keys, content_keys)
+    return messages
+
+
+def _entries(record: Record, where: str, value: Any, role_keys: tuple[str, ...]) -> list:
+    if isinstance(value, str):
+        value = _from_text(value)
+        if isinstance(value, str):
+            raise record.error(f"field {where!r} is a string, not a list, nor JSON text of one")
+    if isinstance(value, dict):
+        columns = list(value.values())
+        if columns and all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+            return [dict(zip(value, entry, strict=True)) for entry in zip(*columns, strict=True)]
+        if any(key in value for key in role_keys):
+            return [value]
+    if not isinstance(value, list):
+        raise record.error(f"field {where!r} is {kind_of(value)}, not a list")
+    return value
+
+
+def _from_text(text: str) -> Any:
+    """What JSON text holds, or Python's own notation, which pandas writes into CSV; the text where it is neither."""
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            value = parse(text.strip())
+            return json.loads(value) if isinstance(value, str) else value
+        except (ValueError, SyntaxError, MemoryError, TypeError):
+            continue
+    return text
+
+
+def _of_pairs(entries: list[list]) -> list[dict]:
+    """Of [["user", "Hi"], ...] or [["Hi", "Hello"], ...], objects."""
+    if all(isinstance(first, str) and first.strip().lower() in ROLES for first, _ in entries):
+        return [{"role": role, "content": content} for role, content in entries]
+    return [{"user": question, "assistant": answer} for question, answer in entries]
+
+
+def _read_entry(
+    record: Record,
+    where: str,
+    entry: dict[str, Any],
+    unused: set[str],
+    role_keys: tuple[str, ...],
+    content_keys: tuple[str, ...],
+) -> list[Message]:
+    role_key, content_key = _first(role_keys, entry), _first(content_keys, entry)
+    if role_key is None:
+        if any(key in entry for key in role_keys):
+            raise Dropped("conversation with a speaker other than system, user and assistant")
+        speakers = {SPEAKER_KEYS.get(key.lower()): key for key in entry if key.lower() in SPEAKER_KEYS}
+        if not speakers:
+            record.inside(entry, where, role_keys[0])  # says which fields are there
+        order = [role for role in ("system", "user", "assistant") if role in speakers]
+        train = _is_learnt(record, where, entry)
+        texts = [_text(record, f"{where}.{speakers[role]}", entry[speakers[role]], unused) for role in order]
+        return [Message(role, text, train=train) for role, text in zip(order, texts, strict=True)]
+    speaker = record.inside(entry, where, role_key).strip().lower()
+    role, train = ROLES.get(speaker), True
+    if speaker in TOOLS:
+        raise Dropped("conversation with a tool's turn")
+    if role is None:
+        raise Dropped("conversation with a speaker other than system, user and assistant")
+    if not SAID_BESIDE.isdisjoint(entry):
+        beside = {name for name in entry.keys() & SAID_BESIDE if is_there(entry[name])}
+        if beside & CALLS:
+            raise Dropped("conversation with a tool's turn")
+        if media := sorted(beside & MEDIA):
+            raise Dropped(f"conversation with what is not text ({media[0]})")
+        unused.update(beside & UNUSED_IN_MESSAGE)
+        train = _is_learnt(record, where, entry)
+    if content_key is None and not any(key in entry for key in content_keys):
+        record.inside(entry, where, content_keys[0])  # says which fields are there
+    text = _text(record, f"{where}.{content_key}", entry[content_key], unused) if content_key else ""
+    return [Message(role, text, train=train)]
+
+
+def _first(keys: tuple[str, ...], entry: dict[str, Any]) -> str | None:
+    for key in keys:  # a plain loop, as of every message: `next` over a generator takes four times as long
+        if entry.get(key) is not None:
+            return key
+    return None
+
+
+def _is_learnt(record: Record, where: str, entry: dict[str, Any]) -> bool:
+    weight = entry.get("weight")
+    if weight is not None and weight not in (0, 1):
+        raise record.error(f"field '{where}.weight' is {str(weight)[:40]!r}, not 0 or 1")
+    train = entry.get("train")
+    if train is not None and not isinstance(train, bool):
+        raise record.error(f"field '{where}.train' is {kind_of(train)}, not true or false")
+    return train is not False and weight != 0
+
+
+def _text(record: Record, where: str, content: Any, unused: set[str]) -> str:
+    """The text of a message, whose content is a text, text parts, or null."""
+    if isinstance(content, str):
+        return content if content.isascii() else record.inside({where: content}, "", where)
+    if content is None:
+        return ""
+    if isinstance(content, dict):
+        content = [content]
+    if not isinstance(content, list):
+        raise record.error(f"field {where!r} is {kind_of(content)}, not a string")
+    texts = []
+    for part in content:
+        if isinstance(part, dict):
+            kind = part.get("type")
+            if kind in THOUGHTS or kind == "redacted_thinking":
+                unused.add(kind)
+                continue
+            if kind in TOOLS:
+                raise Dropped("conversation with a tool's turn")
+            if kind not in TEXT_PARTS or not isinstance(part.get("text"), str):
+                named = (
+                    kind or ", ".join(sorted(name for name in part if is_there(part[name]))) or "a part without text"
+                )
+                raise Dropped(f"conversation with what is not text ({str(named)[:40]})")
+            part = part["text"]
+        elif part is not None and not isinstance(part, str):
+            raise record.error(f"field {where!r} has a part that is {kind_of(part)}, not a text")
+        texts.append(_text(record, where, part, unused))
+    return "".join(texts)

@@ -1,0 +1,260 @@
+"""Configurations, splits and slices: exactly the rows that `datasets` has, from the hub, its caches and folders."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from conftest import ROOT
+from hub_server import COMMIT, hub_of
+
+from data.files import find_data_file
+from data.reading import Reading
+from data.splits import slices
+from sources.messages import MessagesOptions
+from sources.registry import find_source
+from utils.errors import UserError
+
+
+def parquet(name: str, count: int) -> bytes:
+    rows = [{"prompt": f"{name} {number}", "response": f"reply {number}"} for number in range(count)]
+    stream = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), stream)
+    return stream.getvalue().to_pybytes()
+
+
+def lines(name: str, count: int) -> bytes:
+    rows = [{"prompt": f"{name} {number}", "response": f"reply {number}"} for number in range(count)]
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+# Two configurations of three splits each, and a test file whose name holds "train".
+README = b"""---
+configs:
+- config_name: chat
+  default: true
+  data_files:
+  - {split: train, path: chat/train-*}
+  - {split: validation, path: chat/held_out.parquet}
+  - {split: test, path: chat/test_of_the_train_set.parquet}
+- config_name: code
+  data_files:
+  - {split: train_sft, path: code/train_sft.parquet}
+  - {split: train_gen, path: code/train_gen.parquet}
+  - {split: test_sft, path: code/test_sft.parquet}
+---
+# Chats
+"""
+CHATS = {
+    "README.md": README,
+    "chat/train-00000-of-00002.parquet": parquet("train a", 30),
+    "chat/train-00001-of-00002.parquet": parquet("train b", 10),
+    "chat/held_out.parquet": parquet("validation", 5),
+    "chat/test_of_the_train_set.parquet": parquet("test", 6),
+    **{f"code/{name}.parquet": parquet(name, 4) for name in ("train_sft", "train_gen", "test_sft")},
+}
+# Without a README: by its files' names, of which a folder's comes first.
+PLAIN = {"data/train-00000-of-00001.parquet": parquet("train", 7), "data/test-00000-of-00001.parquet": parquet("t", 3)}
+ASKED = [  # config, split, data_files, revision; how many rows
+    ({}, 40),
+    ({"split": "train"}, 40),
+    ({"config": "chat", "split": "test"}, 6),
+    ({"split": "train+validation"}, 45),
+    ({"split": "train[:5%]"}, 2),
+    ({"split": "train[25:35]", "revision": "v1"}, 10),
+    ({"split": "train[-20%:]+train[:3]"}, 11),
+    ({"config": "code", "split": "train_sft"}, 4),
+    ({"config": "code", "split": "test_sft[1:]"}, 3),
+    ({"data_files": "code/*_gen.parquet"}, 4),
+    ({"data_files": {"mine": ["chat/held_out.parquet", "chat/test*"]}, "split": "mine"}, 11),
+]
+REFUSED = [
+    ({"config": "cod"}, "has no configuration 'cod': did you mean code?"),
+    ({"config": "code"}, "has no split 'train': give one by `split`: train_sft, train_gen, test_sft"),
+    ({"split": "tests"}, "has no split 'tests': did you mean test?"),
+]
+
+# For each question: what is read here; and, where it is asked for, what `datasets` has by itself.
+READ = """
+import json, sys
+sys.path.insert(0, "scripts")
+from pathlib import Path
+from data.files import find_data_file
+from data.reading import Reading
+from sources.messages import MessagesOptions
+from sources.registry import find_source
+from utils.errors import UserError
+asked = json.load(sys.stdin)
+for repo, options in asked["ours"]:
+    options = MessagesOptions(source="messages", hub_name=repo, **options)
+    try:
+        for download in (True, False):
+            hub = find_source("d", options).hub
+            paths = find_data_file("d", None, Path("none"), options.revision, hub, download=download)
+        texts = [one.messages[0].content for one in Reading("d", options, paths, 0)]
+    except UserError as error:
+        texts = str(error)
+    print(json.dumps(texts))
+if asked["datasets"]:
+    import datasets
+    for repo, options in asked["datasets"]:
+        name = options.pop("config", None)
+        rows = datasets.load_dataset(repo, name, **{"split": "train", **options})
+        print(json.dumps(rows["prompt"][:]))
+"""
+
+
+def ask(questions: list, by_datasets: list = (), **environment) -> list:
+    process = subprocess.run(
+        [sys.executable, "-c", READ],
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_DISABLE_XET": "1", **{name: str(value) for name, value in environment.items()}},
+        input=json.dumps({"ours": questions, "datasets": by_datasets}),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    return [json.loads(line) for line in process.stdout.splitlines() if not line.startswith("files of ")]
+
+
+def test_the_rows_of_a_hub_data_set_are_those_of_datasets(tmp_path):
+    """From the hub, then offline: from its cache, and from the cache of `datasets` where that is all there is."""
+    asked = [("me/chats", one) for one, _ in ASKED]
+    refused = [("me/chats", one) for one, _ in REFUSED]
+    held_out, plain = ("me/partial", {"split": "validation"}), ("me/plain", {})
+    of_datasets = [(f"me/{repo}", {"config": "chat", "split": "test"}) for repo in ("chats", "arrow")]
+    caches = {"HF_HUB_CACHE": tmp_path / "hub", "HF_DATASETS_CACHE": tmp_path / "datasets"}
+    repositories = {"me/chats": CHATS, "me/plain": PLAIN, "me/partial": CHATS, "me/arrow": CHATS}
+    with hub_of(repositories) as (address, fetched):
+        environment = {"HF_ENDPOINT": address, **caches}
+        answers = ask([held_out, plain, *asked, *refused], [*asked, *of_datasets], **environment, HF_HUB_OFFLINE="0")
+    assert answers[0] == [f"validation {number}" for number in range(5)]
+    assert fetched[:2] == ["README.md", "chat/held_out.parquet"]  # nothing else is downloaded
+    assert "data/train-00000-of-00001.parquet" in fetched[:3]
+    assert answers[1] == [f"train {number}" for number in range(7)]
+    rows, rest = answers[2 : 2 + len(asked)], answers[2 + len(asked) :]
+    assert [len(own) for own in rows] == [count for _, count in ASKED]
+    for (_, said), answer in zip(REFUSED, rest, strict=False):
+        assert said in answer
+    assert rest[len(refused) : len(refused) + len(asked)] == rows
+
+    (tmp_path / "hub" / "datasets--me--arrow").rename(tmp_path / "elsewhere")
+    torn = tmp_path / "hub" / "datasets--me--torn"
+    laid_out = {"refs/main": COMMIT.encode(), f"snapshots/{COMMIT}/data/train-1-of-3.parquet": parquet("b", 2)}
+    write(torn, laid_out)
+    arrow = ("me/arrow", {"config": "chat", "split": "test[1:]"})
+    absent = [
+        ("me/partial", {"split": "train"}),
+        ("me/arrow", {"config": "chat", "revision": "d" * 40}),
+        ("me/torn", {}),
+    ]
+    answers = ask([held_out, *asked, arrow, *absent], **environment, HF_HUB_OFFLINE="1")
+    assert answers[0] == [f"validation {number}" for number in range(5)]
+    assert answers[1 : 1 + len(asked)] == rows
+    of_arrow, partial, of_another, of_three = answers[1 + len(asked) :]
+    assert of_arrow == [f"test {number}" for number in range(1, 6)]
+    assert "files of its split train not found" in partial
+    assert "could not be reached" in of_another
+    assert "the hub's me/torn, in its cache: only 1 of 3 parts of data/train are here: download the rest" in of_three
+
+
+# ---- Folders ----
+
+
+def read(place, **options):
+    """The prompts of what a recipe names by input_file_path."""
+    options = MessagesOptions(source="messages", input_file_path=str(place), **options)
+    paths = find_data_file("d", options.input_file_path, Path("none"), None, find_source("d", options).hub)
+    return [one.messages[0].content for one in Reading("d", options, paths, 0)]
+
+
+def write(folder: Path, files: dict[str, bytes]) -> Path:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("files", "options"),
+    [
+        (CHATS, {}),
+        (CHATS, {"config": "code", "split": "train_gen"}),
+        (CHATS, {"split": "train[10%:20%]"}),
+        (PLAIN, {"split": "test"}),
+        ({"a.jsonl": lines("a", 2), "b.jsonl": lines("b", 3)}, {}),
+        ({"train.jsonl": lines("a", 2), "test.jsonl": lines("b", 3), "train_test.md": b"#"}, {}),
+        ({"train/1.jsonl": lines("a", 2), "test/train.jsonl": lines("b", 3)}, {"split": "test"}),
+        ({"main/train.jsonl": lines("a", 2), "socratic/train.jsonl": lines("b", 3)}, {"split": "train"}),
+        ({"x.csv": b"prompt,response\np 0,r\n", "x.json": lines("p", 1)}, {}),
+    ],
+)  # fmt: skip
+def test_the_rows_of_a_folder_are_those_of_datasets(tmp_path, files, options):
+    datasets = pytest.importorskip("datasets")
+    folder = write(tmp_path / "data", files)
+    own = {"split": "train", **options}
+    rows = datasets.load_dataset(str(folder), own.pop("config", None), cache_dir=str(tmp_path / "cache"), **own)
+    if rows.num_rows:
+        assert read(folder, **options) == rows["prompt"][:]
+    else:
+        with pytest.raises(UserError, match=r"no conversation|no record"):
+            read(folder, **options)
+
+
+@pytest.mark.parametrize(
+    ("files", "options", "said"),
+    [
+        (CHATS, {"config": "cod"}, "has no configuration 'cod': did you mean code?"),
+        (PLAIN, {"config": "code"}, "has no configuration 'code': it has no README.md"),
+        (PLAIN, {"split": "validation"}, "has no split 'validation' (known: train, test)"),
+        ({"test.jsonl": b"{}"}, {}, "has no split 'train': give one by `split`: test"),
+        ({"main/train.jsonl": b"{}", "socratic/train.jsonl": b"{}"}, {}, "2: main/train, socratic/train: take one"),
+        ({"train_de.jsonl": b"{}", "train_en.jsonl": b"{}"}, {}, "2: train-de, train-en: take one by `data_files`"),
+        ({"a.txt": b"x"}, {}, "the split train is of no kind that is read: a.txt"),
+        ({"picture.png": b"x"}, {}, "of no kind that is read: picture.png"),
+        ({"x.zip": b"x"}, {}, "x.zip"),
+        ({"x.py": b"raise SystemExit"}, {}, "has no data file"),
+        ({}, {}, "has no data file"),
+        ({"README.md": b"---\nconfigs: [{config_name: 3\n---\n"}, {}, "its README.md cannot be made sense of"),
+    ],
+)
+def test_folders_refused(tmp_path, files, options, said):
+    (tmp_path / "data").mkdir()
+    with pytest.raises(UserError) as error:
+        read(write(tmp_path / "data", files), **options)
+    assert str(error.value).startswith(f"data set d: {tmp_path}/data")
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_what_save_to_disk_wrote(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list([{"prompt": f"p {number}", "response": "r"} for number in range(2500)])
+    rows.save_to_disk(tmp_path / "one", num_shards=3)
+    datasets.DatasetDict(train=rows.select(range(5)), test=rows.select([7, 3])).save_to_disk(tmp_path / "two")
+    assert read(tmp_path / "one") == rows["prompt"][:]
+    assert read(tmp_path / "one", split="train[-2:]") == ["p 2498", "p 2499"]
+    assert read(tmp_path / "two") == [f"p {number}" for number in range(5)]
+    assert read(tmp_path / "two", split="test") == ["p 7", "p 3"]
+    with pytest.raises(UserError, match=r"two: has no split 'tset': did you mean test\?"):
+        read(tmp_path / "two", split="tset")
+    with pytest.raises(UserError, match=r"split test: .*one is a file, whose rows are the split train"):
+        read(tmp_path / "one", split="test")
+    (tmp_path / "one" / "data-00001-of-00003.arrow").unlink()
+    with pytest.raises(UserError, match=r"data-00001-of-00003\.arrow: is missing"):
+        read(tmp_path / "one")
+
+
+@pytest.mark.parametrize("split", ["train[:5%]", "train[7:]", "train[-3:]", "train[:2000]", "train[20:10]"])
+def test_slices_of_a_file(tmp_path, split):
+    (tmp_path / "x.jsonl").write_bytes(lines("p", 50))
+    (start, stop), *_ = slices(split, 50)
+    if start < stop:
+        assert read(tmp_path / "x.jsonl", split=split) == [f"p {number}" for number in range(50)][start:stop]
+    else:
+        assert read(tmp_path / "x.jsonl", split=split) == []

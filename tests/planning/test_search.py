@@ -1,0 +1,171 @@
+"""The fastest setting that fits, of which data, for which models: what grows with what, and the documents' tables."""
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from hypothesis import strategies as st
+from mixes import given
+from transformers import AutoConfig
+
+from planning.cards import GIB, find_card
+from planning.documents import make_tables, with_tables
+from planning.launchers import launchers
+from planning.mixes import KNOWN, find_mix
+from planning.models import CONFIGS, find_config
+from planning.search import RESERVE, Subject, make_subject, plan_run
+from recipe.load import load_recipe
+from training.model import without_weights
+from training.plan import steps_per_epoch, training_rows
+from utils.errors import UserError
+
+SEED = ROOT / "recipes" / "stablelm7b_oasst.yaml"
+H100 = find_card("h100")
+
+
+@pytest.fixture(scope="module")
+def seed() -> Subject:
+    return subject_of({})
+
+
+def subject_of(keys: dict[str, str], file=SEED) -> Subject:
+    recipe = load_recipe(file, keys)
+    return make_subject(recipe, find_config(recipe), find_mix(recipe)[0])
+
+
+def zero2(subject: Subject, cards: int):
+    return next(each for each in launchers(subject.recipe, cards) if each.config.endswith("/zero2.yaml"))
+
+
+def test_the_documents_have_the_tables_that_plan_makes():
+    """`python scripts/plan.py --write_tables` writes them anew."""
+    tables, named = make_tables(), ""
+    for page in (ROOT / "README.md", ROOT / "docs" / "hardware.md"):
+        text = page.read_text(encoding="utf-8")
+        assert with_tables(text, tables) == text, page.name
+        named += text
+    assert all(f"<!-- table {name} -->" in named for name in tables)
+
+
+def test_the_seeds_mix_is_as_large_as_the_run_was(seed):
+    """12,000 steps of 32 conversations in 3 epochs, by the model's card."""
+    assert 3 * steps_per_epoch(seed.mix, seed.recipe, 4) == pytest.approx(12_000, rel=0.005)
+    assert seed.steps(4) == (4 * steps_per_epoch(seed.mix, seed.recipe, 4), steps_per_epoch(seed.mix, seed.recipe, 4))
+
+
+@given(st.floats(20, 200), st.floats(1.01, 2), st.sampled_from([2, 4, 8]), examples=25)
+def test_more_memory_holds_no_less_and_is_no_slower(gib, times, cards):
+    subject = _SEED.setdefault("seed", subject_of({}))
+    small, large = (H100._replace(memory=int(size * GIB)) for size in (gib, gib * times))
+    one, other = (plan_run(subject, zero2(subject, cards), card) for card in (small, large))
+    assert one.fits <= other.fits
+    for plan, card in ((one, small), (other, large)):
+        assert plan.fits == (plan.peak + RESERVE <= card.memory)
+        assert plan.fits == bool(plan.most_tokens) == bool(plan.hours)
+        if plan.fits:
+            assert plan.micro_batch_tokens <= plan.most_tokens
+    if one.fits:
+        assert other.hours <= one.hours * 1.001
+        if one.recomputes == other.recomputes:
+            assert one.most_tokens <= other.most_tokens
+
+
+_SEED: dict[str, Subject] = {}
+
+
+def test_what_changes_the_loss_stays_as_it_is():
+    subject = subject_of({"loss_normalization": "micro_batch"})
+    plan = plan_run(subject, zero2(subject, 8), H100)
+    assert "micro_batch_tokens" not in plan.keys
+    assert plan.micro_batch_tokens <= 4 * 4096
+    compiled = subject_of({"torch_compile": "true", "gradient_checkpointing": "false"})
+    assert not plan_run(compiled, zero2(compiled, 8), H100).recomputes
+
+
+@pytest.mark.parametrize("keys", [
+    {"packing": "true"},
+    {"padding_free": "false"},
+    {"sort_by_length": "true"},
+    {"max_steps": "7"},
+    {"datasets.vicuna.fraction": "0.1", "save_strategy": "no"},
+    {"dtype": "fp32"},
+    {"dtype": "bf16", "num_train_epochs": "0.01", "global_batch_size": "null", "eval_steps": "1"},
+])  # fmt: skip
+def test_recipes_of_all_kinds(keys):
+    subject = subject_of({"model_name": "HuggingFaceTB/SmolLM2-135M", "max_length": "1024", **keys})
+    for cards in (1, 16):
+        for launcher in launchers(subject.recipe, cards):
+            plan = plan_run(subject, launcher, H100)
+            assert plan.fits
+            assert 0 < plan.hours < 1000
+            assert plan.micro_batch_tokens % 1024 == 0
+            load_recipe(SEED, {**keys, "max_length": "1024", **plan.keys})
+
+
+def test_hours_are_those_of_steps_and_evaluations(seed):
+    launcher = zero2(seed, 8)
+    whole, without = (plan_run(subject, launcher, H100) for subject in (seed, subject_of({"eval_steps": "1000000"})))
+    assert without.hours < 0.95 * whole.hours  # every 100 steps 11,870 conversations are evaluated
+    tokens = seed.tokens.sum() * seed.recipe.num_train_epochs
+    assert without.hours == pytest.approx(tokens / without.tokens_per_second / 3600, rel=0.06)
+
+
+# ---- Data and models ----
+
+
+def test_what_is_known_is_the_recipes_where_it_speaks_of_it():
+    recipe = load_recipe(SEED, {"datasets.vicuna.fraction": "0.25"})
+    mix, where = find_mix(recipe)
+    assert "estimate" in where
+    rows = training_rows(mix, recipe, 0)
+    vicuna = mix.names.index("vicuna")
+    assert (mix.train.dataset[rows] == vicuna).sum() == round(0.25 * 0.95 * KNOWN["vicuna"][0])
+    assert (mix.validation.dataset == vicuna).sum() == 800
+
+
+@given(st.integers(1, 10**8), examples=20)
+def test_as_many_tokens_as_were_given(tokens):
+    recipe = load_recipe(SEED, {"datasets.vicuna.fraction": "0.25"})
+    mix, _ = find_mix(recipe, tokens)
+    lengths = np.minimum(mix.train.lengths, recipe.max_length)
+    assert len(training_rows(mix, recipe, 0)) == len(lengths)
+    assert lengths.sum() == pytest.approx(tokens, rel=0.05, abs=1000)
+
+
+def test_data_that_are_nowhere():
+    recipe = load_recipe(SEED, {"datasets": "[mine: {source: messages, input_file_path: gone.jsonl}]"})
+    with pytest.raises(UserError, match=r"^data set mine: .* give --tokens N"):
+        find_mix(recipe)
+    assert find_mix(recipe, 10**6)[0].names
+
+
+def test_data_that_are_here():
+    recipe = load_recipe(ROOT / "recipes" / "demo.yaml")
+    mix, where = find_mix(recipe)
+    assert where == "the recipe's data, prepared"
+    subject = make_subject(recipe, find_config(recipe), mix)
+    plan = plan_run(subject, next(launchers(recipe, 1)), find_card("rtx4090"))
+    assert plan.fits
+    assert plan.steps == recipe.num_train_epochs * steps_per_epoch(mix, recipe, 1)
+
+
+def neox(layers: int, hidden: int, rows: int) -> int:
+    """Weights: of a layer 12 h^2 of matrices and 13 h of biases and norms; a last norm; two embeddings."""
+    return layers * (12 * hidden**2 + 13 * hidden) + 2 * hidden + 2 * rows * hidden
+
+
+@pytest.mark.parametrize(("name", "parameters"), [
+    ("stabilityai/stablelm-base-alpha-3b", neox(16, 4096, 50688)),
+    ("stabilityai/stablelm-base-alpha-7b", neox(16, 6144, 50432)),
+    ("HuggingFaceTB/SmolLM2-135M", 134_515_008),  # by its safetensors on the hub
+])  # fmt: skip
+def test_the_models_of_the_recipes_are_known(name, parameters):
+    recipe = load_recipe(SEED, {"model_name": name})
+    model = without_weights(recipe, AutoConfig.for_model(**CONFIGS[name]))
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+
+
+def test_a_model_that_is_nowhere():
+    with pytest.raises(UserError, match=r"^model_name = some/model: .*`hf download some/model config.json`"):
+        find_config(load_recipe(SEED, {"model_name": "some/model"}))
+    with pytest.raises(UserError, match=r"max_length = 5000: .* has 4096 positions"):
+        find_config(load_recipe(SEED, {"max_length": "5000"}))

@@ -1,0 +1,164 @@
+"""Checkpoints written behind the training: of the moment that they were asked for, one at a time, and never lost in
+silence. (The whole of a run that is killed while one is written is tests/run/test_faults.py.)
+"""
+
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+from accelerate import Accelerator
+from checkpoints import state_at
+from interruption import metrics, run_here, small_recipe
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from recipe.keys import Recipe
+from run import saving
+from run.checkpoint import read_checkpoint
+from run.saving import Saver
+from run.stats import Clock, TrainingStats
+from training.engine import Engine
+from training.optimizer import make_optimizer
+from utils.errors import UserError
+
+
+@pytest.fixture
+def saver(tmp_path, tiny_model):
+    """Of a process alone."""
+    values = {"model_name": "none", "output_dir": str(tmp_path / "run"), "datasets": ["vicuna"]}
+    recipe = Recipe.model_validate(values)
+    recipe.output_dir.mkdir()
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    accelerator = Accelerator(cpu=True)
+    optimizer, _ = make_optimizer(model, recipe, 10, deepspeed=False)
+    engine = Engine(accelerator, model, model, model, accelerator.prepare(optimizer), None)
+    return Saver(engine, AutoTokenizer.from_pretrained(tiny_model), recipe)
+
+
+@pytest.fixture
+def stats():
+    return TrainingStats(SimpleNamespace(names=["vicuna"]), torch.device("cpu"), Clock())
+
+
+@pytest.fixture
+def held_up(monkeypatch):
+    """Keeps what is written from being written until it is set."""
+    go_on, write = threading.Event(), saving.write_checkpoint
+
+    def wait_and_write(*parts):
+        assert go_on.wait(60)
+        write(*parts)
+
+    monkeypatch.setattr(saving, "write_checkpoint", wait_and_write)
+    return go_on
+
+
+def train(saver: Saver) -> None:
+    """Change every weight and moment."""
+    for parameter in saver.engine.model.parameters():
+        parameter.grad = torch.rand_like(parameter)
+    for group in saver.engine.optimizer.param_groups:
+        group["lr"] = 0.1
+    saver.engine.optimizer.step()
+
+
+def contents(path: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in sorted(path.rglob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def test_it_is_of_the_moment_that_it_was_asked_for(saver, stats, held_up):
+    """Twice, since the copies' memory is used again."""
+    folder = saver.recipe.output_dir
+    for step in (1, 2):
+        train(saver)
+        weights = {name: tensor.clone() for name, tensor in saver.engine.model.state_dict().items()}
+        saver.save(state_at(saver.recipe, step), stats)
+        train(saver)
+        assert not (folder / f"checkpoint-{step}").exists()
+        held_up.set()
+        saver.wait()
+        held_up.clear()
+        checkpoint = read_checkpoint(folder / f"checkpoint-{step}")
+        loaded = AutoModelForCausalLM.from_pretrained(checkpoint.path).state_dict()
+        assert all(torch.equal(loaded[name], weights[name]) for name in weights)
+    now = saver.engine.model.state_dict()
+    assert not any(torch.equal(now[name], weights[name]) for name in weights)
+
+
+def test_waited_for_it_holds_the_same(saver, stats):
+    train(saver)
+    saver.save(state_at(saver.recipe, 1), stats)
+    saver.wait()
+    saving.save_checkpoint(saver.engine, saver.tokenizer, saver.recipe, state_at(saver.recipe, 2), stats)
+    behind, waited_for = (contents(saver.recipe.output_dir / f"checkpoint-{step}") for step in (1, 2))
+    assert behind.keys() == waited_for.keys()
+    assert all(torch.equal(behind[name], waited_for[name]) for name in behind)
+
+
+def test_the_next_waits_for_the_one_before(saver, stats, held_up):
+    saver.save(state_at(saver.recipe, 1), stats)
+    threading.Timer(0.5, held_up.set).start()
+    saver.save(state_at(saver.recipe, 2), stats)
+    assert (saver.recipe.output_dir / "checkpoint-1").exists()
+    saver.wait()
+    assert (saver.recipe.output_dir / "checkpoint-2").exists()
+
+
+@pytest.mark.parametrize("told", ["save", "wait", "save_final_model"])
+def test_what_could_not_be_written_is_told_by_whatever_comes_next(saver, stats, held_up, told):
+    saver.save(state_at(saver.recipe, 1), stats)
+    assert not saver.failed
+    saver.recipe.output_dir.rename(saver.recipe.output_dir.with_name("taken away"))
+    held_up.set()
+    while not saver.is_idle:
+        pass
+    assert saver.failed
+    again = {"save": (state_at(saver.recipe, 2), stats), "wait": (), "save_final_model": ()}[told]
+    with pytest.raises(UserError, match=r"checkpoint-1 could not be written: .*No such file"):
+        getattr(saver, told)(*again)
+
+
+def test_without_memory_for_the_copies_training_waits(saver, stats, monkeypatch, capsys, held_up):
+    held_up.set()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    saver.save(state_at(saver.recipe, 1), stats)
+    assert (saver.recipe.output_dir / "checkpoint-1").exists()
+    assert saver.is_idle
+    assert "of a checkpoint's copies do not fit into the 0.000954 MiB" in capsys.readouterr().out
+
+
+def test_a_run_ends_the_same_either_way(tmp_path, tiny_model):
+    """Its disk fails behind a step: one line, and the run goes on from the checkpoint before when it is mended."""
+    recipe = small_recipe(tmp_path, tiny_model)
+    ends = {}
+    for way in ("true", "false"):
+        output = tmp_path / way
+        assert run_here(recipe, "--save_in_background", way, output_dir=output).returncode == 0
+        ends[way] = contents(output), metrics(output)
+    assert ends["true"][1] == ends["false"][1]
+    assert all(torch.equal(tensor, ends["false"][0][name]) for name, tensor in ends["true"][0].items())
+
+
+def test_a_run_whose_checkpoint_fails_behind_it_stops_and_goes_on(tmp_path, tiny_model, monkeypatch):
+    recipe, output = small_recipe(tmp_path, tiny_model), tmp_path / "run"
+    save_optimizer = saving.save_optimizer
+
+    def fail_at_10(folder, *parts):
+        if folder.parent.name == ".checkpoint-10":
+            raise OSError(28, "No space left on device")
+        return save_optimizer(folder, *parts)
+
+    monkeypatch.setattr(saving, "save_optimizer", fail_at_10)
+    run = run_here(recipe, output_dir=output)
+    assert run.returncode == 2
+    assert len(run.errors) == 1
+    assert "checkpoint-10 could not be written: [Errno 28] No space left on device (process 0)" in run.errors[0]
+    assert sorted(path.name for path in output.glob("*checkpoint-*")) == ["checkpoint-5"]
+    monkeypatch.undo()
+    assert run_here(recipe, output_dir=output).returncode == 0
+    whole = tmp_path / "whole"
+    run_here(recipe, output_dir=whole)
+    assert metrics(output) == metrics(whole)

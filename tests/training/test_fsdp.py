@@ -1,0 +1,169 @@
+"""FSDP2 and hybrid shards on real processes over gloo, beside plain training in one; and what launchers ask for."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, run_script
+from forking import launched_environments
+from mixes import make_recipe
+from test_loss import make_model
+
+from training.fsdp_config import Sharding, find_sharding, sharded_layers
+from utils.errors import UserError
+
+MICRO_BATCHES = 2  # of each process in a step
+UNITS = 3  # that are gathered one by one: two layers, and the rest of the model
+
+
+@pytest.fixture(scope="module", params=[("fsdp2x2", "bf16"), ("hsdp2x2", "fp32")], ids=lambda each: each[0])
+def measured(request, tmp_path_factory):
+    """What fsdp_worker.py found, and how."""
+    launch, dtype = request.param
+    folder = tmp_path_factory.mktemp(launch)
+    worker = "tests/training/fsdp_worker.py"
+    run_script(folder / "found.json", dtype, launch=launch, script=worker, output_dir=folder)
+    return launch, dtype, json.loads((folder / "found.json").read_text())
+
+
+@pytest.mark.parametrize("case", ["gpt_neox", "llama_tied", "phi_bias", "gathered once", "on the host"])
+def test_steps_are_those_of_plain_training(measured, case):
+    """Also where one process alone has something to train on; measured in fp32: 2e-7, in bf16: norms 1e-3."""
+    _, dtype, found = measured
+    found, exact = found[case], dtype == "fp32"
+    assert found["sharded"]
+    assert found["norms"] == pytest.approx(found["expected_norms"], rel=1e-5 if exact else 1e-2)
+    assert found["evaluated"] == pytest.approx(found["expected_evaluated"], rel=1e-5 if exact else 1e-2)
+    assert found["weights"] < (1e-5 if exact else 2e-3)  # rates come to 1e-3: where Adam sees noise, its sign decides
+
+
+@pytest.mark.parametrize("case", ["gpt_neox", "llama_tied", "phi_bias"])
+def test_each_process_holds_rows_and_every_element_is_written_once(measured, case):
+    _, dtype, found = measured
+    rows = list(zip(*found[case]["rows"], strict=True))
+    assert len(rows) > 10
+    for own in rows:
+        assert len(set(own)) <= 2
+        assert max(own) - min(own) <= 1
+    assert found[case]["covered"] == [1, 1]
+    assert found[case]["file_dtype"] == {"fp32": "torch.float32", "bf16": "torch.bfloat16"}[dtype]
+
+
+def test_nothing_is_sent_that_need_not_be(measured):
+    """Two micro-batches: weights for the forward pass and, but for those that are needed last and first, for the
+    backward pass; gradients of each as rows; between replicas once a step. And the counts of targets, and the norm."""
+    launch, _, found = measured
+    replicas = UNITS * (launch == "hsdp2x2")
+    expected = {"_reduce_scatter_base_": 2 * UNITS, "allreduce_": 2 + replicas}
+    assert found["gpt_neox"]["traffic"] == {**expected, "_allgather_base_": 2 * (2 * UNITS - 1)}
+    assert found["gathered once"]["traffic"] == {**expected, "_allgather_base_": UNITS}
+
+
+def test_where_one_process_overflows_all_leave_the_step_out(measured):
+    _, _, found = measured
+    assert set(found["overflow"]["scales"]) == {2.0**15}
+    assert all(weights == [1.0] * 4 for weights in found["overflow"]["weights"])
+
+
+# ---- What a launcher asks for ----
+
+
+@pytest.fixture
+def launched(monkeypatch, tmp_path):
+    """Stand in the environment that `accelerate launch` gives to the first process, under one of our configs with some
+    keys of it changed."""
+
+    def launch(name: str, processes: int = 4, fsdp: dict | None = None, **keys) -> None:
+        config = yaml.safe_load((ROOT / "accelerate_configs" / f"{name}.yaml").read_text())
+        config["fsdp_config"] |= fsdp or {}
+        config |= {"num_processes": processes, "main_process_port": 29500, **keys}
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+        for variable, value in launched_environments(["--config_file", str(tmp_path / "config.yaml")], "sft.py")[
+            0
+        ].items():
+            monkeypatch.setenv(variable, value)
+
+    return launch
+
+
+ASKED = [
+    ("fsdp2", 4, {}, Sharding(1, True, False)),
+    ("fsdp2", 2, {"fsdp_reshard_after_forward": False}, Sharding(1, False, False)),
+    ("fsdp2", 2, {"fsdp_offload_params": True}, Sharding(1, True, True)),
+    # As `accelerate config` writes it.
+    ("fsdp2", 4, {"fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}, Sharding(1, True, False)),
+    (
+        "fsdp2",
+        4,
+        {"fsdp_transformer_layer_cls_to_wrap": "GPTNeoXLayer", "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP"},
+        Sharding(1, True, False, ("GPTNeoXLayer",)),
+    ),
+    ("fsdp2", 4, {"fsdp_cpu_ram_efficient_loading": False}, Sharding(1, True, False)),
+    ("hsdp", 4, {}, Sharding(2, True, False)),
+]
+
+
+@pytest.mark.parametrize(("config", "processes", "changes", "expected"), ASKED)
+def test_a_config_is_read(launched, config, processes, changes, expected):
+    launched(config, processes, changes)
+    sharding = find_sharding(make_recipe(), torch.bfloat16)
+    assert sharding == expected
+    assert sharding.shards * sharding.replicas == processes
+
+
+REFUSED = [
+    ({"fsdp_version": 1, "fsdp_reshard_after_forward": "FULL_SHARD"}, "fsdp_version = 1: give 2"),
+    ({"fsdp_reshard_after_forward": "SHARD_GRAD_OP"}, "fsdp_reshard_after_forward = shard_grad_op: give true or false"),
+    ({"fsdp_auto_wrap_policy": "SIZE_BASED_WRAP"}, "fsdp_auto_wrap_policy = size_based_wrap: remove it"),
+    ({"fsdp_auto_wrap_policy": "NO_WRAP"}, "fsdp_auto_wrap_policy = no_wrap: remove it"),
+    ({"fsdp_sharding_strategy": "HYBRID_SHARD"}, "fsdp_sharding_strategy = hybrid_shard: remove it"),
+    ({"fsdp_state_dict_type": "FULL_STATE_DICT"}, "fsdp_state_dict_type = full_state_dict: remove it"),
+    ({"fsdp_activation_checkpointing": True}, "gradient_checkpointing says it"),
+    ({"fsdp_forward_prefetch": True}, "fsdp_forward_prefetch = true: remove it"),
+    ({"fsdp_ignored_modules": "lm_head"}, "fsdp_ignored_modules = lm_head: remove it"),
+    ({"fsdp_offload_params": "perhaps"}, "its fsdp_config: ValueError: invalid truth value perhaps"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED)
+def test_what_cannot_be_had_is_named(launched, changes, message):
+    launched("fsdp2", 2, changes)
+    with pytest.raises(UserError, match=message) as told:
+        find_sharding(make_recipe(), torch.bfloat16)
+    assert str(told.value).startswith("the accelerate config: ")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"dp_replicate_size": 4, "dp_shard_size": 1}, "has to be the number of processes, 4"),
+        ({"dp_replicate_size": 2, "dp_shard_size": 4}, "has to be the number of processes, 4"),
+        ({"dp_replicate_size": 0, "dp_shard_size": 4}, "dp_replicate_size must be at least 1"),
+        ({"dp_shard_size": 2, "tp_size": 2}, "parallelism_config_tp_size = 2: remove it"),
+    ],
+)
+def test_processes_that_cannot_be_divided_so_are_refused(launched, sizes, message):
+    launched("hsdp", 4, parallelism_config={f"parallelism_config_{key}": size for key, size in sizes.items()})
+    with pytest.raises(UserError, match=message):
+        find_sharding(make_recipe(), torch.bfloat16)
+
+
+def test_what_fsdp_does_not_train_is_refused(launched, monkeypatch):
+    launched("fsdp2", 1)
+    with pytest.raises(UserError, match="and there is one"):
+        find_sharding(make_recipe(), torch.bfloat16)
+    launched("fsdp2", 2)
+    with pytest.raises(UserError, match="use_peft = true"):
+        find_sharding(make_recipe(use_peft=True), torch.bfloat16)
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    assert find_sharding(make_recipe(use_peft=True), torch.bfloat16) is None
+
+
+def test_a_layer_that_the_model_lacks_is_named():
+    model = make_model("llama_tied")
+    with pytest.raises(UserError, match="cls_to_wrap = BloomBlock: the model has no such layer"):
+        sharded_layers(model, Sharding(1, True, False, ("BloomBlock",)))
+    model._no_split_modules = None
+    with pytest.raises(UserError, match="give fsdp_transformer_layer_cls_to_wrap: transformers has none"):
+        sharded_layers(model, Sharding(1, True, False))

@@ -159,7 +159,7 @@ CUTS = [
     ("tokens", "zero3x2", 2, 2),
     ("micro_batch", "python", 1, 8),
     ("micro_batch", "zero2x2", 1, 4),
-    ("micro_batch", "zero3x2", 1, 4),
+    pytest.param("micro_batch", "zero3x2", 1, 4, marks=pytest.mark.soak),
 ]
 # Those with weights: of these records, times that of the second data set.
 WEIGHTED = {("tokens", "ddp2"), ("micro_batch", "zero2x2")}
@@ -192,7 +192,7 @@ def give_weights(datasets: list[dict]) -> None:
 
 @pytest.mark.parametrize(
     ("launch", "micro_batch", "accumulation"),
-    [("python", 1, 6), ("zero2x2", 1, 3), ("zero3x2", 1, 3), ("ddp2", 3, 1)],
+    [("python", 1, 6), ("zero2x2", 1, 3), pytest.param("zero3x2", 1, 3, marks=pytest.mark.soak), ("ddp2", 3, 1)],
 )
 def test_the_last_window_of_an_epoch_makes_a_correct_step(
     run_sft, recipe, tiny_model, launch, micro_batch, accumulation
@@ -218,7 +218,10 @@ def test_the_last_window_of_an_epoch_makes_a_correct_step(
 
 @pytest.mark.parametrize(
     ("launch", "padding_free"),
-    [("python", True), ("python", False), ("ddp2", True), ("zero2x2", True), ("zero3x2", True)],
+    [
+        *[("python", True), ("python", False), ("ddp2", True), ("zero2x2", True)],
+        pytest.param("zero3x2", True, marks=pytest.mark.soak),
+    ],
 )
 def test_steps_cut_by_tokens_equal_an_independent_loop(run_sft, recipe, tiny_model, launch, padding_free):
     """Steps of six and of two conversations, whose micro-batches are not all as many."""

@@ -32,7 +32,7 @@ from training.optimizer import clip_fused_step, make_optimizer
 from training.optimizer_state import load_loss_scale, loss_scale_state
 from training.plan import accumulation_steps
 from training.shared_folder import check_shared_folder
-from training.zero import deepspeed_plugin, ready_for_engine
+from training.zero import deepspeed_plugin, ready_for_engine, shards_weights
 from utils.launch import check_processes, has_gpu, num_processes, process_group_options
 
 
@@ -157,8 +157,10 @@ def prepare_engine(
     if sharding:
         outline = outline_of(language_model, half or torch.float32)
         shard_model(model, language_model, accelerator, half or torch.float32)
-    else:
+    elif not deepspeed:
         receive_weights(model, accelerator.device)
+    elif shards_weights(accelerator):
+        outline = outline_of(language_model, language_model.dtype)
     optimizer, scheduler = make_optimizer(model, recipe, total_steps, deepspeed)
     if deepspeed:
         ready_for_engine(accelerator, model)

@@ -30,6 +30,11 @@ def deepspeed_plugin(config: dict[str, Any]) -> DeepSpeedPlugin:
     return DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=False)
 
 
+def shards_weights(accelerator: Accelerator) -> bool:
+    """Whether DeepSpeed leaves each process only a part of the weights: in stage 3."""
+    return accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"] == 3
+
+
 def ready_for_engine(accelerator: Accelerator, model: ScoredLoss) -> None:
     """Fill what the engine's config leaves to the model's width, and give each process its weights, from the first:
     under ZeRO-3 its part of each, so that none but the first ever holds more than one of them whole.
@@ -38,7 +43,7 @@ def ready_for_engine(accelerator: Accelerator, model: ScoredLoss) -> None:
     """
     config = accelerator.state.deepspeed_plugin.deepspeed_config
     fill_by_hidden_size(config["zero_optimization"], model.config.get_text_config().hidden_size)
-    if config["zero_optimization"]["stage"] < 3:
+    if not shards_weights(accelerator):
         receive_weights(model, accelerator.device)
         return
     import deepspeed

@@ -139,11 +139,12 @@ CUT_SHORT = [("evaluation", "SIGTERM all"), ("evaluated", "SIGKILL all")]
 SHORT = {
     "cpu": [("save: optimizer", "SIGKILL all"), *CUT_SHORT, ("final", "SIGKILL all")],
     "zero2x2": [("save: optimizer", "SIGKILL worker"), ("training", "SIGTERM all")],
+    "zero3x2": [("save: model", "SIGKILL worker")],
 }
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("launch", SHORT)
+@pytest.mark.parametrize("launch", ["cpu", "zero2x2", pytest.param("zero3x2", marks=pytest.mark.soak)])
 def test_killed_a_few_times(tmp_path, launch):
     """What a launcher does when it is sent a signal is tests/run/test_stopping.py."""
     training = Training(tmp_path, launch, max_steps=14, kind=ForkedLife)

@@ -66,7 +66,7 @@ def weights_and_moments(checkpoint) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("launch", ["here", "ddp2", "zero2x2"])
+@pytest.mark.parametrize("launch", ["here", "ddp2", "zero2x2", pytest.param("zero3x2", marks=pytest.mark.soak)])
 def test_a_step_without_finite_numbers_is_left_out(tmp_path, one_bad_conversation, launch):
     output = tmp_path / "output"
     keys = (one_bad_conversation, "--logging_steps", 1, "--save_steps", 1, "--keep_trainer_state", "null")
@@ -84,7 +84,7 @@ def test_a_step_without_finite_numbers_is_left_out(tmp_path, one_bad_conversatio
     assert steps[0] <= 10 < steps[1]
     for line in bad:
         assert line["loss"] == "nan"
-        assert line["grad_norm"] == ("inf" if launch == "zero2x2" else "nan")  # as DeepSpeed says it
+        assert line["grad_norm"] == ("inf" if launch.startswith("zero") else "nan")  # as DeepSpeed says it
         assert len(line["examples"]) == (4 if line["step"] % 10 else 2)  # all of the step, over both processes
         assert {"dataset": "sums", "conversation": 5, "begins": BEGINS} in line["examples"]
         printed = (

@@ -220,11 +220,14 @@ def test_a_process_of_its_own_and_the_tests_agree(tmp_path, recipe, whole):
     assert_same_end(tmp_path, whole)
 
 
+BY_TOKENS, SOAK = ("--micro_batch_tokens", 60), pytest.mark.soak
+
+
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("launch", "cut", "batches"),  # of an evaluation, on each process
-    [("ddp2", (), 2), ("zero2x2", (), 2), ("zero2x2", ("--micro_batch_tokens", 60), 6)],
-    ids=["ddp2", "zero2x2", "zero2x2, by tokens"],
+    [("ddp2", (), 2), ("zero2x2", (), 2), ("zero2x2", BY_TOKENS, 6), pytest.param("zero3x2", BY_TOKENS, 6, marks=SOAK)],
+    ids=["ddp2", "zero2x2", "zero2x2, by tokens", "zero3x2, by tokens"],
 )
 def test_two_processes(tmp_path, recipe, launch, cut, batches):
     """A signal that one process alone hears stops both, in the same step; and nothing is lost."""

@@ -153,10 +153,10 @@ def open_source(name: str) -> tuple[EvaluatedModel, Weights]:
     Of an adapter those of its base model.
     Raises: UserError for what is no folder with a model, an adapter without its base, or quantized weights.
     """
-    folder = Path(name)
-    if not folder.is_dir():
+    if not Path(name).is_dir():
         raise UserError(f"{name}: no such folder under {Path.cwd()}")
     source = find_model(name)
+    name, folder = source.name, source.folder
     if is_adapter(name):
         base = read_base(folder)
         folder = model_folder(base.name)

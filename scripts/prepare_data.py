@@ -49,7 +49,8 @@ from rich.text import Text
 
 from data.mix import Mix, prepare_mix
 from training import contamination, plan
-from training.collate import collate, cut, window_start
+from training.collate import collate, cut, kept_targets, window_start
+from training.loss_shares import loss_shares
 from training.micro_batches import rows_of_step
 from training.model import load_tokenizer
 from utils.launch import num_processes
@@ -76,18 +77,18 @@ def main(options: argparse.Namespace, recipe: Recipe) -> None:
 
 def print_tables(mix: Mix, recipe: Recipe) -> None:
     """What was read, dropped and kept of each data set; how long it is, and what it adds to an epoch."""
-    read = make_table("rows", "data set", "read", "dropped", "train", "validation", "turns", "an epoch", "of targets")
+    read = make_table("rows", "data set", "read", "dropped", "train", "validation", "turns", "an epoch", "of the loss")
     title, cut_off = "tokens of the training conversations", f"over {recipe.max_length:,}"
     long = make_table(title, "data set", "tokens", "scored", "p50", "p90", "p99", "max", cut_off, "lost")
     rows = plan.training_rows(mix, recipe, epoch=0)
+    of_loss = loss_shares(mix, recipe, kept_targets(mix.train, recipe, epoch=0), num_processes())
     for index, name in enumerate(mix.names):
         own, drawn = np.flatnonzero(mix.train.dataset == index), rows[mix.train.dataset[rows] == index]
         report, held_out = mix.reports[name], (mix.validation.dataset == index).sum()
         messages = mix.train.tables[index]["messages"].take(mix.train.position[own])
         turns = pc.sum(pc.list_value_length(messages)).as_py() or 0
         counts = report["rows_read"], sum(report["dropped"].values()), len(own), held_out, turns, len(drawn)
-        share = mix.train.targets[drawn].sum() / mix.train.targets[rows].sum()
-        read.add_row(name, *(f"{count:,}" for count in counts), f"{share:.1%}")
+        read.add_row(name, *(f"{count:,}" for count in counts), f"{of_loss[index]:.1%}")
 
         lengths, scored = mix.train.lengths[own], mix.train.targets[own].sum() / mix.train.lengths[own].sum()
         percentiles = (f"{value:,.0f}" for value in np.percentile(lengths, [50, 90, 99, 100]))
@@ -121,7 +122,7 @@ def print_contamination(mix: Mix, recipe: Recipe) -> None:
     for name in contamination.BENCHMARKS:
         questions = contamination.load_benchmark(name, recipe.cache_dir)
         if isinstance(questions, str):
-            console.print(f"contamination: not checked: {questions}", soft_wrap=True)
+            console.print(f"test questions in training: not looked for, since {questions}", soft_wrap=True)
         else:
             found = contamination.contaminated_rows(mix.train, questions)
             print_overlaps(f"training conversations with questions of {name} ({len(questions):,} items)", found, mix)
@@ -155,7 +156,8 @@ def show_examples(mix: Mix, recipe: Recipe, tokenizer, count: int, dataset: str 
     for index, name in enumerate(mix.names):
         for row in np.flatnonzero(mix.train.dataset == index)[:count] if dataset in (None, name) else []:
             ids, scored = cut(mix.train, row, recipe, epoch=0)
-            console.rule(f"{name}, row {row}: {len(ids):,} tokens, {scored.sum():,} scored", align="left")
+            weight = "" if mix.train.weights is None else f", weight {mix.train.weights[row]:g}"
+            console.rule(f"{name}, row {row}: {len(ids):,} tokens, {scored.sum():,} scored{weight}", align="left")
             console.print(render(tokenizer, ids, scored))
 
 
@@ -185,7 +187,7 @@ def export(mix: Mix, recipe: Recipe, file: Path) -> None:
     """Write a JSON object a line for each example, cut to its first max_length tokens as validation is.
 
     dataset, split ("train", "validation"), messages, input_ids, labels (-100 where not scored; labels[i] belongs to
-    input_ids[i], the model shifts).
+    input_ids[i], the model shifts); where the split has weights, weight: what each label counts in the loss.
     """
     try:
         with (gzip.open if file.suffix == ".gz" else open)(file, "wt", encoding="utf-8") as out:
@@ -199,6 +201,8 @@ def export(mix: Mix, recipe: Recipe, file: Path) -> None:
                         "input_ids": ids.tolist(),
                         "labels": np.where(scored, ids, -100).tolist(),
                     }
+                    if split.weights is not None:
+                        example["weight"] = split.weights[row]
                     out.write(json.dumps(example, ensure_ascii=False) + "\n")
     except OSError as error:
         raise UserError(f"--export {file}: cannot write there: {error.strerror}") from error

@@ -23,8 +23,9 @@ its prompt and its number, not on the batch size or the processes. An interrupte
 import sys
 from pathlib import Path
 
+from data.prompts import read_prompts
 from evaluation.model import evaluation_parser, find_model
-from evaluation.report_files import SamplingReport, read_configs, read_prompts, read_report
+from evaluation.report_files import SamplingReport, read_configs, read_report
 from evaluation.report_page import check_can_write, write_page
 from utils.command_line import positive
 from utils.errors import UserError, one_line_errors
@@ -89,11 +90,13 @@ def main(options, checkpoint, prompts: list[list[dict]], configs: dict[str, dict
             raise UserError(f"{options.config}: {config}: {error}") from None
     ids = [encode_chat(tokenizer, messages) for messages in prompts]
     fitted = {config: room_for_reply(model, ids, chosen["max_new_tokens"]) for config, chosen in settings.items()}
-    for config, most in fitted.items():
-        if most < settings[config]["max_new_tokens"]:
-            say(f"{config}: replies of up to {most} tokens: more have no room in the model's positions")
-            least = min(most, settings[config].get("min_new_tokens", 0))
-            settings[config] |= {"max_new_tokens": most, "min_new_tokens": least}
+    shorter = {config: most for config, most in fitted.items() if most < settings[config]["max_new_tokens"]}
+    for config, most in shorter.items():
+        least = min(most, settings[config].get("min_new_tokens", 0))
+        settings[config] |= {"max_new_tokens": most, "min_new_tokens": least}
+    if shorter:  # all to the same: what the positions leave beside the longest prompt
+        names, most = ", ".join(shorter), min(shorter.values())
+        say(f"replies of up to {most} tokens ({names}): more have no room in the model's positions")
     depends_on = {
         "prompts": digest(prompts, 7),
         "settings": settings,

@@ -8,7 +8,7 @@
 Any causal LM whose logits are its output layer's; one process, DDP, or DeepSpeed ZeRO-1 and 2; GPU or CPU; fp32, fp16,
 bf16. It prepares the data (before any process group exists), shows the first batch, tries the largest, trains,
 evaluates each data set, writes checkpoints and leaves in OUTPUT_DIR: recipe.yaml, run.json, metrics.jsonl,
-training.png, checkpoint-<step>/, the final model and its card.
+training.png, samples.jsonl, checkpoint-<step>/, the final model and its card.
 
 The same command again goes on from the newest whole checkpoint. On SIGTERM, SIGINT, SIGUSR1 or SIGHUP it finishes the
 step, saves and exits with status 75; where no step and no evaluation is left, it ends as if nobody had asked.
@@ -69,7 +69,7 @@ def main(options, recipe: Recipe, stop: StopSignal) -> None:
     language_model = run.load_model(config, tokenizer, dtype if deepspeed else torch.float32)
     engine = prepare_engine(accelerator, language_model, recipe, progress.total_steps)
     batches = Batches(mix, recipe, accelerator.process_index, accelerator.num_processes, tokenizer.pad_token_id)
-    run.attach(engine, batches, tokenizer, dtype)
+    run.attach(engine, batches, dtype)
 
     # ---- What will run, and what will be learnt: a wrong mask is the commonest silent mistake ----
     if accelerator.is_main_process:
@@ -102,7 +102,7 @@ def main(options, recipe: Recipe, stop: StopSignal) -> None:
         stopped = stop.agreed(accelerator, run.save_failed) and not progress.is_complete
         if due.save or stopped:
             run.save()
-        if stopped:
+        if stopped or progress.is_complete:  # with early_stopping_patience before the last step
             break
 
     # ---- The end ----
@@ -120,24 +120,27 @@ def train_step(engine: Engine, micro_batches, recipe: Recipe, stats, rehearsal=F
     """One optimizer step over this process's micro-batches; a rehearsal does all of it but the update of the weights.
 
     The loss is the mean over all scored tokens of the step, however it is cut into micro-batches and processes; or,
-    under `loss_normalization: micro_batch`, the original's mean over micro-batches of their means. Either way a
-    micro-batch or a process without a scored token adds exactly nothing.
+    under `loss_normalization: micro_batch`, the original's mean over micro-batches of their means. Where tokens have
+    weights, each loss is multiplied by its own, and the mean divided by the mean of the weights, made in the same way.
+    A micro-batch or a process without a scored token adds exactly nothing.
 
     Returns:
         The gradient norm before clipping, and whether the weights were updated: not where the norm is no finite number.
     """
     accelerator, model, optimizer = engine.accelerator, engine.model, engine.optimizer
-    counts = torch.tensor([[len(batch.targets), len(batch.targets) > 0] for batch in micro_batches]).sum(0)
-    scored_tokens, scored_batches = accelerator.reduce(counts.to(accelerator.device, non_blocking=True)).clamp(min=1)
+    by_tokens = recipe.loss_normalization == "tokens"
+    # By what a micro-batch's sum is divided itself, before all of them are by what they weigh together.
+    sizes = [1 if by_tokens else max(1, len(batch.targets)) for batch in micro_batches]
+    weight = sum(batch.weight / size for batch, size in zip(micro_batches, sizes, strict=True))
+    weight = torch.tensor(weight, dtype=torch.double).to(accelerator.device, non_blocking=True)
+    weight = accelerator.reduce(weight).float()
+    weight += weight == 0  # of a step that teaches nothing
 
-    for number, batch in enumerate(micro_batches, 1):
+    for number, (batch, size) in enumerate(zip(micro_batches, sizes, strict=True), 1):
         batch = batch.to(accelerator.device)
         with engine.micro_batch(last=number == len(micro_batches)):
             total, losses, _ = model(batch)
-            if recipe.loss_normalization == "tokens":
-                loss = total / scored_tokens
-            else:
-                loss = total / max(1, len(losses)) / scored_batches
+            loss = total / size / weight
             # A loss that is no finite number makes NaN of every gradient, on every process: the norm tells all of it.
             finite = math.nan if rehearsal else 1 + 0 * loss.detach()
             # DDP and DeepSpeed average over processes and DeepSpeed divides by the accumulation steps: undo both.
@@ -183,6 +186,7 @@ def rehearse(engine: Engine, batches: Batches, largest_batches, stats) -> float:
 def evaluate_mix(engine: Engine, batches: Batches, run: Run, stop: StopSignal) -> None:
     """Write down loss and accuracy of each data set and of all, over every scored token of the validation split.
 
+    The loss is the cross-entropy alone, and no token has a weight: runs that are trained in other ways are compared.
     Sums are added over the processes and divided once, so that the result depends neither on their number nor on the
     batch size. Cut short by a signal, it is still due at the next start.
     """

@@ -36,5 +36,6 @@ def state_at(recipe, step: int, **values) -> dict:
         "results": {},
         "evaluation_due": False,
         "wandb_id": None,
+        "best": None,
         **values,
     }

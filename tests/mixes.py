@@ -53,8 +53,10 @@ def make_split(lengths: list[list[int]], seed: int = 0, scored_share: float = 0.
     return Split(dataset, position, columns["length"], columns["targets"], tables)
 
 
-def make_mix(lengths: list[list[int]], **kwargs) -> Mix:
+def make_mix(lengths: list[list[int]], weighted: bool = False, **kwargs) -> Mix:
     split = make_split(lengths, **kwargs)
+    if weighted:  # from a hundredth to a hundredfold
+        split.weights = 10 ** np.random.default_rng(len(split)).uniform(-2, 2, len(split))
     return Mix(NAMES[: len(lengths)], split, split)
 
 

@@ -16,6 +16,8 @@ options = {
     "val_split": st.floats(0, 1, exclude_max=True),
     "max_val_set": st.none() | positive,
     "on_bad_records": st.sampled_from(["error", "skip"]),
+    "weight": st.floats(0, 1e100, exclude_min=True),
+    "train_on": st.sampled_from(["all", "last"]),
 }
 languages = st.lists(st.sampled_from(["en", "no", "pt-BR", " de "]), min_size=1).map(",".join)
 size = st.fixed_dictionaries({}, optional={"size": positive}) | st.fixed_dictionaries(
@@ -45,6 +47,9 @@ recipes = st.fixed_dictionaries(
         "learning_rate": st.floats(0, 1),
         "adam_epsilon": st.floats(1e-300, 1),
         "max_grad_norm": st.floats(0, 1e300),
+        "label_smoothing": st.floats(0, 1, exclude_max=True),
+        "z_loss": st.floats(0, 1e300),
+        "neftune_noise_alpha": st.floats(0, 1e300),
         "num_train_epochs": st.floats(0, 2**31, exclude_min=True, exclude_max=True),
         "rng_seed": st.integers(0, 2**32 - 1),
         "max_steps": st.none() | positive,

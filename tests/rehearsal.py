@@ -199,6 +199,20 @@ def branch() -> None:
     _in_loss(lambda total, losses, batch: total if losses.mean() > 0 else -total)
 
 
+def weights() -> None:
+    """Of the conversations in the loss."""
+    import numpy as np
+
+    from benchmarking import traced_step
+
+    def weighted(conversations):
+        split = split_in_memory(conversations)
+        split.weights = np.arange(1.0, len(split) + 1)
+        return split
+
+    split_in_memory, traced_step.split_in_memory = traced_step.split_in_memory, weighted
+
+
 def boolean_mask() -> None:
     _in_loss(lambda total, losses, batch: total + losses[losses > 0].sum())
 

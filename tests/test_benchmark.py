@@ -13,10 +13,12 @@ from conftest import ROOT, run_script
 from forking import measure_forked
 from mixes import make_recipe
 
+import benchmarking.data
 from benchmarking.attention import attention_table, layer_outputs
 from benchmarking.contenders import Work, train_ours
 from benchmarking.scaling import plot_scaling, scaling_table
 from benchmarking.train import CONTENDERS, NEOX, SMALL, random_conversations, save_data, train_table
+from recipe.load import load_recipe
 
 TINY = SMALL | {"vocab_size": 500, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 
@@ -243,11 +245,22 @@ def test_measured_table_by_hand():
     assert "By tokens a step takes 0.75 of the time (median of 3 steps, 0.75 to 0.75)" in table
 
 
-def test_data_figures_of_a_small_mix(tmp_path):
-    """The whole `data` benchmark, TRL included, on the demo's data."""
+def test_data_figures_of_a_small_mix(monkeypatch):
+    """TRL included, on the demo's data, in processes that are forked; `make soak` runs the whole command."""
+    monkeypatch.setattr(benchmarking.data, "in_a_process", measure_forked)
+    figures = benchmarking.data.benchmark_data(load_recipe(str(ROOT / "recipes" / "demo.yaml")), rounds=1)
+    check_data_figures(figures, benchmarking.data.data_table(figures))
+
+
+@pytest.mark.soak
+def test_the_data_command(tmp_path):
     arguments = ["data", "recipes/demo.yaml", "--rounds", "1", "--json", tmp_path / "data.json"]
     run_script(*arguments, script="scripts/benchmark.py", output_dir=tmp_path)
     result = json.loads((tmp_path / "data.json").read_text())
-    assert result["figures"]["cold"][0]["conversations"] == result["figures"]["trl"][0]["conversations"] > 1000
-    assert "times TRL's best" in result["table"]
+    check_data_figures(result["figures"], result["table"])
+
+
+def check_data_figures(figures: dict, table: str) -> None:
+    assert figures["cold"][0]["conversations"] == figures["trl"][0]["conversations"] > 1000
+    assert "times TRL's best" in table
     assert NEOX["vocab_size"] == 50288

@@ -11,10 +11,11 @@ from checkpoints import save_chat_model
 from conftest import ROOT, run_script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from data.prompts import read_prompts
 from evaluation import generation
 from evaluation.chat_model import load_chat_model
 from evaluation.model import find_model
-from evaluation.report_files import SamplingReport, read_configs, read_prompts, read_report
+from evaluation.report_files import SamplingReport, read_configs, read_report
 from utils.errors import UserError
 
 SCRIPT = "scripts/sampling_report.py"

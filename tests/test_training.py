@@ -5,6 +5,7 @@ Adam hides a wrongly scaled gradient from the loss, so gradient norms and final 
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,11 +80,18 @@ def conversations(tokenizer) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return examples
 
 
-def independent_run(tiny_model, steps: list[list[int]], loss_normalization: str, half: torch.dtype | None = None):
+def independent_run(
+    tiny_model,
+    steps: list[list[int]],
+    loss_normalization: str,
+    half: torch.dtype | None = None,
+    weights: list[float] | None = None,
+):
     """Train on the given conversations of each step; returns losses, gradient norms, rates and the model.
 
     Args:
         half: of PyTorch's autocast; None for fp32 throughout.
+        weights: of the conversations.
     """
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     for layer in model.gpt_neox.layers:
@@ -108,19 +116,20 @@ def independent_run(tiny_model, steps: list[list[int]], loss_normalization: str,
             rate = LEARNING_RATE * (len(steps) - last) / (len(steps) - WARMUP)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        sums, counts = [], []
+        sums, counts, weighed = [], [], []
         for index in chosen:
             ids, targets = examples[index]
             with torch.autocast("cpu", half, enabled=half is not None):
                 logits = model(ids[None]).logits[0, :-1]
             sums.append(F.cross_entropy(logits.float(), targets[1:], reduction="sum"))
             counts.append(int((targets[1:] != -100).sum()))
+            weighed.append(weights[index] if weights else 1)
         if loss_normalization == "tokens":
-            loss = sum(sums) / max(1, sum(counts))
+            loss = sum(weight * total for weight, total in zip(weighed, sums, strict=True))
+            loss = loss / (sum(weight * count for weight, count in zip(weighed, counts, strict=True)) or 1)
         else:  # one conversation is one micro-batch; one without a target does not count
-            loss = sum(total / count for total, count in zip(sums, counts, strict=True) if count) / sum(
-                map(bool, counts)
-            )
+            taught = [each for each in zip(weighed, sums, counts, strict=True) if each[2]]
+            loss = sum(weight * total / count for weight, total, count in taught) / sum(each[0] for each in taught)
         optimizer.zero_grad()
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)))
@@ -152,16 +161,33 @@ CUTS = [
     ("micro_batch", "zero2x2", 1, 4),
     ("micro_batch", "zero3x2", 1, 4),
 ]
+# Those with weights: of these records, times that of the second data set.
+WEIGHTED = {("tokens", "ddp2"), ("micro_batch", "zero2x2")}
+WEIGHTS, OF_ALPACA = [1, 0.25, 3, 1, 2, 2, 0.5, 1], 1.5
 
 
 @pytest.mark.parametrize(("normalization", "launch", "micro_batch", "accumulation"), CUTS)
 def test_twelve_steps_equal_an_independent_loop(
     run_sft, recipe, tiny_model, normalization, launch, micro_batch, accumulation
 ):
+    weighted, weights = (normalization, launch) in WEIGHTED, None
+    if weighted:
+        give_weights(yaml.safe_load(recipe.read_text())["datasets"])
+        weights = [weight * (1 if place < 4 else OF_ALPACA) for place, weight in enumerate(WEIGHTS)]
     options = {"per_device_train_batch_size": micro_batch, "gradient_accumulation_steps": accumulation}
     options |= {"loss_normalization": normalization, "num_train_epochs": 12}
+    options |= {"datasets.code_alpaca.weight": OF_ALPACA} if weighted else {}
     run = run_sft(recipe, *[text for key, value in options.items() for text in (f"--{key}", value)], launch=launch)
-    assert_equal_runs(run, independent_run(tiny_model, [list(range(8))] * 12, normalization))
+    assert_equal_runs(run, independent_run(tiny_model, [list(range(8))] * 12, normalization, weights=weights))
+
+
+def give_weights(datasets: list[dict]) -> None:
+    """To the records of both files."""
+    (dolly, alpaca) = (Path(options["input_file_path"]) for entry in datasets for options in entry.values())
+    rows = [json.loads(line) | {"weight": WEIGHTS[place]} for place, line in enumerate(dolly.read_text().splitlines())]
+    dolly.write_text("\n".join(map(json.dumps, rows)))
+    rows = [row | {"weight": WEIGHTS[4 + place]} for place, row in enumerate(json.loads(alpaca.read_text()))]
+    alpaca.write_text(json.dumps(rows))
 
 
 @pytest.mark.parametrize(
@@ -250,8 +276,11 @@ def test_twenty_steps_in_bf16_equal_plain_autocast(run_sft, recipe, of_autocast_
 
 def test_each_data_set_has_its_own_loss(run_sft, recipe):
     run = run_sft(
-        recipe, "--num_train_epochs", 2, "--per_device_train_batch_size", 8, "--gradient_accumulation_steps", 1
+        *(recipe, "--num_train_epochs", 2, "--per_device_train_batch_size", 8, "--gradient_accumulation_steps", 1),
+        *("--datasets.dolly15k.weight", 3),
     )
+    of_loss = [line.split()[-1] for line in run.stdout.splitlines() if line.startswith(("dolly15k ", "code_alpaca "))]
+    assert of_loss == [f"{run.curve(f'share_{name}')[0]:.1%}" for name in ("dolly15k", "code_alpaca")]
     for line in run.metrics():
         parts = [(line[f"loss_{name}"], line[f"share_{name}"]) for name in ("dolly15k", "code_alpaca")]
         assert sum(share for _, share in parts) == pytest.approx(1)

@@ -78,17 +78,19 @@ class Chat:
         """Add the conversation to a JSON Lines file, which `source: messages` of a recipe reads.
 
         What stands in the file stays; only the line of an earlier save of this conversation is replaced. A reply that
-        the model did not end is marked `"train": false`, so that nobody learns to end there.
+        the model did not end is marked `"train": false`, so that nobody learns to end there. A turn with no reply, or
+        an empty one, for which a recipe would drop the whole conversation, is left out.
 
         Raises: UserError where there is no reply yet, the file holds something else, or it cannot be written; it is as
             it was then.
         """
-        if not any(turn.reply is not None for turn in self.turns):
+        answered = [turn for turn in self.turns if turn.reply and turn.reply.strip()]
+        if not answered:
             raise UserError("there is no reply to save yet")
         messages = [{"role": "system", "content": self.system}] if self.system else []
-        for turn in self.turns:
+        for turn in answered:
             messages.append({"role": "user", "content": turn.prompt})
-            reply = {"role": "assistant", "content": turn.reply or ""}
+            reply = {"role": "assistant", "content": turn.reply}
             messages.append(reply if turn.ended else reply | {"train": False})
         line = json.dumps({"messages": messages}, ensure_ascii=False)
         try:

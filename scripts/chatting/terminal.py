@@ -1,7 +1,6 @@
 """Talking in the terminal, where a line is a message or a command; through a pipe all of the input is one message."""
 
 import os
-import re
 import sys
 from collections.abc import Callable
 from contextlib import closing
@@ -17,16 +16,8 @@ from chatting.conversation import Chat
 from chatting.replies import Talker
 from chatting.settings import Settings
 from recipe.load import nearest
+from training.replies import shown
 from utils.errors import UserError
-
-# What a terminal obeys in place of showing it: control characters but newline and tabulator, and those that turn the
-# direction of writing, behind which a line says another thing than it shows.
-OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-
-
-def shown(text: str) -> str:
-    r"""A text with what a terminal would obey spelled out, such as `\x1b[2J`, which clears the screen."""
-    return OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def print_reply(talker: Talker, chat: Chat, settings: Settings, note: Callable[[str], None]) -> None:

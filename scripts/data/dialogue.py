@@ -106,6 +106,7 @@ def encode(
     use_system_tag: bool = False,
     system_property_dropout: float = 0.5,
     system_add_length: bool = False,
+    train_on: str = "all",
     seed: int = 0,
     batch_size: int = 1000,
     encode_texts: TextEncoder | None = None,
@@ -127,6 +128,7 @@ def encode(
         use_system_tag: put the properties of each reply after the prompter message before it.
         system_property_dropout: probability with which each property is left out of a tag, each on its own.
         system_add_length: add the reply's length (words // 5 + 1) to its properties.
+        train_on: all replies are scored, or under "last" no other than the last of each conversation.
         seed: of the tags' order and dropout; these depend on it and the place of a conversation in `conversations`.
         batch_size: conversations whose texts are encoded at once.
         encode_texts: the tokenizer's `fast_text_encoder`, worth loading for many conversations; else its own is used.
@@ -143,7 +145,7 @@ def encode(
         turns = []  # of each conversation, (role, text, train) with the tags as turns of role "system"
         for index, conversation in batch:
             dice = random.Random(f"{seed} system tag {index}") if use_system_tag else None
-            turns.append(list(_turns(conversation, dice, system_property_dropout, system_add_length)))
+            turns.append(list(_turns(conversation, dice, system_property_dropout, system_add_length, train_on)))
         # Each text once: the threads of one Open-Assistant tree repeat their first messages.
         texts = list(dict.fromkeys(text for conversation in turns for _, text, _ in conversation))
         ids_of = dict(zip(texts, encode_texts(texts), strict=True))
@@ -166,13 +168,16 @@ def encode(
 
 
 def _turns(
-    conversation: Conversation, dice: random.Random | None, dropout: float, add_length: bool
+    conversation: Conversation, dice: random.Random | None, dropout: float, add_length: bool, train_on: str
 ) -> Iterator[tuple[str, str, bool]]:
     messages = conversation.messages
+    first = 0  # of what is learnt
+    if train_on == "last":
+        first = max((place for place, message in enumerate(messages) if message.role == "assistant"), default=0)
     for place, message in enumerate(messages):
         if message.role not in ROLE_TOKENS or (message.role == "system" and place > 0):
             raise UserError(f"message {place + 1} of a conversation: role {message.role!r} is not allowed there")
-        yield message.role, message.content, message.train
+        yield message.role, message.content, message.train and place >= first
         if dice and message.role == "user" and place + 1 < len(messages) and messages[place + 1].role == "assistant":
             yield "system", system_tag(messages[place + 1], dice, dropout, add_length), False
 

@@ -15,9 +15,11 @@ import itertools
 import json
 import os
 import shutil
+from array import array
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +28,15 @@ import pyarrow as pa
 from filelock import FileLock
 
 import sources
-from data.arrow_arrays import booleans, integers, numbers, starts_of, texts
+from data.arrow_arrays import booleans, integers
 from data.dialogue import encode
 from data.files import source_files
-from data.prepared import EXAMPLES, SCHEMA, SPLIT, Prepared, open_prepared, seal
+from data.prepared import EXAMPLES, SCHEMA, SPLIT, WEIGHTS, Prepared, open_prepared, record_batch, seal
 from data.reading import TRAIN, VALIDATION, Reading
 from data.text_encoder import TextEncoder, fast_text_encoder
 from recipe.keys import Recipe
 from sources.registry import SOURCES
-from sources.source import Conversation, keys_that_change
+from sources.source import keys_that_change
 from utils.errors import UserError, reason
 from utils.files import remove_tree
 
@@ -53,6 +55,7 @@ class Split:
     lengths: np.ndarray  # int64 [examples], tokens, whole conversations
     targets: np.ndarray  # int64 [examples], scored tokens
     tables: list[pa.Table]  # of each data set, of SCHEMA, memory-mapped
+    weights: np.ndarray | None = None  # float64 [examples], the record's times the data set's; None where all are 1
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -66,9 +69,16 @@ class Split:
         """The conversation of one example: [{"role", "content"}]."""
         return self._value(row, "messages").as_py()
 
+    @cached_property
+    def relative_weights(self) -> np.ndarray:
+        """The weights as parts of the largest: nothing else of them counts, and fp32 holds sums of these."""
+        return np.ones(len(self)) if self.weights is None else self.weights / (self.weights.max(initial=0) or 1)
+
     def select(self, rows: np.ndarray) -> "Split":
         """The examples of these rows (int64 or bool), in this order, over the same tables."""
-        return Split(self.dataset[rows], self.position[rows], self.lengths[rows], self.targets[rows], self.tables)
+        columns = (self.dataset, self.position, self.lengths, self.targets)
+        weights = None if self.weights is None else self.weights[rows]
+        return Split(*(column[rows] for column in columns), self.tables, weights)
 
     def _value(self, row: int, column: str) -> pa.Scalar:
         return self.tables[self.dataset[row]][column][int(self.position[row])]
@@ -116,9 +126,10 @@ def prepare_mix(recipe: Recipe, tokenizer) -> Mix:
                     _prepare(folder, name, paths[name], recipe, tokenizer, loading)
                     opened[name] = open_prepared(folder)
 
-    tables, codes = ([getattr(one, what) for one in opened.values()] for what in ("table", "codes"))
     reports = {name: one.report for name, one in opened.items()}
-    return Mix(list(opened), _split(tables, codes, TRAIN), _split(tables, codes, VALIDATION), reports)
+    weights = [options.weight for options in recipe.datasets.chosen().values()]
+    train, validation = (_split(list(opened.values()), weights, which) for which in (TRAIN, VALIDATION))
+    return Mix(list(opened), train, validation, reports)
 
 
 def _locked(folder: Path) -> AbstractContextManager:
@@ -207,6 +218,7 @@ def _prepare(
     _remove(work)  # left by a run that was killed, since the lock is ours
     work.mkdir()
     kept: list[bool] = []  # of each conversation, whether any token is scored; else there is nothing to learn
+    weights = array("d")  # of those
     content = hashlib.blake2b(digest_size=10)
     gc.freeze()  # else the collector looks through all that the libraries made, again and again: a fifth of the time
     try:
@@ -216,6 +228,7 @@ def _prepare(
                 tokenizer,
                 again,
                 **recipe.model_dump(include=ENCODING_KEYS),
+                train_on=source.options.train_on,
                 seed=recipe.rng_seed,
                 batch_size=ROWS_AT_A_TIME,
                 encode_texts=lambda texts: loading.result()(texts),
@@ -227,8 +240,9 @@ def _prepare(
                 characters = sum(len(message.content) for conversation, _ in batch for message in conversation.messages)
                 rows = ROWS_AT_A_TIME if characters < CHARACTERS_AT_A_TIME else 1
                 for first in range(0, len(batch), rows):
-                    writer.write_batch(_record_batch(batch[first : first + rows]))
+                    writer.write_batch(record_batch(batch[first : first + rows]))
                 kept += teaches
+                weights.extend(conversation.weight for conversation, _ in batch)
                 for _, (ids, scored) in batch:
                     content.update(len(ids).to_bytes(8, "little"))  # where one conversation ends and the next begins
                     content.update(ids)
@@ -236,6 +250,9 @@ def _prepare(
         codes = source.split(np.array(kept, dtype=bool))
         np.save(work / SPLIT, codes)
         content.update(codes)
+        if any(weight != 1 for weight in weights):
+            np.save(work / WEIGHTS, weights)
+            content.update(weights)
         report = {
             "rows_read": source.rows_read,
             "dropped": dict(source.dropped),
@@ -257,31 +274,14 @@ def _prepare(
     )
 
 
-def _record_batch(examples: list[tuple[Conversation, tuple[np.ndarray, np.ndarray]]]) -> pa.RecordBatch:
-    """Rows of SCHEMA from conversations and what they were encoded to."""
-    messages = [message for conversation, _ in examples for message in conversation.messages]
-    fields = [texts([message.role for message in messages]), texts([message.content for message in messages])]
-    turns = pa.StructArray.from_arrays(fields, fields=list(SCHEMA.field("messages").type.value_type))
-    per_row = numbers(starts_of([len(conversation.messages) for conversation, _ in examples], np.int32))
-    lengths = [len(ids) for _, (ids, _) in examples]
-    starts = numbers(starts_of(lengths, np.int64))
-    input_ids, scored = (np.concatenate(parts) for parts in zip(*(encoded for _, encoded in examples), strict=True))
-    columns = [
-        pa.ListArray.from_arrays(per_row, turns),
-        pa.LargeListArray.from_arrays(starts, numbers(input_ids)),
-        pa.LargeListArray.from_arrays(starts, numbers(scored)),
-        numbers(np.array(lengths)),
-        numbers(np.array([int(np.count_nonzero(scored)) for _, (_, scored) in examples])),
-    ]
-    return pa.record_batch(columns, schema=SCHEMA)
-
-
-def _split(tables: list[pa.Table], codes: list[np.ndarray], which: int) -> Split:
-    positions = [np.flatnonzero(own == which) for own in codes]
-    dataset = np.repeat(np.arange(len(tables)), [len(own) for own in positions])
-    chosen = list(zip(tables, positions, strict=True))
+def _split(opened: list[Prepared], weights: list[float], which: int) -> Split:
+    """The examples of one split; `weights` are those of the data sets."""
+    positions = [np.flatnonzero(one.codes == which) for one in opened]
+    dataset, chosen = np.repeat(range(len(opened)), [*map(len, positions)]), list(zip(opened, positions, strict=True))
     lengths, targets = (
-        np.concatenate([integers(table[name].combine_chunks())[own] for table, own in chosen])
+        np.concatenate([integers(one.table[name].combine_chunks())[own] for one, own in chosen])
         for name in ("length", "targets")
     )
-    return Split(dataset, np.concatenate(positions), lengths, targets, tables)
+    counted = np.concatenate([one.weights[own] for one, own in chosen]) * np.array(weights)[dataset]
+    tables, positions = [one.table for one in opened], np.concatenate(positions)
+    return Split(dataset, positions, lengths, targets, tables, None if (counted == 1).all() else counted)

@@ -1,7 +1,8 @@
 """A prepared data set as it is kept: a folder whose files are taken only where each is as it was written.
 
 examples.arrow holds its conversations in the order of its files, split.npy which of them are trained on (int8
-[conversations]: `TRAIN`, `VALIDATION` or `LEFT_OUT`), report.json what was read and dropped, and the checksums of all.
+[conversations]: `TRAIN`, `VALIDATION` or `LEFT_OUT`), weights.npy what each counts in the loss (float64
+[conversations]; only where some record has a weight), report.json what was read and dropped, and the checksums of all.
 """
 
 import json
@@ -15,12 +16,14 @@ import pyarrow as pa
 import xxhash
 from pydantic import ConfigDict, Field
 
+from data.arrow_arrays import numbers, starts_of, texts
 from data.reading import LEFT_OUT, TRAIN
+from sources.source import MOST_WEIGHT, Conversation
 from utils.errors import UserError, reason
 from utils.files import checksum
 from utils.schemas import Schema, read_as
 
-EXAMPLES, SPLIT, REPORT = "examples.arrow", "split.npy", "report.json"
+EXAMPLES, SPLIT, WEIGHTS, REPORT = "examples.arrow", "split.npy", "weights.npy", "report.json"
 SCHEMA = pa.schema(
     {
         "messages": pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})),
@@ -44,8 +47,8 @@ class Report(Schema):
     bad_records: Count
     first_bad_record: str | None
     conversations: Count
-    # 20 hex digits that stand for the input_ids, scored flags and split of all its conversations in order: equal where
-    # the data are equal, whatever files, cache or version of this code made them.
+    # 20 hex digits that stand for the input_ids, scored flags, split and weights of all its conversations in order:
+    # equal where the data are equal, whatever files, cache or version of this code made them.
     fingerprint: Annotated[str, Field(pattern=r"\A[0-9a-f]{20}\z")]
 
 
@@ -70,12 +73,32 @@ class Prepared:
 
     table: pa.Table  # of SCHEMA, memory-mapped
     codes: np.ndarray  # int8 [conversations]
+    weights: np.ndarray  # float64 [conversations], over 0; all 1 where no record has one
     report: dict[str, Any]  # the fields of `Report`
+
+
+def record_batch(examples: list[tuple[Conversation, tuple[np.ndarray, np.ndarray]]]) -> pa.RecordBatch:
+    """Rows of SCHEMA from conversations and what they were encoded to."""
+    messages = [message for conversation, _ in examples for message in conversation.messages]
+    fields = [texts([message.role for message in messages]), texts([message.content for message in messages])]
+    turns = pa.StructArray.from_arrays(fields, fields=list(SCHEMA.field("messages").type.value_type))
+    per_row = numbers(starts_of([len(conversation.messages) for conversation, _ in examples], np.int32))
+    lengths = [len(ids) for _, (ids, _) in examples]
+    starts = numbers(starts_of(lengths, np.int64))
+    input_ids, scored = (np.concatenate(parts) for parts in zip(*(encoded for _, encoded in examples), strict=True))
+    columns = [
+        pa.ListArray.from_arrays(per_row, turns),
+        pa.LargeListArray.from_arrays(starts, numbers(input_ids)),
+        pa.LargeListArray.from_arrays(starts, numbers(scored)),
+        numbers(np.array(lengths)),
+        numbers(np.array([int(np.count_nonzero(scored)) for _, (_, scored) in examples])),
+    ]
+    return pa.record_batch(columns, schema=SCHEMA)
 
 
 def seal(work: Path, folder: Path, report: dict[str, Any]) -> None:
     """Write report.json to `work`, which holds the other files and is to become `folder`."""
-    files = {name: checksum(work / name) for name in (EXAMPLES, SPLIT)}
+    files = {name: checksum(work / name) for name in (EXAMPLES, SPLIT, WEIGHTS) if (work / name).exists()}
     sealed = Sealed(folder=folder.name, files=files, report=Report(**report))
     sealed = sealed.model_copy(update={"checksum": sealed.own_checksum()})
     (work / REPORT).write_text(json.dumps(sealed.model_dump(), indent=2) + "\n", encoding="utf-8")
@@ -94,7 +117,8 @@ def open_prepared(folder: Path) -> Prepared | None:
         raise UserError(f"{folder / REPORT}: is not as it was written")
     if sealed.folder != folder.name:
         raise UserError(f"{folder / REPORT}: is of {sealed.folder}")
-    for name in (EXAMPLES, SPLIT):
+    weighted = WEIGHTS in sealed.files
+    for name in (EXAMPLES, SPLIT, *[WEIGHTS] * weighted):
         path = folder / name
         if not path.is_file():  # a FIFO would be waited for
             raise UserError(f"{path}: is {'no file' if os.path.lexists(path) else 'missing'}")
@@ -107,9 +131,12 @@ def open_prepared(folder: Path) -> Prepared | None:
         with pa.memory_map(str(folder / EXAMPLES)) as file:
             table = pa.ipc.open_stream(file).read_all()
         codes = np.load(folder / SPLIT)
+        weights = np.load(folder / WEIGHTS) if weighted else np.ones(len(codes))
     except (pa.ArrowException, ValueError, EOFError) as error:
         raise UserError(f"{folder}: {reason(error)}") from None
     whole = table.schema == SCHEMA and codes.dtype == np.int8 and codes.shape == (len(table),)
-    if not (whole and len(table) == sealed.report.conversations and np.isin(codes, range(TRAIN, LEFT_OUT + 1)).all()):
+    whole = whole and len(table) == sealed.report.conversations and np.isin(codes, range(TRAIN, LEFT_OUT + 1)).all()
+    whole = whole and weights.dtype == np.float64 and weights.shape == codes.shape
+    if not (whole and ((weights > 0) & (weights <= MOST_WEIGHT)).all()):
         raise UserError(f"{folder}: its files are not of one data set")
-    return Prepared(table, codes, sealed.report.model_dump())
+    return Prepared(table, codes, weights, sealed.report.model_dump())

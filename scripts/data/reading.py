@@ -10,6 +10,7 @@ import random
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ class Reading:
                 remarks.forget()
             try:
                 unit = self.source.read(record, self.options, remarks, self.rng_seed)
+                unit = _weighted(unit, record.weight, remarks)
             except (UserError, RecursionError) as error:
                 problem = error if isinstance(error, UserError) else record.error("nested too deeply")
                 if not skip:
@@ -82,15 +84,17 @@ class Reading:
     def _rows(self, skip: Callable[[UserError], None] | None) -> Iterator[tuple[Path, int, dict[str, Any]]]:
         """File, number in it and values of each record that is asked for: all of them, or those of a slice."""
 
+        fields = {*self.source.fields, "weight"}
+
         def everything():
             for path in self.paths:
-                for number, values in read_records(path, skip, self.source.fields):
+                for number, values in read_records(path, skip, fields):
                     yield path, number, values
 
         if not (split := self.source.hub.split) or "[" not in split:
             yield from everything()
             return
-        for start, stop in slices(split, sum(count_records(path, self.source.fields) for path in self.paths)):
+        for start, stop in slices(split, sum(count_records(path, fields) for path in self.paths)):
             yield from itertools.islice(everything(), start, stop)
 
     def _skip(self, problem: UserError) -> None:
@@ -138,6 +142,16 @@ class Reading:
         if self.bad_records:
             said.append(f"skipped: {self.bad_records:,} bad, the first: {self.first_bad_record}")
         return "; ".join(said)
+
+
+def _weighted(unit: list[Conversation] | None, weight: float, dropped: Counter) -> list[Conversation] | None:
+    """The conversations of a record with its weight; none of weight 0, but their place in the split."""
+    if not unit or weight == 1:
+        return unit
+    if weight == 0:
+        dropped["record of weight 0"] += 1
+        return []
+    return [replace(conversation, weight=weight) for conversation in unit]
 
 
 def _validation_places(split: str, count: int, val_split: float) -> np.ndarray:

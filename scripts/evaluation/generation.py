@@ -6,20 +6,19 @@ the left and masked, positions count real tokens, and each sampled reply draws f
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from jinja2 import TemplateError
-from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from data.dialogue import ASSISTANT, CHAT_TEMPLATE, encode
 from data.text_encoder import text_encoder
 from sources.source import Conversation, Message
+from training.replies import Reply, reply_to
 from utils.errors import UserError
 
 # Sampling settings by their names in transformers, applied in its order. None has a default: transformers' own top_k
@@ -34,15 +33,6 @@ WARPERS = {
 }
 # Those that also a greedy reply may have; transformers applies them.
 OTHER_SETTINGS = ("min_new_tokens", "repetition_penalty", "no_repeat_ngram_size")
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What the model wrote."""
-
-    text: str  # decoded, with control tokens it may hold, without the one that ended it
-    tokens: int  # how many were generated, the one that ended it counted
-    ended: bool  # whether the model ended it by itself; else max_new_tokens were used up
 
 
 def encode_chat(tokenizer, messages: list[dict[str, str]]) -> list[int]:
@@ -194,19 +184,8 @@ def _read_settings(settings: dict[str, Any], ends: GenerationConfig) -> tuple[Ge
 
 @torch.inference_mode()
 def _generate_batch(model, tokenizer, prompts, config, warpers, seeds, streamer) -> list[Reply]:
-    left = {"batch_first": True, "padding_side": "left"}
-    ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], padding_value=tokenizer.pad_token_id, **left)
-    mask = pad_sequence([torch.ones(len(prompt), dtype=torch.int64) for prompt in prompts], **left)
     processors = LogitsProcessorList(warpers + ([OwnStreams(seeds, model.device)] if seeds is not None else []))
-    ids, mask = ids.to(model.device), mask.to(model.device)
-    how = {"generation_config": config, "logits_processor": processors, "streamer": streamer}
-    output = model.generate(ids, attention_mask=mask, **how)
-    replies = []
-    for row in output[:, ids.shape[1] :].tolist():
-        end = next((place for place, token in enumerate(row) if token in config.eos_token_id), None)
-        text = tokenizer.decode(row[:end], skip_special_tokens=False)
-        replies.append(Reply(text, tokens=len(row) if end is None else end + 1, ended=end is not None))
-    return replies
+    return reply_to(model, tokenizer, prompts, config, logits_processor=processors, streamer=streamer)
 
 
 class OwnStreams(LogitsProcessor):

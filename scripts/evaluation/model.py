@@ -1,7 +1,7 @@
 """What an evaluation is called with, and the model that it looks at. Only light imports.
 
-A checkpoint is OUTPUT_DIR/checkpoint-N (its recipe lies one level up), OUTPUT_DIR itself (the final model), or any
-other model by folder or hub name, which has no recipe.
+A checkpoint is OUTPUT_DIR/checkpoint-N (its recipe lies one level up) or a link to it, OUTPUT_DIR itself (the final
+model), or any other model by folder or hub name, which has no recipe.
 """
 
 import os
@@ -36,6 +36,8 @@ class EvaluatedModel:
 def find_model(name: str) -> EvaluatedModel:
     """The model of this folder or hub name, and the recipe beside it.
 
+    OUTPUT_DIR/best is the checkpoint that it leads to now: a run that goes on may have it lead to another at any time.
+
     Raises: UserError for a folder that is not a model's, or a path that is neither a folder nor can be a hub name.
     """
     folder = Path(name)
@@ -43,6 +45,9 @@ def find_model(name: str) -> EvaluatedModel:
         if os.path.lexists(folder) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
             raise UserError(f"{name}: no such folder under {Path.cwd()}, nor is it a hub name (org/name)")
         return EvaluatedModel(name)
+    if folder.is_symlink() and re.fullmatch(r"checkpoint-\d+", link := os.readlink(folder)):
+        folder = folder.parent / link
+        name = str(folder)
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         runs = sorted(folder.glob("checkpoint-*"), key=lambda path: (len(path.name), path.name))
         names = [path.name for path in runs or sorted(folder.iterdir())]

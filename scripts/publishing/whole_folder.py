@@ -80,4 +80,4 @@ def _remove_leftovers(target: Path) -> None:
         number = re.fullmatch(rf"\.{re.escape(target.name)}\.(\d+){re.escape(UNFINISHED)}", path.name)
         if number and not psutil.pid_exists(int(number[1])):
             remove_tree(path)
-            say(f"removed {path.name}, which an interrupted export had not finished")
+            say(f"removed {path.name}, which an interrupted start had not finished")

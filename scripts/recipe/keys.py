@@ -59,6 +59,11 @@ def expand_home(value: Any) -> Any:
     return os.path.abspath(text) if str(Path(text)).startswith("~") and not text.startswith("~") else expanded
 
 
+def as_list(value: Any) -> Any:
+    """A name in place of a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
 FolderPath = Annotated[Path, BeforeValidator(expand_home)]
 PathText = Annotated[str, BeforeValidator(expand_home)]
 ModuleName = Annotated[str, Field(min_length=1)]
@@ -149,6 +154,13 @@ class Recipe(Schema):
     loss_normalization: Literal["tokens", "micro_batch"] = key(
         "tokens", "mean over all scored tokens of a step, or the original's mean of micro-batch means", "training"
     )
+    label_smoothing: float = key(
+        0.0, "share of each target that goes to all of the vocabulary evenly; 0: off", "training", ge=0, lt=1
+    )
+    z_loss: NonNegativeFloat = key(0.0, "factor of log(Z)^2 in a token's loss, Z its softmax's sum; 0: off", "training")
+    neftune_noise_alpha: NonNegativeFloat = key(
+        0.0, "NEFTune's noise on the embeddings, 5 to 15 in its paper; 0: off", "training"
+    )
     rng_seed: Annotated[WholeNumber, Field(ge=0, lt=2**32)] = key(
         0xA1221F97, "everything random follows from it", "data training evaluation"
     )
@@ -161,13 +173,24 @@ class Recipe(Schema):
     )
 
     output_dir: FolderPath = key(..., "folder of the run: checkpoints, metrics, final model", "")
-    log_dir: str = key("base", "folder of the wandb files, under output_dir", "")
+    log_dir: str = key("base", "folder of the files of wandb and TensorBoard, under output_dir", "")
     logging_steps: PositiveInt = key(10, "a line in metrics.jsonl every so many steps", "")
     eval_steps: PositiveInt = key(200, "evaluate every so many steps, and at the end", "")
+    sample_every: PositiveInt | None = key(
+        None, "greedy replies at the first evaluation after each so many steps, and at the end; null: none", ""
+    )
+    sample_prompts: PathText | None = key(None, "to these prompts: .txt, one a line, or .jsonl", "")
+    early_stopping_metric: str = key(
+        "eval_loss", "of the evaluation's, what the best is by: eval_loss, eval_<dataset>_accuracy, ...", "training"
+    )
+    early_stopping_patience: PositiveInt | None = key(
+        None, "end after so many evaluations in a row that are not the best; null: by steps and epochs", "training"
+    )
     save_strategy: Literal["epoch", "steps", "no"] = key("steps", "when to write a checkpoint", "")
     save_steps: PositiveInt = key(1000, "a checkpoint every so many steps under save_strategy: steps", "")
     save_in_background: bool = key(True, "go on training while a checkpoint is written, from a copy in memory", "")
     save_total_limit: PositiveInt | None = key(4, "keep the newest so many checkpoints; null: all", "")
+    keep_best: bool = key(False, "save at each evaluation that is the best so far, and keep the newest of these", "")
     keep_trainer_state: PositiveInt | None = key(
         2, "only the newest so many checkpoints keep what resuming needs, 4 to 12 bytes a weight; null: all", ""
     )
@@ -176,7 +199,10 @@ class Recipe(Schema):
         0, "at the end, print replies to so many held-out prompts of each data set", ""
     )
     log_wandb: bool = key(True, "log to Weights & Biases, offline when nobody is logged in", "")
-    wandb_project: str = key("supervised-finetuning", "its project", "")
+    log_with: Annotated[list[Literal["wandb", "tensorboard", "trackio", "mlflow"]], BeforeValidator(as_list)] = key(
+        [], "trackers to log to beside it", ""
+    )
+    wandb_project: str = key("supervised-finetuning", "its project, trackio's too, and MLflow's experiment", "")
 
     @model_validator(mode="before")
     @classmethod
@@ -197,6 +223,7 @@ class Recipe(Schema):
                 "torch_compile: true compiles nothing under gradient_checkpointing: true: give one of them"
             )
         self._check_adapters()
+        self._check_what_is_learnt()
         if self.micro_batch_tokens is not None:
             self._check_micro_batch_tokens(self.micro_batch_tokens)
         if os.path.realpath(self.output_dir) == os.path.realpath(self.model_name):
@@ -217,6 +244,14 @@ class Recipe(Schema):
                 "load_in_4bit: true is not for DeepSpeed, which would make half precision of what is packed: give "
                 "deepspeed_config: null"
             )
+
+    def _check_what_is_learnt(self) -> None:
+        mix = self.datasets.chosen()
+        if not any(options.weight for options in mix.values()):
+            raise ValueError("every data set of the mix has weight: 0, so that nothing is learnt: give one another")
+        for name, options in mix.items():
+            if options.train_on == "last" and not self.label_masking:
+                raise ValueError(f"datasets.{name}.train_on: last scores one reply, label_masking: false every token")
 
     def _check_micro_batch_tokens(self, tokens: int) -> None:
         if tokens < self.max_length:

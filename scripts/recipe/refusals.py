@@ -15,6 +15,7 @@ from recipe.keys import Recipe
 from recipe.secrets import secret_in
 from utils.requirements import remedy
 
+# Nor has MLflow's experiment a quote, since Accelerate 1.15 looks for it by a filter within such.
 NOT_IN_A_PROJECT = "/\\#?%:"  # by wandb 0.31, sdk/wandb_settings.py, which raises after the model has been loaded
 LONGEST_PROJECT = 128
 # A data set `scale` would have the loss_scale of fp16 for its loss_<dataset> in metrics.jsonl (run/health.py).
@@ -70,19 +71,28 @@ def problems_of(recipe: Recipe, values: dict[str, Any]) -> list[Problem]:
     log_dir = os.path.normpath(recipe.log_dir)
     if os.path.isabs(os.path.expanduser(log_dir)) or log_dir.split(os.sep)[0] == os.pardir:
         found.append((("log_dir",), f"= {recipe.log_dir}: is outside of output_dir: give a folder's name"))
-    if recipe.log_wandb:
-        if not find_spec("wandb"):
-            found.append(
-                (("log_wandb",), f"= true: wandb is not installed: {remedy('requirements.txt')}; or give false")
-            )
-        if wrong := sorted({letter for letter in recipe.wandb_project if letter in NOT_IN_A_PROJECT}):
-            found.append((("wandb_project",), f"= {recipe.wandb_project}: no project of wandb's has {' '.join(wrong)}"))
-        if len(recipe.wandb_project) > LONGEST_PROJECT:
-            found.append((("wandb_project",), f"has over {LONGEST_PROJECT} characters, which wandb does not take"))
+    found += _problems_of_trackers(recipe)
     for name in recipe.datasets.chosen():
         if name in RESERVED_DATASETS:
             found.append((("datasets", name), f"loss_{name} is a metric of its own: give the data set another name"))
     return found
+
+
+def _problems_of_trackers(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.log_wandb and not find_spec("wandb"):
+        yield ("log_wandb",), f"= true: wandb is not installed: {remedy('requirements.txt')}; or give false"
+    for name in recipe.log_with:
+        if name == "wandb" and not recipe.log_wandb:
+            yield ("log_with",), "names wandb beside log_wandb: false: give log_wandb: true, or leave it out"
+        elif name != "wandb" and not find_spec(name):
+            yield ("log_with",), f"names {name}, which is not installed: pip install {name}, or leave it out"
+    project, wrong = recipe.wandb_project, NOT_IN_A_PROJECT + "'" * ("mlflow" in recipe.log_with)
+    if not recipe.log_wandb and not recipe.log_with:
+        return
+    if wrong := sorted({letter for letter in project if letter in wrong}):
+        yield ("wandb_project",), f"= {project}: no project of wandb's has {' '.join(wrong)}"
+    if len(project) > LONGEST_PROJECT:
+        yield ("wandb_project",), f"has over {LONGEST_PROJECT} characters, which wandb does not take"
 
 
 def _is_empty(key: tuple[str, ...], text: str) -> bool:

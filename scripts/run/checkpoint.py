@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from run.best import Best
 from run.checkpoint_state import (
     ProcessState,
     State,
@@ -50,6 +51,11 @@ class Checkpoint:
     def position(self) -> Position:
         """How far it has come in the data."""
         return Position(**self.state.position.model_dump())
+
+    def best(self, metric: str) -> Best | None:
+        """The best evaluation up to here; None where it was another metric's."""
+        best = self.state.best
+        return Best(**best.model_dump()) if best and best.metric == metric else None
 
     @property
     def optimizer_files(self) -> list[Path]:

@@ -81,6 +81,15 @@ class TorchScale(Exact):
     growth_tracker: Count = Field(alias="_growth_tracker")
 
 
+class BestEvaluation(Exact):
+    """A `best.Best`."""
+
+    metric: str
+    step: Count
+    value: float
+    evaluations_since: Count
+
+
 def _whose_scale(value: Any) -> str | None:
     return str(value.get("by", "nobody")) if isinstance(value, dict) else None
 
@@ -104,6 +113,8 @@ class State(Exact):
     results: dict[str, Annotated[float, Field(allow_inf_nan=True)]]  # of a model that diverged, too
     evaluation_due: bool
     wandb_id: str | None
+    tracker_runs: dict[str, str] = Field({})  # this and the next not in the first checkpoints of format 2
+    best: BestEvaluation | None = None
     files: dict[str, File]
     checksum: str | None = None
 
@@ -111,6 +122,8 @@ class State(Exact):
     def _fits_together(self) -> "State":
         if not self.health.bad <= self.health.skipped <= self.step:
             raise ValueError(f"step {self.step}: {self.health.skipped} steps skipped, {self.health.bad} of them bad")
+        if self.best and self.best.step > self.step:
+            raise ValueError(f"step {self.step}: the best evaluation was after step {self.best.step}")
         limit = self.recipe.max_steps
         if limit is not None and self.step > limit:
             raise ValueError(f"step {self.step}: the recipe's max_steps is {limit}")
@@ -151,6 +164,7 @@ class Clock(Exact):
     training: Amount
     evaluation: Amount
     saving: Amount
+    samples: Amount = 0.0  # not in the first checkpoints of format 2
 
 
 class Stats(Exact):

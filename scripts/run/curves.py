@@ -1,5 +1,6 @@
 """training.png: the curves of metrics.jsonl, drawn at every evaluation, in a second however long the run is."""
 
+import os
 from collections import defaultdict
 from functools import cache
 from operator import itemgetter
@@ -7,6 +8,7 @@ from pathlib import Path
 
 from recipe.refusals import RESERVED_DATASETS
 from run.lines import metrics_lines
+from utils.files import UNFINISHED
 
 # Bins of a curve at most, twice and more of the 430 pixels that a panel is wide: every line looks as all points would.
 MOST_BINS = 1024
@@ -96,7 +98,14 @@ class Curves:
             axis.grid(alpha=0.3)
             if len(axis.lines) > 1:
                 axis.legend(fontsize="small")
-        figure.savefig(image, dpi=110)
+        # Whole or not at all: a run may end in the middle of it, and somebody may be looking at it.
+        work = image.with_name(f".{image.name}.{os.getpid()}{UNFINISHED}")
+        try:
+            figure.savefig(work, dpi=110, format="png")
+            os.replace(work, image)
+        except OSError:
+            work.unlink(missing_ok=True)
+            raise
 
 
 def _dataset_of(name: str) -> str:

@@ -5,10 +5,12 @@ import os
 from data.files import may_be_on_hub, source_files
 from data.reading import TRAIN, VALIDATION, Reading
 from recipe.keys import Recipe
+from run.best import check_metric
 from run.folder import check_own_names
 from run.model_files import check_savable
 from run.preflight import vocabulary_warnings
 from run.resume import find_checkpoint, is_finished
+from run.samples import check_prompts, load_prompts, room_for_reply
 from sources.registry import find_source
 from training.deepspeed_config import fill_config, find_config
 from training.fsdp_config import find_sharding
@@ -23,6 +25,9 @@ def dry_run(recipe: Recipe, allow_changes: bool) -> None:
     """Print the resolved recipe and what was found of all that it names; UserError when the run could not start."""
     set_up_process()
     dtype = training_dtype(recipe.dtype)
+    held_out = set(recipe.datasets.chosen())
+    check_metric(recipe, held_out)
+    prompts = check_prompts(recipe)
     if process_index() == 0 and not is_finished(recipe):
         checkpoint = find_checkpoint(recipe, allow_changes)
         if checkpoint:
@@ -35,7 +40,7 @@ def dry_run(recipe: Recipe, allow_changes: bool) -> None:
             raise UserError(
                 f"output_dir = {folder}: cannot write there: {nearest} is not a folder that can be written to"
             )
-    say(recipe.to_yaml())
+    say(f"{recipe.to_yaml()}\n# ---- what was found of it ----")  # which comes last, and is seen
     for name, options in recipe.datasets.chosen().items():
         hub, paths = find_source(name, options).hub, source_files(name, recipe, download=False)
         if not paths and not may_be_on_hub(options.input_file_path, hub):
@@ -47,11 +52,15 @@ def dry_run(recipe: Recipe, allow_changes: bool) -> None:
         for _ in source:  # only counted
             pass
         codes = source.split()
+        held_out -= set() if (codes == VALIDATION).any() else {name}
         say(
             f"{name}: {', '.join(map(str, paths))}: {(codes == TRAIN).sum():,} training and "
             f"{(codes == VALIDATION).sum():,} validation conversations ({source.losses()})"
         )
+    check_metric(recipe, held_out)
     say(f"{recipe.model_name}: {describe_model(recipe)}")
+    if prompts:
+        say(f"{recipe.sample_prompts}: {len(prompts):,} prompts, for replies of up to {room_for_reply(recipe)} tokens")
     if found := find_config(recipe):
         fill_config(*found, recipe, total_steps=recipe.max_steps, dtype=dtype)
         say(f"{found[1]}: agrees with the recipe")
@@ -78,6 +87,7 @@ def describe_model(recipe: Recipe) -> str:
     if own or (folder / "tokenizer.json").exists():
         tokenizer = load_tokenizer(recipe)
         check_savable(recipe, config, tokenizer, fetch=False)
+        load_prompts(recipe, tokenizer)
         for warning in vocabulary_warnings(recipe, config, tokenizer):
             say(f"warning: {warning}")
     else:

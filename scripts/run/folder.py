@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from recipe.keys import Recipe
+from run.best import LINKS, link_checkpoints
 from run.checkpoint import Checkpoint, remove_leftovers
 from run.lines import lines_up_to
 from run.retention import SET_ASIDE, list_checkpoints, list_set_aside, step_of
+from run.samples import SAMPLES
 from training.adapter_files import ADAPTER_CONFIG, ADAPTER_FILES
 from utils.errors import UserError
 from utils.files import read_text, remove_tree, write_whole
@@ -25,7 +27,7 @@ TELLTALE_FILES = (
 )
 OWN_FILES = (
     *TELLTALE_FILES,
-    *("recipe.yaml", "run.json", "bad_steps.jsonl", "generation_config.json", "tokenizer_config.json"),
+    *("recipe.yaml", "run.json", "bad_steps.jsonl", SAMPLES, "generation_config.json", "tokenizer_config.json"),
     *ADAPTER_FILES,
 )
 PATIENCE = 20.0  # seconds to wait for the processes of the start before this one, which may still be saving
@@ -62,8 +64,17 @@ def check_own_names(recipe: Recipe) -> None:
             raise UserError(
                 f"output_dir = {folder}: {name} is no file there, and the run has to write one: move it away"
             )
-    if recipe.log_wandb and first and (first[0] in OWN_FILES or re.match(r"\.?checkpoint-|\.final|\.lock", first[0])):
+    for name in LINKS:
+        if os.path.lexists(folder / name) and not os.path.islink(folder / name):  # as what copies a run may make of one
+            say(f"{folder / name} is no link, and stays as it is: remove it to have one to the {name} checkpoint")
+    taken = first and (first[0] in (*OWN_FILES, *LINKS) or re.match(r"\.?checkpoint-|\.final|\.lock", first[0]))
+    if keeps_logs(recipe) and taken:
         raise UserError(f"log_dir = {recipe.log_dir}: the run has something else of that name: give another")
+
+
+def keeps_logs(recipe: Recipe) -> bool:
+    """Whether a tracker writes into log_dir."""
+    return recipe.log_wandb or "tensorboard" in recipe.log_with
 
 
 def is_ours(recipe_file: Path) -> bool:
@@ -114,13 +125,14 @@ def check_still_ours(recipe: Recipe, lock: int) -> None:
 def claim_output_dir(recipe: Recipe, checkpoint: Checkpoint | None) -> None:
     """Clear away what a killed run left, and write the resolved recipe; the first process, under its lock.
 
-    metrics.jsonl and bad_steps.jsonl keep their lines up to the checkpoint's step, also those of another folder's run.
+    metrics.jsonl, bad_steps.jsonl and samples.jsonl keep their lines up to the checkpoint's step, also those of another
+    folder's run.
     Raises: UserError when it cannot be written.
     """
     folder = recipe.output_dir
     lock_output_dir(recipe)
     check_own_names(recipe)
-    if recipe.log_wandb:
+    if keeps_logs(recipe):
         try:
             (folder / recipe.log_dir).mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -135,11 +147,12 @@ def claim_output_dir(recipe: Recipe, checkpoint: Checkpoint | None) -> None:
             path.rename(aside)
             say(f"{path} was passed over, and is now {aside.name}")
         write_whole(folder / "recipe.yaml", RECIPE_HEADER + recipe.to_yaml())
-        for file in (folder / "metrics.jsonl", folder / "bad_steps.jsonl"):
+        for file in (folder / "metrics.jsonl", folder / "bad_steps.jsonl", folder / SAMPLES):
             source = file if checkpoint is None or file.exists() else checkpoint.path.parent / file.name
             if source.exists():
                 kept = lines_up_to(source, checkpoint.step, checkpoint.state.evaluation_due) if checkpoint else ""
                 write_whole(file, kept)
+        link_checkpoints(recipe, checkpoint.best(recipe.early_stopping_metric) if checkpoint else None)
     except OSError as error:
         raise UserError(f"output_dir = {folder}: cannot write there: {error.strerror}") from error
 

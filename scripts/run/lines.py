@@ -1,4 +1,4 @@
-"""metrics.jsonl and bad_steps.jsonl, read back line by line: what is no line of theirs does not count."""
+"""metrics.jsonl, bad_steps.jsonl and samples.jsonl, read back: what is no line of theirs does not count."""
 
 import json
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from utils.schemas import Schema
 
 
 class Line(Schema):
-    """A line of bad_steps.jsonl, as far as it is read back."""
+    """A line of bad_steps.jsonl or samples.jsonl, as far as it is read back."""
 
     step: Annotated[int, Field(ge=0, le=2**63 - 1)]
 
@@ -34,9 +34,9 @@ def parse_line(text: str | bytes, schema: type[Line]) -> dict[str, Any] | None:
     return values
 
 
-def metrics_lines(path: Path, start: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+def metrics_lines(path: Path, start: int = 0, having: str = "") -> Iterator[tuple[int, dict[str, Any]]]:
     """The whole lines of a metrics.jsonl from a byte on, each with the byte after it; none where somebody has taken the
-    file away."""
+    file away. Only those that hold the text `having` are parsed: at 100,000 lines that is a 20th of the time."""
     if not path.exists():
         return
     with open(path, "rb") as file:
@@ -45,13 +45,14 @@ def metrics_lines(path: Path, start: int = 0) -> Iterator[tuple[int, dict[str, A
             if not line.endswith(b"\n"):  # which is being written, or was cut off by a full disk
                 return
             start += len(line)
-            if values := parse_line(line, MetricsLine):
+            if having.encode() in line and (values := parse_line(line, MetricsLine)):
                 yield start, values
 
 
 def best_point(path: Path, name: str) -> tuple[int, float] | None:
     """The first (step, value) at which a metric was lowest; None where it never was a number."""
-    found = ((line[name], line["step"]) for _, line in metrics_lines(path) if line.get(name) is not None)
+    lines = metrics_lines(path, having=f'"{name}"')
+    found = ((line[name], line["step"]) for _, line in lines if line.get(name) is not None)
     value, step = min(found, default=(None, None))
     return None if value is None else (step, value)
 
@@ -62,7 +63,8 @@ def lines_up_to(path: Path, step: int, evaluation_due: bool) -> str:
     Says which lines it leaves out as damaged.  Raises: OSError.
     """
     schema = MetricsLine if path.name == "metrics.jsonl" else Line
-    # Not splitlines: what bad_steps.jsonl quotes may hold U+2028. A full disk may have cut a character.
+    of_evaluation = (lambda values: True) if path.name == "samples.jsonl" else (lambda values: "eval_loss" in values)
+    # Not splitlines: what the others quote may hold U+2028. A full disk may have cut a character.
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     kept = []
     for number, line in enumerate(lines, 1):
@@ -70,6 +72,6 @@ def lines_up_to(path: Path, step: int, evaluation_due: bool) -> str:
         if values is None:
             if line and number < len(lines):  # else the last one of a run that was killed while writing it
                 say(f"{path} line {number}: left out, it is damaged")
-        elif values["step"] < step or (values["step"] == step and not (evaluation_due and "eval_loss" in values)):
+        elif values["step"] < step or (values["step"] == step and not (evaluation_due and of_evaluation(values))):
             kept.append(f"{line}\n")
     return "".join(kept)

@@ -141,14 +141,16 @@ def recipe_warnings(
             "num_train_epochs or max_steps is to say?"
         )
     every = steps_between_checkpoints(recipe, epoch_steps)
-    if recipe.save_strategy == "no":
+    if recipe.keep_best:  # which saves after the first evaluation
+        every = min(every, recipe.eval_steps)
+    if recipe.save_strategy == "no" and not recipe.keep_best:
         found.append("save_strategy = no: nothing to go on from after a crash: give steps or epoch")
     elif every > total_steps:
         found.append(
             f"the first checkpoint would come at step {every:,}, the run ends at {total_steps:,}: "
             "give save_strategy: steps and a smaller save_steps"
         )
-    if recipe.save_only_model and recipe.save_strategy != "no":
+    if recipe.save_only_model and (recipe.save_strategy != "no" or recipe.keep_best):
         found.append("save_only_model = true: nothing to go on from after a crash: give keep_trainer_state: 1 instead")
     if not len(mix.validation):
         found.append("nothing is held out, so that nothing shows overfitting: give a data set a val_split")
@@ -174,6 +176,12 @@ def recipe_warnings(
             f"learning_rate = {recipe.learning_rate:g}: pretrained models of this size ({num_parameters / 1e9:.2g} "
             f"billion parameters) are fine-tuned at {LOWEST_RATE:g} to {highest:g}: check it"
         )
+    for name, options in recipe.datasets.chosen().items():
+        if not options.weight:
+            found.append(
+                f"datasets.{name}.weight = 0: its conversations take their time in every step and teach nothing: leave "
+                "it out, or to evaluate on it alone, give it size: 1"
+            )
     if recipe.dtype == "fp16" and not recipe.from_scratch and config.dtype == torch.bfloat16:
         found.append("dtype = fp16: the model's weights are bf16, whose range fp16 lacks: give dtype: bf16")
     return found

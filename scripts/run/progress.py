@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from recipe.keys import Recipe
+from run.best import Best, judge
 from training.plan import Position
 
 
@@ -25,8 +26,11 @@ class Progress:
         results: of the last whole evaluation, by the names of metrics.jsonl.
         evaluation_due: an evaluation of this step was begun and not ended.
         wandb_id: of its run in Weights & Biases; None without one.
+        tracker_runs: {tracker: by what it knows its run}, of those other than wandb that want to be told.
+        best: of all evaluations, by early_stopping_metric; None before there was one.
         total_steps, epoch_conversations, held_out: of the plan: the last step, the conversations of an epoch, and
             whether there is a validation split.
+        patience: evaluations in a row that may not be the best, before the run ends; None: any number.
     """
 
     total_steps: int
@@ -37,10 +41,19 @@ class Progress:
     results: dict[str, float] = field(default_factory=dict)
     evaluation_due: bool = False
     wandb_id: str | None = None
+    tracker_runs: dict[str, str] = field(default_factory=dict)
+    best: Best | None = None
+    patience: int | None = None
 
     @property
     def steps_left(self) -> int:
-        return max(0, self.total_steps - self.step)
+        return 0 if self.ends_early else max(0, self.total_steps - self.step)
+
+    @property
+    def ends_early(self) -> bool:
+        """Whether too many evaluations in a row were not the best; not where it was the last step anyway."""
+        out_of_patience = self.best and self.patience and self.best.evaluations_since >= self.patience
+        return bool(out_of_patience) and self.step < self.total_steps
 
     @property
     def is_complete(self) -> bool:
@@ -50,6 +63,12 @@ class Progress:
     def advance(self, position: Position) -> None:
         """A step is made, after which the data stand at `position`."""
         self.step, self.position = self.step + 1, position
+
+    def end_evaluation(self, results: dict[str, float], metric: str) -> bool:
+        """An evaluation is made. Returns whether it is the best so far, by a metric that `results` have."""
+        self.results, self.evaluation_due = results, False
+        self.best = judge(self.best, metric, self.step, results[metric])
+        return self.best is not None and self.best.step == self.step
 
     def due(self, recipe: Recipe) -> Due:
         """What the step just made calls for."""
@@ -68,5 +87,6 @@ class Progress:
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint, as JSON takes it."""
-        kept = ("step", "results", "evaluation_due", "wandb_id")
-        return {name: getattr(self, name) for name in kept} | {"position": asdict(self.position)}
+        kept = ("step", "results", "evaluation_due", "wandb_id", "tracker_runs")
+        best = self.best and asdict(self.best)
+        return {name: getattr(self, name) for name in kept} | {"position": asdict(self.position), "best": best}

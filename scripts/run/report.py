@@ -1,24 +1,28 @@
 """What a run says on the screen before its first step and after its last: the plan, the first batch, a few replies."""
 
+import os
 import shlex
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from data.dialogue import render_scored
+from data.dialogue import ASSISTANT, render_scored
 from data.mix import Mix
 from recipe.keys import Recipe
+from run.best import LINKS
 from run.health import StepHealth
 from run.lines import best_point
 from run.progress import Progress
 from run.retention import list_checkpoints
+from run.samples import greedy_replies, room_for_reply
 from run.stats import TrainingStats
 from training.batches import Batches
 from training.collate import Batch, kept_targets
 from training.engine import Engine
 from training.fragments import full_shape
 from training.fsdp_config import sharding_of
+from training.loss_shares import loss_shares
 from training.micro_batches import MicroBatch
 from training.optimizer import shortest_warmup
 from training.plan import (
@@ -42,13 +46,13 @@ def describe_run(engine: Engine, dtype: torch.dtype, mix: Mix, recipe: Recipe, t
     kind = str(sharding_of(accelerator) or accelerator.distributed_type.value)
     rows = training_rows(mix, recipe, 0)
     kept = kept_targets(mix.train, recipe, epoch=0)
-    targets = kept[rows].sum()
-    print(f"\n{'data set':<32}{'train':>10}{'validation':>12}{'tokens':>14}{'scored':>9}{'of targets':>12}")
+    of_loss = loss_shares(mix, recipe, kept, accelerator.num_processes)
+    print(f"\n{'data set':<32}{'train':>10}{'validation':>12}{'tokens':>14}{'scored':>9}{'of the loss':>13}")
     for index, name in enumerate(mix.names):
         own = rows[mix.train.dataset[rows] == index]
         tokens, scored = np.minimum(mix.train.lengths[own], recipe.max_length).sum(), kept[own].sum()
         held_out = (mix.validation.dataset == index).sum()
-        shares = f"{scored / max(1, tokens):>9.0%}{scored / max(1, targets):>12.1%}"
+        shares = f"{scored / max(1, tokens):>9.0%}{of_loss[index]:>13.1%}"
         print(f"{name:<32}{len(own):>10,}{held_out:>12,}{tokens:>14,}{shares}")
     over = (mix.train.lengths[rows] > recipe.max_length).sum()
     if over:
@@ -123,6 +127,7 @@ def end_report(recipe: Recipe, progress: Progress, stats: TrainingStats, health:
         "skipped_steps": health.skipped,
         "bad_steps": health.bad,
         "best_eval_loss": best and {"step": best[0], "loss": best[1]},
+        "ended_early": progress.ends_early,
     }
     total = sum(stats.clock.seconds.values())
     shares = ", ".join(f"{what} {seconds / max(1e-9, total):.0%}" for what, seconds in stats.clock.seconds.items())
@@ -131,34 +136,37 @@ def end_report(recipe: Recipe, progress: Progress, stats: TrainingStats, health:
         print(f"{health.skipped:,} steps left out, {health.bad:,} of them for a loss or gradient that was no number")
     if best:
         print(f"best validation loss {best[1]:.4f}, after step {best[0]:,}")
+    if progress.ends_early:
+        print(
+            f"ended early: {progress.best.evaluations_since} evaluations since the best {progress.best.metric}, "
+            f"{progress.best.value:.4f} after step {progress.best.step:,} (early_stopping_patience)"
+        )
     kept = ", ".join(path.name for path in list_checkpoints(recipe.output_dir)) or "none"
     what = "the model, its card, " if progress.is_complete else "start the same command again to go on; "
+    linked = [f"{link} is {os.readlink(path)}" for link in LINKS if (path := recipe.output_dir / link).is_symlink()]
     print(f"in {recipe.output_dir}: {what}metrics.jsonl, training.png, run.json; checkpoints: {kept}", flush=True)
+    if linked:
+        print(f"    {', '.join(linked)}", flush=True)
     if progress.is_complete:
         print(f"to talk to it: python scripts/chat.py {shlex.quote(str(recipe.output_dir))}", flush=True)
     return report
 
 
-@torch.no_grad()
 def show_replies(model: PreTrainedModel, tokenizer, mix: Mix, recipe: Recipe) -> None:
     """Print greedy replies to held-out prompts of each data set, and the share that ended by itself."""
-    model.eval()
-    if model.config._attn_implementation == "flash_attention_2":  # which takes no fp32 weights outside of autocast
-        model.set_attn_implementation("sdpa")
-    room = min(256, recipe.max_length // 2)  # for the reply; a longer prompt loses its start, not its question
-    assistant = tokenizer.convert_tokens_to_ids("<|assistant|>")
-    ended = asked = 0
-    print("\nreplies to held-out prompts:")
+    room = room_for_reply(recipe)
+    assistant = tokenizer.convert_tokens_to_ids(ASSISTANT)
+    names, prompts = [], []
     for index, name in enumerate(mix.names):
         for row in (mix.validation.dataset == index).nonzero()[0][: recipe.sample_replies]:
             ids = mix.validation.tokens(row)[0]
-            prompt = ids[: (ids == assistant).nonzero()[0][-1] + 1][room - recipe.max_length :]
-            prompt = torch.from_numpy(prompt.astype("int64"))[None].to(model.device)
-            output = model.generate(
-                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=room, do_sample=False
-            )
-            reply = output[0, prompt.shape[1] :]
-            asked += 1
-            ended += int(reply[-1] == tokenizer.eos_token_id)
-            print(f"--- {name}\n{tokenizer.decode(prompt[0])}[[{tokenizer.decode(reply)}]]", flush=True)
-    print(f"\n{ended} of {asked} replies ended by themselves ({ended / max(1, asked):.0%})", flush=True)
+            prompt = ids[: (ids == assistant).nonzero()[0][-1] + 1]
+            names.append(name)
+            prompts.append(prompt[room - recipe.max_length :].tolist())  # a longer one loses its start
+    replies = greedy_replies(model, tokenizer, prompts, room, recipe.per_device_eval_batch_size)
+    print("\nreplies to held-out prompts:")
+    for name, prompt, reply in zip(names, prompts, replies, strict=True):
+        end = tokenizer.eos_token if reply.ended else ""
+        print(f"--- {name}\n{tokenizer.decode(prompt)}[[{reply.text}{end}]]", flush=True)
+    ended = sum(reply.ended for reply in replies)
+    print(f"\n{ended} of {len(replies)} replies ended by themselves ({ended / max(1, len(replies)):.0%})", flush=True)

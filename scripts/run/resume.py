@@ -1,6 +1,8 @@
 """Going on where a run was stopped: from which checkpoint, whether it is this run's, and putting all back."""
 
 import os
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ from transformers import AutoConfig, PretrainedConfig
 from data.mix import Mix
 from recipe.keys import Recipe
 from recipe.load import load_recipe
+from run.best import LINKS
 from run.checkpoint import Checkpoint, read_checkpoint
 from run.folder import is_ours, refuse_other_run
 from run.health import StepHealth
@@ -42,10 +45,12 @@ def find_checkpoint(recipe: Recipe, allow_changes: bool) -> Checkpoint | None:
     if asked not in ("auto", "never"):
         path = Path(asked)
         real = os.path.realpath(path)  # not Path.resolve, which raises for a link to itself
+        if path.name in LINKS:
+            path = Path(real)  # since it may lead elsewhere in a moment
         is_own = os.path.realpath(folder) in (os.path.realpath(path.parent), os.path.dirname(real))
         if is_own or not own:
             if not is_own and not _same_run_without_checkpoint(recipe):
-                refuse_other_run(recipe)
+                _refuse_other_run(recipe)
             checkpoint = read_checkpoint(path)
             others = [other for other in own if is_own and os.path.realpath(other) != real]
             if newer := [other.name for other in others if step_of(other) > checkpoint.step]:
@@ -55,7 +60,7 @@ def find_checkpoint(recipe: Recipe, allow_changes: bool) -> Checkpoint | None:
                 )
             return _checked(checkpoint, recipe, allow_changes)
     if asked == "never":
-        refuse_other_run(recipe)
+        _refuse_other_run(recipe)
         return None
     problems = []
     for path in reversed(own):
@@ -67,8 +72,19 @@ def find_checkpoint(recipe: Recipe, allow_changes: bool) -> Checkpoint | None:
             continue
         return _checked(checkpoint, recipe, allow_changes)
     if own or not _same_run_without_checkpoint(recipe):
-        refuse_other_run(recipe, problems)
+        _refuse_other_run(recipe, problems)
     return None
+
+
+def _refuse_other_run(recipe: Recipe, problems: Sequence[UserError] = ()) -> None:
+    """As `refuse_other_run`; where the folder's record tells what is another in its recipe, the message does too."""
+    try:
+        refuse_other_run(recipe, problems)
+    except UserError as error:
+        changed = []
+        with suppress(UserError):  # no record, or a damaged one
+            changed = _changes_of_record(recipe.output_dir / "run.json", recipe)
+        raise UserError(f"{error}; in its recipe {'; '.join(changed)}" if changed else str(error)) from None
 
 
 def _same_run_without_checkpoint(recipe: Recipe) -> bool:
@@ -135,11 +151,14 @@ def is_finished(recipe: Recipe) -> bool:
     record = recipe.output_dir / "run.json"
     if recipe.resume_from_checkpoint == "never" or not record.exists():
         return False
+    return read_record(record)["status"] == "finished" and not _changes_of_record(record, recipe)
+
+
+def _changes_of_record(record: Path, recipe: Recipe) -> list[str]:
+    """What a recipe changes of that of the run in a run.json, as `changed_keys`."""
     run = read_record(record)
-    if run["status"] != "finished":
-        return False
     then = checked(Recipe, still_keys(run["recipe"]), record, "the record of a run, for its recipe")
-    return not changed_keys(then, recipe, run["num_processes"])
+    return changed_keys(then, recipe, run["num_processes"])
 
 
 def check_data(checkpoint: Checkpoint, mix: Mix, recipe: Recipe, allow_changes: bool) -> None:
@@ -196,10 +215,12 @@ def check_config(checkpoint: Checkpoint, config: PretrainedConfig, recipe: Recip
 def starting_point(checkpoint: Checkpoint | None, mix: Mix, recipe: Recipe) -> Progress:
     """Where the run begins or goes on, and where it ends."""
     plan = {"epoch_conversations": len(training_rows(mix, recipe, 0)), "held_out": len(mix.validation) > 0}
+    plan["patience"] = recipe.early_stopping_patience
     stood = {"step": 0, "position": Position()}
     if checkpoint:
-        kept = ("step", "results", "evaluation_due", "wandb_id")
+        kept = ("step", "results", "evaluation_due", "wandb_id", "tracker_runs")
         stood = {name: getattr(checkpoint.state, name) for name in kept} | {"position": checkpoint.position}
+        stood["best"] = checkpoint.best(recipe.early_stopping_metric)
         if checkpoint.position.conversations >= len(training_rows(mix, recipe, checkpoint.position.epoch)):
             stood["position"] = Position(checkpoint.position.epoch + 1)  # of a mix that was made smaller
     end = recipe.max_steps or stood["step"] + steps_left(mix, recipe, num_processes(), stood["position"])

@@ -42,14 +42,14 @@ def kept(recipe: Recipe) -> tuple[float, float]:
     return most, min(most, recipe.keep_trainer_state or math.inf)
 
 
-def prune(recipe: Recipe, newest: Path) -> None:
-    """Remove the oldest checkpoints, and the trainer_state of the older ones; never the newest, which was verified, nor
-    what has a number that no run writes (checkpoint-0009)."""
+def prune(recipe: Recipe, newest: Path, spared: Path | None = None) -> None:
+    """Remove the oldest checkpoints but for a spared one, and the trainer_state of the older ones; never the newest,
+    which was verified, nor what has a number that no run writes (checkpoint-0009)."""
     written = [path for path in list_checkpoints(recipe.output_dir) if path.name == f"checkpoint-{step_of(path)}"]
     checkpoints = [newest, *(path for path in reversed(written) if path != newest)]
     most, most_states = kept(recipe)
     for age, path in reversed([*enumerate(checkpoints)]):
-        if age >= most:
+        if age >= most and path != spared:
             remove_folder(path)
         elif age >= most_states and (path / "trainer_state").exists():
             remove_folder(path / "trainer_state")
@@ -73,7 +73,8 @@ def checkpoint_bytes(recipe: Recipe, num_parameters: int, dtype: torch.dtype, in
 def disk_peak(recipe: Recipe, model: int, state: int, epoch_steps: int, total_steps: int, start_step: int = 0) -> int:
     """Bytes that the checkpoints to come and the final model will take at most, beyond what is used now.
 
-    Those that are in output_dir already count as room when save_total_limit or keep_trainer_state removes them.
+    Under keep_best as if each evaluation were the best, and then one of long ago. Those that are in output_dir already
+    count as room when save_total_limit or keep_trainer_state removes them.
 
     Args:
         model, state: bytes of a checkpoint's model and of its trainer_state.
@@ -87,6 +88,9 @@ def disk_peak(recipe: Recipe, model: int, state: int, epoch_steps: int, total_st
     most, most_states = kept(recipe)
     used = peak = 0
     saves = int(total_steps // every - start_step // every)
+    if recipe.keep_best:
+        saves += total_steps // recipe.eval_steps - start_step // recipe.eval_steps + 1  # and one at the end
+        most += 1
     # After these, each does what the one before it did: a run of two billion steps has as many.
     settling = len(models) + sum(int(limit) for limit in (most, most_states) if limit < math.inf)
     for _ in range(min(saves, settling)):

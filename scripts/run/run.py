@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from data.mix import Mix
 from recipe.keys import Recipe
+from run.best import check_metric, link_checkpoints
 from run.checkpoint import Checkpoint
 from run.folder import check_still_ours, claim_output_dir, lock_output_dir, wait_for_other_run
 from run.health import StepHealth, one_line_at_minimum_scale
@@ -21,6 +22,7 @@ from run.record import begin_record
 from run.record_file import update_status
 from run.report import end_report
 from run.resume import check_config, check_data, find_checkpoint, restore, run_state, starting_point
+from run.samples import Samples, check_prompts
 from run.saving import Saver
 from run.stats import Clock, TrainingStats
 from training.batches import Batches
@@ -31,7 +33,7 @@ from training.host_weights import load_model
 from training.model import load_merged
 from training.optimizer_state import loss_scale
 from training.pretrained import load_pretrained
-from utils.launch import process_index
+from utils.launch import process_index, stop_all
 
 
 class Run:
@@ -51,6 +53,7 @@ class Run:
         self.recipe, self.checkpoint, self.lock = recipe, checkpoint, lock
         self.record = recipe.output_dir / "run.json"
         self.clock = Clock()
+        self.saved_step: int | None = None  # of the last checkpoint of this start
 
     def plan(
         self,
@@ -67,12 +70,14 @@ class Run:
             reproduced: the record of an earlier run that this one repeats.
 
         Raises:
-            UserError: the data or the model are not those of the checkpoint.
+            UserError: the data or the model are not those of the checkpoint; no evaluation will have
+                early_stopping_metric; as `Samples`.
         """
         if self.checkpoint:
             check_data(self.checkpoint, mix, self.recipe, allow_changes)
             check_config(self.checkpoint, config_of_run(self.recipe, config, tokenizer), self.recipe, allow_changes)
-        self.mix = mix
+        check_metric(self.recipe, {mix.names[index] for index in set(mix.validation.dataset)})
+        self.mix, self.tokenizer, self.samples = mix, tokenizer, Samples(self.recipe, tokenizer)
         self.progress = starting_point(self.checkpoint, mix, self.recipe)
         if process_index() == 0:
             earlier = reproduced or (self.record if self.checkpoint and self.record.exists() else None)
@@ -88,10 +93,10 @@ class Run:
                 config = config_of_run(self.recipe, config, tokenizer)
             return load_model(self.recipe, config, tokenizer, dtype, checkpoint=folder)
 
-    def attach(self, engine: Engine, batches: Batches, tokenizer, dtype: torch.dtype) -> None:
+    def attach(self, engine: Engine, batches: Batches, dtype: torch.dtype) -> None:
         """What makes its steps from now on, counts them, and saves what they come to. Every process calls this."""
         self.engine, self.batches = engine, batches
-        self.saver = Saver(engine, tokenizer, self.recipe)
+        self.saver = Saver(engine, self.tokenizer, self.recipe)
         self.main_process = engine.accelerator.is_main_process
         device, flops = engine.accelerator.device, ModelFlops(engine.language_model)
         self.stats = TrainingStats(self.mix, device, self.clock, flops, peak_flops(device, dtype))
@@ -145,22 +150,41 @@ class Run:
         self.log.progress.set_description("training")
 
     def write_evaluation(self, results: dict[str, float]) -> None:
-        """The results of an evaluation, for metrics.jsonl, the curves, the screen and the model card."""
+        """The results of an evaluation, for metrics.jsonl, the curves, the screen and the model card; then what hangs
+        on them: replies to look at, and under keep_best a checkpoint. Every process calls this."""
         self.check_folder()
-        self.progress.results, self.progress.evaluation_due = results, False
+        metric = self.recipe.early_stopping_metric
+        if metric not in results and (self.recipe.keep_best or self.recipe.early_stopping_patience):
+            stop_all(f"early_stopping_metric = {metric}: no token that is held out is scored")
+        is_best = self.progress.end_evaluation(results, metric)
         self.log.write(self.progress.as_metrics() | results)
         self.log.show_evaluation(self.progress.step, results)
+        if self.samples.due(self.progress):
+            self.log.progress.set_description("replying")
+            with self.clock.spend("samples"):
+                replies = self.samples.take(self.engine)
+            self.log.progress.set_description("training")
+            self.log.write_samples(self.progress.step, self.samples, replies)
+        if self.main_process and self.saver.is_idle:  # which else links when it is done
+            link_checkpoints(self.recipe, self.progress.best)  # one of this very step may be there, of a stop
+        if is_best and self.recipe.keep_best:
+            self.save()
 
     def save(self) -> None:
-        """Write a checkpoint, or begin to. Every process calls this."""
+        """Write a checkpoint, or begin to, unless this step has one since its evaluation was the best. Every process
+        calls this."""
+        if self.saved_step == self.progress.step:
+            return
         self.check_folder()
         with self.clock.spend("saving"):
             state = run_state(self.recipe, self.mix, self.engine, self.progress, self.health)
             self.saver.save(state, self.stats)
+        self.saved_step = self.progress.step
 
     @property
     def save_failed(self) -> bool:
-        """Whether a checkpoint that is written behind the training could not be: the next `save` says why."""
+        """Whether a checkpoint that is written behind the training could not be: the next `save`, or the end, says
+        why."""
         return self.saver.failed
 
     # ---- The end ----
@@ -178,7 +202,7 @@ class Run:
             return
         report = end_report(self.recipe, self.progress, self.stats, self.health)
         status = "interrupted" if stopped else "finished"
-        update_status(self.record, status, report=report, wandb=self.log.wandb_url)
+        update_status(self.record, status, report=report, wandb=self.log.trackers.wandb_url)
 
     def final_model(self) -> PreTrainedModel:
         """The model that was trained; where no process has all of it, as it was saved. On the first process."""
@@ -192,8 +216,10 @@ def open_run(recipe: Recipe, allow_changes: bool) -> Run:
     """Find the checkpoint that a run goes on from, and make its folder ours, before anything heavy. Every process.
 
     Raises:
-        UserError: the folder holds another run, or another process is at it.
+        UserError: the folder holds another run, or another process is at it; as `check_metric` and `check_prompts`.
     """
+    check_metric(recipe, recipe.datasets.chosen())
+    check_prompts(recipe)
     recipe_file = recipe.output_dir / "recipe.yaml"
     if process_index() == 0:
         wait_for_other_run(recipe)

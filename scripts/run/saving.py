@@ -19,11 +19,12 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from recipe.keys import Recipe
+from run.best import Best, keep_checkpoints
 from run.checkpoint import read_checkpoint
 from run.checkpoint_state import FORMAT, process_file, sealed
 from run.model_files import as_readable_as_others, save_model, save_trained
 from run.processes import Processes
-from run.retention import prune, remove_folder
+from run.retention import remove_folder
 from run.snapshot import HostCopies, Snapshot, Weights, take_snapshot, trained_weights
 from run.stats import TrainingStats
 from training.adapter_files import ADAPTER_FILES
@@ -162,7 +163,7 @@ def write_checkpoint(
             remove_folder(whole, hidden=f"{work.name}.replaced")
         os.replace(work, whole)
         flush(recipe.output_dir)
-        prune(recipe, whole)
+        keep_checkpoints(recipe, whole, snapshot.state.get("best") and Best(**snapshot.state["best"]))
 
     def as_one(action: Callable[[], None]) -> None:
         """Do a part of the work; where it fails on any process, all stop, the first with the reason."""

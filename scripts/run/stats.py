@@ -18,11 +18,11 @@ class Clock:
     """What a run's time goes into, over all its starts.
 
     Attributes:
-        seconds: of `data` (waiting for a batch), `training`, `evaluation` and `saving`.
+        seconds: of `data` (waiting for a batch), `training`, `evaluation`, `saving` and `samples`.
     """
 
     def __init__(self):
-        self.seconds = dict.fromkeys(("data", "training", "evaluation", "saving"), 0.0)
+        self.seconds = dict.fromkeys(("data", "training", "evaluation", "saving", "samples"), 0.0)
 
     @contextmanager
     def spend(self, what: str) -> Iterator[None]:
@@ -59,8 +59,8 @@ class TrainingStats:
         self.clock, self.device = clock, device
         self.model_flops, self.peak = flops, peak
         self.flops = self.flops_of_step = 0.0  # of this process
-        # Of each data set the sum of its losses, and its scored tokens; then the loss and the real tokens. In fp64: a
-        # count by ones stands still at 16.8 million in fp32.
+        # Of each data set the sum of its losses, and of its scored tokens' weights (without weights their number); then
+        # the loss and the real tokens. In fp64: a count by ones stands still at 16.8 million in fp32.
         self.sums = torch.zeros(2 * len(mix.names) + 2, device=device, dtype=torch.double)
         self.of_step = torch.zeros_like(self.sums)
         self.tokens = self.steps = 0
@@ -69,8 +69,9 @@ class TrainingStats:
     def add(self, batch: Batch, losses: torch.Tensor, loss: torch.Tensor) -> None:
         """Add a micro-batch: the loss of each of its scored tokens, and its share of the step's loss."""
         losses = losses.detach().double()
-        self.of_step.index_add_(0, batch.dataset, losses)
-        self.of_step.index_add_(0, batch.dataset + len(self.names), torch.ones_like(losses))
+        weights = torch.ones_like(losses) if batch.weights is None else batch.weights.double()
+        self.of_step.index_add_(0, batch.dataset, losses * weights)
+        self.of_step.index_add_(0, batch.dataset + len(self.names), weights)
         self.of_step[-2] += loss.detach()
         self.of_step[-1] += sum(batch.lengths)
         self.flops_of_step += self.model_flops.of(batch) if self.model_flops else 0.0
@@ -96,10 +97,10 @@ class TrainingStats:
         *by_dataset, loss, new_tokens, flops = accelerator.reduce(sums).tolist()
         self.tokens += int(new_tokens)
         metrics = {"loss": loss / self.steps} if self.steps else {}
-        losses, counts = by_dataset[: len(self.names)], by_dataset[len(self.names) :]
-        for name, total, count in zip(self.names, losses, counts, strict=True):
-            if count:
-                metrics |= {f"loss_{name}": total / count, f"share_{name}": count / sum(counts)}
+        losses, weights = by_dataset[: len(self.names)], by_dataset[len(self.names) :]
+        for name, total, weight in zip(self.names, losses, weights, strict=True):
+            if weight:
+                metrics |= {f"loss_{name}": total / weight, f"share_{name}": weight / sum(weights)}
         seconds, waited = self._training_seconds(), self.clock.seconds["data"]
         passed, devices = max(1e-9, seconds - self.seconds), accelerator.num_processes
         metrics |= {

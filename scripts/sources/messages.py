@@ -23,9 +23,9 @@ A record is taken for the first of these forms whose fields it has, in upper or 
                     before it
 
 A text in a field `system` or `system_prompt` becomes the system message where there is none. Every reply is learnt
-but one with `"train": false` or `"weight": 0` beside its text. A conversation is user and assistant in turn, with or
-without a system message in front; what else there is is dropped, with the reason, and so is the end of a conversation
-after its last reply.
+but one with `"train": false` or `"weight": 0` beside its text; a `weight` of the record is what its tokens count in the
+loss. A conversation is user and assistant in turn, with or without a system message in front; what else there is is
+dropped, with the reason, and so is the end of a conversation after its last reply.
 """
 
 import re

@@ -45,6 +45,8 @@ PositiveInt = Annotated[WholeNumber, Field(gt=0, lt=2**31)]
 NonNegativeInt = Annotated[WholeNumber, Field(ge=0, lt=2**31)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, le=1)]
+MOST_WEIGHT = 1e100  # so that a record's times its data set's is finite, too
+Weight = Annotated[float, Field(ge=0, le=MOST_WEIGHT)]
 
 
 def _path_or_paths(value: Any) -> Any:
@@ -86,6 +88,8 @@ class DatasetOptions(Schema):
     max_val_set: PositiveInt | None = key(None, "at most this many validation conversations", PREPARED)
     fraction: Share | None = key(None, "share of the training rows used, drawn anew each epoch", "training")
     size: PositiveInt | None = key(None, "number of training rows used, drawn anew each epoch", "training")
+    weight: Weight = key(1.0, "what each of its tokens counts in the loss, times its record's own weight", "training")
+    train_on: Literal["all", "last"] = key("all", "learn every reply of a conversation, or its last only", PREPARED)
     on_bad_records: Literal["error", "skip"] = key(
         "error", "what to do at a damaged record: stop, or go on and report how many", PREPARED
     )
@@ -136,6 +140,22 @@ class Record:
                 raise self.error(f"field {full!r} holds half of a surrogate pair") from None
         return value
 
+    @property
+    def weight(self) -> float:
+        """What its field `weight`, in upper or lower case, says that each of its tokens counts in the loss; 1.0 without
+        one, or with null.  Raises: UserError for what is no number from 0 to `MOST_WEIGHT`."""
+        if "weight" not in map(str.lower, self.values):
+            return 1.0
+        name = next(name for name in self.values if name.lower() == "weight")
+        value = self.values[name]
+        if value is None:
+            return 1.0
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not 0 <= value <= MOST_WEIGHT:
+            shown = str(value)[:20] if is_number else kind_of(value)
+            raise self.error(f"field {name!r} is {shown}: what a record counts in the loss is a number, 0 or more")
+        return float(value)
+
     def error(self, what: str) -> UserError:
         return UserError(f"{self.path}, record {self.number}: {what}")
 
@@ -158,6 +178,7 @@ class Message:
 @dataclass(frozen=True, slots=True)
 class Conversation:
     messages: list[Message]
+    weight: float = 1.0  # what each of its tokens counts in the loss
 
     def as_dicts(self) -> list[dict[str, str]]:
         """[{"role": ..., "content": ...}], the form of `apply_chat_template` and of the prepared data."""

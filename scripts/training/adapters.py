@@ -29,6 +29,7 @@ from training.adapter_files import (
     read_adapter,
     require_packages,
 )
+from training.weight_files import hub_name
 from utils.errors import UserError, reason
 from utils.launch import DTYPES, say, training_dtype
 
@@ -242,7 +243,9 @@ def adapted_weights(model: PreTrainedModel) -> list[int]:
 
 
 def _describe_base(recipe: Recipe, model: PreTrainedModel) -> BaseModel:
-    name = os.path.abspath(recipe.model_name) if os.path.isdir(recipe.model_name) else recipe.model_name
+    name = recipe.model_name
+    if os.path.isdir(name):  # under which others can load the adapter, else this machine
+        name = hub_name(Path(name)) or os.path.abspath(name)
     quantization = None
     if recipe.load_in_4bit:
         dtype = next(name for name, dtype in DTYPES.items() if dtype == training_dtype(recipe.dtype, announce=False))

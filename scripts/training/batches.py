@@ -67,7 +67,7 @@ class Batches:
         split = self.mix.validation if micro_batch.epoch is None else self.mix.train
         batch = collate(split, micro_batch.rows, self.recipe, self.pad_token_id, micro_batch.epoch)
         zero = torch.tensor([0])
-        return batch if len(batch.targets) else replace(batch, scored=zero, targets=zero, dataset=zero)
+        return batch if len(batch.targets) else replace(batch, scored=zero, targets=zero, dataset=zero, weights=None)
 
     def _collate(self, split: Split, chunks: list[np.ndarray], epoch: int | None) -> Iterator[Batch]:
         """Of the micro-batches of these rows those of this process."""

@@ -28,6 +28,12 @@ class Batch:
     position_ids: torch.Tensor | None = None  # int64 [1, tokens], from 0 in each conversation; None where it is padded
     boundaries: torch.Tensor | None = None  # int32 [conversations + 1], where each begins, the last ends; None: padded
     attention_mask: torch.Tensor | None = None  # int64 like input_ids, 0 at padding; None where there is none
+    weights: torch.Tensor | None = None  # fp32 [scored tokens], what each counts in the loss; None: all alike
+
+    @property
+    def weight(self) -> float:
+        """What its scored tokens count in the loss, together; of a batch on the CPU."""
+        return len(self.targets) if self.weights is None else self.weights.double().sum().item()
 
     def to(self, device: torch.device) -> "Batch":
         """The same on a device; from pinned memory without waiting for it."""
@@ -79,8 +85,8 @@ def collate(split: Split, rows: np.ndarray, recipe: Recipe, pad_token_id: int, e
         epoch: draws the windows of examples over max_length; None takes their first max_length tokens.
     """
     examples = [cut(split, row, recipe, epoch) for row in rows]
-    lengths = [len(ids) for ids, _ in examples]
-    dataset = np.repeat(split.dataset[rows], [scored.sum() for _, scored in examples])
+    lengths, counts = [len(ids) for ids, _ in examples], [scored.sum() for _, scored in examples]
+    dataset = np.repeat(split.dataset[rows], counts)
     if not examples:
         examples, widths = [(np.full(2, pad_token_id), np.zeros(2, dtype=bool))], [2]
     else:
@@ -104,6 +110,8 @@ def collate(split: Split, rows: np.ndarray, recipe: Recipe, pad_token_id: int, e
     tensors = {name: torch.from_numpy(array.astype(np.int64, copy=False)) for name, array in batch.items()}
     if recipe.padding_free:
         tensors["boundaries"] = torch.from_numpy(starts.astype(np.int32))
+    if split.weights is not None:
+        tensors["weights"] = torch.from_numpy(np.repeat(split.relative_weights[rows], counts).astype(np.float32))
     return Batch(lengths=tuple(lengths), **tensors)
 
 

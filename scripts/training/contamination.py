@@ -53,7 +53,7 @@ def load_benchmark(name: str, cache_dir: Path, download: bool = True) -> list[st
     try:
         paths = find_data_file(name, None, cache_dir, None, hub, download)
     except UserError:
-        return f"{name} is not on this machine, and the hub's {hub.repo} not to be had: give {cache_dir}/{name}.jsonl"
+        return f"{name} is not on this machine and could not be fetched ({hub.repo}): give {cache_dir}/{name}.jsonl"
     questions = []
     try:
         for path in paths or []:

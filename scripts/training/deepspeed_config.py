@@ -79,6 +79,8 @@ def fill_config(
         )
     config = copy.deepcopy(config)
     check_keys(config, source)
+    if config["zero_optimization"]["stage"] == 3:
+        _check_for_stage_3(recipe, source)
     # By micro_batch_tokens steps have different numbers of micro-batches; the engine is told the most. It only divides
     # the loss by that, which sft.py undoes, and learns from sft.py which micro-batch ends a step.
     micro_batch, accumulation = micro_batch_size(recipe), accumulation_steps(recipe, num_processes())
@@ -119,6 +121,22 @@ def fill_config(
         section[name] = value
     check_precision(config, source, dtype)
     return config
+
+
+def _check_for_stage_3(recipe: Recipe, source: str) -> None:
+    """Refuse what the stage that shards the weights cannot do, or not better than without it."""
+    which = f"{source}: zero_optimization.stage = 3"
+    if recipe.use_peft:
+        raise UserError(
+            f"use_peft = true: {which} shards what is trained, and would gather a frozen model layer by layer: take "
+            "stage 2, or train without DeepSpeed"
+        )
+    if recipe.torch_compile:
+        # Its hooks break every layer into its single operations, until the compiler gives up (torch 2.13).
+        raise UserError(
+            f"torch_compile = true: {which} gathers weights between the operations of a layer, so that nothing is "
+            "compiled: give torch_compile: false, or take stage 2"
+        )
 
 
 def _section(config: dict[str, Any], source: str, key: str) -> tuple[dict[str, Any], str]:

@@ -17,6 +17,7 @@ from training.fragments import allocate_moments
 from training.fsdp import (
     ShardScaler,
     begin_micro_batch,
+    gathered_root,
     hand_over_gradients,
     norm_over_shards,
     shard_model,
@@ -94,6 +95,13 @@ class Engine:
             yield
         finally:
             load_loss_scale(self.accelerator, scale)
+
+    @contextmanager
+    def outside_of_the_loss(self) -> Iterator[None]:
+        """Let the language model be called by itself, without a gradient. Every process calls this."""
+        sharded = sharding_of(self.accelerator)  # whose weights are gathered in the precision of the forward pass
+        with nullcontext() if sharded else self.accelerator.autocast(), gathered_root(self.model):
+            yield
 
     def close(self) -> None:
         """Leave the other processes; the language model stays. Every process calls this."""

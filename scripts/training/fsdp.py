@@ -6,6 +6,8 @@ forward pass, when it computes. Gradients come back as rows, summed in fp32. The
 as plain tensors: torch's fused AdamW and the kernel of training/adamw.py run as they are.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -69,6 +71,19 @@ def _shard_again(model: FSDPModule, *_) -> None:
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+
+@contextmanager
+def gathered_root(model: torch.nn.Module) -> Iterator[None]:
+    """With what lies in no layer gathered, as it is in a forward pass of the whole; nothing where it is not sharded."""
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    model.unshard()
+    try:
+        yield
+    finally:
+        model.reshard()
 
 
 def updated(parameter: torch.nn.Parameter) -> torch.nn.Parameter:

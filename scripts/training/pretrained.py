@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from training.adapter_files import is_adapter, read_base
 from training.adapters import as_quantized, merge
 from training.checkpoint_files import check_model_files
+from training.weight_files import hub_is_reachable, model_folder
 from utils.errors import UserError, reason
 from utils.launch import say
 
@@ -29,6 +30,8 @@ def load_pretrained(
     who = who or name
     reads_weights = auto_class is AutoModelForCausalLM and kwargs.get("device_map") != "meta"
     check_model_files(Path(name), reads_weights)
+    if model_folder(name) is None and not hub_is_reachable():
+        raise UserError(f"{who}: no such folder under {Path.cwd()}, and the hub cannot be reached")
     if auto_class is not AutoTokenizer and is_adapter(name):
         return _of_adapter(auto_class, Path(name), who, trust_remote_code, **kwargs)
     if auto_class is AutoModelForCausalLM:

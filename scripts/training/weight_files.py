@@ -1,9 +1,11 @@
 """Where a model's files are on this machine, and what the headers of its weights say, before any is loaded."""
 
+import contextlib
+import functools
 import os
 from pathlib import Path
 
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import constants, get_session, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 
@@ -27,6 +29,28 @@ def model_folder(name: str) -> Path | None:
     except HFValidationError:
         raise UserError(f"model_name = {name}: neither a model's folder nor a hub name") from None
     return Path(config).parent if isinstance(config, str) else None
+
+
+def hub_name(folder: Path) -> str | None:
+    """The hub's name of a model whose folder is the one in the hub's cache (CACHE/models--org--name/snapshots/COMMIT)
+    that this name stands for; None for any other folder."""
+    kind, *parts = folder.resolve().parent.parent.name.split("--")
+    name = "/".join(parts)
+    with contextlib.suppress(UserError):  # no name at all
+        found = model_folder(name) if kind == "models" else None
+        return name if found and os.path.samefile(found, folder) else None
+    return None
+
+
+@functools.cache
+def hub_is_reachable() -> bool:
+    """Whether the hub answers at all, by one try of 5 seconds: huggingface_hub itself tries each file six times, which
+    took 46 s before it said so. True where HF_HUB_OFFLINE forbids to ask, since it says that at once."""
+    try:
+        constants.HF_HUB_OFFLINE or get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # its own, httpx's and the system's errors
+        return False
+    return True
 
 
 def weights_are_here(folder: Path) -> bool:

@@ -18,6 +18,7 @@ MASKS = {"may_wait": ("masking_utils.py",)}
 PADDED = {"padding_free": False} | MASKS
 # Of each path what is given to it, and its attention kernel.
 PACKAGE = {"put": (rehearsal.flash_attn,), "attn_implementation": "flash_attention_2"} | MASKS
+TERMS = {"label_smoothing": 0.1, "z_loss": 1e-4, "neftune_noise_alpha": 5}
 PATHS = {
     "bf16": ({}, VARLEN),
     "fp16": ({"dtype": "fp16"}, VARLEN),
@@ -36,6 +37,8 @@ PATHS = {
     "flash-attn, checkpointing": (PACKAGE | {"gradient_checkpointing": True}, FLASH_ATTN),
     "Liger's loss": ({"put": (rehearsal.liger,)}, VARLEN),
     "mean of micro-batches": ({"loss_normalization": "micro_batch"}, VARLEN),
+    "weights and other terms": ({"put": (rehearsal.weights,), **TERMS}, VARLEN),
+    "weights and other terms, padded": (PADDED | {"put": (rehearsal.weights, rehearsal.liger), **TERMS}, CUDNN),
     "llama": ({"model_type": "llama"}, VARLEN),
     "mistral": ({"model_type": "mistral"}, VARLEN),
     "no clipping": ({"max_grad_norm": 0.0}, VARLEN),

@@ -206,5 +206,15 @@ def test_a_full_disk_leaves_the_file_as_it_was(tmp_path):
         signal.signal(signal.SIGXFSZ, handler)
     assert path.read_bytes() == before
     assert [*tmp_path.iterdir()] == [path]
+
+
+@pytest.mark.parametrize("empty", [None, "", " \n"])
+def test_a_turn_without_a_reply_is_left_out(tmp_path, empty):
+    """With it `source: messages` would drop the conversation."""
+    path = tmp_path / "chats.jsonl"
     with pytest.raises(UserError, match="no reply to save yet"):
-        Chat("", [Turn("a")]).save(path)
+        Chat("", [Turn("a", empty, True)]).save(path)
+    assert not path.exists()
+    Chat("", [Turn("a", empty, True), Turn("b", "c", True), Turn("d", empty), Turn("e", "f", True)]).save(path)
+    Chat("", [Turn("a", "b", True), Turn("c", empty)]).save(path)
+    assert [[content for _, content, _ in one] for one in as_read(path)] == [["b", "c", "e", "f"], ["a", "b"]]

@@ -172,6 +172,26 @@ def test_encoding_invariants(tokenizer, chats, batch_size):
         assert scored.tolist() == expected
 
 
+@settings(max_examples=40, deadline=None)
+@given(replies=st.lists(st.booleans(), min_size=1, max_size=4), unanswered=st.booleans(), system=st.none() | contents)
+def test_the_last_reply_alone(tokenizer, replies, unanswered, system):
+    """And that not where it is marked as not to be learnt."""
+    messages = [Message("system", system)] * (system is not None)
+    for number, train in enumerate(replies):
+        messages += [Message("user", f"question {number}"), Message("assistant", f"reply {number}", train=train)]
+    messages += [Message("user", "and?")] * unanswered
+    ids, scored = next(encode(tokenizer, [Conversation(messages)], train_on="last"))
+    learnt = f"reply {len(replies) - 1}{EOS}" + "<|prompter|>" * unanswered
+    assert tokenizer.decode(ids[scored].tolist()) == (learnt if replies[-1] else "")
+    (whole, of_all), (_, of_system) = (
+        next(encode(tokenizer, [Conversation(each)], train_on=which))
+        for each, which in ((messages, "all"), ([Message("user", "q")], "last"))
+    )
+    assert whole.tolist() == ids.tolist()
+    assert not (scored & ~of_all).any()
+    assert not of_system.any()
+
+
 def test_backend_settings_come_back(tokenizer):
     backend = tokenizer.backend_tokenizer
     backend.enable_truncation(max_length=3)

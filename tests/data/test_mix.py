@@ -164,18 +164,18 @@ def test_memory_does_not_grow_with_the_source(make_recipe, tokenizer, tmp_path, 
         recipe = make_recipe((), {"datasets": [{"chats": own}]})
         before = pa.total_allocated_bytes()
         arrow = []
-        record_batch = mix_module._record_batch
+        record_batch = mix_module.record_batch
 
         def measured(examples, record_batch=record_batch, arrow=arrow, before=before):
             arrow.append(pa.total_allocated_bytes() - before)
             return record_batch(examples)
 
-        monkeypatch.setattr(mix_module, "_record_batch", measured)
+        monkeypatch.setattr(mix_module, "record_batch", measured)
         tracemalloc.start()
         mix = prepare_mix(recipe, tokenizer)
         peaks.append(tracemalloc.get_traced_memory()[1] + max(arrow))
         tracemalloc.stop()
-        monkeypatch.setattr(mix_module, "_record_batch", record_batch)
+        monkeypatch.setattr(mix_module, "record_batch", record_batch)
         assert len(mix.train) + len(mix.validation) == count
     assert (tmp_path / "1000.jsonl").stat().st_size > 4 * (tmp_path / "200.jsonl").stat().st_size
     assert peaks[1] < 1.2 * peaks[0]
@@ -318,6 +318,8 @@ NAMES = ("oasst_export", "dolly15k")
         ({}, {"dolly15k": {"max_val_set": 2}}, {"dolly15k"}),
         ({}, {"dolly15k": {"context": "prompt"}}, {"dolly15k"}),
         ({}, {"dolly15k": {"on_bad_records": "skip"}}, {"dolly15k"}),
+        ({}, {"dolly15k": {"train_on": "last"}}, {"dolly15k"}),
+        ({}, {"dolly15k": {"weight": 0.5}}, set()),
         ({}, {"dolly15k": {"fraction": 0.5}}, set()),
         ({}, {"dolly15k": {"size": 7}}, set()),
         ({"max_length": 31, "learning_rate": 1.0, "sort_by_length": True}, {}, set()),
@@ -397,14 +399,14 @@ def test_that_code_is_the_whole_room_and_of_the_sources_one_and_what_they_share(
 def fail_in_the_second_batch(monkeypatch, action) -> None:
     """Run `action` when one batch is written and the next is begun."""
     monkeypatch.setattr(mix_module, "ROWS_AT_A_TIME", 20)
-    calls, record_batch = itertools.count(), mix_module._record_batch
+    calls, record_batch = itertools.count(), mix_module.record_batch
 
     def interrupted(examples):
         if next(calls):
             action()
         return record_batch(examples)
 
-    monkeypatch.setattr(mix_module, "_record_batch", interrupted)
+    monkeypatch.setattr(mix_module, "record_batch", interrupted)
 
 
 @pytest.mark.parametrize("error", [OSError("no space left on device"), KeyboardInterrupt()])

@@ -19,10 +19,11 @@ from damage import damaged
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from data.prompts import read_prompts
 from evaluation.chat_model import load_chat_model
 from evaluation.generation import generate
 from evaluation.model import find_model
-from evaluation.report_files import read_configs, read_prompts, read_report
+from evaluation.report_files import read_configs, read_report
 from evaluation.report_page import make_page
 from evaluation.result_files import read_result
 from evaluation.results import Evaluation, start_processes

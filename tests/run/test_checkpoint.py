@@ -200,7 +200,7 @@ def test_a_save_that_fails_leaves_no_checkpoint(save, tmp_path, model, tokenizer
         with pytest.raises(UserError, match=r"checkpoint-2 could not be written: .*No space left on device") as error:
             save(2, save_total_limit=1)
     assert "the checkpoints before it are whole" in str(error.value)
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]  # whole, and the half of it gone
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1", "last"}  # whole, and the half of it gone
     read_checkpoint(tmp_path / "checkpoint-1")
     save(2, save_total_limit=1)
     assert steps(tmp_path) == [2]
@@ -243,7 +243,7 @@ def test_a_checkpoint_half_removed_does_not_keep_its_name(save, tmp_path, monkey
             save(2, save_total_limit=1)
     assert steps(tmp_path) == [2]
     assert remove_leftovers(tmp_path) == [".checkpoint-1"]
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+    assert [path.name for path in tmp_path.iterdir() if not path.is_symlink()] == ["checkpoint-2"]
 
 
 def test_leftovers_are_removed_and_named(save, tmp_path):
@@ -252,7 +252,7 @@ def test_leftovers_are_removed_and_named(save, tmp_path):
     for name in (".checkpoint-4", ".final", "checkpoint-final", "notes"):
         (tmp_path / name).mkdir()
     assert sorted(remove_leftovers(tmp_path)) == [".checkpoint-4", ".final", "checkpoint-3/.trainer_state"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-final", "notes"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-final", "last", "notes"]
     read_checkpoint(whole)
 
 
@@ -280,7 +280,7 @@ def test_a_number_that_no_run_writes_is_nobodys_to_remove(save, tmp_path):
     (tmp_path / "checkpoint-0001").mkdir()
     for step in (1, 2, 3):
         save(step, save_total_limit=1)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-0001", "checkpoint-3"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-0001", "checkpoint-3", "last"]
 
 
 def test_other_folders_are_no_checkpoints(tmp_path):

@@ -69,7 +69,7 @@ def stopped(folder, recipe_file):
 
 @pytest.fixture
 def output(stopped, tmp_path):
-    return shutil.copytree(stopped, tmp_path / "output")
+    return shutil.copytree(stopped, tmp_path / "output", symlinks=True)
 
 
 @pytest.fixture
@@ -532,7 +532,7 @@ def taken_away(output: Path, how: str) -> None:
     if how == "emptied":
         for path in output.iterdir():
             if not path.name.startswith("."):  # as rm -rf OUTPUT_DIR/* does
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 WAYS = ["deleted", "renamed", "replaced", "replaced by another run", "emptied", "a link to nowhere"]

@@ -5,6 +5,7 @@ import math
 import random
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -441,7 +442,7 @@ def test_wandb_logs_offline_and_says_where(tmp_path, capsys, monkeypatch, enviro
     assert said.startswith("wandb: ")
     assert reason in said
     assert said.endswith(f"logging offline to {run} (wandb sync uploads it)")
-    assert log.wandb_url is None  # the card has no link then
+    assert log.trackers.wandb_url is None  # the card has no link then
     assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "out"]
 
 
@@ -543,3 +544,33 @@ print([name for name in sys.modules if name.split(".")[0] == "wandb"])
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "[]"
     assert "wandb" not in result.stderr.lower()
+
+
+def test_no_step_waits_for_a_drawing_and_the_last_has_all_points(log, tmp_path, monkeypatch):
+    begun, go_on, drawn = threading.Event(), threading.Event(), []
+
+    def slow(curves, image):
+        begun.set()
+        assert go_on.wait(60)
+        curves.read_on()
+        drawn.append(curves.curves["loss"].last)
+
+    monkeypatch.setattr(Curves, "draw", slow)
+    for step in (1, 2, 3):
+        log.write({"step": step, "epoch": 0.1, "loss": 1.0 * step})
+        log.draw()  # which the first holds up for ever
+    assert begun.wait(60)
+    assert drawn == []
+    go_on.set()
+    log.close()
+    assert len(drawn) == 2
+    assert drawn[-1] == (3, 3.0)
+
+
+def test_a_drawing_that_fails_is_said_and_nothing_of_it_is_left(log, tmp_path, capsys):
+    (tmp_path / "training.png").mkdir()
+    log.write(LINES[0])
+    log.draw()
+    log.close()
+    assert capsys.readouterr().out.count("training.png could not be drawn: Is a directory") == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "training.png"]

@@ -627,6 +627,7 @@ def test_a_usual_run_has_no_warning():
         ({"total_steps": 2**31 - 1}, {}, ["2,147,483,647 steps, 5,368,709 epochs", "24,855 days", "max_steps"]),
         ({"total_steps": 400 * 10_001}, {}, ["4,000,400 steps, 10,001 epochs"]),
         ({"config": GPTNeoXConfig(dtype=torch.bfloat16)}, {"dtype": "fp16"}, ["fp16", "give dtype: bf16"]),
+        ({}, {"datasets": 2, "options": [{}, {"weight": 0}]}, ["weight = 0: its conversations", "size: 1"]),
     ],
 )
 def test_warnings(run, keys, parts):

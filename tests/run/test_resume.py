@@ -23,7 +23,7 @@ from run import folder as folder_module
 from run.checkpoint import read_checkpoint
 from run.checkpoint_state import FORMAT
 from run.folder import RECIPE_HEADER, claim_output_dir
-from run.resume import changed_keys, find_checkpoint, restore
+from run.resume import changed_keys, find_checkpoint, is_finished, restore
 from run.retention import list_checkpoints, step_of
 from run.run import Run
 from utils.errors import UserError
@@ -70,7 +70,7 @@ def stopped(folder, recipe):
 @pytest.fixture
 def output(stopped, tmp_path):
     """A copy of it of the test's own."""
-    return shutil.copytree(stopped, tmp_path / "output")
+    return shutil.copytree(stopped, tmp_path / "output", symlinks=True)
 
 
 def assert_same_end(output: Path, whole: Path) -> None:
@@ -534,6 +534,18 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(recipe, tmp_path,
     assert_same_end(tmp_path, whole)
 
 
+def test_of_a_finished_run_without_checkpoints_it_says_what_is_another(recipe, whole, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "out", ignore=shutil.ignore_patterns("checkpoint-*"))
+    assert is_finished(make(recipe, output_dir=folder))
+    other = make(recipe, output_dir=folder, learning_rate=0.02, max_grad_norm=1.0)
+    words = r"holds another run \(metrics.jsonl, .*; in its recipe learning_rate: 0.01 then, 0.02 now; max_grad_norm: "
+    for _ in range(2):
+        with pytest.raises(UserError, match=words):
+            find_checkpoint(other, allow_changes=False)
+        words = r"holds another run \(metrics.jsonl, [^;]*; give another --output_dir, or remove it$"
+        (folder / "run.json").write_text("{")
+
+
 def test_never_begins_in_an_empty_folder_only(recipe, output, tmp_path):
     for keys, returncode in ((("--output_dir", output), 2), ((), 75)):
         run = run_here(recipe, "--resume_from_checkpoint", "never", *keys, output_dir=tmp_path / "new", steps=1)
@@ -816,8 +828,8 @@ def test_the_one_in_use_is_never_moved(recipe, output, tmp_path, capsys):
     """By whatever way it is named; a link to it under another number is."""
     linked = tmp_path / "linked"
     linked.symlink_to(output)
-    (output / "best").symlink_to("checkpoint-7")
-    for way in (output / "checkpoint-7", linked / "checkpoint-7", output / "best", linked / ".." / "output" / "best"):
+    (output / "kept").symlink_to("checkpoint-7")
+    for way in (output / "checkpoint-7", linked / "checkpoint-7", output / "kept", linked / ".." / "output" / "kept"):
         (output / "checkpoint-9").symlink_to("checkpoint-7")
         values = make(recipe, output_dir=output, resume_from_checkpoint=way)
         claim_output_dir(values, find_checkpoint(values, allow_changes=False))

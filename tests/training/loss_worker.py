@@ -21,7 +21,18 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
 from mixes import scored_loss
-from test_loss import ENGINES, MODELS, differences, empty_batch, full_losses, make_batch, make_labels, make_model
+from test_loss import (
+    ENGINES,
+    MODELS,
+    TERMS,
+    differences,
+    empty_batch,
+    full_losses,
+    make_batch,
+    make_labels,
+    make_model,
+    weighted_sum,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 RATE = 1e-3
@@ -32,15 +43,18 @@ def measure(engine: str, name: str) -> dict:
     """Two rounds and a step: {"total", "expected_total": of all micro-batches, "gradients": {parameter: its distance
     from the expected}, "evaluated", "expected_evaluated": the total after the step}."""
     labelled = [make_labels(seed) for seed in (1, 2, 3)]
-    targets = sum(int((labels != -100).sum()) for _, _, labels in labelled)
+    weighted = name != "phi_bias"
+    batches, keys = [make_batch(*each, weighted=weighted) for each in labelled], TERMS if weighted else {}
+    targets = sum(batch.weight for batch in batches)
     model = make_model(name)
     plain = copy.deepcopy(model)
-    expected = sum(full_losses(plain, each)[0].sum() for each in labelled) / targets
+    losses = [full_losses(plain, each, **keys)[0] for each in labelled]
+    expected = sum(map(weighted_sum, losses, batches)) / targets
     expected.backward()
 
     rank = dist.get_rank()
-    of_rank = [[make_batch(*labelled[0]), make_batch(*labelled[2])], [make_batch(*labelled[1]), empty_batch(False)]]
-    wrapped = wrap(engine, model)
+    of_rank = [[batches[0], batches[2]], [batches[1], empty_batch(False)]]
+    wrapped = wrap(engine, model, keys)
     total = torch.zeros(())
     for number, batch in enumerate(of_rank[rank]):
         if engine == "ddp":
@@ -75,9 +89,9 @@ def measure(engine: str, name: str) -> dict:
     }
 
 
-def wrap(engine: str, model: torch.nn.Module) -> torch.nn.Module:
+def wrap(engine: str, model: torch.nn.Module, keys: dict) -> torch.nn.Module:
     if engine == "ddp":
-        return DistributedDataParallel(scored_loss(model))
+        return DistributedDataParallel(scored_loss(model, **keys))
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": ROUNDS,
@@ -87,7 +101,7 @@ def wrap(engine: str, model: torch.nn.Module) -> torch.nn.Module:
         "zero_optimization": {"stage": int(engine[-1]), "stage3_param_persistence_threshold": 0},
     }
     optimizer = torch.optim.SGD(model.parameters(), RATE)
-    return deepspeed.initialize(model=scored_loss(model), optimizer=optimizer, config=config)[0]
+    return deepspeed.initialize(model=scored_loss(model, **keys), optimizer=optimizer, config=config)[0]
 
 
 if __name__ == "__main__":

@@ -12,12 +12,22 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from mixes import given, scored_loss
-from test_loss import MODELS, differences, full_losses, gradients, make_batch, make_labels, make_model
+from test_loss import (
+    MODELS,
+    TERMS,
+    differences,
+    full_losses,
+    gradients,
+    make_batch,
+    make_labels,
+    make_model,
+    weighted_sum,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from training import loss as loss_module
 from training.collate import Batch
-from training.loss import choose_kernel, cross_entropy, with_liger, with_pytorch
+from training.loss import NO_TERMS, Terms, choose_kernel, cross_entropy, with_liger, with_pytorch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -30,27 +40,44 @@ LIGER = pytest.param(with_liger, marks=needs_liger)
 EPSILON = {torch.float32: 2**-23, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
-def exact(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The losses and the gradient of their sum, fp64."""
+def exact(
+    logits: torch.Tensor, targets: torch.Tensor, terms: Terms = NO_TERMS, factors: torch.Tensor | float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The losses and the gradient of their sum, each times its factor, fp64."""
     logits = logits.double().requires_grad_()
-    losses = F.cross_entropy(logits, targets, reduction="none")
-    losses.sum().backward()
+    losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=terms.label_smoothing)
+    losses = losses + terms.z_loss * logits.exp().sum(-1).log() ** 2
+    (losses * factors).sum().backward()
     return losses.detach(), logits.grad
+
+
+terms_of_losses = st.builds(Terms, st.sampled_from([0.0, 0.1, 0.9]), st.sampled_from([0.0, 1e-4, 0.3]))
 
 
 @pytest.mark.parametrize("kernel", [with_pytorch, LIGER])
 @pytest.mark.parametrize("dtype", EPSILON)
-@given(st.integers(1, 6), st.integers(2, 300), st.sampled_from([0.1, 3, 30]), st.integers(0, 99))
-def test_losses_and_gradient(kernel, dtype, rows, width, spread, seed):
+@given(
+    st.integers(1, 6),
+    st.integers(2, 300),
+    st.sampled_from([0.1, 3, 30]),
+    terms_of_losses,
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_losses_and_gradient(kernel, dtype, rows, width, spread, terms, weighted, seed):
     generator = torch.Generator().manual_seed(seed)
     logits = (torch.randn(rows, width, generator=generator) * spread).to(DEVICE, dtype)
     targets = torch.randint(width, (rows,), generator=generator).to(DEVICE)
-    losses, gradient = exact(logits, targets)
-    found = kernel(logits, targets)
+    factors = torch.rand(rows, generator=generator).to(DEVICE) if weighted else 1.0
+    losses, gradient = exact(logits, targets, terms, factors)
+    alone = with_pytorch(logits.clone(), targets, None, terms)
+    found = kernel(logits, targets, factors, terms)
     assert (found.dtype, found.shape, logits.dtype) == (torch.float32, (rows,), dtype)
-    torch.testing.assert_close(found.double(), losses, rtol=3e-6, atol=3e-6 * spread)
-    # A share of e^-x has x times the rounding of x.
-    torch.testing.assert_close(logits.double(), gradient, rtol=max(3e-5, EPSILON[dtype]), atol=1e-6)
+    for each in (found, alone):
+        torch.testing.assert_close(each.double(), losses, rtol=3e-6, atol=3e-6 * spread)
+    # A share of e^-x has x times the rounding of x. A kernel may round once more for a factor.
+    rounding = EPSILON[dtype] * (2 if weighted else 1)
+    torch.testing.assert_close(logits.double(), gradient, rtol=max(3e-5, rounding), atol=1e-6)
 
 
 @pytest.mark.parametrize("kernel", [with_pytorch, LIGER])
@@ -98,18 +125,19 @@ def test_no_second_tensor_of_fp32_logits(dtype, more):
 
 
 @needs_liger
+@pytest.mark.parametrize("keys", [{}, TERMS], ids=["", "weights and terms"])
 @pytest.mark.parametrize("name", MODELS)
-def test_the_training_loss_with_liger(name, monkeypatch):
+def test_the_training_loss_with_liger(name, keys, monkeypatch):
     """The whole loss in chunks around its kernel, on models with tied and untied output layers, and one with a bias."""
     labelled = tuple(tensor.to(DEVICE) for tensor in make_labels())
-    batch: Batch = make_batch(*labelled)
+    batch: Batch = make_batch(*labelled, weighted=bool(keys)).to(DEVICE)
     model = make_model(name).to(DEVICE)
-    expected, _ = full_losses(model, labelled)
-    expected.sum().backward()
+    expected, _ = full_losses(model, labelled, **keys)
+    weighted_sum(expected, batch).backward()
     expected_gradients = gradients(model)
     monkeypatch.setattr(loss_module, "choose_kernel", lambda _: (with_liger, "Liger's"))
     monkeypatch.setattr(loss_module, "LOGITS_BUDGET", 5 * 4 * model.config.vocab_size)
-    total, losses, _ = scored_loss(model)(batch)
+    total, losses, _ = scored_loss(model, **keys)(batch)
     total.backward()
     torch.testing.assert_close(losses, expected.detach(), rtol=1e-5, atol=3e-6)
     assert max(differences(gradients(model), expected_gradients).values()) < 3e-6
@@ -149,7 +177,7 @@ def test_the_start_says_which_on_a_gpu(dtype, said, monkeypatch, capsys):
 
 
 def test_what_a_device_computes_it_with():
-    logits, targets = torch.randn(3, 11), torch.tensor([0, 5, 10])
-    losses, gradient = exact(logits, targets)
-    torch.testing.assert_close(cross_entropy(logits, targets, 1.0).double(), losses, rtol=1e-5, atol=1e-6)
+    logits, targets, terms = torch.randn(3, 11), torch.tensor([0, 5, 10]), Terms(0.2, 1e-2)
+    losses, gradient = exact(logits, targets, terms)
+    torch.testing.assert_close(cross_entropy(logits, targets, 1.0, terms).double(), losses, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(logits.double(), gradient, rtol=1e-5, atol=1e-6)

@@ -187,6 +187,27 @@ def test_refused_in_stage_3(key, value, said):
     assert said in line
 
 
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"use_peft": True}, "use_peft = true: zero.json: zero_optimization.stage = 3 shards what is trained"),
+        (
+            {"torch_compile": True, "gradient_checkpointing": False},
+            "torch_compile = true: zero.json: zero_optimization",
+        ),
+        ({"optimizer_state_dtype": "bf16"}, "optimizer_state_dtype = bf16: zero.json: DeepSpeed's optimizer keeps"),
+        ({"use_peft": True, "load_in_4bit": True}, "load_in_4bit = true: zero.json: DeepSpeed would make half"),
+    ],
+)
+@pytest.mark.parametrize("name", ["zero3", "zero3_offload"])
+def test_what_a_recipe_asks_and_stage_3_cannot_do(name, keys, said):
+    config = json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
+    with pytest.raises(UserError) as refused:
+        fill_config(config, "zero.json", RECIPE.model_copy(update=keys), 10, torch.bfloat16)
+    (line,) = str(refused.value).splitlines()
+    assert line.startswith(said)
+
+
 @pytest.mark.parametrize(("key", "value"), [("prescale_gradients", True), ("gradient_predivide_factor", 2)])
 @pytest.mark.parametrize("reduce_scatter", [True, False])
 def test_factors_of_the_gradients_are_not_for_stage_3(key, value, reduce_scatter):
@@ -325,8 +346,8 @@ KEYS = [
     *(f"{section}.{name}" for section, names in {**NAMES, **SUPPORTED}.items() if section for name in names),
     *VALUES,
     *NOT_HERE,
-    *("zero_optimization.stage3_prefetch_bucket_size", "zero_optimization.legacy_stage1", "fp16.x", "x", "bf16.stage"),
-    *("zero_optimization.sub_group_size", "zero_optimization.cpu_offload", "zero_optimization.offload_param.device"),
+    *("zero_optimization.zero_hpz_partition_size", "zero_optimization.legacy_stage1", "fp16.x", "x", "bf16.stage"),
+    *("zero_optimization.cpu_offload", "zero_optimization.offload_param.max_in_cpu"),
 ]
 ODD = [None, True, False, "auto", "x", "", "fp32", "cpu", "none", -1, 0, 1, 2, 3, 0.5, 2.0, 1e9, 1e300, 10**30]
 ODD += [float("nan"), float("inf"), [], ["auto"], [0.9], {}, {"enabled": True}, {"device": "cpu"}, {"x": {"y": 1}}]
@@ -334,7 +355,9 @@ ODD += [float("nan"), float("inf"), [], ["auto"], [0.9], {}, {"enabled": True}, 
 
 def random_config(dice: random.Random, keys: list[str] = KEYS) -> dict:
     config = (
-        json.loads(json.dumps(ZERO2)) if dice.random() < 0.5 else {"zero_optimization": {"stage": dice.choice([1, 2])}}
+        json.loads(json.dumps(dice.choice([ZERO2, ZERO3])))
+        if dice.random() < 0.5
+        else {"zero_optimization": {"stage": dice.choice([1, 2, 3])}}
     )
     for _ in range(dice.choice([1, 1, 1, 2, 3])):
         *parents, name = dice.choice(keys).split(".")
@@ -380,7 +403,9 @@ def test_what_is_let_through_starts_the_engine_and_is_saved(tmp_path, tiny_model
     keys = [key for key in KEYS if key not in NAMES[""] or key in VALUES]
     make = partial(random_config, dice, keys)
     dtype = dice.choice(["bf16", "fp32"])  # fp16 needs a GPU
-    config = next(one for one in iter(make, None) if one != ZERO2 and isinstance(outcome(one, dtype), dict))
+    config = next(
+        one for one in iter(make, None) if one not in (ZERO2, ZERO3) and isinstance(outcome(one, dtype), dict)
+    )
     (tmp_path / "zero.json").write_text(json.dumps(config))
     run = run_script(
         *("recipes/demo.yaml", "--deepspeed_config", tmp_path / "zero.json", "--dtype", dtype, "--max_steps", 4),

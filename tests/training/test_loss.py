@@ -68,12 +68,21 @@ def make_labels(seed: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
     return input_ids, attention_mask, torch.where(is_target, input_ids, -100)
 
 
-def make_batch(input_ids, attention_mask, labels) -> Batch:
-    """The same as a batch of padded rows."""
+def make_batch(input_ids, attention_mask, labels, weighted: bool = False) -> Batch:
+    """The same as a batch of padded rows, of which each has another weight: 0, 1, 4, 9."""
     places = (labels.flatten() != -100).nonzero()[:, 0]
     targets = labels.flatten()[places]
     lengths = tuple(attention_mask.sum(1).tolist())
-    return Batch(input_ids, places - 1, targets, targets * 0, lengths, attention_mask=attention_mask)
+    weights = (places // labels.shape[1]).float() ** 2 if weighted else None
+    return Batch(input_ids, places - 1, targets, targets * 0, lengths, attention_mask=attention_mask, weights=weights)
+
+
+def weighted_sum(losses: torch.Tensor, batch: Batch) -> torch.Tensor:
+    weights = [1.0] * len(losses) if batch.weights is None else batch.weights.tolist()
+    return torch.stack([weight * loss for weight, loss in zip(weights, losses, strict=True)]).sum()
+
+
+TERMS = {"label_smoothing": 0.1, "z_loss": 1e-3}
 
 
 @pytest.fixture
@@ -96,12 +105,15 @@ def empty_batch(padding_free: bool) -> Batch:
     return Batch(ids, none, none, none, (), attention_mask=torch.zeros_like(ids))
 
 
-def full_losses(model, labelled) -> tuple[torch.Tensor, torch.Tensor]:
+def full_losses(model, labelled, label_smoothing=0.0, z_loss=0.0) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss and the likeliest token at each target, from all logits at once."""
     input_ids, attention_mask, labels = labelled
     logits = model(input_ids=input_ids, attention_mask=attention_mask).logits[:, :-1].float()
     targets = labels[:, 1:]
-    losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none", ignore_index=-100)
+    losses = F.cross_entropy(
+        logits.transpose(1, 2), targets, reduction="none", ignore_index=-100, label_smoothing=label_smoothing
+    )
+    losses = losses + z_loss * torch.logsumexp(logits, -1) ** 2
     return losses[targets != -100], logits.argmax(-1)[targets != -100]
 
 
@@ -139,45 +151,50 @@ class LogitsSeen(TorchDispatchMode):
 # ---- against the full computation ----
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("rows", [1, 5, 10_000])
-def test_losses_and_gradients_equal_the_full_computation(model, labelled, batch, rows, checkpointing, monkeypatch):
+def test_losses_and_gradients_equal_the_full_computation(model, labelled, rows, checkpointing, weighted, monkeypatch):
     monkeypatch.setattr(loss_module, "LOGITS_BUDGET", rows * 4 * VOCABULARY)
-    expected, _ = full_losses(model, labelled)
-    (expected.sum() * 0.3).backward()
+    batch, keys = make_batch(*labelled, weighted=weighted), TERMS if weighted else {}
+    expected, _ = full_losses(model, labelled, **keys)
+    expected_total = weighted_sum(expected, batch)
+    (expected_total * 0.3).backward()
     expected_gradients = gradients(model)
 
     if checkpointing:
         model.activation_checkpointing_enable()
-    total, losses, predictions = scored_loss(model)(batch)
+    total, losses, predictions = scored_loss(model, **keys)(batch)
     assert predictions is None
     assert (losses.dtype, total.dtype, total.shape) == (torch.float32, torch.float32, ())
     assert not losses.requires_grad
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(total, expected.sum(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(total, expected_total, rtol=1e-6, atol=0)
     (total * 0.3).backward()
     assert max(differences(gradients(model), expected_gradients).values()) < 3e-6
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("how", ["bf16", "fp16", "autocast bf16"])
-def test_half_precision_is_as_exact_as_the_full_computation_in_it(model, labelled, batch, how, monkeypatch):
+def test_half_precision_is_as_exact_as_the_full_computation_in_it(model, labelled, how, weighted, monkeypatch):
     """Both against fp32, from the same weights: rounding is no worse for the chunks."""
     monkeypatch.setattr(loss_module, "LOGITS_BUDGET", 5 * 4 * VOCABULARY)
+    batch, keys = make_batch(*labelled, weighted=weighted), TERMS if weighted else {}
     dtype = torch.float16 if how == "fp16" else torch.bfloat16
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype).float()
-    losses, _ = full_losses(model, labelled)
-    losses.sum().backward()
+    losses, _ = full_losses(model, labelled, **keys)
+    weighted_sum(losses, batch).backward()
     exact, exact_losses = gradients(model), losses.detach()
 
     if how != "autocast bf16":
         model.to(dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast bf16"):
-        losses, _ = full_losses(model, labelled)
-        losses.sum().backward()
+        losses, _ = full_losses(model, labelled, **keys)
+        weighted_sum(losses, batch).backward()
         plain, plain_losses = gradients(model), losses.detach()
         with LogitsSeen() as seen:
-            total, losses, _ = scored_loss(model)(batch)
+            total, losses, _ = scored_loss(model, **keys)(batch)
             total.backward()
     found = gradients(model)
     assert seen.made == len(losses) * (2 if how == "fp16" else 1)  # fp16 makes them again, after the loss scale
@@ -225,11 +242,13 @@ def test_an_output_layer_of_another_kind(labelled, batch, monkeypatch):
 
 
 @pytest.mark.parametrize("rows", [3, 10_000])
-def test_evaluation_gives_the_same_losses_and_the_likeliest_tokens(model, labelled, batch, rows, monkeypatch):
+def test_evaluation_gives_the_same_losses_and_the_likeliest_tokens(model, labelled, rows, monkeypatch):
+    """The cross-entropy alone, whatever is trained on."""
+    batch = make_batch(*labelled, weighted=True)
     monkeypatch.setattr(loss_module, "LOGITS_BUDGET", rows * 4 * VOCABULARY)
     with torch.no_grad():
         expected, likeliest = full_losses(model.eval(), labelled)
-        total, losses, predictions = scored_loss(model).eval()(batch)
+        total, losses, predictions = scored_loss(model, **TERMS, neftune_noise_alpha=5).eval()(batch)
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(total, expected.sum(), rtol=1e-6, atol=0)
     assert torch.equal(predictions, likeliest)
@@ -321,7 +340,8 @@ def under_engines(tmp_path_factory):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_right_under_ddp_and_the_deepspeed_engine(under_engines, engine, name):
     """Three micro-batches on two processes, one process having nothing in the second round; ZeRO-3 reads the output
-    layer's weight outside of that layer's forward. Measured: all within 1e-6."""
+    layer's weight outside of that layer's forward. With weights and other terms on all but Phi. Measured: all
+    within 1e-6."""
     found = under_engines[f"{engine} {name}"]
     assert found["total"] == pytest.approx(found["expected_total"], rel=1e-5)
     assert max(found["gradients"].values()) < 1e-5, found["gradients"]

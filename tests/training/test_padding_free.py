@@ -44,6 +44,7 @@ def step_of_all(model, mix: Mix, recipe: Recipe, processes: int) -> tuple[float,
     The micro-batches of all processes are given to this one: processes add their gradients up, as micro-batches do.
     """
     accelerator = Accelerator(cpu=True)
+    keys = {name: getattr(recipe, name) for name in ("label_smoothing", "z_loss", "neftune_noise_alpha")}
     dealt = [
         next(Batches(mix, recipe, process, processes, PAD).training_steps(Position())) for process in range(processes)
     ]
@@ -62,7 +63,7 @@ def step_of_all(model, mix: Mix, recipe: Recipe, processes: int) -> tuple[float,
 
     optimizer.optimizer.register_step_pre_hook(keep)
     grad_norm, updated = train_step(
-        Engine(accelerator, scored_loss(model).train(), model, model, optimizer, NoSchedule()),
+        Engine(accelerator, scored_loss(model, **keys).train(), model, model, optimizer, NoSchedule()),
         micro_batches,
         recipe,
         stats,
@@ -75,14 +76,14 @@ def step_of_all(model, mix: Mix, recipe: Recipe, processes: int) -> tuple[float,
 
 def one_by_one(model, mix: Mix, recipe: Recipe) -> tuple[float, dict[str, torch.Tensor]]:
     """The same from plain forward passes over one conversation at a time, and all of its logits."""
-    total, count = torch.zeros(()), 0
+    total, count = torch.zeros(()), 0.0
     for row in training_rows(mix, recipe, 0):
         ids, scored = (torch.tensor(array) for array in cut(mix.train, row, recipe, 0))
-        ids = ids.long() % VOCABULARY
+        ids, weight = ids.long() % VOCABULARY, 1.0 if mix.train.weights is None else float(mix.train.weights[row])
         targets = torch.where(scored, ids, -100)
-        total = total + F.cross_entropy(model(ids[None]).logits[0, :-1], targets[1:], reduction="sum")
-        count += int(scored.sum())
-    loss = total / max(1, count)
+        total = total + weight * F.cross_entropy(model(ids[None]).logits[0, :-1], targets[1:], reduction="sum")
+        count += weight * int(scored.sum())
+    loss = total / (count or 1)
     loss.backward()
     found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad(set_to_none=True)
@@ -101,13 +102,13 @@ cuts = st.fixed_dictionaries({layout: st.tuples(st.integers(1, 7), st.integers(1
 lengths_of_mixes = st.lists(st.lists(st.integers(2, 24), max_size=8), min_size=1, max_size=3).filter(any)
 
 
-@given(lengths_of_mixes, st.integers(0, 999), st.integers(6, 26), cuts, examples=25)
-def test_every_layout_makes_the_same_step(model, lengths, seed, max_length, cuts):
+@given(lengths_of_mixes, st.integers(0, 999), st.integers(6, 26), cuts, st.booleans(), examples=25)
+def test_every_layout_makes_the_same_step(model, lengths, seed, max_length, cuts, weighted):
     """In fp32, to 1e-5 of each gradient's norm (measured: 2.4e-6 at most, and 3e-7 of the loss, in 800 examples).
 
     Conversations over max_length are cut at random, alike in all."""
     keys = {"max_length": max_length, "rng_seed": seed, "max_grad_norm": 0, "dtype": "fp32"}
-    mix = make_mix(lengths, seed=seed)
+    mix = make_mix(lengths, weighted, seed=seed)
     model.set_attn_implementation("eager")
     loss, gradients = one_by_one(model, mix, make_recipe(len(lengths), **keys))
     norm = torch.nn.utils.get_total_norm(gradients.values())

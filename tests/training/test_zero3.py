@@ -14,8 +14,8 @@ CASES = {
     "offload": {"zero": PARTS | HOST | {"offload_param": {"device": "cpu"}}, "dtype": "fp32", "model": "phi_bias"},
     "ZeRO-2, offload": {"zero": {"stage": 2} | HOST, "dtype": "bf16", "model": "gpt_neox"},
 }
-# Tried once, with the same results: no reduce_scatter, no contiguous_gradients, buckets of 100 elements, none fetched
-# ahead, nothing kept, gradients of bf16 added up in fp32.
+# Tried once, with the same results: no reduce_scatter, no contiguous_gradients, buckets of 100 elements, nothing kept
+# or fetched ahead, gradients of bf16 added up in fp32.
 TOLERANCE = {"fp32": 1e-6, "bf16": 2e-3}  # measured: 1e-7, 4e-4 of a loss and 1e-3 of a norm
 
 

@@ -43,6 +43,12 @@ def test_dry_run(run_sft, recipe, tmp_path):
     assert not (tmp_path / "output").exists()
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """The data of each recipe are prepared once."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.mark.parametrize(
     ("recipe", "launch"),
     [
@@ -50,15 +56,16 @@ def test_dry_run(run_sft, recipe, tmp_path):
         *((recipe, "zero2x2") for recipe in RECIPES if recipe != "demo.yaml"),
     ],
 )
-def test_two_steps(run_sft, tiny_model, tmp_path, recipe, launch):
+def test_two_steps(run_sft, tiny_model, cache, recipe, launch):
     if "qlora" in recipe and launch == "zero2x2":
         pytest.skip("refused: tests/test_adapters.py")
     own = [] if recipe == "demo.yaml" else inputs(DEMO_DATA, ROOT / "recipes" / "demo_data")
     own += [] if recipe == "demo.yaml" else ["--model_name", tiny_model, "--max_length", 128]
     small = ["--max_steps", 2, "--logging_steps", 1, "--gradient_accumulation_steps", 2, "--log_wandb", "false"]
+    small += ["--sample_replies", 0]  # which the demo's own run shows
     # By the user's own command twice: with and without a config. DDP's is in tests/run/test_stopping.py.
     real = recipe == "demo.yaml" and launch in ("bare", "zero2x2")
-    run = run_sft(f"recipes/{recipe}", *own, *small, "--cache_dir", tmp_path / "cache", launch=launch, real=real)
+    run = run_sft(f"recipes/{recipe}", *own, *small, "--cache_dir", cache, launch=launch, real=real)
     processes = 2 if launch.endswith("2") else 1
     assert f"\n{counted(processes, 'process')} x" in run.stdout
     assert ("DEEPSPEED on cpu" in run.stdout) == (launch == "zero2x2" or recipe == "stablelm7b_oasst.yaml")

@@ -1,0 +1,122 @@
+"""The best evaluation of a run, when there has been none for too long, and the links to checkpoints: best and last."""
+
+import math
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from recipe.keys import Recipe
+from recipe.load import nearest
+from run.lines import metrics_lines
+from run.retention import list_checkpoints, prune, step_of
+from utils.errors import UserError
+from utils.files import UNFINISHED
+from utils.launch import say
+
+LINKS = ("best", "last")  # in output_dir
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best evaluation so far, by one metric; of equals the earliest.
+
+    Attributes:
+        evaluations_since: how many came after it.
+    """
+
+    metric: str
+    step: int
+    value: float
+    evaluations_since: int = 0
+
+
+def is_better(metric: str, value: float, than: float) -> bool:
+    """By the metric's kind: of an accuracy more is better, of a loss less. No number (NaN) is better than none."""
+    return value > than if metric.endswith("_accuracy") else value < than
+
+
+def judge(best: Best | None, metric: str, step: int, value: float) -> Best | None:
+    """The best evaluation after one more; None while no evaluation had a finite number."""
+    if math.isfinite(value) and (best is None or is_better(metric, value, best.value)):
+        return Best(metric, step, value)
+    return best and Best(metric, best.step, best.value, best.evaluations_since + 1)
+
+
+def check_metric(recipe: Recipe, held_out: Collection[str]) -> None:
+    """See that an evaluation will have early_stopping_metric, and that there is one where it is needed.
+
+    Args:
+        held_out: the data sets that have a validation split.
+
+    Raises: UserError, with the nearest metric that there is.
+    """
+    kinds = ("loss", "accuracy")
+    known = [f"eval_{kind}" for kind in kinds] + [
+        f"eval_{name}_{kind}" for name in recipe.datasets.chosen() for kind in kinds
+    ]
+    metric = recipe.early_stopping_metric
+    if metric not in known:
+        raise UserError(f"early_stopping_metric = {metric}: no metric of this run's{nearest(metric, known, '')}")
+    asked = [name for name in ("sample_every", "keep_best", "early_stopping_patience") if getattr(recipe, name)]
+    if asked and not held_out:
+        raise UserError(f"{asked[0]}: needs evaluations, and nothing is held out: give a data set a val_split")
+    for name in recipe.datasets.chosen():
+        if metric in (f"eval_{name}_loss", f"eval_{name}_accuracy") and name not in held_out:
+            raise UserError(f"early_stopping_metric = {metric}: nothing of {name} is held out: give it a val_split")
+
+
+# ---- The links ----
+
+
+def best_checkpoint(folder: Path, metric: str, best: Best | None) -> Path | None:
+    """Of a run's checkpoints the one whose evaluation is the best; None where none was evaluated.
+
+    Args:
+        best: which counts even where its line of metrics.jsonl is gone.
+    """
+    values = {best.step: best.value} if best else {}
+    for _, line in metrics_lines(folder / "metrics.jsonl", having=f'"{metric}"'):
+        if line.get(metric) is not None:
+            values.setdefault(line["step"], line[metric])
+    evaluated = [path for path in list_checkpoints(folder) if step_of(path) in values]
+    chosen = None
+    for path in evaluated:  # by step, so that of equals the earliest is taken
+        if chosen is None or is_better(metric, values[step_of(path)], values[step_of(chosen)]):
+            chosen = path
+    return chosen
+
+
+def link_checkpoints(recipe: Recipe, best: Best | None) -> None:
+    """Have OUTPUT_DIR/last lead to the newest checkpoint, and OUTPUT_DIR/best to the best that is there.
+
+    The links are relative, so that the folder can be moved, and one is replaced by the next at once. Where there is no
+    such checkpoint there is no link; what is there under its name and is none stays; and on a file system without links
+    a line says so.
+    """
+    folder = recipe.output_dir
+    newest = list_checkpoints(folder)[-1:]
+    leads_to = {"best": best_checkpoint(folder, recipe.early_stopping_metric, best), "last": (newest or [None])[0]}
+    for name in LINKS:
+        link, path = folder / name, leads_to[name]
+        if os.path.lexists(link) and not link.is_symlink():
+            continue
+        if (path.name if path else None) == (os.readlink(link) if link.is_symlink() else None):
+            continue
+        try:
+            if path is None:
+                link.unlink()
+                continue
+            work = folder / f".{name}.{os.getpid()}{UNFINISHED}"
+            work.unlink(missing_ok=True)
+            work.symlink_to(path.name)
+            os.replace(work, link)
+        except OSError as error:  # no reason to stop: the checkpoints themselves are there
+            say(f"\n{link} could not be made a link to {path and path.name}: {error.strerror}")
+
+
+def keep_checkpoints(recipe: Recipe, newest: Path, best: Best | None) -> None:
+    """When a checkpoint is whole: remove what is over the limits, under keep_best not the best, and link what stays."""
+    spared = best_checkpoint(recipe.output_dir, recipe.early_stopping_metric, best) if recipe.keep_best else None
+    prune(recipe, newest, spared)
+    link_checkpoints(recipe, best)

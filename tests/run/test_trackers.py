@@ -1,0 +1,145 @@
+"""Trackers other than wandb, the real ones where they are installed: a resumed run is the same run, step by step."""
+
+import importlib
+import json
+import sqlite3
+
+import pytest
+from interruption import metrics, run_here, small_recipe
+from mixes import make_progress
+from test_log import LINES, make_recipe
+
+from recipe.refusals import problems_of
+from run import trackers
+from run.checkpoint import read_checkpoint
+from run.log import RunLog
+from utils.errors import UserError
+
+WHY = "pip install tensorboard mlflow trackio: too large for everybody's tests"
+
+
+@pytest.fixture
+def resumed(tmp_path, tiny_model, monkeypatch):
+    """Call it with a tracker: a run that was stopped after step 8, killed after step 12, and ended; its folder."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # since a database would want another package
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+
+    def run(tracker: str):
+        pytest.importorskip(tracker, reason=WHY)
+        recipe, output = small_recipe(tmp_path, tiny_model, log_with=tracker, wandb_project="ours"), tmp_path / "out"
+        for moment, code in (({"steps": 8}, 75), ({"steps": 4, "by": "death"}, None), ({}, 0)):
+            assert run_here(recipe, output_dir=output, **moment).returncode == code
+            if moment and tracker == "mlflow":  # what a process leaves when it dies
+                importlib.import_module("mlflow").end_run()
+        return output
+
+    return run
+
+
+def expected(output, name: str) -> list[tuple[int, float]]:
+    return [(line["step"], line[name]) for line in metrics(output) if name in line]
+
+
+def test_tensorboard(resumed):
+    output = resumed("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(output / "base" / "tensorboard"))
+    events.Reload()
+    for name in ("loss", "eval_sums_accuracy", "epoch"):
+        found = [(event.step, event.value) for event in events.Scalars(name)]
+        if name != "epoch":
+            assert found == [(step, pytest.approx(value)) for step, value in expected(output, name)]
+        assert len(found) >= 5
+    (text,) = {event.tensor_proto.string_val[0].decode()[:20] for event in events.Tensors("recipe/text_summary")}
+    assert text.startswith("```\nmodel_name:")
+
+
+def test_mlflow(resumed):
+    output = resumed("mlflow")
+    import mlflow
+
+    run_id = read_checkpoint(output / "checkpoint-20").state.tracker_runs["mlflow"]
+    client = mlflow.MlflowClient()
+    (experiment,) = client.search_experiments(filter_string="name = 'ours'")
+    assert [run.info.run_id for run in client.search_runs([experiment.experiment_id])] == [run_id]
+    found = {(each.step, each.value) for each in client.get_metric_history(run_id, "loss")}  # some twice, of the kill
+    assert found == set(expected(output, "loss"))
+    run = client.get_run(run_id)
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "out")
+    assert run.data.params["learning_rate"] == "0.01"
+
+
+def test_trackio(resumed, tmp_path):
+    output = resumed("trackio")
+    name = read_checkpoint(output / "checkpoint-20").state.tracker_runs["trackio"]
+    with sqlite3.connect(tmp_path / "trackio" / "ours.db") as database:
+        rows = database.execute("select run_name, step, metrics from metrics").fetchall()
+    assert {row[0] for row in rows} == {name}
+    found = {(step, json.loads(values)["loss"]) for _, step, values in rows if "loss" in json.loads(values)}
+    assert found == set(expected(output, "loss"))
+
+
+class Failing:
+    """A tracker whose server goes away after the first line."""
+
+    def __init__(self):
+        self.lines = []
+
+    def log(self, values, step):
+        if self.lines:
+            raise ConnectionError("nobody there")
+        self.lines.append((step, values))
+
+    def finish(self):
+        raise AssertionError("it was left")
+
+
+def test_a_tracker_that_fails_is_left_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    failing = Failing()
+    monkeypatch.setattr(trackers, "_start_mlflow", lambda *_: failing)
+    log = RunLog(make_recipe(tmp_path, log_with=["mlflow"]), make_progress(3), main_process=True)
+    for line in LINES:
+        log.write(line)
+    log.close()
+    assert failing.lines == [(1, {name: value for name, value in LINES[0].items() if name != "step"})]
+    said = "mlflow: no longer logged to, metrics.jsonl has all: ConnectionError: nobody there"
+    assert capsys.readouterr().out.count(said) == 1
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_one_that_cannot_be_started_is_an_error(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise ConnectionError("no server at\nhttp://x")
+
+    monkeypatch.setattr(trackers, "_start_mlflow", refuse)
+    with pytest.raises(UserError, match=r"mlflow could not be started: ConnectionError: no server at http://x$"):
+        RunLog(make_recipe(tmp_path, log_with=["mlflow"]), make_progress(3), main_process=True)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"log_with": ["tensorboard", "trackio"]},
+            "log_with names trackio, which is not installed: pip install trackio",
+        ),
+        ({"log_with": ["wandb"], "log_wandb": False}, "log_with names wandb beside log_wandb: false"),
+        ({"log_with": ["mlflow"], "wandb_project": "it's"}, "wandb_project = it's: no project of wandb's has '"),
+        ({"log_with": ["tensorboard"], "wandb_project": "a/b"}, "wandb_project = a/b: no project of wandb's has /"),
+        ({"log_with": ["wandb"], "log_wandb": True}, None),
+        ({"log_with": "tensorboard"}, None),
+        ({"log_with": []}, None),
+    ],
+)
+def test_what_is_refused_of_log_with(tmp_path, monkeypatch, keys, message):
+    monkeypatch.setattr("recipe.refusals.find_spec", lambda name: name != "trackio")
+    recipe = make_recipe(tmp_path, **keys)
+    problems = [f"{'.'.join(key)} {problem}" for key, problem in problems_of(recipe, {})]
+    assert [message] == [problem[: len(message)] for problem in problems] if message else not problems
+
+
+def test_others_are_unknown(tmp_path):
+    with pytest.raises(ValueError, match="'wandb', 'tensorboard', 'trackio' or 'mlflow'"):
+        make_recipe(tmp_path, log_with=["comet"])

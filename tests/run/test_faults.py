@@ -139,6 +139,7 @@ CUT_SHORT = [("evaluation", "SIGTERM all"), ("evaluated", "SIGKILL all")]
 SHORT = {
     "cpu": [("save: optimizer", "SIGKILL all"), *CUT_SHORT, ("final", "SIGKILL all")],
     "zero2x2": [("save: optimizer", "SIGKILL worker"), ("training", "SIGTERM all")],
+    "fsdp2x2": [("save: model", "SIGKILL worker"), ("training", "SIGKILL all")],
 }
 
 

@@ -223,8 +223,13 @@ def test_a_process_of_its_own_and_the_tests_agree(tmp_path, recipe, whole):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("launch", "cut", "batches"),  # of an evaluation, on each process
-    [("ddp2", (), 2), ("zero2x2", (), 2), ("zero2x2", ("--micro_batch_tokens", 60), 6)],
-    ids=["ddp2", "zero2x2", "zero2x2, by tokens"],
+    [
+        ("ddp2", (), 2),
+        ("zero2x2", (), 2),
+        ("zero2x2", ("--micro_batch_tokens", 60), 6),
+        ("fsdp2x2", ("--dtype", "bf16", "--optimizer_state_dtype", "bf16"), 2),
+    ],
+    ids=["ddp2", "zero2x2", "zero2x2, by tokens", "fsdp2x2 in bf16"],
 )
 def test_two_processes(tmp_path, recipe, launch, cut, batches):
     """A signal that one process alone hears stops both, in the same step; and nothing is lost."""

@@ -89,7 +89,7 @@ def measure(accelerator, name: str, dtype: torch.dtype, **changes) -> dict:
     sharded.append(is_sharded(model))
     whole, covered = collect(accelerator, model, engine.optimizer)
     plain_weights = dict(plain.language_model.named_parameters())
-    assert whole.keys() == plain_weights.keys()
+    assert whole.keys() == plain_weights.keys() == dict(engine.outline.named_parameters()).keys()  # a tied one once
     return {
         "norms": norms,
         "expected_norms": expected_norms,

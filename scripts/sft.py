@@ -2,11 +2,11 @@
 """Fine-tune a causal language model on a mix of conversations, as one recipe describes it.
 
     accelerate launch scripts/sft.py recipes/stablelm7b_oasst.yaml
-    accelerate launch --config_file accelerate_configs/zero2.yaml scripts/sft.py recipes/stablelm7b_oasst.yaml
+    accelerate launch --config_file accelerate_configs/fsdp2.yaml scripts/sft.py recipes/stablelm7b_oasst.yaml
     python scripts/sft.py recipes/demo.yaml --output_dir try --learning_rate 1e-3 [--dry_run]
 
-Any causal LM whose logits are its output layer's; one process, DDP, or DeepSpeed ZeRO-1 and 2; GPU or CPU; fp32, fp16,
-bf16. It prepares the data (before any process group exists), shows the first batch, tries the largest, trains,
+Any causal LM whose logits are its output layer's; one process, DDP, DeepSpeed ZeRO-1 to 3, FSDP2, hybrid shards; GPU or
+CPU; fp32, fp16, bf16; all weights or adapters. It prepares the data (before any process group exists), shows the first batch, tries the largest, trains,
 evaluates each data set, writes checkpoints and leaves in OUTPUT_DIR: recipe.yaml, run.json, metrics.jsonl,
 training.png, samples.jsonl, checkpoint-<step>/, the final model and its card.
 

@@ -6,9 +6,9 @@
     python scripts/sft.py recipes/demo.yaml --output_dir try --learning_rate 1e-3 [--dry_run]
 
 Any causal LM whose logits are its output layer's; one process, DDP, DeepSpeed ZeRO-1 to 3, FSDP2, hybrid shards; GPU or
-CPU; fp32, fp16, bf16; all weights or adapters. It prepares the data (before any process group exists), shows the first batch, tries the largest, trains,
-evaluates each data set, writes checkpoints and leaves in OUTPUT_DIR: recipe.yaml, run.json, metrics.jsonl,
-training.png, samples.jsonl, checkpoint-<step>/, the final model and its card.
+CPU; fp32, fp16, bf16; all weights, or adapters. It prepares the data (before any process group exists), shows the first
+batch, tries the largest, trains, evaluates each data set, writes checkpoints and leaves in OUTPUT_DIR: recipe.yaml,
+run.json, metrics.jsonl, training.png, samples.jsonl, checkpoint-<step>/, the final model and its card.
 
 The same command again goes on from the newest whole checkpoint. On SIGTERM, SIGINT, SIGUSR1 or SIGHUP it finishes the
 step, saves and exits with status 75; where no step and no evaluation is left, it ends as if nobody had asked.

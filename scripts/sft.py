@@ -141,12 +141,15 @@ def train_step(engine: Engine, micro_batches, recipe: Recipe, stats, rehearsal=F
     for number, (batch, size) in enumerate(zip(micro_batches, sizes, strict=True), 1):
         batch = batch.to(accelerator.device)
         with engine.micro_batch(last=number == len(micro_batches)):
-            total, losses, _ = model(batch)
+            with stats.pace.spend("forward"):
+                total, losses, _ = model(batch)
             loss = total / size / weight
             # A loss that is no finite number makes NaN of every gradient, on every process: the norm tells all of it.
             finite = math.nan if rehearsal else 1 + 0 * loss.detach()
             # DDP and DeepSpeed average over processes and DeepSpeed divides by the accumulation steps: undo both.
-            accelerator.backward(loss * finite * accelerator.num_processes * accelerator.gradient_accumulation_steps)
+            scale = accelerator.num_processes * accelerator.gradient_accumulation_steps
+            with stats.pace.spend("backward"):
+                accelerator.backward(loss * finite * scale)
         stats.add(batch, losses, loss)
 
     norm = engine.clip_next_step(recipe.max_grad_norm)

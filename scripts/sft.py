@@ -133,7 +133,7 @@ def train_step(engine: Engine, micro_batches, recipe: Recipe, stats, rehearsal=F
     by_tokens = recipe.loss_normalization == "tokens"
     # By what a micro-batch's sum is divided itself, before all of them are by what they weigh together.
     sizes = [1 if by_tokens else max(1, len(batch.targets)) for batch in micro_batches]
-    weight = sum(batch.weight / size for batch, size in zip(micro_batches, sizes, strict=True))
+    weight = sum(batch.total_weight / size for batch, size in zip(micro_batches, sizes, strict=True))
     weight = torch.tensor(weight, dtype=torch.double).to(accelerator.device, non_blocking=True)
     weight = accelerator.reduce(weight).float()
     weight += weight == 0  # of a step that teaches nothing

@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Not compiled ahead: Python compiles the tenth of it that is imported, which takes a third of the time.
 INSTALL := $(BIN)/python -m pip install -q --no-compile -c constraints.txt
 
-.PHONY: help install demo chat test test-kernels test-transformers4 soak fuzz lint
+.PHONY: help install demo chat test test-kernels test-transformers4 test-slurm test-machines soak fuzz lint
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):[^#]*## */  make \1\t/' | expand -t 22
@@ -37,6 +37,12 @@ test-transformers4: .venv/tests .venv/transformers4  ## what a run saves and an 
 
 soak: .venv/tests  ## kill runs 20 times each, and other long tests; alone on the machine, since it takes a while
 	$(BIN)/python -m pytest -q -s -m soak
+
+test-slurm: .venv/tests  ## runs started, warned, preempted and queued again by a Slurm of its own; as root
+	$(BIN)/python -m pytest -q -p no:xdist -m slurm
+
+test-machines: .venv/tests  ## runs on two machines, which are network namespaces here; cables are pulled; as root
+	$(BIN)/python -m pytest -q -p no:xdist -m machines
 
 fuzz: .venv/tests  ## damage what is read back, thousands of times; FUZZ_CASES=N of each kind
 	$(PYTEST) -m fuzz

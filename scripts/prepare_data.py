@@ -98,10 +98,12 @@ def print_tables(mix: Mix, recipe: Recipe) -> None:
     console.print(read)
     for name in mix.names:
         report = mix.reports[name]
+        for fields, count in report["used"].items():
+            console.print(f"{name}: {count:,} made of {fields}")
         for reason, count in report["dropped"].items():
             console.print(f"{name}: dropped {counted(count, reason)}")
         for field, count in report["unused"].items():
-            console.print(f"{name}: {field!r} is not used, which {counted(count, 'record')} had")
+            console.print(f"{name}: not used: {field!r} of {count:,}")
         if report["bad_records"]:
             count, first = report["bad_records"], report["first_bad_record"]
             console.print(f"{name}: left out {counted(count, 'record')} as bad, first: {first}")
@@ -151,13 +153,18 @@ def render(tokenizer, ids: np.ndarray, scored: np.ndarray) -> Text:
     return text
 
 
+def weight_of(mix: Mix, row: int) -> str:
+    """What each token of a training example counts in the loss, in words; none where all count the same."""
+    return "" if mix.train.weights is None else f", weight {mix.train.weights[row]:g}"
+
+
 def show_examples(mix: Mix, recipe: Recipe, tokenizer, count: int, dataset: str | None) -> None:
     """Print the first examples of each data set, or of one, as the first epoch sees them."""
     for index, name in enumerate(mix.names):
         for row in np.flatnonzero(mix.train.dataset == index)[:count] if dataset in (None, name) else []:
             ids, scored = cut(mix.train, row, recipe, epoch=0)
-            weight = "" if mix.train.weights is None else f", weight {mix.train.weights[row]:g}"
-            console.rule(f"{name}, row {row}: {len(ids):,} tokens, {scored.sum():,} scored{weight}", align="left")
+            title = f"{name}, row {row}: {len(ids):,} tokens, {scored.sum():,} scored{weight_of(mix, row)}"
+            console.rule(title, align="left")
             console.print(render(tokenizer, ids, scored))
 
 
@@ -177,7 +184,8 @@ def show_batch(mix: Mix, recipe: Recipe, tokenizer) -> None:
         start, length = window_start(mix.train.tokens(row)[1], row, recipe, 0), len(ids)
         console.rule(
             f"{mix.names[mix.train.dataset[row]]}, row {row}: tokens {start:,} to {start + length:,} of "
-            f"{mix.train.lengths[row]:,} at positions 0 to {length - 1:,}, {int(scored.sum()):,} scored",
+            f"{mix.train.lengths[row]:,} at positions 0 to {length - 1:,}, {int(scored.sum()):,} scored"
+            f"{weight_of(mix, row)}",
             align="left",
         )
         console.print(render(tokenizer, ids.numpy(), scored.numpy()))

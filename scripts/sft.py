@@ -2,13 +2,13 @@
 """Fine-tune a causal language model on a mix of conversations, as one recipe describes it.
 
     accelerate launch scripts/sft.py recipes/stablelm7b_oasst.yaml
-    accelerate launch --config_file accelerate_configs/zero2.yaml scripts/sft.py recipes/stablelm7b_oasst.yaml
+    accelerate launch --config_file accelerate_configs/fsdp2.yaml scripts/sft.py recipes/stablelm7b_oasst.yaml
     python scripts/sft.py recipes/demo.yaml --output_dir try --learning_rate 1e-3 [--dry_run]
 
-Any causal LM whose logits are its output layer's; one process, DDP, or DeepSpeed ZeRO-1 and 2; GPU or CPU; fp32, fp16,
-bf16. It prepares the data (before any process group exists), shows the first batch, tries the largest, trains,
-evaluates each data set, writes checkpoints and leaves in OUTPUT_DIR: recipe.yaml, run.json, metrics.jsonl,
-training.png, samples.jsonl, checkpoint-<step>/, the final model and its card.
+Any causal LM whose logits are its output layer's; one process, DDP, DeepSpeed ZeRO-1 to 3, FSDP2, hybrid shards; GPU or
+CPU; fp32, fp16, bf16; all weights, or adapters. It prepares the data (before any process group exists), shows the first
+batch, tries the largest, trains, evaluates each data set, writes checkpoints and leaves in OUTPUT_DIR: recipe.yaml,
+run.json, metrics.jsonl, training.png, samples.jsonl, checkpoint-<step>/, the final model and its card.
 
 The same command again goes on from the newest whole checkpoint. On SIGTERM, SIGINT, SIGUSR1 or SIGHUP it finishes the
 step, saves and exits with status 75; where no step and no evaluation is left, it ends as if nobody had asked.
@@ -133,7 +133,7 @@ def train_step(engine: Engine, micro_batches, recipe: Recipe, stats, rehearsal=F
     by_tokens = recipe.loss_normalization == "tokens"
     # By what a micro-batch's sum is divided itself, before all of them are by what they weigh together.
     sizes = [1 if by_tokens else max(1, len(batch.targets)) for batch in micro_batches]
-    weight = sum(batch.weight / size for batch, size in zip(micro_batches, sizes, strict=True))
+    weight = sum(batch.total_weight / size for batch, size in zip(micro_batches, sizes, strict=True))
     weight = torch.tensor(weight, dtype=torch.double).to(accelerator.device, non_blocking=True)
     weight = accelerator.reduce(weight).float()
     weight += weight == 0  # of a step that teaches nothing
@@ -141,12 +141,15 @@ def train_step(engine: Engine, micro_batches, recipe: Recipe, stats, rehearsal=F
     for number, (batch, size) in enumerate(zip(micro_batches, sizes, strict=True), 1):
         batch = batch.to(accelerator.device)
         with engine.micro_batch(last=number == len(micro_batches)):
-            total, losses, _ = model(batch)
+            with stats.pace.spend("forward"):
+                total, losses, _ = model(batch)
             loss = total / size / weight
             # A loss that is no finite number makes NaN of every gradient, on every process: the norm tells all of it.
             finite = math.nan if rehearsal else 1 + 0 * loss.detach()
             # DDP and DeepSpeed average over processes and DeepSpeed divides by the accumulation steps: undo both.
-            accelerator.backward(loss * finite * accelerator.num_processes * accelerator.gradient_accumulation_steps)
+            scale = accelerator.num_processes * accelerator.gradient_accumulation_steps
+            with stats.pace.spend("backward"):
+                accelerator.backward(loss * finite * scale)
         stats.add(batch, losses, loss)
 
     norm = engine.clip_next_step(recipe.max_grad_norm)

@@ -180,7 +180,7 @@ def try_family(name: str, tokenizer, folder: Path) -> Outcome:
             continue
         model, refusal, of_tiny = None, None, None
         try:
-            assert check_tiny(recipe, config) or name in NO_TINY_MODEL, name
+            assert check_tiny(recipe, config) is not None or name in NO_TINY_MODEL, name
         except UserError as error:
             of_tiny = _words(error, folder)
         try:

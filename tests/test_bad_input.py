@@ -147,7 +147,7 @@ def test_missing_data_file(tmp_path, refused):
     refused(*only("vicuna", tmp_path / "none.json"), parts=("vicuna", f"{tmp_path}/none.json not found", "looked at"))
     name = "x" * 300 + ".json"  # longer than a file's name can be
     refused(*only("vicuna", tmp_path / name), parts=("vicuna", "not found"))
-    refused(*only("vicuna", tmp_path), parts=("vicuna", "not found"))
+    refused(*only("vicuna", tmp_path), parts=("vicuna", f"{tmp_path}: the split train is of no kind that is read"))
     refused(*only("vicuna", tmp_path / "none.json"), "--dry_run", parts=("vicuna", "none.json"))
 
 

@@ -83,6 +83,8 @@ def benchmark_data(recipe: Recipe, rounds: int) -> dict[str, list[dict]]:
     for entry in values["datasets"]:  # the files where they are, since cache_dir becomes an empty folder
         ((name, given),) = entry.items()
         given["input_file_path"] = [str(path.absolute()) for path in source_files(name, recipe)]
+        for option in given.keys() & {"hub_name", "config", "data_files"}:
+            given[option] = None
     for _ in progress_bar(range(rounds), desc="rounds"):
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "recipe.yaml")

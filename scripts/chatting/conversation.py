@@ -2,13 +2,12 @@
 
 import json
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sources.messages import read_messages
-from sources.source import Record
+from sources.messages import MessagesOptions, read_messages
+from sources.source import Record, Remarks
 from utils.errors import UserError
 from utils.files import locked, parse_json, read_text, write_whole
 
@@ -111,13 +110,16 @@ class Chat:
 
 def _conversations(path: Path) -> list[str]:
     """The lines of a conversation file.  Raises: UserError for one that a recipe would not read."""
-    lines = read_text(path, "conversation file").split("\n")
+    lines, options = (
+        read_text(path, "conversation file").split("\n"),
+        MessagesOptions(source="messages", input_file_path=str(path)),
+    )
     for number, line in enumerate(lines, 1):
         if line.strip():
             values = parse_json(line, path, number)
             if not isinstance(values, dict):
                 raise UserError(f"{path} line {number}: not a conversation: give another file")
-            read_messages(Record(values, path, number, number), None, Counter(), 0)
+            read_messages(Record(values, path, number, number), options, Remarks(), 0)
     return [line for line in lines if line.strip()]
 
 

@@ -5,6 +5,7 @@ Nothing from the hub is ever executed: only data files are downloaded. `data/rec
 
 import glob
 import os
+from collections import Counter
 from pathlib import Path
 
 from data.downloads import fetch_url, is_url
@@ -46,7 +47,13 @@ def find_data_file(
     """
     if isinstance(given, list):
         found = [find_data_file(dataset, one, cache_dir, revision, hub, download) for one in given]
-        return None if None in found else [path for paths in found for path in paths]
+        if None in found:
+            return None
+        paths = [path for paths in found for path in paths]
+        if len({*paths}) < len(paths):
+            twice = Counter(paths).most_common(1)[0][0]
+            raise UserError(f"data set {dataset}: {twice} is named twice in input_file_path")
+        return paths
     try:
         if is_url(given):
             only_train(hub.split, hub.config, given)

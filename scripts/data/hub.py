@@ -124,7 +124,11 @@ def _from_datasets_cache(hub: HubSource, revision: str | None) -> list[Path]:
             hash="auto",
             **own,
         )
-    except (ValueError, OSError):
+    except (ValueError, OSError) as error:
+        if "multiple" in str(error):
+            raise UserError(
+                f"the hub's {hub.repo}, in the cache of datasets: give its `config`: {reason(error)}"
+            ) from None
         return []
     if revision not in (None, "main") and not cached.hash.startswith(revision):
         return []

@@ -43,6 +43,7 @@ class Report(Schema):
 
     rows_read: Count
     dropped: dict[str, Count]  # reason -> how many
+    used: dict[str, Count]  # fields that a conversation was made of, where the source has a choice -> how many
     unused: dict[str, Count]  # field that could matter and is not used -> records that have it
     bad_records: Count
     first_bad_record: str | None

@@ -41,6 +41,7 @@ class Reading:
         self.source: Source = find_source(name, options)
         self.rows_read = 0  # records in the files (trees, conversations or rows), those skipped included
         self.dropped: Counter = Counter()  # reason -> how many trees, threads, conversations or rows: its first word
+        self.used: Counter = Counter()  # fields that a conversation was made of, of a source with a choice -> records
         self.unused: Counter = Counter()  # field that could matter -> records that had it, and it was not used
         self.bad_records = 0  # places passed over under `on_bad_records: skip`; a cut-off file's end counts as one
         self.first_bad_record: str | None = None  # what was wrong with the first of them
@@ -55,6 +56,7 @@ class Reading:
         remarks = Remarks()  # of one record at a time, not counted when it turns out to be bad
         for path, number, values in self._rows(skip):
             record = Record(values, path, number, self.rows_read + 1)
+            remarks.used = ()
             if remarks or remarks.unused or remarks.absent:
                 remarks.forget()
             try:
@@ -73,6 +75,8 @@ class Reading:
                 self.unused.update(remarks.unused)
                 absent.update(remarks.absent)
             if unit is not None:
+                if remarks.used:
+                    self.used[remarks.used] += 1
                 self._records.append(self.rows_read - 1)
                 self._sizes.append(len(unit))
                 yield from unit

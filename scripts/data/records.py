@@ -128,7 +128,7 @@ def _read_text(path: Path, compression: str | None, fields: Collection[str] | No
         elif start.startswith(b"{") or name.endswith(JSON) or not path.suffix:
             yield from read_lines(path, file)
         else:
-            raise UserError(f"{path}: is text that is no JSON, nor by its name CSV or TSV (what is read: {READ})")
+            raise UserError(f"{path}: is of no kind that is read: no JSON, nor by its name CSV (what is read: {READ})")
 
 
 def _head(path: Path, compression: str | None) -> tuple[bytes, bool]:

@@ -23,7 +23,7 @@ from run.retention import checkpoint_bytes, disk_peak
 from training.adapters import AdapterSize, adapter_size
 from training.memory import estimate_memory, model_size, moment_bytes, peak_of
 from training.micro_batches import largest_micro_batches
-from training.model import without_weights
+from training.model import check_tiny, count_parameters, without_weights
 from training.plan import EpochPlan, Position, epoch_plan, packs_per_step, steps_left
 from training.state_layout import host_state, saving_bytes
 from utils.launch import DTYPES
@@ -55,6 +55,13 @@ class Subject:
     @functools.cached_property
     def adapter(self) -> AdapterSize | None:
         return adapter_size(self.recipe, self.model, self.dtype) if self.recipe.use_peft else None
+
+    @functools.cached_property
+    def frozen(self) -> int:
+        """Weights that no text reaches; looked for where the config is not of text alone."""
+        if self.config.get_text_config() is self.config:
+            return 0
+        return count_parameters(self.recipe, self.config, within=check_tiny(self.recipe, self.config) or [])
 
     @functools.cached_property
     def epoch(self) -> EpochPlan:
@@ -174,7 +181,7 @@ def _largest_shape(subject: Subject, recipe: Recipe, cards: int, steps: int) -> 
 
 
 def _memory(subject: Subject, recipe: Recipe, launcher: Launcher, shape: tuple[int, int]) -> dict[str, int]:
-    arguments = subject.parameters, launcher.layout, subject.dtype, shape, True, subject.adapter
+    arguments = subject.parameters, launcher.layout, subject.dtype, shape, True, subject.adapter, subject.frozen
     return estimate_memory(recipe, subject.config, *arguments)
 
 
@@ -184,7 +191,8 @@ def _planned(subject: Subject, recipe: Recipe, launcher: Launcher, card: Card, m
     shape = _largest_shape(subject, recipe, cards, steps)
     parts = _memory(subject, recipe, launcher, shape)
     fits = peak_of(parts) + RESERVE <= card.memory
-    size = model_size(subject.config, subject.parameters, subject.adapter)
+    each = element if layout.is_deepspeed else 4
+    size = model_size(subject.config, subject.parameters, subject.adapter, subject.frozen, each)
     traffic = traffic_of(layout, size, element)
     tokens_per_second = hours = 0.0
     loads = subject.loads(recipe, cards)

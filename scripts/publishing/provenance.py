@@ -170,7 +170,9 @@ def shareable_recipe(recipe: Recipe, base_model: str | None) -> dict[str, Any]:
     Options of a data set that say nothing (null) are left out.
     """
     values = recipe.values()
-    paths = {"cache_dir", "output_dir", "log_dir", "deepspeed_config"} | ({"model_name"} if not base_model else set())
+    paths = {"cache_dir", "output_dir", "log_dir", "deepspeed_config", "sample_prompts"}
+    if not base_model:
+        paths.add("model_name")
     if recipe.resume_from_checkpoint not in ("auto", "never"):
         paths.add("resume_from_checkpoint")
     for name in paths:

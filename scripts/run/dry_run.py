@@ -46,7 +46,7 @@ def dry_run(recipe: Recipe, allow_changes: bool) -> None:
         if not paths and not may_be_on_hub(options.input_file_path, hub):
             source_files(name, recipe)  # says where it looked
         if not paths:
-            say(f"{name}: not here, would be fetched from the hub ({hub.repo})")
+            say(f"{name}: not here, would be fetched from {f'the hub ({hub.repo})' if hub.repo else 'its URL'}")
             continue
         source = Reading(name, options, paths, recipe.rng_seed)
         for _ in source:  # only counted
@@ -82,7 +82,7 @@ def describe_model(recipe: Recipe) -> str:
     own, unseen = os.path.isdir(recipe.model_name), []
     config = load_config(recipe)
     parameters = count_parameters(recipe, config)
-    if not check_tiny(recipe, config):
+    if check_tiny(recipe, config) is None:
         unseen.append("whether its kind can be trained, since no tiny model of it can be made")
     if own or (folder / "tokenizer.json").exists():
         tokenizer = load_tokenizer(recipe)

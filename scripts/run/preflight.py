@@ -62,7 +62,7 @@ def preflight(
     parameters, epoch_steps = count_parameters(recipe, config), steps_per_epoch(mix, recipe, processes)
     if not progress.steps_left:
         return None
-    check_tiny(recipe, config)
+    frozen = count_parameters(recipe, config, within=check_tiny(recipe, config) or [])
     check_savable(recipe, config, tokenizer)
     lost = check_targets(recipe, mix)
     largest = largest_micro_batches(mix, recipe, processes, progress.steps_left, progress.position)
@@ -71,7 +71,7 @@ def preflight(
     if sharding := find_sharding(recipe, dtype):
         sharded_layers(without_weights(recipe, config), sharding)  # are there
     layout = layout_of_this_run(zero, sharding)
-    check_memory(recipe, config, parameters, layout, dtype, largest[0].shape, adapter)
+    check_memory(recipe, config, parameters, layout, dtype, largest[0].shape, adapter, frozen)
     saved = parameters if adapter is None else adapter.weights
     merged = parameters * dtype.itemsize if recipe.merge_adapter else 0
     check_disk(recipe, saved, dtype, layout.keeps_half_weights, epoch_steps, total_steps, progress.step, merged)

@@ -1,5 +1,6 @@
 """Where a run stands, and what is due there."""
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -65,9 +66,9 @@ class Progress:
         self.step, self.position = self.step + 1, position
 
     def end_evaluation(self, results: dict[str, float], metric: str) -> bool:
-        """An evaluation is made. Returns whether it is the best so far, by a metric that `results` have."""
+        """An evaluation is made. Returns whether it is the best so far, by a metric that `results` may have."""
         self.results, self.evaluation_due = results, False
-        self.best = judge(self.best, metric, self.step, results[metric])
+        self.best = judge(self.best, metric, self.step, results.get(metric, math.nan))
         return self.best is not None and self.best.step == self.step
 
     def due(self, recipe: Recipe) -> Due:

@@ -9,9 +9,11 @@ import torch
 from accelerate import Accelerator
 
 from data.mix import Mix
+from run.pace import Pace
 from training.collate import Batch
 from training.flops import ModelFlops
 from training.memory import peak_memory
+from utils.launch import num_processes
 
 
 class Clock:
@@ -65,6 +67,7 @@ class TrainingStats:
         self.of_step = torch.zeros_like(self.sums)
         self.tokens = self.steps = 0
         self.seconds, self.waited = self._training_seconds(), clock.seconds["data"]
+        self.pace = Pace(device, num_processes())
 
     def add(self, batch: Batch, losses: torch.Tensor, loss: torch.Tensor) -> None:
         """Add a micro-batch: the loss of each of its scored tokens, and its share of the step's loss."""
@@ -88,11 +91,13 @@ class TrainingStats:
             self.steps += 1
         self.of_step.zero_()
         self.flops_of_step = 0.0
+        self.pace.end_step(counts)
 
     def close(self, accelerator: Accelerator) -> dict[str, float]:
         """The metrics since the last call, over all processes: mean loss, each data set's own and its share; then real
         tokens a second, in all and of a device, the share of that time spent waiting for data, the model FLOPs
-        utilisation, and the highest memory so far of the first process (on a CPU: all that was resident)."""
+        utilisation, the highest memory so far of the first process (on a CPU: all that was resident), and of several
+        processes who waits for whom (`Pace.close`)."""
         sums = torch.cat([self.sums, self.sums.new_tensor([self.flops])])
         *by_dataset, loss, new_tokens, flops = accelerator.reduce(sums).tolist()
         self.tokens += int(new_tokens)
@@ -110,6 +115,7 @@ class TrainingStats:
             "data_wait_share": (waited - self.waited) / passed,
             "peak_memory_gib": peak_memory(self.device) / 2**30,
         }
+        metrics |= self.pace.close(accelerator, passed)
         if self.peak:
             metrics["mfu"] = flops / passed / (self.peak * devices)
         self.sums.zero_()

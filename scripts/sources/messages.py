@@ -108,7 +108,7 @@ def read_messages(record: Record, options: Any, remarks: Remarks, rng_seed: int)
     try:
         if not MEDIA.isdisjoint(there):
             raise Dropped(f"conversation with what is not text ({min(there.keys() & MEDIA)})")
-        messages = _conversation(record, there, names, remarks.unused)
+        messages = _conversation(record, there, names, remarks)
     except Dropped as dropped:
         remarks[str(dropped)] += 1
         return None
@@ -117,14 +117,16 @@ def read_messages(record: Record, options: Any, remarks: Remarks, rng_seed: int)
     return [Conversation(messages)]
 
 
-def _conversation(record: Record, there: dict[str, str], names: Names, unused: set[str]) -> list[Message]:
+def _conversation(record: Record, there: dict[str, str], names: Names, remarks: Remarks) -> list[Message]:
     listed = _first(names.lists, there)
     if listed:
-        messages = read_turns(record, listed, record.values[listed], unused, names.roles, names.contents)
+        remarks.used = (listed,)
+        messages = read_turns(record, listed, record.values[listed], remarks.unused, names.roles, names.contents)
     else:
-        messages = _pair(record, there, names, unused)
+        messages = _pair(record, there, names, remarks)
     messages = [message for message in messages if message.role != "system" or is_there(message.content)]
     if (not messages or messages[0].role != "system") and (system := _first(names.systems, there)):
+        remarks.used += (system,)
         messages = [Message("system", record.get(system)), *messages]
     turns = messages[1:] if messages and messages[0].role == "system" else messages
     roles = [message.role for message in turns]
@@ -144,8 +146,11 @@ def _conversation(record: Record, there: dict[str, str], names: Names, unused: s
     return messages
 
 
-def _pair(record: Record, there: dict[str, str], names: Names, unused: set[str]) -> list[Message]:
+def _pair(record: Record, there: dict[str, str], names: Names, remarks: Remarks) -> list[Message]:
     question, answer = _first(names.questions, there), _first(names.answers, there)
+    if question is None and answer == there.get("chosen") and isinstance(record.values.get(answer), list):
+        remarks.used = (answer,)  # a data set of preferences that repeats its prompts in both of its conversations
+        return read_turns(record, answer, record.values[answer], remarks.unused, names.roles, names.contents)
     if question is None or answer is None:
         known = {name.lower() for name in record.values}
         if known & {*names.questions} and known & {*names.answers}:
@@ -159,13 +164,19 @@ def _pair(record: Record, there: dict[str, str], names: Names, unused: set[str])
         )
 
     def turns(name: str) -> list[Message]:
-        return read_turns(record, name, record.values[name], unused, names.roles, names.contents)
+        return read_turns(record, name, record.values[name], remarks.unused, names.roles, names.contents)
+
+    for name in (question, answer):
+        value = record.values[name]
+        if isinstance(value, list) and len(value) > 1 and isinstance(value[0], str):
+            raise record.error(f"field {name!r} is a list of texts, of which one would have to be chosen")
 
     if len(there) > 2:
-        unused.update(name for name in ANSWERS if name in there and there[name] not in (answer, question))
+        remarks.unused.update(name for name in ANSWERS if name in there and there[name] not in (answer, question))
     passage, history = _first(names.passages, there), _first(names.histories, there)
     if passage == question:
         passage = _first(names.passages[1:], there)
+    remarks.used = tuple([name for name in (question, passage, history, answer) if name])
     if isinstance(record.values[question], list | dict):
         prompt = [replace(message, train=False) for message in turns(question)]
     else:
@@ -177,8 +188,6 @@ def _pair(record: Record, there: dict[str, str], names: Names, unused: set[str])
         return [*before, *prompt, Message("assistant", replied[0])]
     if not isinstance(replied, list | dict):
         return [*before, *prompt, Message("assistant", record.get(answer))]
-    if isinstance(replied, list) and isinstance(replied[0], str):
-        raise record.error(f"field {answer!r} is a list of texts, of which one would have to be chosen")
     reply = turns(answer)
     if reply and reply[0].role != "assistant":  # the whole conversation once more, as in many data sets of preferences
         same = [

@@ -47,7 +47,7 @@ class Names(NamedTuple):
     lists: tuple[str, ...] = LISTS
     roles: tuple[str, ...] = ROLE_KEYS
     contents: tuple[str, ...] = CONTENT_KEYS
-    questions: tuple[str, ...] = (*QUESTIONS, "input")
+    questions: tuple[str, ...] = (*QUESTIONS, "input", "inputs")
     passages: tuple[str, ...] = PASSAGES
     answers: tuple[str, ...] = ANSWERS
     systems: tuple[str, ...] = SYSTEMS

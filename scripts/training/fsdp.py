@@ -57,7 +57,7 @@ def shard_model(
         fully_shard(layer, reshard_after_forward=sharding.gather_again, **options)
     receive_weights(model, device)
     fully_shard(model, reshard_after_forward=None, **options)  # stays gathered: the backward pass begins with it
-    model.register_forward_hook(_shard_again)
+    model.register_forward_hook(_after_forward)
     number = mesh["shard"].get_local_rank()
     for parameter in model.parameters():
         rows = torch.nn.Parameter(parameter.to_local().detach(), parameter.requires_grad)
@@ -65,17 +65,22 @@ def shard_model(
         parameter.shard = Shard(rows, first * parameter.shape[1:].numel(), dtype)
 
 
-def _shard_again(model: FSDPModule, *_) -> None:
-    """After a forward pass without a backward one, which would do it: between steps, every parameter is its rows."""
+def _after_forward(model: FSDPModule, *_) -> None:
     if not torch.is_grad_enabled():
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        _shard_again(model)
+
+
+def _shard_again(model: FSDPModule) -> None:
+    """Where no backward pass follows, which does it: between steps, every parameter is its rows."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 @contextmanager
 def gathered_root(model: torch.nn.Module) -> Iterator[None]:
-    """With what lies in no layer gathered, as it is in a forward pass of the whole; nothing where it is not sharded."""
+    """With what lies in no layer gathered, as it is in a forward pass of the whole, for one without a gradient of what
+    is inside; nothing where it is not sharded."""
     if not isinstance(model, FSDPModule):
         yield
         return
@@ -83,7 +88,7 @@ def gathered_root(model: torch.nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        model.reshard()
+        _shard_again(model)
 
 
 def updated(parameter: torch.nn.Parameter) -> torch.nn.Parameter:

@@ -28,6 +28,7 @@ def estimate_memory(
     shape: tuple[int, int],
     gpu: bool,
     adapter: AdapterSize | None = None,
+    frozen: int = 0,
 ) -> dict[str, int]:
     """Bytes that training needs on each device, by what they are for.
 
@@ -45,8 +46,8 @@ def estimate_memory(
     Args:
         dtype: of forward and backward.
         shape: of the largest micro-batch: (1, tokens), or padded (conversations, the longest).
-        adapter: of an adapter, of which alone there are gradients and moments, on a frozen model; None where all is
-            trained.
+        adapter: of an adapter, of which alone there are gradients and moments, on a frozen model; None without one.
+        frozen: weights of the model that no text reaches, as those of a tower for images.
     Returns: weights, gradients, optimizer; `step`, which the optimizer's step needs in place of the following, of the
         forward and backward pass: gathered, activations, logits (in chunks, with their gradient and the output
         layer's).
@@ -58,10 +59,11 @@ def estimate_memory(
     logits = (8 if element == 4 else 12) * vocabulary * min(tokens, rows_of_a_chunk(vocabulary, element))
     # With adapters each embedding with the rows of new tokens in place, and the gradient of the input's.
     whole = (3 * element if adapter else 4 if element == 4 else 6) * vocabulary * hidden
-    size = model_size(config, num_parameters, adapter)
+    size = model_size(config, num_parameters, adapter, frozen, element if layout.is_deepspeed else 4)
+    reached = num_parameters - frozen
     return {
         **device_state(layout, size, element, moment_bytes(recipe), gpu),
-        "activations": tokens * _activations_per_token(recipe, config, num_parameters, layout, element, length),
+        "activations": tokens * _activations_per_token(recipe, config, reached, layout, element, length),
         "logits": logits + whole,
     }
 
@@ -77,13 +79,25 @@ def resident_of(parts: dict[str, int]) -> int:
     return parts["weights"] + parts["gradients"] + parts["optimizer"]
 
 
-def model_size(config: PretrainedConfig, num_parameters: int, adapter: AdapterSize | None = None) -> ModelSize:
-    """The weights of a model, or of an adapter and its frozen model, by what an engine does with them."""
+def model_size(
+    config: PretrainedConfig,
+    num_parameters: int,
+    adapter: AdapterSize | None = None,
+    frozen: int = 0,
+    frozen_element: int = 4,
+) -> ModelSize:
+    """The weights of a model, or of an adapter and its frozen model, by what an engine does with them.
+
+    Args:
+        frozen: weights that are not trained, of `frozen_element` bytes each.
+    """
+    num_parameters -= frozen
     text = config.get_text_config()
     ends = text.vocab_size * text.hidden_size * (1 if config.tie_word_embeddings else 2)
     layer = max(0, num_parameters - ends) // text.num_hidden_layers
-    trained, frozen = (num_parameters, 0) if adapter is None else (adapter.weights, adapter.frozen_bytes)
-    return ModelSize(trained, frozen, layer, ends, text.hidden_size)
+    if adapter is not None:
+        return ModelSize(adapter.weights, adapter.frozen_bytes, layer, ends, text.hidden_size)
+    return ModelSize(num_parameters, frozen * frozen_element, layer, ends, text.hidden_size)
 
 
 def moment_bytes(recipe: Recipe) -> int:
@@ -134,13 +148,14 @@ def check_memory(
     dtype: torch.dtype,
     shape: tuple[int, int],
     adapter: AdapterSize | None = None,
+    frozen: int = 0,
 ) -> None:
     """Print the estimate beside the memory of each GPU (without one, of the machine), and a warning if it is over it;
     UserError when weights, gradients and optimizer alone are."""
     gpu, local = has_gpu(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
     def need(layout: StateLayout, recipe: Recipe = recipe) -> dict[str, int]:
-        parts = estimate_memory(recipe, config, num_parameters, layout, dtype, shape, gpu, adapter)
+        parts = estimate_memory(recipe, config, num_parameters, layout, dtype, shape, gpu, adapter, frozen)
         return {name: size * (1 if gpu else local) for name, size in parts.items()}
 
     parts = need(layout)
@@ -149,7 +164,7 @@ def check_memory(
         devices = range(min(local, torch.cuda.device_count()))
         memory = min(torch.cuda.get_device_properties(device).total_memory for device in devices)
         where = f"of each GPU ({layout.processes} in all)"
-        size = model_size(config, num_parameters, adapter)
+        size = model_size(config, num_parameters, adapter, frozen, dtype.itemsize)
         _check_host(local, layout, host_state(layout, size, dtype.itemsize, moment_bytes(recipe)))
     else:
         memory, where = psutil.virtual_memory().total, f"of memory, for the {counted(local, 'process')} here"

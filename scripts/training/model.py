@@ -119,9 +119,11 @@ def without_weights(recipe: Recipe, config: PretrainedConfig) -> PreTrainedModel
         ) from error
 
 
-def count_parameters(recipe: Recipe, config: PretrainedConfig) -> int:
-    """The model's parameters.  Raises: UserError as `without_weights`."""
-    return sum(parameter.numel() for parameter in without_weights(recipe, config).parameters())
+def count_parameters(recipe: Recipe, config: PretrainedConfig, within: list[str] | None = None) -> int:
+    """The model's parameters, or those of some of its modules.  Raises: UserError as `without_weights`."""
+    parameters = without_weights(recipe, config).named_parameters()
+    inside = None if within is None else tuple(f"{name}." for name in within)
+    return sum(own.numel() for name, own in parameters if inside is None or f"{name}.".startswith(inside))
 
 
 def load_model(
@@ -194,10 +196,11 @@ def check_family(model: PreTrainedModel, recipe: Recipe) -> list[str]:
     return left_out
 
 
-def check_tiny(recipe: Recipe, config: PretrainedConfig) -> bool:
+def check_tiny(recipe: Recipe, config: PretrainedConfig) -> list[str] | None:
     """Find on a tiny model of the same kind, without any weights, what `load_model` would refuse in its kind.
 
-    Returns: whether there is one; the sizes of some do not fit together when they are made smaller.
+    Returns: what it will take out of training, by names; None where there is no tiny model, since the sizes of some do
+        not fit together when they are made smaller.
     Raises: UserError in the words of `load_model`.
     """
     try:
@@ -207,13 +210,13 @@ def check_tiny(recipe: Recipe, config: PretrainedConfig) -> bool:
         with torch.no_grad():
             logits = tiny(input_ids=torch.arange(8)[None], use_cache=False).logits
     except Exception:  # as many kinds as there are models
-        return False
+        return None
     if not logits.isfinite().all():
-        return False
-    check_family(tiny, recipe)
+        return None
+    left_out = check_family(tiny, recipe)
     check_own_loss(tiny, recipe.model_name)
     ready_for_training(tiny, recipe)
-    return True
+    return left_out
 
 
 def check_weights(recipe: Recipe, config: PretrainedConfig) -> None:

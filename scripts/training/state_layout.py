@@ -179,16 +179,17 @@ def device_state(layout: StateLayout, size: ModelSize, element: int, moments: in
 def _fsdp2_state(layout: StateLayout, size: ModelSize, element: int, moments: int, gpu: bool) -> dict[str, int]:
     """fp32 weights, gradients and moments, all sharded; computed with in half precision (MixedPrecisionPolicy)."""
     shard, offloaded = math.ceil(size.trained / layout.shards), gpu and layout.parameters_on_host
-    # The root stays gathered from forward to backward; of the layers the one at work and the next. What is gathered
-    # arrives in one piece and is copied, and so are gradients, in fp32, to be summed.
-    largest = max(size.layer, size.ends)
-    gathered = size.ends + 2 * size.layer if layout.reshard else size.trained
+    # The root stays gathered from forward to backward; of the layers the one at work, the next, and the piece that it
+    # arrives in. Gradients of a layer are whole, and copied in fp32 to be summed; those of the root at the end.
+    layers = 3 * size.layer if layout.reshard else size.trained - size.ends
+    at_work = layers * element + size.layer * (element + 4)
+    at_the_end = size.ends * (element + 4)
     return {
         "weights": 0 if offloaded else math.ceil(size.frozen_bytes / layout.shards) + 4 * shard,
         "gradients": 0 if offloaded else 4 * shard,
         "optimizer": 0 if offloaded else moments * shard,
         "step": 0,
-        "gathered": (gathered + largest + size.ends + size.layer) * element + 4 * largest,
+        "gathered": size.ends * element + max(at_work, at_the_end),
     }
 
 

@@ -13,7 +13,7 @@ import psutil
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, KwargsHandler, gather_object
 
 from utils.errors import UserError
 
@@ -107,15 +107,17 @@ def _user_chose_threads() -> bool:
         return False
 
 
-def process_group_options(deepspeed: bool) -> list[InitProcessGroupKwargs]:
-    """For the Accelerator: the backend of the machine, and patience.
+def process_group_options(deepspeed: bool) -> list[KwargsHandler]:
+    """For the Accelerator: the backend of the machine, patience, and DDP without a broadcast in each forward pass.
 
     While the first process writes a checkpoint the others wait; NCCL's ten minutes are too short for 31 GB to a slow
     disk. None for a process alone, for which Accelerate would look up a group that does not exist.
     """
     if not deepspeed and num_processes() == 1:
         return []
-    return [InitProcessGroupKwargs(backend="nccl" if has_gpu() else "gloo", timeout=timedelta(hours=3))]
+    group = InitProcessGroupKwargs(backend="nccl" if has_gpu() else "gloo", timeout=timedelta(hours=3))
+    # A language model's buffers, such as its rotary frequencies, never change: sent again, they make each pass wait.
+    return [group, DistributedDataParallelKwargs(broadcast_buffers=False)]
 
 
 def check_processes(accelerator: Accelerator, step: int = 0) -> None:

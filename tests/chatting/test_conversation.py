@@ -3,7 +3,6 @@
 import json
 import resource
 import signal
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 from chatting.conversation import Chat, Turn
 from chatting.settings import Settings
 from sources.messages import MessagesOptions, read_messages
-from sources.source import Record
+from sources.source import Record, Remarks
 from utils.errors import UserError
 
 # ---- Settings ----
@@ -118,7 +117,7 @@ def as_read(path: Path) -> list[list[tuple[str, str, bool]]]:
     found, options = [], MessagesOptions(source="messages", input_file_path=str(path))
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
         record = Record(json.loads(line), path, number, number)
-        (conversation,) = read_messages(record, options, Counter(), 0)
+        (conversation,) = read_messages(record, options, Remarks(), 0)
         found.append([(message.role, message.content, message.train) for message in conversation.messages])
     return found
 

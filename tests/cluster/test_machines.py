@@ -4,7 +4,9 @@
 """
 
 import json
+import signal
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -132,4 +134,62 @@ def test_a_machine_dies(machines, tmp_path, tiny_model, engine, killed):
     launchers[killed].kill()
     assert launchers[1 - killed].wait(60) == 1
     trial.finish()
+    trial.assert_as_on_one_machine()
+
+
+def test_an_output_folder_of_its_own_is_refused_before_training(machines, tmp_path, tiny_model):
+    """In one line that names the machine; its data have been prepared by then, once on each machine."""
+    trial = Trial(machines, tmp_path, tiny_model, "ddp")
+    launchers = []
+    for number in range(2):
+        own = {}
+        for name in ("output", "cache") if number else ():
+            for folder in (tmp_path / name, tmp_path / "elsewhere" / name):
+                folder.mkdir(parents=True)
+            own[tmp_path / name] = tmp_path / "elsewhere" / name
+        launchers.append(trial.start(number, own))
+    for launcher in launchers:
+        assert launcher.wait(ENOUGH) == 1
+    said = [launcher.said() for launcher in launchers]
+    (error,) = [line for line in "\n".join(said).splitlines() if line.startswith("error: ")]
+    assert error == (
+        f"error: output_dir = {trial.output}: what machine0 (process 0) writes there is not seen by machine1 "
+        "(process 2, 3): give a folder on a file system that all machines share"
+    )
+    assert [each.count("prepared sums: 40 rows") for each in said] == [1, 1]
+    assert not (trial.output / "metrics.jsonl").exists()
+
+
+CLOCK = """
+import datetime, time
+OFFSET = -2 * 86_400
+seconds, nanoseconds = time.time, time.time_ns
+time.time, time.time_ns = lambda: seconds() + OFFSET, lambda: nanoseconds() + OFFSET * 10**9
+class Late(datetime.datetime):
+    @classmethod
+    def now(cls, tz=None):
+        return super().now(tz) + datetime.timedelta(seconds=OFFSET)
+datetime.datetime = Late
+"""
+
+
+def test_clocks_that_differ_do_no_harm(machines, tmp_path, tiny_model):
+    """The first machine is two days behind: the run is watched, saves, is stopped, and goes on as on one machine.
+
+    Of Python's clock: libfaketime moves what is slept by, too (glibc's clock_nanosleep then refuses the time).
+    """
+    trial = Trial(machines, tmp_path, tiny_model, "zero2", stall_minutes=1)
+    (tmp_path / "clock").mkdir()
+    (tmp_path / "clock" / "sitecustomize.py").write_text(CLOCK)
+    for status in (1, 0):
+        launchers = [trial.start(0, PYTHONPATH=str(tmp_path / "clock")), trial.start(1)]
+        if status:
+            trial.wait_for_steps(25, launchers)
+            for worker in launchers[1].workers():
+                worker.send_signal(signal.SIGUSR1)
+        assert [launcher.wait(ENOUGH) for launcher in launchers] == [status] * 2
+    first, last = json.loads((trial.output / "run.json").read_text())["starts"]
+    assert datetime.now(UTC) - datetime.fromisoformat(first["started"]) > timedelta(days=1)
+    assert (first["why"], last["why"]) == ("a signal to another process", "finished")
+    assert last["from_step"] == first["step"]
     trial.assert_as_on_one_machine()

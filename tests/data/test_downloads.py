@@ -104,5 +104,7 @@ def test_patterns_and_lists(tmp_path, monkeypatch):
     assert find(["y.js*", "x/a.jsonl"], Path("cache")) == [Path("cache/y.jsonl"), Path("x/a.jsonl")]
     with pytest.raises(UserError, match=r"none\*\.jsonl not found; looked at none\*\.jsonl, cache/none\*\.jsonl"):
         find(["x/a.jsonl", "none*.jsonl"], Path("cache"))
+    with pytest.raises(UserError, match=r"x/a\.jsonl is named twice"):
+        find(["x/a.jsonl", "x/[ab].jsonl"], Path("cache"))
     with pytest.raises(UserError, match=r"config c: x/a\.jsonl is a file"):
         find("x/a.jsonl", Path("cache"), config="c")

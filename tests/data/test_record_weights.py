@@ -63,16 +63,20 @@ def write(path, rows) -> dict:
 # ---- what is kept ----
 
 
-def test_a_record_and_its_data_set_are_multiplied_and_nothing_is_prepared_anew(tmp_path, prepare):
+def test_a_record_and_its_data_set_are_multiplied_and_nothing_is_prepared_anew(tmp_path, prepare, capsys):
     weights = [1, 0.25, ..., 3, 1e-3]
     options = write(tmp_path / "a.jsonl", chats(5, weight=weights))
     plain = write(tmp_path / "b.jsonl", chats(3))
     mix, before = prepare({"a": options, "b": plain})
+    said = capsys.readouterr().out
+    assert "5 training and 0 validation conversations of weights from 0.001 to 3 (dropped: nothing)" in said
+    assert "3 training and 0 validation conversations (dropped: nothing)" in said
     assert mix.train.weights.tolist() == [1, 0.25, 1, 3, 1e-3, 1, 1, 1]
     mix, after = prepare({"a": options | {"weight": 4}, "b": plain | {"weight": 0.5}})
     assert mix.train.weights.tolist() == [4, 1, 4, 12, 4e-3, 0.5, 0.5, 0.5]
     assert mix.train.select(np.array([3, 0])).weights.tolist() == [12, 4]
     assert before == after
+    assert capsys.readouterr().out == ""
     assert sorted(path.name for path in before["a"].iterdir()) == sorted([EXAMPLES, SPLIT, WEIGHTS, REPORT])
 
 
@@ -296,10 +300,12 @@ def test_the_report_shows_weights_and_shares(tmp_path):
         {"b": {"source": "messages", "input_file_path": str(tmp_path / "b.jsonl"), "val_split": 0}},
     ]
     values = {"model_name": str(MODEL), "output_dir": "o", "cache_dir": str(tmp_path / "c"), "datasets": mix}
-    (tmp_path / "r.yaml").write_text(json.dumps(values | {"log_wandb": False}))
+    (tmp_path / "r.yaml").write_text(json.dumps(values | {"log_wandb": False, "per_device_train_batch_size": 12}))
     file = tmp_path / "mix.jsonl.gz"
     run = run_script(
-        *(tmp_path / "r.yaml", "--show", 2, "--export", file), script="scripts/prepare_data.py", output_dir=tmp_path
+        *(tmp_path / "r.yaml", "--show", 2, "--show_batch", "--export", file),
+        script="scripts/prepare_data.py",
+        output_dir=tmp_path,
     )
     with gzip.open(file, "rt") as lines:
         rows = [json.loads(line) for line in lines]
@@ -310,4 +316,4 @@ def test_the_report_shows_weights_and_shares(tmp_path):
     cells = [line.split()[-2] for line in run.stdout.splitlines() if line.startswith(("│ a ", "│ b "))]
     assert cells[:2] == expected
     assert "a, row 1: " in run.stdout
-    assert "scored, weight 4" in run.stdout
+    assert run.stdout.count("scored, weight 4") == 1 + 3  # of the examples, and of the first batch

@@ -274,6 +274,8 @@ def test_no_path_and_no_secret(run_folder, tmp_path):
         model_name=tmp_path / "base",
         cache_dir=tmp_path / "cache",
         deepspeed_config="/home/me/ds/zero2.json",
+        sample_every=5,
+        sample_prompts="/home/me/prompts.txt",
         resume_from_checkpoint="/home/me/out/checkpoint-5",
         **{"datasets.vicuna.input_file_path": "/home/me/data/chats.json"},
     )

@@ -140,6 +140,7 @@ SHORT = {
     "cpu": [("save: optimizer", "SIGKILL all"), *CUT_SHORT, ("final", "SIGKILL all")],
     "zero2x2": [("save: optimizer", "SIGKILL worker"), ("training", "SIGTERM all")],
     "zero3x2": [("save: model", "SIGKILL worker")],
+    "fsdp2x2": [("save: model", "SIGKILL worker")],
 }
 
 

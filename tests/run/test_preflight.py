@@ -542,6 +542,21 @@ def test_disk_peak_of_many_checkpoints(tmp_path, limit, keep):
     assert many == disk_peak(recipe, 7, 20, 10, 5 + 1000, 5) + (2**31 - 1 - 1005) * each
 
 
+@given(st.lists(st.booleans(), max_size=20), st.integers(1, 4), st.integers(1, 4), st.integers(1, 3))
+def test_disk_peak_is_enough_whichever_evaluations_are_the_best(best, save_steps, eval_steps, limit):
+    """A step after the other: what is there when a checkpoint is written, before the oldest go."""
+    keys = {"save_steps": save_steps, "eval_steps": eval_steps, "save_total_limit": limit, "keep_trainer_state": 1}
+    recipe, there, kept, most = make_recipe(keep_best=True, **keys), [], None, 7
+    for step, is_best in enumerate(best, 1):
+        is_best = is_best and (step % eval_steps == 0 or step == len(best))
+        if is_best or step % save_steps == 0:
+            most = max(most, 7 * len(there) + 27 + 20 * bool(there))
+            kept = step if is_best else kept
+            there = [own for own in (*there, step) if own in (*there, step)[-limit:] or own == kept]
+            most = max(most, 7 * len(there) + 20 + 7)  # and the final model
+    assert disk_peak(recipe, 7, 20, 10, len(best)) >= most
+
+
 @pytest.mark.parametrize(("strategy", "saves"), [("no", 0), ("epoch", 3), ("steps", 2)])
 def test_save_strategies(strategy, saves):
     recipe = make_recipe(save_strategy=strategy, save_steps=15, save_total_limit=None, keep_trainer_state=None)

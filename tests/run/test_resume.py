@@ -226,8 +226,14 @@ BY_TOKENS, SOAK = ("--micro_batch_tokens", 60), pytest.mark.soak
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("launch", "cut", "batches"),  # of an evaluation, on each process
-    [("ddp2", (), 2), ("zero2x2", (), 2), ("zero2x2", BY_TOKENS, 6), pytest.param("zero3x2", BY_TOKENS, 6, marks=SOAK)],
-    ids=["ddp2", "zero2x2", "zero2x2, by tokens", "zero3x2, by tokens"],
+    [
+        ("ddp2", (), 2),
+        ("zero2x2", (), 2),
+        ("zero2x2", BY_TOKENS, 6),
+        ("fsdp2x2", ("--dtype", "bf16", "--optimizer_state_dtype", "bf16"), 2),
+        pytest.param("zero3x2", BY_TOKENS, 6, marks=SOAK),
+    ],
+    ids=["ddp2", "zero2x2", "zero2x2, by tokens", "fsdp2x2 in bf16", "zero3x2, by tokens"],
 )
 def test_two_processes(tmp_path, recipe, launch, cut, batches):
     """A signal that one process alone hears stops both, in the same step; and nothing is lost."""

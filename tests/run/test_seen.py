@@ -18,11 +18,15 @@ from test_resume import assert_same_end
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evaluation.model import find_model
+from evaluation.result_files import read_columns
+from recipe.load import load_recipe
 from run import run as run_module
 from run.best import Best, best_checkpoint, judge, link_checkpoints
 from run.checkpoint import read_checkpoint
+from run.log import RunLog
 from run.run import Run
 from run.samples import Samples, greedy_replies
+from training.replies import Reply
 
 PROMPTS = [
     "sums 3 and 8?",
@@ -178,7 +182,7 @@ def test_more_patience_goes_on_where_it_ended(tmp_path, recipe, whole):
     assert os.readlink(output / "best") == "checkpoint-20"
 
 
-def test_every_script_takes_the_link(tmp_path, whole):
+def test_what_evaluates_takes_the_link(whole):
     """As the checkpoint that it leads to now; a run that goes on may have it lead elsewhere."""
     link = whole.output_dir / "best"
     checkpoint = link.resolve()
@@ -187,22 +191,25 @@ def test_every_script_takes_the_link(tmp_path, whole):
     assert (Path(found.name), found.step) == (checkpoint, 20)
     assert found.recipe_file == whole.output_dir / "recipe.yaml"
     assert open_source(str(link))[0] == found
-    run_script(link, script="scripts/eval_loss.py", output_dir=tmp_path)
-    assert (checkpoint / "eval" / "loss.json").exists()
-    shown = run_script(link, "--markdown", script="scripts/compare.py", output_dir=tmp_path).stdout
-    assert "(step 20)" in shown
+    result = {"name": "loss", "checkpoint": {"name": "x", "step": 20}, "results": {"loss": {"value": 1}}}
+    (checkpoint / "eval").mkdir()
+    (checkpoint / "eval" / "loss.json").write_text(json.dumps(result))
+    columns, problems = read_columns([link])
+    assert ([column.step for column in columns], problems) == ([20], [])
 
 
-def test_wandb_has_them_as_a_table(tmp_path, recipe, monkeypatch):
+def test_wandb_has_them_as_a_table(tmp_path, recipe, chat, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    run = run_here(recipe, "--log_wandb", "true", "--max_steps", 4, output_dir=tmp_path)
-    assert run.returncode == 0, run.stderr
+    chosen = load_recipe(recipe, {"log_wandb": "true", "output_dir": str(tmp_path)})
+    own = Samples(chosen, chat[1])
+    log = RunLog(chosen, make_progress(4), main_process=True)
+    log.write_samples(4, own, [Reply("That is 11.", 5, True), Reply("So", 24, False)])
+    log.close()
     (file,) = (tmp_path / "base" / "wandb").glob("offline-run-*/files/media/table/samples_*.json")
-    table, lines = json.loads(file.read_text()), samples(tmp_path)
+    table = json.loads(file.read_text())
     assert table["columns"] == ["step", "prompt", "reply", "ended"]
-    assert table["data"] == [
-        [4, line["messages"][-1]["content"], line["reply"], line["ended"]] for line in lines if line["step"] == 4
-    ]
+    assert table["data"] == [[4, "sums 3 and 8?", "That is 11.", True], [4, "words\n\x1b[2J", "So", False]]
+    assert [line["reply"] for line in samples(tmp_path)] == ["That is 11.", "So"]
 
 
 def test_two_processes_reply_together(tmp_path, recipe, whole):
@@ -211,6 +218,14 @@ def test_two_processes_reply_together(tmp_path, recipe, whole):
     one = run_here(recipe, "--max_steps", 8, output_dir=tmp_path / "one")
     assert samples(tmp_path) == samples(one.output_dir)
     assert len(samples(tmp_path)) == 2
+
+
+def test_all_processes_make_the_same_number_of_forward_passes(tmp_path, tiny_model):
+    """Each of which may be collective, though the replies of one end before those of the other."""
+    chat = save_chat_model(tiny_model, tmp_path / "chat")
+    run_script(chat, tmp_path / "found", launch="ddp2", script="tests/run/reply_worker.py", output_dir=tmp_path)
+    found = json.loads((tmp_path / "found").read_text())
+    assert found == [[12, [6, False], [6, False]], [12, [1, True], [1, True]]]
 
 
 # ---- The replies ----
@@ -320,6 +335,7 @@ def test_links_lead_to_what_is_there(tmp_path):
 REFUSED = {
     "a misspelt metric": ({"early_stopping_metric": "eval_los"}, "did you mean eval_loss?"),
     "of a data set that is none": ({"early_stopping_metric": "eval_sum_loss"}, "did you mean eval_sums_loss?"),
+    "no name at all": ({"early_stopping_metric": "x"}, "no metric of this run's (known: eval_loss, eval_accuracy, "),
     "of training": ({"early_stopping_metric": "loss"}, "no metric of this run's"),
     "of a data set without a validation split": (
         {"early_stopping_metric": "eval_sums_accuracy", "datasets.sums.val_split": 0},
@@ -358,10 +374,23 @@ def test_a_copy_in_place_of_a_link_stays_as_it_is(tmp_path, recipe):
     for name in ("best", "last"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(b"somebody's")
-    assert "best is no link" in run_here(recipe, "--dry_run", output_dir=tmp_path).stdout
+    assert "best is no link of this run's" in run_here(recipe, "--dry_run", output_dir=tmp_path).stdout
     run = run_here(recipe, "--max_steps", 4, output_dir=tmp_path)
     assert run.returncode == 0, run.stderr
-    assert "last is no link, and stays as it is: remove it" in run.stdout
+    assert "last is no link of this run's, and stays as it is: remove it" in run.stdout
     assert [
         path.read_bytes() for path in tmp_path.glob("*/model.safetensors") if path.parent.name in ("best", "last")
     ] == [b"somebody's"] * 2
+
+
+def test_a_link_or_a_file_of_somebody_elses_is_left_alone(tmp_path, recipe):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "best").symlink_to("mine")
+    run = run_here(recipe, "--max_steps", 4, output_dir=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert os.readlink(tmp_path / "best") == "mine"
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "samples.jsonl").write_text("mine\n")
+    assert "holds another run (samples.jsonl)" in run_here(recipe, output_dir=other).errors[0]
+    assert (other / "samples.jsonl").read_text() == "mine\n"

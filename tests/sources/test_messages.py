@@ -96,10 +96,14 @@ SYSTEM = {"role": "system", "content": "s"}
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, PAIR),
         ({"prompt": "q", "chosen": chat("q", "a"), "rejected": chat("q", "b")}, PAIR),
         ({"prompt": "q", "chosen": {"role": "assistant", "content": "a"}}, PAIR),
+        ({"chosen": chat("q", "a"), "rejected": chat("q", "b")}, PAIR),
+        ({"messages": chat("q", [{"type": "text", "text": None}, {"type": "text", "text": "a"}, None])}, PAIR),
         ({"prompt": chat("q"), "chosen": [{"role": "assistant", "content": "a"}]}, PAIR),
         ({"prompt": [SYSTEM, *chat("q")], "completion": "a"}, [("system", "s"), *PAIR]),
         ({"prompt": "q", "completion": ["a"]}, PAIR),
         ({"problem": "q", "solution": "a"}, PAIR),
+        ({"inputs": "q", "targets": "a"}, PAIR),
+        ({"Human": "q", "Bot": "a"}, PAIR),
         ({"user": "q", "assistant": "a", "system_message": "s"}, [("system", "s"), *PAIR]),
     ],
 )
@@ -174,6 +178,8 @@ def test_what_is_learnt(row, learnt):
         ({"messages": [{"role": "critic", "content": "q"}, *chat("q", "a")[1:]]}, "a speaker other than"),
         ({"messages": [SYSTEM, SYSTEM, *chat("q", "a")]}, "a system message that is not the first"),
         ({"dialog": [["q", None]]}, "an empty reply"),
+        ({"messages": chat("q", [{"type": "text", "text": None}])}, "an empty reply"),
+        ({"messages": chat([{"type": None, "text": None}], "a")}, "what is not text (nothing)"),
     ],
 )
 def test_what_is_none_is_dropped_with_a_reason(row, reason):
@@ -319,6 +325,7 @@ def test_dropped_with_a_reason(tmp_path, messages, reason):
         ({"messages": [{"role": "user", "content": 3}]}, "'messages.content' is a number, not a string"),
         ({"messages": [{"role": "user", "content": [3]}]}, "'messages.content' has a part that is a number"),
         ({"messages": [{"role": "user", "content": "q", "weight": 0.5}]}, "'messages.weight' is '0.5', not 0 or 1"),
+        ({"prompt": ["q", "r"], "response": "a"}, "'prompt' is a list of texts, of which one would have to be chosen"),
         (
             {"prompt": "q", "response": ["a", "b"]},
             "'response' is a list of texts, of which one would have to be chosen",
@@ -377,6 +384,24 @@ def test_several_in_one_mix_from_every_kind_of_file(tmp_path, prepare):
         same = mix.train.select(mix.train.dataset == index)
         assert [same.messages(row) for row in range(16)] == [first.messages(row) for row in range(16)]
     assert (mix.train.dataset[training_rows(mix, recipe, 0)] == 1).sum() == 8
+
+
+def test_what_is_said_of_a_data_set(tmp_path, prepare, capsys):
+    """What its conversations were made of, what was dropped, and what could matter and was not used."""
+    reply = {"role": "assistant", "content": "a", "reasoning_content": "x"}
+    rows = [
+        *[{"messages": [*chat("q"), reply, *chat("r"), reply]}] * 3,
+        {"prompt": "q", "chosen": "a", "rejected": "b", "system": "s"},
+        {"messages": [*chat("q"), reply | {"tool_calls": [{"id": 1}]}]},
+    ]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, mix, _ = prepare({"messages": {"input_file_path": "x.jsonl", "val_split": 0}})
+    report = mix.reports["messages"]
+    assert report["used"] == {"messages": 3, "prompt, chosen, system": 1}
+    assert report["unused"] == {"reasoning_content": 3, "rejected": 1}
+    assert report["dropped"] == {"conversation with a tool's turn": 1}
+    said = "(dropped: 1 conversation with a tool's turn; not used: reasoning_content of 3, rejected of 1)"
+    assert said in capsys.readouterr().out
 
 
 def test_train_false_is_not_scored(tmp_path, prepare):

@@ -52,9 +52,10 @@ def measure(accelerator, name: str, dtype: torch.dtype, **changes) -> dict:
 
     Returns:
         {"norms", "expected_norms", "weights": how far the farthest is from the plain run's, "evaluated",
-        "expected_evaluated", "sharded": whether every parameter is a DTensor, before, between and after; "rows": of
-        each process, of each parameter; "covered": how often an element is in a written fragment of the weights or of
-        the model's files, at least and at most; "file_dtype"; "traffic": {kind of collective: how many} of a step}
+        "expected_evaluated", "reply", "expected_reply": tokens; "sharded": whether every parameter is a DTensor,
+        before, between and after; "rows": of each process, of each parameter; "covered": how often an element is in a
+        written fragment of the weights or of the model's files, at least and at most; "file_dtype"; "traffic": {kind of
+        collective: how many} of a step}
     """
     recipe = make_recipe(warmup_steps=0, learning_rate=1e-3, max_grad_norm=1.0, weight_decay=0.1, adam_epsilon=1e-4)
     accelerator.sharding = replace(SHARDING, **changes)
@@ -87,15 +88,20 @@ def measure(accelerator, name: str, dtype: torch.dtype, **changes) -> dict:
     with torch.no_grad():
         evaluated = float(engine.model(batch)[0])
     sharded.append(is_sharded(model))
+    with engine.outside_of_the_loss():
+        reply = reply_of(model)
+    sharded.append(is_sharded(model))
     whole, covered = collect(accelerator, model, engine.optimizer)
     plain_weights = dict(plain.language_model.named_parameters())
-    assert whole.keys() == plain_weights.keys()
+    assert whole.keys() == plain_weights.keys() == dict(engine.outline.named_parameters()).keys()  # a tied one once
     return {
         "norms": norms,
         "expected_norms": expected_norms,
         "weights": max(float((whole[key] - own.detach()).abs().max()) for key, own in plain_weights.items()),
         "evaluated": evaluated,
         "expected_evaluated": expected,
+        "reply": reply,
+        "expected_reply": reply_of(plain.language_model),
         "sharded": all(sharded),
         "rows": gather_object([[parameter.shard.rows.shape[0] for parameter in model.parameters()]]),
         "covered": covered,
@@ -122,6 +128,11 @@ def plain_step(plain: Engine, batches: list, dtype: torch.dtype) -> float:
     plain.scheduler.step()
     plain.optimizer.zero_grad()
     return float(norm)
+
+
+@torch.no_grad()
+def reply_of(model) -> list[int]:
+    return model.generate(torch.tensor([[7, 8, 9]]), max_new_tokens=5, do_sample=False, eos_token_id=-1).tolist()[0]
 
 
 def is_sharded(model) -> bool:

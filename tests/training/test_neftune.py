@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -86,7 +87,7 @@ def test_in_fp16_whose_logits_are_made_twice():
 
 
 def test_on_an_embedding_some_of_whose_rows_are_learnt(tmp_path):
-    """As adapters leave it: peft's layer is around it."""
+    """As adapters leave it: peft's layer is around it, and around the output layer's, of which the same rows are."""
     from transformers import AutoModelForCausalLM
 
     base = write_base(tmp_path / "base")
@@ -95,10 +96,19 @@ def test_on_an_embedding_some_of_whose_rows_are_learnt(tmp_path):
     put_on(model, recipe, [*range(1024, 1029)], [], torch.float32)
     model.set_attn_implementation("sdpa_by_conversation")
     batch = end_to_end(LENGTHS)
+    batch = replace(batch, weights=torch.rand(len(batch.targets)))
     expected = by_hand(model.train(), batch, seed=4)
+    (expected * batch.weights).sum().backward()
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    of_all = {name: parameter.grad.clone() for name, parameter in trained.items()}
+    model.zero_grad(set_to_none=True)
     torch.manual_seed(4)
-    losses = scored_loss(model, neftune_noise_alpha=ALPHA)(batch)[1]
+    total, losses, _ = scored_loss(model, neftune_noise_alpha=ALPHA)(batch)
+    total.backward()
     torch.testing.assert_close(losses, expected.detach(), rtol=1e-5, atol=1e-5)
+    assert sum("token_adapter" in name for name in trained) == 2
+    for name, parameter in trained.items():
+        torch.testing.assert_close(parameter.grad, of_all[name], rtol=1e-4, atol=1e-6)
 
 
 def test_nothing_is_drawn_and_nothing_stays_where_it_is_off():

@@ -7,12 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import ROOT, run_script
+from families import family_config
 from hypothesis import strategies as st
 from mixes import given, make_recipe
 from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
 from training.fsdp_config import Sharding
 from training.memory import estimate_memory, peak_of
+from training.model import check_tiny, count_parameters, without_weights
 from training.state_layout import (
     ModelSize,
     deepspeed_layout,
@@ -162,6 +164,28 @@ def test_the_engine_of_this_run(monkeypatch):
     hybrid = layout_of_this_run(None, Sharding(2, False, True))
     assert hybrid == fsdp2_layout(8, replicas=2, reshard=False, offload=True)
     assert (hybrid.shards, hybrid.processes) == (4, 8)
+
+
+@pytest.mark.parametrize("layout", [replicated(1), deepspeed_layout(ZERO2, 2)])
+def test_what_no_text_reaches_is_held_and_not_trained(layout):
+    """The tower for images of a Gemma 3, which a run of text takes out of training."""
+    config, recipe = family_config("Gemma 3, multimodal"), make_recipe(padding_free=False, max_length=64)
+    left_out = check_tiny(recipe, config)
+    model = without_weights(recipe, config)
+    tower = [
+        own.numel() for name, own in model.named_parameters() if not name.startswith(("model.language", "lm_head"))
+    ]
+    count = count_parameters(recipe, config)
+    assert left_out == ["model.multi_modal_projector", "model.vision_tower"]
+    assert count_parameters(recipe, config, within=left_out) == sum(tower) > 0
+    assert count_parameters(recipe, config, within=[]) == 0
+    whole, text = (
+        estimate_memory(recipe, config, count, layout, torch.float32, (1, 8), gpu=False, frozen=frozen)
+        for frozen in (0, sum(tower))
+    )
+    assert text["weights"] == whole["weights"] == 4 * count
+    for part, each in (("gradients", 4), ("optimizer", 8)) if layout == replicated(1) else (("optimizer", 6),):
+        assert whole[part] - text[part] == pytest.approx(each * sum(tower), abs=12)
 
 
 def test_names():

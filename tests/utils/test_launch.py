@@ -62,9 +62,9 @@ def test_two_steps(run_sft, tiny_model, cache, recipe, launch):
     own = [] if recipe == "demo.yaml" else inputs(DEMO_DATA, ROOT / "recipes" / "demo_data")
     own += [] if recipe == "demo.yaml" else ["--model_name", tiny_model, "--max_length", 128]
     small = ["--max_steps", 2, "--logging_steps", 1, "--gradient_accumulation_steps", 2, "--log_wandb", "false"]
-    small += ["--sample_replies", 0]  # which the demo's own run shows
     # By the user's own command twice: with and without a config. DDP's is in tests/run/test_stopping.py.
     real = recipe == "demo.yaml" and launch in ("bare", "zero2x2")
+    small += [] if real else ["--sample_replies", 0]
     run = run_sft(f"recipes/{recipe}", *own, *small, "--cache_dir", cache, launch=launch, real=real)
     processes = 2 if launch.endswith("2") else 1
     assert f"\n{counted(processes, 'process')} x" in run.stdout

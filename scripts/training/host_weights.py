@@ -71,16 +71,9 @@ def outline_of(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _fit_parameters(model: PreTrainedModel, parameters: list[tuple]) -> None:
-    """Give a model's parameters their dtypes, and untie those that the config ties, though their files differ (which
-    transformers reads as they are)."""
-    own, seen = dict(model.named_parameters(remove_duplicate=False)), set()
+    """Give each parameter its dtype, and say whether it is trained."""
     for name, dtype, trained in parameters:
-        parameter = own[name]
-        if parameter in seen:
-            module, _, attribute = name.rpartition(".")
-            parameter = torch.nn.Parameter(torch.empty_like(parameter))
-            setattr(model.get_submodule(module), attribute, parameter)
-        seen.add(parameter)
+        parameter = model.get_parameter(name)
         parameter.data = parameter.data.to(dtype)
         parameter.requires_grad_(trained)
 

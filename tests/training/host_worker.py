@@ -1,0 +1,48 @@
+"""A model that one process reads and two have; of test_host_weights.py.
+
+    accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 2 tests/training/host_worker.py \
+        FILE MODEL [MODEL...]
+
+Writes for each {"on_meta": of each process, whether no parameter had memory before it was received, "names", "same":
+whether all have the first's weights and buffers in the end, "trained": names of the trained}.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
+
+import torch
+from accelerate.utils import gather_object
+from mixes import make_recipe
+
+from training.engine import start_accelerator
+from training.host_weights import load_model, receive_weights
+from training.model import load_config, load_tokenizer
+
+
+def look_at(folder: str, accelerator) -> dict:
+    recipe = make_recipe(model_name=folder, dtype="bf16", max_length=64)
+    model = load_model(recipe, load_config(recipe), load_tokenizer(recipe), torch.float32)
+    on_meta = all(parameter.is_meta for parameter in model.parameters())
+    receive_weights(model, accelerator.device)
+    state = {name: value.double().sum().item() for name, value in [*model.named_parameters(), *model.named_buffers()]}
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    everyone = gather_object([(on_meta, state, trained, [str(each.dtype) for each in model.parameters()])])
+    return {
+        "on_meta": [each[0] for each in everyone],
+        "names": [name for name, _ in model.named_parameters()],
+        "same": all(each[1:] == everyone[0][1:] for each in everyone),
+        "trained": trained,
+    }
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    accelerator = start_accelerator(make_recipe(), torch.float32, deepspeed=None)
+    found = [look_at(folder, accelerator) for folder in sys.argv[2:]]
+    if accelerator.is_main_process:
+        Path(sys.argv[1]).write_text(json.dumps(found))
+    accelerator.end_training()

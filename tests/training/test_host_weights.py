@@ -1,0 +1,52 @@
+"""One process reads a model; every other has the same in the end, whatever its files and its config say of it."""
+
+import json
+
+import pytest
+import torch
+from conftest import ROOT, run_script
+from safetensors.torch import load_file, save_file
+from test_loss import SIZES
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+DEMO = ROOT / "recipes" / "demo_data" / "model"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def save_llama(folder, **keys):
+    """A tied one, with the demo's tokenizer, for which it has not rows enough."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**SIZES | {"tie_word_embeddings": True} | keys)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(DEMO).save_pretrained(folder)
+    return folder
+
+
+def test_the_others_receive_what_the_first_has_read(tmp_path):
+    folders = [save_llama(tmp_path / "tied"), save_llama(tmp_path / "untied", tie_word_embeddings=False)]
+    worker = "tests/training/host_worker.py"
+    run_script(tmp_path / "found.json", *folders, launch="ddp2", script=worker, output_dir=tmp_path)
+    found = json.loads((tmp_path / "found.json").read_text())
+    for each in found:
+        assert each["on_meta"] == [False, True]
+        assert each["same"]
+        assert each["trained"] == each["names"]
+    tied, untied = ({HEAD, EMBEDDING} & set(each["names"]) for each in found)
+    assert tied == {EMBEDDING}
+    assert untied == {HEAD, EMBEDDING}
+
+
+@pytest.mark.parametrize("launch", ["ddp2", "fsdp2x2"])
+def test_what_the_first_cannot_read_ends_all_with_one_line(tmp_path, run_sft, launch):
+    folder = save_llama(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    lost = weights.pop("model.layers.1.mlp.up_proj.weight")
+    assert lost.numel()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    keys = ("--model_name", folder, "--from_scratch", "false", "--max_length", 64)
+    run = run_sft("recipes/demo.yaml", *keys, launch=launch, check=False)
+    assert run.returncode
+    (error,) = run.errors
+    assert error.startswith(f"error: model_name = {folder}: its weights lack model.layers.1.mlp.up_proj.weight")
+    assert "Traceback" not in run.stderr

@@ -33,27 +33,25 @@ from data.mix import prepare_mix
 from publishing.model_card import write_model_card
 from recipe.keys import Recipe
 from run.dry_run import dry_run
+from run.opening import open_run, recorded_end
 from run.preflight import preflight
 from run.report import describe_rehearsal, describe_run, out_of_memory, show_first_batch, show_replies
-from run.resume import is_finished
-from run.run import Run, open_run, recorded_end
+from run.run import Run
 from training.batches import Batches, prefetched
 from training.contamination import without_contamination
 from training.deepspeed_config import deepspeed_config
 from training.engine import Engine, prepare_engine, start_accelerator
 from training.model import load_config, load_tokenizer
-from utils.launch import say, set_up_process, training_dtype
+from utils.launch import set_up_process, training_dtype
 
 
 def main(options, recipe: Recipe, stop: StopSignal) -> None:
-    if is_finished(recipe):
-        say(f"the run in {recipe.output_dir} is finished: nothing to do; another --output_dir starts another")
-        return
-
     # ---- The run: its folder, and the checkpoint that it goes on from ----
     set_up_process()
     dtype = training_dtype(recipe.dtype)
     run = open_run(recipe, options.allow_changes)
+    if run is None:  # finished already
+        return
 
     # ---- Data. No process group exists yet, so nobody can time out waiting for the one that tokenizes ----
     config, tokenizer = load_config(recipe), load_tokenizer(recipe)
@@ -133,7 +131,7 @@ def train_step(engine: Engine, micro_batches, recipe: Recipe, stats, rehearsal=F
     by_tokens = recipe.loss_normalization == "tokens"
     # By what a micro-batch's sum is divided itself, before all of them are by what they weigh together.
     sizes = [1 if by_tokens else max(1, len(batch.targets)) for batch in micro_batches]
-    weight = sum(batch.weight / size for batch, size in zip(micro_batches, sizes, strict=True))
+    weight = sum(batch.total_weight / size for batch, size in zip(micro_batches, sizes, strict=True))
     weight = torch.tensor(weight, dtype=torch.double).to(accelerator.device, non_blocking=True)
     weight = accelerator.reduce(weight).float()
     weight += weight == 0  # of a step that teaches nothing

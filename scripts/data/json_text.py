@@ -5,9 +5,11 @@ Records are the objects of a file of lines, the elements of a list, or those of 
 """
 
 import codecs
+import contextlib
 import json
 import re
 from collections.abc import Collection, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,6 +20,7 @@ BLANK = re.compile(r"[ \t\r\n]*")
 ESCAPED_BYTE = re.compile("[\udc80-\udcff]")  # what the surrogateescape handler makes of a byte that is not UTF-8
 # A line that a layout over several lines can begin with: it ends between two tokens.
 UNFINISHED = re.compile(r"[{\[,:]\s*\Z")
+LINES_LOOKED_AT = 20
 CUT_OFF = "the file is cut off"
 Numbered = Iterator[tuple[int, Any]]
 
@@ -117,13 +120,17 @@ def is_one_object(head: str, whole: bool, fields: Collection[str]) -> bool:
 
 
 def _lines_follow(rest: str) -> bool:
-    """Whether the next line is a record of its own, so that the one before it is a damaged line."""
-    following = [line.strip() for line in rest.split("\n", 2)[:2]] + [""]
-    try:
-        json.loads(following[0])
-    except (ValueError, RecursionError):
-        return False
-    return following[0].startswith("{") and following[1][:1] in ("", "{")
+    """Whether one of the next lines is a record of its own, so that the first is a damaged line.
+
+    In a list that is laid out with a record a line each ends in a comma, or is followed by the end of the list.
+    """
+    lines = [line.strip() for line in rest.split("\n", LINES_LOOKED_AT)] + [""]
+    for line, following in pairwise(lines):
+        if line.startswith("{") and line.endswith("}") and following[:1] in ("", "{"):
+            with contextlib.suppress(ValueError, RecursionError):
+                json.loads(line)
+                return True
+    return False
 
 
 class JsonText:

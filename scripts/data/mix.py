@@ -250,9 +250,11 @@ def _prepare(
         codes = source.split(np.array(kept, dtype=bool))
         np.save(work / SPLIT, codes)
         content.update(codes)
+        spread = ""
         if any(weight != 1 for weight in weights):
             np.save(work / WEIGHTS, weights)
             content.update(weights)
+            spread = f" of weights from {min(weights):g} to {max(weights):g}"
         report = {
             "rows_read": source.rows_read,
             "dropped": dict(source.dropped),
@@ -270,7 +272,7 @@ def _prepare(
         shutil.rmtree(work, ignore_errors=True)
     print(  # not only on the first process: any of them may be the one that prepares
         f"prepared {name}: {source.rows_read:,} rows, {(codes == TRAIN).sum():,} training and "
-        f"{(codes == VALIDATION).sum():,} validation conversations ({source.losses()})",
+        f"{(codes == VALIDATION).sum():,} validation conversations{spread} ({source.losses()})",
         flush=True,
     )
 

@@ -80,8 +80,11 @@ def _fastest(kind: tuple[str, str], card: Card) -> dict[int, Plan | None]:
 
 
 def _fewest(plans: dict[int, Plan | None]) -> str:
-    plan = next((plan for plan in plans.values() if plan), None)
-    return f"{plan.launcher.cards} x {_in_short(plan, '')}" if plan else "more than 8"
+    """The fewest cards; and where these take the host's memory, the fewest that do not."""
+    fitting = [plan for plan in plans.values() if plan]
+    alone = [plan for plan in fitting if not plan.launcher.layout.optimizer_on_host]
+    named = [own[0] for own in (fitting, alone) if own]
+    return ", ".join(dict.fromkeys(f"{plan.launcher.cards} x {_in_short(plan, '')}" for plan in named)) or "more than 8"
 
 
 def _in_short(plan: Plan | None, rest: str) -> str:

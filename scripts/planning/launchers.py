@@ -70,6 +70,8 @@ def launchers(recipe: Recipe, cards: int) -> Iterator[Launcher]:
         options = {"--num_processes": str(cards)} if cards > 1 or layout.is_deepspeed else {}
         if machines > 1:
             options |= {"--num_machines": str(machines), "--machine_rank": "RANK", "--main_process_ip": "ADDRESS"}
+            if layout.is_deepspeed:  # else accelerate starts the other machines by pdsh, from a host file
+                options["--deepspeed_multinode_launcher"] = "standard"
         if layout.engine == "fsdp2" and layout.replicas > 1:
             option = "--parallelism_config_dp"
             options |= {f"{option}_replicate_size": str(layout.replicas), f"{option}_shard_size": str(layout.shards)}
@@ -110,9 +112,11 @@ def _zero_section(plugin: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _takes(layout: StateLayout, recipe: Recipe) -> bool:
-    """Whether `sft.py` trains the recipe so: adapters are sharded by nobody, moments in bf16 not by DeepSpeed."""
+    """Whether `sft.py` trains the recipe so, by what training/deepspeed_config.py and fsdp_config.py refuse."""
     if layout.is_deepspeed and recipe.optimizer_state_dtype != "fp32":
         return False
-    if not recipe.use_peft:
-        return True
-    return layout.engine == "plain" or (layout.engine in ("zero1", "zero2") and not recipe.load_in_4bit)
+    if layout.engine == "zero3" and (recipe.use_peft or recipe.torch_compile):
+        return False
+    if layout.engine == "fsdp2" and (recipe.use_peft or (layout.optimizer_on_host and recipe.dtype == "fp16")):
+        return False
+    return layout.engine == "plain" or not recipe.load_in_4bit

@@ -136,7 +136,8 @@ def plot(plans: Sequence[Plan], card: Card, file: Path) -> None:
         hours.set_ylim(bottom=0)
         hours.legend()
     chosen = [next((plan for plan in own if plan.fits), own[-1]) for own in engines.values()]
-    labels, base = [f"{plan.launcher.layout.name}\n{plan.launcher.cards}" for plan in chosen], [0.0] * len(chosen)
+    labels = [f"{plan.launcher.layout.name}\n{plan.launcher.cards}".replace(", ", ",\n") for plan in chosen]
+    base = [0.0] * len(chosen)
     for part in PARTS[:-1]:
         sizes = [plan.parts[part] / GIB for plan in chosen]
         memory.bar(labels, sizes, bottom=base, label=part)

@@ -211,7 +211,8 @@ def _planned(subject: Subject, recipe: Recipe, launcher: Launcher, card: Card, m
     local = min(PER_MACHINE, cards)
     host = {name: local * each for name, each in host_state(layout, size, element, moment_bytes(recipe)).items()}
     host["weights as they are loaded"] = saved * (element if layout.is_deepspeed else 4)
-    host["a checkpoint as it is written"] = saving_bytes(layout, model, state, local)
+    if recipe.save_in_background and recipe.save_strategy != "no":
+        host["a checkpoint as it is written"] = saving_bytes(layout, model, state, local)
     return Plan(
         launcher=launcher,
         keys=_difference(subject.recipe, recipe),

@@ -62,7 +62,8 @@ def languages(run: TrainedRun) -> list[str]:
 
 def hub_data_sets(run: TrainedRun) -> list[str]:
     """Hub names, in the order of the mix."""
-    return list(filter(None, map(run.hub_data_set, run.recipe.datasets.chosen())))
+    names = map(run.hub_data_set, run.recipe.datasets.chosen())
+    return list(dict.fromkeys(filter(None, names)))  # once, of however many splits of it
 
 
 def base_licence(run: TrainedRun) -> str | None:

@@ -9,12 +9,13 @@ from pathlib import Path
 from recipe.keys import Recipe
 from recipe.load import nearest
 from run.lines import metrics_lines
-from run.retention import list_checkpoints, prune, step_of
+from run.retention import NUMBERED, list_checkpoints, prune, step_of
 from utils.errors import UserError
 from utils.files import UNFINISHED
 from utils.launch import say
 
 LINKS = ("best", "last")  # in output_dir
+OTHERWISE = " (eval_loss, eval_accuracy, eval_<dataset>_loss, eval_<dataset>_accuracy)"
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def check_metric(recipe: Recipe, held_out: Collection[str]) -> None:
     ]
     metric = recipe.early_stopping_metric
     if metric not in known:
-        raise UserError(f"early_stopping_metric = {metric}: no metric of this run's{nearest(metric, known, '')}")
+        raise UserError(f"early_stopping_metric = {metric}: no metric of this run's{nearest(metric, known, OTHERWISE)}")
     asked = [name for name in ("sample_every", "keep_best", "early_stopping_patience") if getattr(recipe, name)]
     if asked and not held_out:
         raise UserError(f"{asked[0]}: needs evaluations, and nothing is held out: give a data set a val_split")
@@ -67,6 +68,12 @@ def check_metric(recipe: Recipe, held_out: Collection[str]) -> None:
 
 
 # ---- The links ----
+
+
+def is_others(link: Path) -> bool:
+    """Whether what is there under the name of a link of ours is none: a folder, or a link to something else."""
+    ours = link.is_symlink() and NUMBERED.fullmatch(os.readlink(link))
+    return os.path.lexists(link) and not ours
 
 
 def best_checkpoint(folder: Path, metric: str, best: Best | None) -> Path | None:
@@ -91,15 +98,15 @@ def link_checkpoints(recipe: Recipe, best: Best | None) -> None:
     """Have OUTPUT_DIR/last lead to the newest checkpoint, and OUTPUT_DIR/best to the best that is there.
 
     The links are relative, so that the folder can be moved, and one is replaced by the next at once. Where there is no
-    such checkpoint there is no link; what is there under its name and is none stays; and on a file system without links
-    a line says so.
+    such checkpoint there is no link; what somebody else has put there stays; and on a file system without links a line
+    says so.
     """
     folder = recipe.output_dir
     newest = list_checkpoints(folder)[-1:]
     leads_to = {"best": best_checkpoint(folder, recipe.early_stopping_metric, best), "last": (newest or [None])[0]}
     for name in LINKS:
         link, path = folder / name, leads_to[name]
-        if os.path.lexists(link) and not link.is_symlink():
+        if is_others(link):
             continue
         if (path.name if path else None) == (os.readlink(link) if link.is_symlink() else None):
             continue

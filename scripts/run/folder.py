@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from recipe.keys import Recipe
-from run.best import LINKS, link_checkpoints
+from run.best import LINKS, is_others, link_checkpoints
 from run.checkpoint import Checkpoint, remove_leftovers
 from run.lines import lines_up_to
 from run.retention import SET_ASIDE, list_checkpoints, list_set_aside, step_of
@@ -24,11 +24,11 @@ RECIPE_HEADER = "# The resolved recipe of this run: `sft.py THIS_FILE --output_d
 # What a run writes into its folder, first of all what tells that a folder holds a run.
 TELLTALE_FILES = (
     *("metrics.jsonl", "training.png", "config.json", "model.safetensors", "tokenizer.json", "README.md"),
-    ADAPTER_CONFIG,
+    *(ADAPTER_CONFIG, SAMPLES),
 )
 OWN_FILES = (
     *TELLTALE_FILES,
-    *("recipe.yaml", "run.json", "bad_steps.jsonl", SAMPLES, "generation_config.json", "tokenizer_config.json"),
+    *("recipe.yaml", "run.json", "bad_steps.jsonl", "generation_config.json", "tokenizer_config.json"),
     *ADAPTER_FILES,
 )
 PATIENCE = 20.0  # seconds to wait for the processes of the start before this one, which may still be saving
@@ -66,8 +66,8 @@ def check_own_names(recipe: Recipe) -> None:
                 f"output_dir = {folder}: {name} is no file there, and the run has to write one: move it away"
             )
     for name in LINKS:
-        if os.path.lexists(folder / name) and not os.path.islink(folder / name):  # as what copies a run may make of one
-            say(f"{folder / name} is no link, and stays as it is: remove it to have one to the {name} checkpoint")
+        if is_others(folder / name):  # as what copies a run may make of one
+            say(f"{folder / name} is no link of this run's, and stays as it is: remove it to have one")
     taken = first and (first[0] in (*OWN_FILES, *LINKS) or re.match(r"\.?checkpoint-|\.final|\.lock", first[0]))
     if keeps_logs(recipe) and taken:
         raise UserError(f"log_dir = {recipe.log_dir}: the run has something else of that name: give another")

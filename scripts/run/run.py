@@ -1,9 +1,8 @@
 """A run from its folder to its end: the one owner of where it stands, what it counts, and what it leaves."""
 
-import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -15,15 +14,15 @@ from data.mix import Mix
 from recipe.keys import Recipe
 from run.best import check_metric, link_checkpoints
 from run.checkpoint import Checkpoint
-from run.folder import check_still_ours, claim_output_dir, lock_output_dir, wait_for_other_run
+from run.folder import check_still_ours
 from run.health import StepHealth, one_line_at_minimum_scale
 from run.log import RunLog
 from run.model_files import config_of_run
 from run.progress import Progress
 from run.record import begin_record
 from run.report import end_report
-from run.resume import check_config, check_data, find_checkpoint, restore, run_state, starting_point
-from run.samples import Samples, check_prompts
+from run.resume import check_config, check_data, restore, run_state, starting_point
+from run.samples import Samples
 from run.saving import Saver
 from run.starts import begin_start, end_start
 from run.stats import Clock, TrainingStats
@@ -36,7 +35,6 @@ from training.host_weights import load_model
 from training.model import load_merged
 from training.optimizer_state import loss_scale
 from training.pretrained import load_pretrained
-from utils.errors import UserError, reason
 from utils.launch import process_index, stop_all
 
 
@@ -49,8 +47,6 @@ class Run:
         progress: where it stands.
         clock, stats, health: what its time goes into, what its steps add up to, and what went wrong in them.
     """
-
-    opened: "Run | None" = None  # of this process
 
     def __init__(self, recipe: Recipe, checkpoint: Checkpoint | None, lock: int | None):
         """
@@ -242,44 +238,3 @@ class Run:
             return self.engine.language_model
         name, trust = str(self.recipe.output_dir), self.recipe.trust_remote_code
         return load_pretrained(AutoModelForCausalLM, name, trust_remote_code=trust, dtype="auto")
-
-
-def open_run(recipe: Recipe, allow_changes: bool) -> Run:
-    """Find the checkpoint that a run goes on from, and make its folder ours, before anything heavy. Every process.
-
-    Raises:
-        UserError: the folder holds another run, or another process is at it; as `check_metric` and `check_prompts`.
-    """
-    check_metric(recipe, recipe.datasets.chosen())
-    check_prompts(recipe)
-    recipe_file = recipe.output_dir / "recipe.yaml"
-    if process_index() == 0:
-        wait_for_other_run(recipe)
-    was_there = os.path.lexists(recipe_file)
-    checkpoint, lock = find_checkpoint(recipe, allow_changes), None
-    if process_index() == 0:
-        lock = lock_output_dir(recipe)
-        if os.path.lexists(recipe_file) and not was_there:  # of a start that was a moment before this one
-            checkpoint = find_checkpoint(recipe, allow_changes)
-        claim_output_dir(recipe, checkpoint)
-    Run.opened = Run(recipe, checkpoint, lock)
-    return Run.opened
-
-
-@contextmanager
-def recorded_end() -> Iterator[None]:
-    """Around all of a start: where it ends by an error, or before its first step, run.json says so."""
-    Run.opened = None
-    try:
-        yield
-    except (Exception, SystemExit) as error:
-        status, why = "failed", str(error) if isinstance(error, UserError) else reason(error)
-        if isinstance(error, SystemExit):
-            status, why = "interrupted", "a signal before the first step"
-        if (run := Run.opened) and run.begun:
-            with suppress(UserError):  # a disk that is full, of which the first error speaks
-                end_start(run.record, status, why, run.progress.step)
-        raise
-    finally:
-        if Run.opened:
-            Run.opened.watch.close()

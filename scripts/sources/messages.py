@@ -148,6 +148,9 @@ def _conversation(record: Record, there: dict[str, str], names: Names, remarks: 
 
 def _pair(record: Record, there: dict[str, str], names: Names, remarks: Remarks) -> list[Message]:
     question, answer = _first(names.questions, there), _first(names.answers, there)
+    if question is None and answer == there.get("chosen") and isinstance(record.values.get(answer), list):
+        remarks.used = (answer,)  # a data set of preferences that repeats its prompts in both of its conversations
+        return read_turns(record, answer, record.values[answer], remarks.unused, names.roles, names.contents)
     if question is None or answer is None:
         known = {name.lower() for name in record.values}
         if known & {*names.questions} and known & {*names.answers}:

@@ -33,7 +33,7 @@ QUESTIONS = ("instruction", "prompt", "question", "query", "problem", "user", "h
 ANSWERS = ("output", "response", "completion", "chosen", "answer", "solution", "reply", "target", "targets")
 ANSWERS += ("assistant", "gpt", "bot")
 SPEAKER_KEYS = dict.fromkeys(QUESTIONS, "user") | dict.fromkeys(ANSWERS, "assistant") | ROLES
-TEXT_PARTS = {None, "text", "input_text", "output_text"}
+TEXT_PARTS = {"text", "input_text", "output_text"}
 MEDIA = {"image", "images", "image_url", "audio", "audios", "video", "videos", "pixel_values"}
 # What else may be said beside a text, and is not learnt from.
 THOUGHTS = {"reasoning_content", "reasoning", "thinking", "thought", "thoughts", "chain_of_thought", "cot", "rationale"}
@@ -193,12 +193,12 @@ def _text(record: Record, where: str, content: Any, unused: set[str]) -> str:
                 continue
             if kind in TOOLS:
                 raise Dropped("conversation with a tool's turn")
-            if kind not in TEXT_PARTS or not isinstance(part.get("text"), str):
-                named = (
-                    kind or ", ".join(sorted(name for name in part if is_there(part[name]))) or "a part without text"
-                )
-                raise Dropped(f"conversation with what is not text ({str(named)[:40]})")
-            part = part["text"]
+            text = part.get("text")
+            is_text = kind in TEXT_PARTS and isinstance(text, str | None) if kind else isinstance(text, str)
+            if not is_text:
+                named = str(kind or ", ".join(sorted(name for name in part if is_there(part[name]))) or "nothing")
+                raise Dropped(f"conversation with what is not text ({named[:40]})")
+            part = text
         elif part is not None and not isinstance(part, str):
             raise record.error(f"field {where!r} has a part that is {kind_of(part)}, not a text")
         texts.append(_text(record, where, part, unused))

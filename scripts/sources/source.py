@@ -235,7 +235,8 @@ class Source:
     licence: str  # of the data, and their size
     hub: HubSource
     read: Reader
-    fields: tuple[str, ...]  # of a record, in lower case, that `read` uses; no other column of a parquet file is read
+    # Of a record, in lower case, that `read` uses; no other column of a parquet file is read, but `weight`.
+    fields: tuple[str, ...]
     languages: tuple[str, ...] = ()  # that most of it is in, ISO 639-1; none where only the options can tell
     options: type[DatasetOptions] = DatasetOptions  # the schema of what a recipe can say of it
     # scikit-learn's over the records kept, or torch's "random_split" over them, each with a seed of its own

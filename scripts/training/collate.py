@@ -31,7 +31,7 @@ class Batch:
     weights: torch.Tensor | None = None  # fp32 [scored tokens], what each counts in the loss; None: all alike
 
     @property
-    def weight(self) -> float:
+    def total_weight(self) -> float:
         """What its scored tokens count in the loss, together; of a batch on the CPU."""
         return len(self.targets) if self.weights is None else self.weights.double().sum().item()
 

@@ -9,22 +9,25 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin
 
+from training.deepspeed_config import optimizer_on_host
 from training.deepspeed_keys import fill_by_hidden_size
 from training.host_weights import receive_weights
 from training.loss import ScoredLoss
-from utils.launch import has_gpu
+from utils.launch import has_gpu, share_cores
 
 
 def deepspeed_plugin(config: dict[str, Any]) -> DeepSpeedPlugin:
     """Accelerate's plugin for a complete config, and this machine made ready for the engine."""
     # Accelerate refuses a launcher's config beside a complete one; the two have been compared already.
     os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
-    # torch's own fused AdamW in place of DeepSpeed's, on the GPU and on the host: that is compiled at the first start
-    # for a minute or more, behind a lock that outlives a kill. Both are bound by memory: a flat partition is one kernel
-    # for either.
+    # torch's own fused AdamW in place of DeepSpeed's, on the GPU and on the host: those are compiled at the first start
+    # for a minute or more, behind a lock that outlives a kill. All are bound by memory: a flat partition is one kernel
+    # for each.
     config["optimizer"]["params"] |= {"torch_adam": True, "fused": True}
     if not has_gpu():
         _prepare_cpu_engine()
+    elif optimizer_on_host(config["zero_optimization"]):
+        share_cores()  # of which a launcher gives each process one
     _join_alone()
     _quieten()
     return DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=False)

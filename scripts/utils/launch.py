@@ -79,17 +79,22 @@ def set_up_process() -> None:
     transformers.utils.logging.disable_progress_bar()
     if not has_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # Accelerate imports DeepSpeed in passing, which would guess
-        if not _user_chose_threads():
-            local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-            affinity = getattr(os, "sched_getaffinity", None)  # what taskset or a container leaves; Linux only
-            cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-            torch.set_num_threads(max(1, cores // local_processes))
+        share_cores()
         # By default glibc hands every large block back to the system and fetches it again, page by page and zeroed:
         # 160,000 page faults a step of the small model of `scripts/benchmark.py train`, which took a fifth longer.
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
         if mallopt:
             mallopt(M_MMAP_THRESHOLD, 2**30) or mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that older ones take
             mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def share_cores() -> None:
+    """Let PyTorch use this process's share of the machine's cores, unless the user has said how many threads."""
+    if not _user_chose_threads():
+        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        affinity = getattr(os, "sched_getaffinity", None)  # what taskset or a container leaves; Linux only
+        cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // local_processes))
 
 
 def _user_chose_threads() -> bool:

@@ -164,6 +164,7 @@ def test_all_of_them_at_once(folder, tmp_path, tiny_model):
         ('{"prompt": "q"}\n{"data": [{"prompt": "x"}]}', [{"prompt": "q"}, {"data": [{"prompt": "x"}]}]),
         ('{"other": [{"a": 1}]}', [{"other": [{"a": 1}]}]),
         ('{"data": []}', [{"data": []}]),
+        ('{"n": 1,\n"data": [{"prompt": "q"},\n{"prompt": "r"}]}', [{"prompt": "q"}, {"prompt": "r"}]),
     ],
 )
 def test_records_under_a_key(tmp_path, text, records):
@@ -190,6 +191,18 @@ def test_damage_under_a_key(tmp_path, text, said):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(UserError, match=rf"\A{re.escape(str(tmp_path))}/x.json[^\n]*(?:{said})[^\n]*\Z"):
         list(read_records(tmp_path / "x.json", fields=FIELDS))
+
+
+def test_a_damaged_first_line_does_not_make_one_object_of_lines(tmp_path):
+    """Whatever token a newline was put behind, or the first line was cut off at."""
+    first, *rest = JSONL.split(b"\n")[:5]
+    for place in (place for place in range(1, len(first)) if first[place - 1] in b"{,:["):
+        for damaged in (first[:place], first[:place] + b"\n" + first[place:]):
+            (tmp_path / "x.jsonl").write_bytes(b"\n".join([damaged, *rest]))
+            with pytest.raises(UserError, match=r"x\.jsonl, line 1: not valid JSON"):
+                list(read_records(tmp_path / "x.jsonl", fields=FIELDS))
+            kept = [record for _, record in read_records(tmp_path / "x.jsonl", lambda _: None, FIELDS)]
+            assert kept == ROWS[1:5]
 
 
 def test_a_long_list_under_a_key_is_streamed(tmp_path):

@@ -63,16 +63,20 @@ def write(path, rows) -> dict:
 # ---- what is kept ----
 
 
-def test_a_record_and_its_data_set_are_multiplied_and_nothing_is_prepared_anew(tmp_path, prepare):
+def test_a_record_and_its_data_set_are_multiplied_and_nothing_is_prepared_anew(tmp_path, prepare, capsys):
     weights = [1, 0.25, ..., 3, 1e-3]
     options = write(tmp_path / "a.jsonl", chats(5, weight=weights))
     plain = write(tmp_path / "b.jsonl", chats(3))
     mix, before = prepare({"a": options, "b": plain})
+    said = capsys.readouterr().out
+    assert "5 training and 0 validation conversations of weights from 0.001 to 3 (dropped: nothing)" in said
+    assert "3 training and 0 validation conversations (dropped: nothing)" in said
     assert mix.train.weights.tolist() == [1, 0.25, 1, 3, 1e-3, 1, 1, 1]
     mix, after = prepare({"a": options | {"weight": 4}, "b": plain | {"weight": 0.5}})
     assert mix.train.weights.tolist() == [4, 1, 4, 12, 4e-3, 0.5, 0.5, 0.5]
     assert mix.train.select(np.array([3, 0])).weights.tolist() == [12, 4]
     assert before == after
+    assert capsys.readouterr().out == ""
     assert sorted(path.name for path in before["a"].iterdir()) == sorted([EXAMPLES, SPLIT, WEIGHTS, REPORT])
 
 

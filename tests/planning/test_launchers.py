@@ -41,9 +41,12 @@ def test_what_ships():
 
 def test_adapters_and_moments_in_bf16_go_where_they_can():
     adapters = {"use_peft": "true", "fuse_gelu": "false"}
-    assert {"ddp", "zero2"} <= offered(4, **adapters).keys() <= {"ddp", "zero2"}
+    assert offered(4, **adapters).keys() == {"ddp", "zero2", "zero2_offload"}
     assert offered(4, **adapters, load_in_4bit="true", deepspeed_config="null").keys() == {"ddp"}
     assert not any(each.is_deepspeed for each in offered(4, optimizer_state_dtype="bf16").values())
+    compiled = offered(4, torch_compile="true", gradient_checkpointing="false").keys()
+    assert "zero2" in compiled
+    assert not {"zero3", "zero3_offload"} & compiled
 
 
 @pytest.mark.parametrize("cards", [1, 2, 8, 16])
@@ -64,6 +67,8 @@ def test_a_command_is_what_accelerate_and_sft_take(cards):
         assert (changed.deepspeed_config is None) == (launcher.layout.engine == "plain")
         if cards == 16:
             assert (options.num_machines, options.main_process_ip) == (2, "ADDRESS")
+            by_itself = options.deepspeed_multinode_launcher == "standard"
+            assert by_itself == launcher.layout.is_deepspeed  # and not by pdsh
 
 
 def test_a_path_with_a_space_is_quoted():
@@ -105,7 +110,9 @@ def configs(tmp_path, monkeypatch):
 )
 def test_a_config_of_ones_own(configs, settings, cards, layout):
     configs(settings)
-    assert offered(cards) == {"mine": layout}
+    assert offered(cards, dtype="bf16") == {"mine": layout}
+    refused = layout.engine == "fsdp2" and layout.optimizer_on_host  # in fp16
+    assert offered(cards, dtype="fp16") == ({} if refused else {"mine": layout})
 
 
 @pytest.mark.parametrize(
@@ -153,6 +160,7 @@ def test_the_run_itself_says_the_same(cards, monkeypatch, capsys):
     recipe, card = load_recipe(SEED), find_card("h100")
     subject = make_subject(recipe, config, find_mix(recipe)[0])
     monkeypatch.setattr("training.memory.has_gpu", lambda: True)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=2**40))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=card.memory))
     for launcher in launchers(recipe, cards):

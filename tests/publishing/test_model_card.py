@@ -290,6 +290,17 @@ def test_no_path_and_no_secret(run_folder, tmp_path):
     assert "input_file_path: chats.json" in card.text
 
 
+def test_splits_of_one_hub_data_set_and_a_list_of_files(run_folder):
+    own = {"source": "messages", "hub_name": "org/chats"}
+    files = {"source": "messages", "input_file_path": ["/home/me/a.csv", "https://me:pw@host/b.jsonl"]}
+    mix = [{"one": own | {"split": "train_sft[:5%]"}}, {"two": own | {"config": "code"}}, {"files": files}]
+    card = card_of(run_folder(RECORD | {"data": {}}, datasets=json.dumps(mix)))
+    assert card.data.to_dict()["datasets"] == ["org/chats"]
+    assert "| files | ? | ? | data of its own, `a.csv`, `b.jsonl` | not stated |" in card.text
+    for private in ("/home/me", "pw@"):
+        assert private not in str(card)
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.from_regex(r"[\w.-]{1,8}", fullmatch=True), min_size=2, max_size=5), st.sampled_from(" '\"(:=,"))
 def test_whatever_path_it_is_only_its_name_is_left(parts, before):

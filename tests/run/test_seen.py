@@ -220,6 +220,14 @@ def test_two_processes_reply_together(tmp_path, recipe, whole):
     assert len(samples(tmp_path)) == 2
 
 
+def test_all_processes_make_the_same_number_of_forward_passes(tmp_path, tiny_model):
+    """Each of which may be collective, though the replies of one end before those of the other."""
+    chat = save_chat_model(tiny_model, tmp_path / "chat")
+    run_script(chat, tmp_path / "found", launch="ddp2", script="tests/run/reply_worker.py", output_dir=tmp_path)
+    found = json.loads((tmp_path / "found").read_text())
+    assert found == [[12, [6, False], [6, False]], [12, [1, True], [1, True]]]
+
+
 # ---- The replies ----
 
 
@@ -327,6 +335,7 @@ def test_links_lead_to_what_is_there(tmp_path):
 REFUSED = {
     "a misspelt metric": ({"early_stopping_metric": "eval_los"}, "did you mean eval_loss?"),
     "of a data set that is none": ({"early_stopping_metric": "eval_sum_loss"}, "did you mean eval_sums_loss?"),
+    "no name at all": ({"early_stopping_metric": "x"}, "no metric of this run's (known: eval_loss, eval_accuracy, "),
     "of training": ({"early_stopping_metric": "loss"}, "no metric of this run's"),
     "of a data set without a validation split": (
         {"early_stopping_metric": "eval_sums_accuracy", "datasets.sums.val_split": 0},
@@ -365,10 +374,23 @@ def test_a_copy_in_place_of_a_link_stays_as_it_is(tmp_path, recipe):
     for name in ("best", "last"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(b"somebody's")
-    assert "best is no link" in run_here(recipe, "--dry_run", output_dir=tmp_path).stdout
+    assert "best is no link of this run's" in run_here(recipe, "--dry_run", output_dir=tmp_path).stdout
     run = run_here(recipe, "--max_steps", 4, output_dir=tmp_path)
     assert run.returncode == 0, run.stderr
-    assert "last is no link, and stays as it is: remove it" in run.stdout
+    assert "last is no link of this run's, and stays as it is: remove it" in run.stdout
     assert [
         path.read_bytes() for path in tmp_path.glob("*/model.safetensors") if path.parent.name in ("best", "last")
     ] == [b"somebody's"] * 2
+
+
+def test_a_link_or_a_file_of_somebody_elses_is_left_alone(tmp_path, recipe):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "best").symlink_to("mine")
+    run = run_here(recipe, "--max_steps", 4, output_dir=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert os.readlink(tmp_path / "best") == "mine"
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "samples.jsonl").write_text("mine\n")
+    assert "holds another run (samples.jsonl)" in run_here(recipe, output_dir=other).errors[0]
+    assert (other / "samples.jsonl").read_text() == "mine\n"

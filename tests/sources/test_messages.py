@@ -96,6 +96,8 @@ SYSTEM = {"role": "system", "content": "s"}
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, PAIR),
         ({"prompt": "q", "chosen": chat("q", "a"), "rejected": chat("q", "b")}, PAIR),
         ({"prompt": "q", "chosen": {"role": "assistant", "content": "a"}}, PAIR),
+        ({"chosen": chat("q", "a"), "rejected": chat("q", "b")}, PAIR),
+        ({"messages": chat("q", [{"type": "text", "text": None}, {"type": "text", "text": "a"}, None])}, PAIR),
         ({"prompt": chat("q"), "chosen": [{"role": "assistant", "content": "a"}]}, PAIR),
         ({"prompt": [SYSTEM, *chat("q")], "completion": "a"}, [("system", "s"), *PAIR]),
         ({"prompt": "q", "completion": ["a"]}, PAIR),
@@ -176,6 +178,8 @@ def test_what_is_learnt(row, learnt):
         ({"messages": [{"role": "critic", "content": "q"}, *chat("q", "a")[1:]]}, "a speaker other than"),
         ({"messages": [SYSTEM, SYSTEM, *chat("q", "a")]}, "a system message that is not the first"),
         ({"dialog": [["q", None]]}, "an empty reply"),
+        ({"messages": chat("q", [{"type": "text", "text": None}])}, "an empty reply"),
+        ({"messages": chat([{"type": None, "text": None}], "a")}, "what is not text (nothing)"),
     ],
 )
 def test_what_is_none_is_dropped_with_a_reason(row, reason):

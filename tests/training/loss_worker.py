@@ -45,7 +45,7 @@ def measure(engine: str, name: str) -> dict:
     labelled = [make_labels(seed) for seed in (1, 2, 3)]
     weighted = name != "phi_bias"
     batches, keys = [make_batch(*each, weighted=weighted) for each in labelled], TERMS if weighted else {}
-    targets = sum(batch.weight for batch in batches)
+    targets = sum(batch.total_weight for batch in batches)
     model = make_model(name)
     plain = copy.deepcopy(model)
     losses = [full_losses(plain, each, **keys)[0] for each in labelled]

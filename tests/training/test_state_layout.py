@@ -40,12 +40,16 @@ SIZES = {  # 16.9 and 0.9 million weights
 }
 KEYS = {"padding_free": True, "max_length": 512, "warmup_steps": 0, "gradient_accumulation_steps": 2}
 TOKENS = 128
-ZERO2 = json.loads((ROOT / "ds_configs" / "zero2.json").read_text())["zero_optimization"]
+ZERO2, ZERO3 = (
+    json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())["zero_optimization"] for name in ("zero2", "zero3")
+)
 # How a test starts an engine (tests/conftest.py), and its layout: a line for each engine.
 ENGINES = {
     "python": replicated(1),
     "ddp2": replicated(2),
     "zero2x2": deepspeed_layout(ZERO2, 2),
+    "zero3x2": deepspeed_layout(ZERO3, 2),
+    "fsdp2x2": fsdp2_layout(2),
 }
 
 

@@ -100,15 +100,15 @@ def test_only_the_ratio_of_weights_counts_however_large_they_are(layout):
         torch.testing.assert_close(collate(split, rows, recipe, PAD, 0).weights, expected.weights)
     counts = [int(cut(mix.train, row, recipe, 0)[1].sum()) for row in rows]
     of_rows = mix.train.weights[rows] / mix.train.weights.max()
-    assert expected.weight == pytest.approx((of_rows * counts).sum())
+    assert expected.total_weight == pytest.approx((of_rows * counts).sum())
     assert expected.weights.tolist() == pytest.approx(np.repeat(of_rows, counts).tolist())
-    assert collate(mix.train, rows[:0], recipe, PAD, 0).weight == 0
+    assert collate(mix.train, rows[:0], recipe, PAD, 0).total_weight == 0
 
 
 def test_without_weights_a_batch_has_none():
     batch = collate(make_split([[9, 8]]), np.arange(2), make_recipe(), PAD, 0)
     assert batch.weights is None
-    assert batch.weight == len(batch.targets)
+    assert batch.total_weight == len(batch.targets)
 
 
 @pytest.mark.parametrize("normalization", ["tokens", "micro_batch"])

@@ -132,7 +132,7 @@ def plain_step(plain: Engine, batches: list, dtype: torch.dtype) -> float:
 
 @torch.no_grad()
 def reply_of(model) -> list[int]:
-    return model.generate(torch.tensor([[7, 8, 9]]), max_new_tokens=5, do_sample=False, eos_token_id=-1).tolist()[0]
+    return model.generate(torch.tensor([[7, 8, 9]]), max_new_tokens=5, do_sample=False).tolist()[0]
 
 
 def is_sharded(model) -> bool:
@@ -163,6 +163,13 @@ def collect(accelerator, model, optimizer) -> tuple[dict, list[int]]:
     return {name: own.view(shapes[name]) for name, own in whole.items()}, [min(counts), max(counts)]
 
 
+def measure_fp16(accelerator) -> dict:
+    """`measure` in fp16 with its scaler, as Accelerate would have it on a GPU."""
+    accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
+    accelerator.scaler = ShardScaler("cpu", init_scale=2.0**10)
+    return measure(accelerator, "gpt_neox", torch.float16)
+
+
 def overflow(accelerator) -> dict:
     """A gradient of the last process alone overflows: {"scales", "weights": of each process after the step}."""
     scaler, weight = ShardScaler("cpu"), torch.nn.Parameter(torch.ones(4))
@@ -184,6 +191,7 @@ if __name__ == "__main__":
     found = {name: measure(accelerator, name, dtype) for name in MODELS}
     found["gathered once"] = measure(accelerator, "gpt_neox", dtype, gather_again=False)
     found["on the host"] = measure(accelerator, "gpt_neox", dtype, on_host=True)
+    found["fp16"] = measure_fp16(accelerator)
     found["overflow"] = overflow(accelerator)
     if accelerator.is_main_process:
         file.write_text(json.dumps(found))

@@ -27,11 +27,11 @@ def measured(request, tmp_path_factory):
     return launch, dtype, json.loads((folder / "found.json").read_text())
 
 
-@pytest.mark.parametrize("case", ["gpt_neox", "llama_tied", "phi_bias", "gathered once", "on the host"])
+@pytest.mark.parametrize("case", ["gpt_neox", "llama_tied", "phi_bias", "gathered once", "on the host", "fp16"])
 def test_steps_are_those_of_plain_training(measured, case):
     """Also where one process alone has something to train on; measured in fp32: 2e-7, in bf16: norms 1e-3."""
     _, dtype, found = measured
-    found, exact = found[case], dtype == "fp32"
+    found, exact = found[case], dtype == "fp32" and case != "fp16"
     assert found["sharded"]
     assert found["norms"] == pytest.approx(found["expected_norms"], rel=1e-5 if exact else 1e-2)
     assert found["evaluated"] == pytest.approx(found["expected_evaluated"], rel=1e-5 if exact else 1e-2)

@@ -32,7 +32,6 @@ LOOKED_AT = 1 << 18  # bytes of a text, to tell how it is laid out
 PACKED_ENDINGS = ("", ".gz", ".bz2", ".xz", ".zst", ".zstd", ".lz4")
 TABLES = tuple(ending + packed for ending in (".csv", ".tsv") for packed in PACKED_ENDINGS)
 JSON = tuple(ending + packed for ending in (".json", ".jsonl", ".ndjson") for packed in PACKED_ENDINGS)
-ENDINGS = (*JSON, ".parquet", ".arrow", *TABLES)  # of what is read
 
 
 def read_records(

@@ -108,7 +108,7 @@ def test_the_same_rows_from_every_kind_of_file(folder, name):
 
 def test_all_of_them_at_once(folder, tmp_path, tiny_model):
     """The whole of prepare_data.py, and two steps of training: each kind of file, a list, a pattern and a folder."""
-    own = {"source": "messages", "val_split": 0.1}
+    own = {"source": "messages", "val_split": 0}
     places = {f"file{place}": str(folder / name) for place, name in enumerate(FILES)}
     places |= {"several": [str(folder / "x.csv"), str(folder / "x.arrow")], "pattern": str(folder / "x.json*")}
     (tmp_path / "folder").mkdir()

@@ -390,6 +390,7 @@ def test_values_within_that_no_run_writes(recipe_file, output, newest, capsys):
     values = json.loads((newest / STATE).read_text())
     health, recipe, files = values["health"], values["recipe"], values["files"]
     model = files["model.safetensors"]
+    best = {"metric": "eval_loss", "step": 3, "value": 2.5, "evaluations_since": 0}
     needed = [name for name in files if name.endswith(("safetensors", "process-0.json")) or name == "config.json"]
     cases = [
         *[("health", health | {name: wrong}) for name in health for wrong in (None, "x", -1.5, [None], float("nan"))],
@@ -397,6 +398,10 @@ def test_values_within_that_no_run_writes(recipe_file, output, newest, capsys):
         *[("recipe", recipe | {"learning_rate": wrong}) for wrong in ("x", None, -1, [])],
         *[("recipe", recipe | {"model_name": "\ud800"}), ("recipe", {"model_name": "x"})],
         *[("step", 100), ("position", {"epoch": 10**10, "conversations": HUGE})],
+        *[("tracker_runs", wrong) for wrong in (None, [], "x", {"mlflow": 5}, {"mlflow": None})],
+        *[("best", wrong) for wrong in (5, [], {}, best | {"value": None}, best | {"value": float("nan")})],
+        *[("best", best | {name: wrong}) for name in ("step", "evaluations_since") for wrong in (-1, [], "5", 0.5)],
+        *[("best", best | {"metric": 5}), ("best", best | {"step": 10**6}), ("best", best | {"more": 1})],
         *[("files", files | {name: model}) for name in ("../x", "/etc/passwd", "./config.json", "a\0b", "")],
         *[("files", {key: own for key, own in files.items() if key != gone}) for gone in needed],
         *[("files", files | {"model.safetensors": model | {"bytes": wrong}}) for wrong in (-1, 0, "5", 5.0, None)],

@@ -12,7 +12,7 @@ from planning.search import Plan, Subject
 from training.memory import show_bytes
 from utils.errors import UserError
 
-PARTS = ("weights", "gradients", "optimizer", "gathered", "activations", "logits", "step")
+PARTS = ("weights", "gradients", "optimizer", "transient", "activations", "logits", "step")
 
 
 def in_order(plans: Sequence[Plan]) -> list[Plan]:

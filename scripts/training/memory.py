@@ -50,7 +50,7 @@ def estimate_memory(
         adapter: of an adapter, of which alone there are gradients and moments, on a frozen model; None without one.
         frozen: weights of the model that no text reaches, as those of a tower for images.
     Returns: weights, gradients, optimizer; `step`, which the optimizer's step needs in place of the following, of the
-        forward and backward pass: gathered, activations, logits (in chunks, with their gradient and the output
+        forward and backward pass: transient, activations, logits (in chunks, with their gradient and the output
         layer's).
     """
     text, (rows, length) = config.get_text_config(), shape
@@ -71,7 +71,7 @@ def estimate_memory(
 
 def peak_of(parts: dict[str, int]) -> int:
     """The most that is held at once, of the bytes of `estimate_memory`."""
-    passes = parts["gathered"] + parts["activations"] + parts["logits"]
+    passes = parts["transient"] + parts["activations"] + parts["logits"]
     return resident_of(parts) + max(parts["step"], passes)
 
 
@@ -169,7 +169,7 @@ def check_memory(
         _check_host(local, layout, host_state(layout, size, dtype.itemsize, moment_bytes(recipe)))
     else:
         memory, where = psutil.virtual_memory().total, f"of memory, for the {counted(local, 'process')} here"
-    shown = {name: size for name, size in parts.items() if name != "step" and (size or name != "gathered")}
+    shown = {name: size for name, size in parts.items() if name != "step" and (size or name != "transient")}
     described = ", ".join(f"{name} {show_bytes(size)}" for name, size in shown.items())
     say(f"memory, estimated: {show_bytes(peak)} of the {show_bytes(memory)} {where}: {described}")
     if resident > memory:

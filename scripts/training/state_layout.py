@@ -124,7 +124,7 @@ def device_state(
     layout: StateLayout, size: ModelSize, element: int, moments: int, gpu: bool, accumulates: bool = False
 ) -> dict[str, int]:
     """Bytes of a device for `weights`, `gradients`, `optimizer`; `step`, which the optimizer's step needs beside them;
-    `gathered`, which forward and backward need of the layers at work.
+    `transient`, what forward and backward hold for a while: gathered layers, gradients on their way.
 
     The first three are those of the ZeRO paper (Rajbhandari et al. 2020, section 3.1: 2 + 2 + 12 bytes a parameter in
     half precision, of which stage 1 shards the 12, stage 2 the gradients and stage 3 the weights too). What else
@@ -145,7 +145,7 @@ def device_state(
             "gradients": trained * (8 if layout.replicas > 1 else 4),
             "optimizer": trained * moments,
             "step": 0,
-            "gathered": 0,
+            "transient": 0,
         }
     if layout.engine == "fsdp2":
         return _fsdp2_state(layout, size, element, moments, gpu)
@@ -166,17 +166,18 @@ def device_state(
             "step": 0 if offloaded else min(shard, layout.sub_group) * (element + 4),
             # Weights stay gathered that come again within max_reuse_distance, up to max_live_parameters in all; beside
             # them the gradients of a layer before they are in a bucket.
-            "gathered": (min(whole, layout.live) + size.layer) * element,
+            "transient": (min(whole, layout.live) + size.layer) * element,
         }
     # Under stage 2 with an optimizer on the host gradients go there bucket by bucket; without one those of a
     # micro-batch come beside the sum of those before it (independent_gradient_partition_epilogue).
-    own = trained if layout.engine == "zero1" else 0 if offloaded else shard * (2 if accumulates else 1)
+    own = trained if layout.engine == "zero1" else 0 if offloaded else shard
+    added = own * element if accumulates and layout.engine == "zero2" else 0
     return {
         "weights": size.frozen_bytes + trained * element,
         "gradients": own * element + buckets,
         "optimizer": optimizer,
         "step": 0 if offloaded else shard * 4,  # the gradients in fp32
-        "gathered": 0,
+        "transient": added,
     }
 
 
@@ -193,7 +194,7 @@ def _fsdp2_state(layout: StateLayout, size: ModelSize, element: int, moments: in
         "gradients": 0 if offloaded else 4 * shard,
         "optimizer": 0 if offloaded else moments * shard,
         "step": 0,
-        "gathered": size.ends * element + max(at_work, at_the_end),
+        "transient": size.ends * element + max(at_work, at_the_end),
     }
 
 

@@ -102,7 +102,7 @@ def test_under_stage_2_a_micro_batchs_gradients_come_beside_their_sum():
     """Measured: 8 MiB over the estimate without accumulation, and 37 with it, of a shard of 32."""
     for stage, more in ((1, 0), (2, SIZE.trained // 4 * 2), (3, 0)):
         once, several = (
-            device_state(deepspeed_layout({"stage": stage}, 4), SIZE, 2, 8, True, accumulates)["gradients"]
+            device_state(deepspeed_layout({"stage": stage}, 4), SIZE, 2, 8, True, accumulates)["transient"]
             for accumulates in (False, True)
         )
         assert several - once == more

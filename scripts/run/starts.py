@@ -45,7 +45,10 @@ def end_start(
 
     Raises: UserError as `read_record` and `write_record`.
     """
-    starts = read_record(path).get("starts") or []
+    record = read_record(path)
+    if (record["status"], status) == ("stalled", "failed"):
+        return  # the processes that ended it have said why; this one has only lost them
+    starts = record.get("starts") or []
     if starts:
         starts[-1] |= {"step": step, "ended": utc_now(), "why": why}
     update_status(path, status, starts=starts, **more)

@@ -20,8 +20,8 @@ NOT_IN_JSON = ("TIMESTAMP", "DATE", "TIME", "DECIMAL", "INTERVAL", "DURATION")  
 def read_csv(path: Path, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
     """(place from 1, record) of a table in text, whose first row names the columns; a UserError in place of a bad row.
 
-    All values are text as it stands there: "NA" and "007" are not a missing value and 7. The delimiter is that of tab,
-    comma, semicolon and bar which the first line has most of.
+    All values are text as it stands there, but those of `weight`: "NA" and "007" are not a missing value and 7. The
+    delimiter is that of tab, comma, semicolon and bar which the first line has most of.
     """
     text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
     first = text.readline()
@@ -34,6 +34,7 @@ def read_csv(path: Path, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
     if repeated := [name for name in header if name and header.count(name) > 1]:
         raise UserError(f"{path}: has the column {repeated[0]!r} twice")
     rows, number = csv.reader(text, **form), 0
+    weights = [(place, name) for place, name in enumerate(header) if name.lower() == "weight"]
     while True:
         number += 1
         problem = None
@@ -54,7 +55,15 @@ def read_csv(path: Path, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
         if problem:
             yield number, UserError(f"{path}, record {number}, line {rows.line_num + 1}: {problem}")
         else:
-            yield number, dict(zip(header, row, strict=True))
+            yield number, dict(zip(header, row, strict=True)) | {name: _number(row[place]) for place, name in weights}
+
+
+def _number(text: str) -> float | str | None:
+    """Of the column `weight`: a blank cell is none; what is no number stays text, to be refused."""
+    try:
+        return float(text) if text.strip() else None
+    except ValueError:
+        return text
 
 
 def read_parquet(path: Path, fields: Collection[str] | None) -> Iterator[tuple[int, Any]]:

@@ -13,6 +13,7 @@ from recipe.keys import Recipe
 from training.adapters import AdapterSize
 from training.attention import attention_heads, choose_attention
 from training.loss import rows_of_a_chunk
+from training.plan import accumulation_steps
 from training.state_layout import ModelSize, StateLayout, deepspeed_layout, device_state, host_state
 from utils.errors import UserError
 from utils.launch import has_gpu, say
@@ -60,9 +61,9 @@ def estimate_memory(
     # With adapters each embedding with the rows of new tokens in place, and the gradient of the input's.
     whole = (3 * element if adapter else 4 if element == 4 else 6) * vocabulary * hidden
     size = model_size(config, num_parameters, adapter, frozen, element if layout.is_deepspeed else 4)
-    reached = num_parameters - frozen
+    reached, accumulates = num_parameters - frozen, accumulation_steps(recipe, layout.processes) > 1
     return {
-        **device_state(layout, size, element, moment_bytes(recipe), gpu),
+        **device_state(layout, size, element, moment_bytes(recipe), gpu, accumulates),
         "activations": tokens * _activations_per_token(recipe, config, reached, layout, element, length),
         "logits": logits + whole,
     }

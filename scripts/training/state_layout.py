@@ -120,7 +120,9 @@ class ModelSize(NamedTuple):
     hidden: int  # width
 
 
-def device_state(layout: StateLayout, size: ModelSize, element: int, moments: int, gpu: bool) -> dict[str, int]:
+def device_state(
+    layout: StateLayout, size: ModelSize, element: int, moments: int, gpu: bool, accumulates: bool = False
+) -> dict[str, int]:
     """Bytes of a device for `weights`, `gradients`, `optimizer`; `step`, which the optimizer's step needs beside them;
     `gathered`, which forward and backward need of the layers at work.
 
@@ -132,6 +134,7 @@ def device_state(layout: StateLayout, size: ModelSize, element: int, moments: in
     Args:
         element: bytes of a number in forward and backward.
         moments: bytes of Adam's two of a weight, without DeepSpeed.
+        accumulates: a step has several micro-batches.
     """
     trained, shard = size.trained, math.ceil(size.trained / layout.shards)
     if layout.engine == "plain":
@@ -165,8 +168,9 @@ def device_state(layout: StateLayout, size: ModelSize, element: int, moments: in
             # them the gradients of a layer before they are in a bucket.
             "gathered": (min(whole, layout.live) + size.layer) * element,
         }
-    # Under stage 2 with an optimizer on the host gradients go there bucket by bucket.
-    own = trained if layout.engine == "zero1" else 0 if offloaded else shard
+    # Under stage 2 with an optimizer on the host gradients go there bucket by bucket; without one those of a
+    # micro-batch come beside the sum of those before it (independent_gradient_partition_epilogue).
+    own = trained if layout.engine == "zero1" else 0 if offloaded else shard * (2 if accumulates else 1)
     return {
         "weights": size.frozen_bytes + trained * element,
         "gradients": own * element + buckets,

@@ -224,6 +224,19 @@ def test_no_weights_of_a_table(tmp_path, prepare, column):
         prepare({"a": {"input_file_path": "a.parquet"}})
 
 
+def test_weights_of_a_table_in_text(tmp_path, prepare):
+    """Whose cells are all text."""
+    lines = ["prompt,output,Weight", "q,a,0.5", "r,b,", "s,c,2e0", "t,d,0"]
+    (tmp_path / "a.csv").write_text("\n".join(lines))
+    mix, _ = prepare({"a": {"input_file_path": "a.csv"}})
+    assert mix.train.weights.tolist() == [0.5, 1, 2]
+    assert mix.reports["a"]["dropped"] == {"record of weight 0": 1}
+    for cell, said in {"heavy": "is a string", "nan": "is nan", "-1": "is -1", "True": "is a string"}.items():
+        (tmp_path / "a.csv").write_text("\n".join([*lines, f"u,e,{cell}"]))
+        with pytest.raises(UserError, match=rf"a\.csv, record 5: field 'Weight' {said}"):
+            prepare({"a": {"input_file_path": "a.csv"}})
+
+
 @pytest.mark.parametrize("weight", [0.5, -1, 2, "1", math.nan, [0]])
 def test_no_weight_of_a_message(tmp_path, prepare, weight):
     rows = chats(3)

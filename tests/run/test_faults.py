@@ -196,7 +196,7 @@ def test_a_save_cut_off_at_any_operation_on_files(tmp_path, tiny_model):
     for operation in itertools.count(1):
         folder = tmp_path / "after"
         shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(tmp_path / "before", folder)
+        shutil.copytree(tmp_path / "before", folder, symlinks=True)
         try:
             with cut_off_at(operation):
                 save(3, folder)
@@ -214,7 +214,8 @@ def test_a_save_cut_off_at_any_operation_on_files(tmp_path, tiny_model):
         save(3, folder)
         save_final(folder)
         assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-2", "checkpoint-3"]
-        assert [path.parent.name for path in folder.glob("*/trainer_state")] == ["checkpoint-3"]
+        assert [path.parent.name for path in folder.glob("checkpoint-*/trainer_state")] == ["checkpoint-3"]
+        assert os.readlink(folder / "last") == "checkpoint-3"
         AutoModelForCausalLM.from_pretrained(folder)
     assert set(outcomes) == {2, 3}
     assert sum(outcomes.values()) > 50

@@ -98,6 +98,16 @@ def test_weights_gradients_and_optimizer(layout, bytes_a_weight):
     assert resident == pytest.approx(bytes_a_weight * SIZE.trained, rel=1e-6)
 
 
+def test_under_stage_2_a_micro_batchs_gradients_come_beside_their_sum():
+    """Measured: 8 MiB over the estimate without accumulation, and 37 with it, of a shard of 32."""
+    for stage, more in ((1, 0), (2, SIZE.trained // 4 * 2), (3, 0)):
+        once, several = (
+            device_state(deepspeed_layout({"stage": stage}, 4), SIZE, 2, 8, True, accumulates)["gradients"]
+            for accumulates in (False, True)
+        )
+        assert several - once == more
+
+
 def test_what_is_offloaded_is_on_the_host_and_not_on_the_device():
     on_host = {"device": "cpu"}
     zero2 = deepspeed_layout({"stage": 2, "offload_optimizer": on_host}, 4)

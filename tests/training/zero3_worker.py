@@ -12,7 +12,6 @@ import copy
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
@@ -23,6 +22,7 @@ from accelerate.utils import gather_object
 from mixes import make_recipe
 from test_loss import empty_batch, full_losses, make_batch, make_labels, make_model
 
+from run.pace import Pace
 from sft import train_step
 from training.deepspeed_config import fill_config
 from training.engine import prepare_engine, start_accelerator
@@ -33,7 +33,16 @@ from utils.launch import DTYPES, process_index, set_up_process
 KEYS = {"warmup_steps": 2, "learning_rate": 1e-3, "weight_decay": 0.1, "max_grad_norm": 0.5, "adam_epsilon": 1e-6}
 KEYS |= {"gradient_accumulation_steps": 2, "padding_free": False}
 STEPS = 4  # of the schedule: the first two at rate 0
-COUNTS = SimpleNamespace(add=lambda *_: None)
+
+
+class Losses:
+    """What a step says of its micro-batches, as `TrainingStats` hears it."""
+
+    def __init__(self):
+        self.total, self.pace = 0.0, Pace(torch.device("cpu"), 2)
+
+    def add(self, batch, losses: torch.Tensor, loss: torch.Tensor) -> None:
+        self.total += float(losses.sum())
 
 
 def labelled_of(step: int) -> list:
@@ -68,13 +77,11 @@ def measure(case: dict) -> dict:
 
     found = {"losses": [], "norms": [], "updated": []}
     with engine.rehearsal():
-        train_step(engine, batches(9), recipe, COUNTS, rehearsal=True)
+        train_step(engine, batches(9), recipe, Losses(), rehearsal=True)
     for step in range(4):
-        losses = []
-        stats = SimpleNamespace(add=lambda batch, own, loss, to=losses: to.append(float(own.sum())))
-        bad = step == 1
-        norm, updated = train_step(engine, batches(step), recipe, stats, rehearsal=bad)
-        total = sum(gather_object([sum(losses)]))
+        losses, bad = Losses(), step == 1
+        norm, updated = train_step(engine, batches(step), recipe, losses, rehearsal=bad)
+        total = sum(gather_object([losses.total]))
         targets = sum(int((labels != -100).sum()) for *_, labels in labelled_of(step))
         found["updated"].append(updated)
         if bad:

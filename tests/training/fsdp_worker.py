@@ -18,9 +18,10 @@ import torch
 from accelerate.utils import gather_object
 from mixes import make_mix, make_recipe, scored_loss
 from test_fsdp import MICRO_BATCHES
-from test_loss import MODELS, empty_batch, make_batch, make_labels, make_model
+from test_loss import MODELS, SIZES, empty_batch, make_batch, make_labels, make_model
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from run.stats import Clock, TrainingStats
 from sft import train_step
@@ -32,6 +33,8 @@ from training.optimizer import make_optimizer
 from utils.launch import DTYPES
 
 STEPS = 3
+# With matrices of one row, of which some processes have none.
+MODELS["narrow"] = lambda: LlamaForCausalLM(LlamaConfig(**SIZES | {"intermediate_size": 1}))
 
 
 class Traffic(TorchDispatchMode):

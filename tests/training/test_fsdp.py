@@ -27,7 +27,9 @@ def measured(request, tmp_path_factory):
     return launch, dtype, json.loads((folder / "found.json").read_text())
 
 
-@pytest.mark.parametrize("case", ["gpt_neox", "llama_tied", "phi_bias", "gathered once", "on the host", "fp16"])
+@pytest.mark.parametrize(
+    "case", ["gpt_neox", "llama_tied", "phi_bias", "narrow", "gathered once", "on the host", "fp16"]
+)
 def test_steps_are_those_of_plain_training(measured, case):
     """Also where one process alone has something to train on; measured in fp32: 2e-7, in bf16: norms 1e-3."""
     _, dtype, found = measured
@@ -39,11 +41,12 @@ def test_steps_are_those_of_plain_training(measured, case):
     assert found["weights"] < (1e-5 if exact else 2e-3)  # rates come to 1e-3: where Adam sees noise, its sign decides
 
 
-@pytest.mark.parametrize("case", ["gpt_neox", "llama_tied", "phi_bias"])
+@pytest.mark.parametrize("case", ["gpt_neox", "llama_tied", "phi_bias", "narrow"])
 def test_each_process_holds_rows_and_every_element_is_written_once(measured, case):
     _, dtype, found = measured
     rows = list(zip(*found[case]["rows"], strict=True))
     assert len(rows) > 10
+    assert any(set(own) == {0, 1} for own in rows) == (case == "narrow")
     for own in rows:
         assert len(set(own)) <= 2
         assert max(own) - min(own) <= 1

@@ -151,7 +151,7 @@ def _cuts(recipe: Recipe, most: int, subject: Subject, processes: int) -> list[R
     sizes = [recipe.max_length]
     while sizes[-1] < needed and 2 * sizes[-1] <= most:
         sizes.append(2 * sizes[-1])
-    return [_cut_by(recipe, size) for size in sizes]
+    return [_cut_by(recipe, size) for size in reversed(sizes)]  # of equals the largest
 
 
 def _cut_by(recipe: Recipe, tokens: int) -> Recipe:
@@ -219,7 +219,9 @@ def _planned(subject: Subject, recipe: Recipe, launcher: Launcher, card: Card, m
     state = 0 if recipe.save_only_model else state
     local = min(PER_MACHINE, cards)
     host = {name: local * each for name, each in host_state(layout, size, element, moment_bytes(recipe)).items()}
-    host["weights as they are loaded"] = saved * (element if layout.is_deepspeed else 4)
+    # The first process reads them for all; of adapters each the frozen model for itself (training/host_weights.py).
+    loaded = local * element if recipe.use_peft else element if layout.is_deepspeed else 4
+    host["weights as they are loaded"] = subject.parameters * loaded
     if recipe.save_in_background and recipe.save_strategy != "no":
         host["a checkpoint as it is written"] = saving_bytes(layout, model, state, local)
     return Plan(

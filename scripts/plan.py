@@ -125,7 +125,8 @@ def main(options: argparse.Namespace, recipe: Recipe, recipe_file: str, override
         print("it fits on none of these: take more cards (--gpus), larger ones, or adapters (use_peft)")
         return
     cheapest = min((plan for plan in plans if plan.fits), key=lambda plan: plan.hours * plan.launcher.cards)
-    for what, plan in {"the fastest": plans[0], "the fewest hours of cards": cheapest}.items():
+    named = {"the fastest": plans[0]} | ({"the fewest hours of cards": cheapest} if cheapest is not plans[0] else {})
+    for what, plan in named.items():
         each = ", on each machine with its RANK and the first one's ADDRESS" if plan.launcher.machines > 1 else ""
         print(f"{what}, from the collection's folder{each}:\n{command(plan)}")
 

@@ -25,8 +25,7 @@ def test_the_seeds_recipe(tmp_path):
     assert {each["cards"] for each in plans} == {1, 4, 8}
     assert not any(each["fits"] for each in plans if each["engine"] in ("one process", "DDP"))
     lines = run.stdout.splitlines()
-    assert lines[-3] == plans[0]["command"]
-    assert lines[-4] == "the fastest, from the collection's folder:"
+    assert lines[lines.index("the fastest, from the collection's folder:") + 1] == plans[0]["command"]
     cheapest = min(fitting, key=lambda each: each["hours"] * each["cards"])
     assert lines[-1] == cheapest["command"]
     (row,) = [line for line in lines if "ZeRO-2 " in line and "│     8 │" in line and "no │" in line]

@@ -136,28 +136,37 @@ def plan_run(subject: Subject, launcher: Launcher, card: Card) -> Plan:
     for checkpointing in (False,) if recipe.torch_compile else (False, True):
         tried = recipe.model_copy(update={"gradient_checkpointing": checkpointing})
         most = _most_tokens(subject, tried, launcher, card)
-        found.append(_planned(subject, _cut_by(tried, most, subject, launcher.cards), launcher, card, most))
+        for cut in _cuts(tried, most, subject, launcher.cards):
+            found.append(_planned(subject, cut, launcher, card, most))
     fitting = [plan for plan in found if plan.fits]
     if fitting:
         return min(fitting, key=lambda plan: plan.hours)
     return min(found, key=lambda plan: plan.peak)
 
 
-def _cut_by(recipe: Recipe, most: int, subject: Subject, processes: int) -> Recipe:
-    """The recipe with micro-batches as large as fit, and no larger than a process needs; as it is where that would
-    change the loss."""
+def _cuts(recipe: Recipe, most: int, subject: Subject, processes: int) -> list[Recipe]:
+    """The recipe with micro-batches of 1, 2, 4 and so on rows of max_length, as many as fit and none larger than a
+    process needs."""
+    needed = 1.5 * subject.tokens.mean() * packs_per_step(recipe, processes) / processes
+    sizes = [recipe.max_length]
+    while sizes[-1] < needed and 2 * sizes[-1] <= most:
+        sizes.append(2 * sizes[-1])
+    return [_cut_by(recipe, size) for size in reversed(sizes)]  # of equals the largest
+
+
+def _cut_by(recipe: Recipe, tokens: int) -> Recipe:
+    """The recipe with micro-batches of so many tokens; as it is where that would change the loss."""
     if recipe.loss_normalization == "micro_batch":
         return recipe
-    of_step = subject.tokens.mean() * packs_per_step(recipe, processes)
-    needed = math.ceil(1.5 * of_step / processes / recipe.max_length) * recipe.max_length
-    return recipe.model_copy(update={"micro_batch_tokens": max(recipe.max_length, min(most, needed))})
+    return recipe.model_copy(update={"micro_batch_tokens": tokens})
 
 
 def _most_tokens(subject: Subject, recipe: Recipe, launcher: Launcher, card: Card) -> int:
     """Of the largest micro-batch, in whole rows of max_length, that fits; 0 where none does."""
 
     def fits(rows: int) -> bool:
-        return peak_of(_memory(subject, recipe, launcher, _full_shape(recipe, rows))) + RESERVE <= card.memory
+        cut = _cut_by(recipe, rows * recipe.max_length)
+        return peak_of(_memory(subject, cut, launcher, _full_shape(recipe, rows))) + RESERVE <= card.memory
 
     low, high = 0, 1
     while high <= 4096 and fits(high):
@@ -210,7 +219,9 @@ def _planned(subject: Subject, recipe: Recipe, launcher: Launcher, card: Card, m
     state = 0 if recipe.save_only_model else state
     local = min(PER_MACHINE, cards)
     host = {name: local * each for name, each in host_state(layout, size, element, moment_bytes(recipe)).items()}
-    host["weights as they are loaded"] = saved * (element if layout.is_deepspeed else 4)
+    # The first process reads them for all; of adapters each the frozen model for itself (training/host_weights.py).
+    loaded = local * element if recipe.use_peft else element if layout.is_deepspeed else 4
+    host["weights as they are loaded"] = subject.parameters * loaded
     if recipe.save_in_background and recipe.save_strategy != "no":
         host["a checkpoint as it is written"] = saving_bytes(layout, model, state, local)
     return Plan(

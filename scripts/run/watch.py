@@ -163,16 +163,18 @@ class Watch:
 
     def _tell(self) -> None:
         """Tell the others of this process, and hear of them; a first process that cannot be reached is tried again."""
-        store = None
-        while not self._closed.wait(self._beat):
+        store, ended = None, False
+        while not ended:
             try:
                 store = store or self._store(self._port)
                 store.set(str(process_index()), json.dumps(self._own_word()))
-                there = [process for process in self.signs if store.check([str(process)])]
-                for process in there:
-                    self.signs[process].hear(json.loads(store.get(str(process))), time.monotonic())
+                names = [str(process) for process in self.signs]
+                there = names if store.check(names) else [name for name in names if store.check([name])]
+                for name, word in zip(there, store.multi_get(there), strict=True):
+                    self.signs[int(name)].hear(json.loads(word), time.monotonic())
             except RuntimeError:  # of torch: nobody answers, or the connection is broken
                 store = None
+            ended = self._closed.wait(self._beat)
 
     def _judge(self) -> None:
         """End the process when the run has stood still for too long."""

@@ -9,7 +9,7 @@ from interruption import small_recipe
 SCRIPT = "tests/without_locks.py"
 
 
-@pytest.mark.parametrize("why", ["ENOLCK", "ENOSYS", "EOPNOTSUPP"])
+@pytest.mark.parametrize("why", ["ENOLCK", "ENOSYS", pytest.param("EOPNOTSUPP", marks=pytest.mark.soak)])
 def test_data_are_not_prepared_where_two_could_write_them(tmp_path, tiny_model, why):
     recipe, output = small_recipe(tmp_path, tiny_model, max_steps=2), tmp_path / "output"
     run = run_script(why, recipe, "--output_dir", output, output_dir=output, script=SCRIPT, check=False)

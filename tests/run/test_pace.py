@@ -5,7 +5,7 @@ from conftest import run_script
 from interruption import OF_SEVERAL, run_here, small_recipe
 
 
-@pytest.mark.parametrize(("launch", "slow"), [("ddp2", 1), ("zero2x2", 0)])
+@pytest.mark.parametrize(("launch", "slow"), [("ddp2", 1), pytest.param("zero2x2", 0, marks=pytest.mark.soak)])
 def test_a_slow_process_is_named(tmp_path, tiny_model, launch, slow):
     """Its forward passes take 0.3 s longer, twice in a step, which the other spends in the collective."""
     keys = {"max_steps": 4, "logging_steps": 2, "eval_steps": 100, "save_strategy": "no"}

@@ -34,7 +34,7 @@ class Standing(ForkedLife):
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("hung", [1, 0])
+@pytest.mark.parametrize("hung", [1, pytest.param(0, marks=pytest.mark.soak)])
 def test_a_process_hangs(tmp_path, tiny_model, hung):
     """It does not run any more, so the other ends the run, and says who was last heard when."""
     other = 1 - hung

@@ -20,6 +20,8 @@ pytestmark = [pytest.mark.machines, pytest.mark.skipif(why_not() is not None, re
 ENGINES = {
     "zero2": ("accelerate_configs/multi_node.yaml", ["--deepspeed_config", "ds_configs/zero2.json"]),
     "ddp": ("accelerate_configs/multi_node.yaml", []),
+    "fsdp2": ("accelerate_configs/fsdp2.yaml", []),
+    "hsdp": ("accelerate_configs/hsdp.yaml", []),
 }
 every_engine = pytest.mark.parametrize("engine", ENGINES)
 STEPS = 60

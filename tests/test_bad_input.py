@@ -467,7 +467,7 @@ ZERO2 = json.loads((ROOT / "ds_configs" / "zero2.json").read_text())
         ({**ZERO2, "optimizer": "auto"}, ("optimizer", "not a JSON object")),
         ({**ZERO2, "fp16": True}, ("fp16 = true", "not a JSON object")),
         ({**ZERO2, "scheduler": {"params": None}}, ("scheduler.params = null", "not a JSON object")),
-        ({**ZERO2, "zero_optimization": {"stage": 3}}, ("zero_optimization.stage = 3",)),
+        ({**ZERO2, "zero_optimization": {"stage": 4}}, ("zero_optimization.stage = 4",)),
     ],
 )
 def test_deepspeed_config(tmp_path, refused, content, parts):

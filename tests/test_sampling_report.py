@@ -365,7 +365,7 @@ def test_replies_fit_into_the_models_positions_and_a_temperature_of_0_is_greedy(
     ]
     (tmp_path / "config.json").write_text(json.dumps({"configurations": config}))
     report = sample_here(chat_model, *files[:2], "--config", tmp_path / "config.json")
-    assert "long: replies of up to" in capsys.readouterr().out
+    assert "tokens (long): more have no room" in capsys.readouterr().out
     outputs = [
         {result["sampling_config"]: result["outputs"] for result in prompt["results"]} for prompt in report["prompts"]
     ]

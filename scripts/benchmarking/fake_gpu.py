@@ -89,6 +89,7 @@ def pretend_gpu() -> None:
     }
     for question, answer in answers.items():
         setattr(torch.cuda, question, lambda *_, answer=answer, **__: answer)
+    torch.cuda.Event = _Event
     torch.cuda.set_device = _get_device_index  # which raises, as the real one, for a device without a number
     transformers.utils.import_utils.is_fake_tensor = lambda tensor: False  # for which it leaves things out
     torch.backends.cuda.is_flash_attention_available = torch.backends.cudnn.is_available = lambda: True
@@ -99,6 +100,19 @@ def pretend_gpu() -> None:
     torch.Tensor.pin_memory = _pin_memory
     torch.compile, torch.nn.Module.compile = _compile, _compile
     torch.nn.Module._apply = partialmethod(_apply, torch.nn.Module._apply)
+
+
+class _Event:
+    """A moment of the stream, at which nothing takes time."""
+
+    def __init__(self, **_):
+        pass
+
+    def record(self) -> None:
+        pass
+
+    def elapsed_time(self, _) -> float:
+        return 0.0
 
 
 def pretend_processes(count: int) -> None:

@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from conftest import ROOT
-from hub_server import COMMIT, hub_of
+from fake_hub import COMMIT, hub_of
 
 from data.files import find_data_file
 from data.reading import Reading

@@ -20,12 +20,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from evaluation.model import find_model
 from evaluation.result_files import read_columns
 from recipe.load import load_recipe
-from run import run as run_module
 from run.best import Best, best_checkpoint, judge, link_checkpoints
 from run.checkpoint import read_checkpoint
 from run.log import RunLog
 from run.run import Run
 from run.samples import Samples, greedy_replies
+from run.saving import Saver
 from training.replies import Reply
 
 PROMPTS = [
@@ -116,8 +116,8 @@ def test_the_replies_are_those_of_the_model_of_that_step(whole, recipe):
 
 
 def die_in(monkeypatch, name: str, step: int, half: str = ""):
-    """The process is gone when it comes to this method of `Run`, or function of its module, after that step."""
-    holder = Run if hasattr(Run, name) else run_module
+    """The process is gone when it comes to this method of `Run`, or of its `Saver`, after that step."""
+    holder = Run if hasattr(Run, name) else Saver
     real = getattr(holder, name)
 
     def dying(*arguments, **options):

@@ -65,7 +65,7 @@ def main(options, recipe: Recipe, stop: StopSignal) -> None:
     # ---- Model. Autocast wants fp32 weights, DeepSpeed the dtype it trains in: it keeps fp32 masters itself ----
     run.watch.start("meeting the other processes")
     accelerator = start_accelerator(recipe, dtype, deepspeed, progress.step)
-    run.meet()
+    run.meet(accelerator)
     language_model = run.load_model(config, tokenizer, dtype if deepspeed else torch.float32)
     engine = prepare_engine(accelerator, language_model, recipe, progress.total_steps)
     batches = Batches(mix, recipe, accelerator.process_index, accelerator.num_processes, tokenizer.pad_token_id)

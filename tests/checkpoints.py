@@ -39,3 +39,12 @@ def state_at(recipe, step: int, **values) -> dict:
         "best": None,
         **values,
     }
+
+
+def save_now(engine, tokenizer, recipe, state: dict, stats) -> None:
+    """Write a checkpoint, and wait for it."""
+    from run.processes import Processes
+    from run.saving import Saver
+
+    waiting = recipe.model_copy(update={"save_in_background": False})
+    Saver(engine, tokenizer, waiting, Processes(engine.accelerator)).save(state, stats)

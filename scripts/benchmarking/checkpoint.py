@@ -25,6 +25,7 @@ def measure_saving(model: str, background: bool) -> dict:
     from data.mix import Mix
     from recipe.keys import Recipe
     from run.health import StepHealth
+    from run.processes import Processes
     from run.resume import run_state, starting_point
     from run.saving import Saver
     from run.stats import Clock, TrainingStats
@@ -55,7 +56,7 @@ def measure_saving(model: str, background: bool) -> dict:
         progress, health, saver = (
             starting_point(None, mix, recipe),
             StepHealth(1, None),
-            Saver(engine, tokenizer, recipe),
+            Saver(engine, tokenizer, recipe, Processes(accelerator)),
         )
         steps = batches.training_steps(progress.position)
         alone, beside, stalls, writing = [], [], [], []

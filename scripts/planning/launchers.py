@@ -46,7 +46,7 @@ class Launcher:
         parts = ["accelerate launch", "--config_file", self.config]
         parts += [word for option in self.options.items() for word in option]
         parts += ["scripts/sft.py", shlex.quote(recipe_file)]
-        parts += [f"--{key} {shlex.quote(value)}" for key, value in (self.keys | dict(keys)).items()]
+        parts += [f"--{key} {shlex.quote(value)}" for key, value in (dict(keys) | self.keys).items()]
         return " ".join(parts)
 
 

@@ -116,11 +116,10 @@ class RunLog:
             say(f"\ntraining.png could not be drawn: {error.strerror}")
 
     def close(self) -> None:
-        """Draw the curves for the last time and end the runs of the trackers."""
+        """Draw the curves for the last time; the trackers go on until their own `finish`."""
         self.progress.close()
         if self.main_process:
             self.wait_for_drawing()
             self.draw()
             self.wait_for_drawing()
             self.artist.shutdown()
-            self.trackers.finish()

@@ -11,6 +11,7 @@ import contextlib
 import copy
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -135,10 +136,20 @@ def _save_beside_weights(tokenizer, folder: Path) -> None:
 
 def as_readable_as_others(folder: Path) -> None:
     """Give the files below a folder the permissions that the umask says; safetensors makes its own 0600."""
-    os.umask(umask := os.umask(0))
+    umask = _umask()
     for path in folder.rglob("*"):
         if path.is_file():
             path.chmod(0o666 & ~umask)
+
+
+def _umask() -> int:
+    """This process's. Asked for by setting it, it would be another for a moment, in which a thread may make a file."""
+    try:
+        text = Path("/proc/self/status").read_text(encoding="utf-8")
+    except OSError:  # not on Linux
+        os.umask(umask := os.umask(0))
+        return umask
+    return int(re.search(r"^Umask:\s*(\d+)", text, flags=re.MULTILINE)[1], 8)
 
 
 def with_older_rope(config: dict[str, Any]) -> dict[str, Any]:

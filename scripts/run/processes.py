@@ -1,20 +1,20 @@
 """What the processes of a run tell each other beside their training, also from a thread of their own."""
 
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
-PATIENCE = timedelta(
-    hours=3
-)  # while the first process writes: 31 GB to a slow disk take longer than NCCL's ten minutes
+from utils.errors import UserError, reason
+from utils.launch import PATIENCE
 
 
 class Processes:
     """All processes of a run over a group of their own, by gloo: what a thread sends there does not get between the
     collectives of the training. Made by every process at once.
+
+    Raises: UserError where they do not reach each other in this way.
 
     Attributes:
         index, count: this process's number, and how many there are.
@@ -22,7 +22,15 @@ class Processes:
 
     def __init__(self, accelerator: Accelerator):
         self.index, self.count = accelerator.process_index, accelerator.num_processes
-        self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if self.count > 1 else None
+        self._group = None
+        if self.count > 1:
+            try:
+                self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
+            except RuntimeError as error:
+                raise UserError(
+                    f"the processes do not reach each other by gloo: {reason(error)}: set GLOO_SOCKET_IFNAME to the "
+                    "network between the machines, as `ip address` names it (docs/clusters.md)"
+                ) from error
 
     @property
     def is_first(self) -> bool:

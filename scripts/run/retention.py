@@ -55,10 +55,10 @@ def prune(recipe: Recipe, newest: Path, spared: Path | None = None) -> None:
             remove_folder(path / "trainer_state")
 
 
-def remove_folder(folder: Path, hidden: str | None = None) -> None:
+def remove_folder(folder: Path) -> None:
     """Remove a folder, which first gets a hidden name: half of one is not to pass for a whole one. Of a link only
     itself: what it leads to is somebody else's."""
-    hidden = folder.with_name(hidden or f".{folder.name}")
+    hidden = folder.with_name(f".{folder.name}")
     shutil.rmtree(hidden, ignore_errors=True)
     remove_tree(folder.rename(hidden))
 

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -18,6 +19,7 @@ from run.folder import check_still_ours
 from run.health import StepHealth, one_line_at_minimum_scale
 from run.log import RunLog
 from run.model_files import config_of_run
+from run.processes import Processes
 from run.progress import Progress
 from run.record import begin_record
 from run.report import end_report
@@ -35,7 +37,7 @@ from training.host_weights import load_model
 from training.model import load_merged
 from training.optimizer_state import loss_scale
 from training.pretrained import load_pretrained
-from utils.launch import process_index, stop_all
+from utils.launch import process_index, share_cores, stop_all
 
 
 class Run:
@@ -89,8 +91,12 @@ class Run:
             begin_record(self.record, self.recipe, mix, dtype, earlier)
         return self.progress
 
-    def meet(self) -> None:
-        """The processes have found each other: note where they are, and watch each other. Every process calls this."""
+    def meet(self, accelerator: Accelerator) -> None:
+        """The processes have found each other: note where they are, and watch each other. Every process calls this.
+
+        Raises: UserError as `Processes`.
+        """
+        self.processes = Processes(accelerator)
         hosts = gather_object([socket.gethostname()])
         if process_index() == 0:
             begin_start(self.record, self.progress.step, hosts)
@@ -111,10 +117,10 @@ class Run:
         """What makes its steps from now on, counts them, and saves what they come to. Every process calls this."""
         self.watch.at("about to begin")
         self.engine, self.batches = engine, batches
-        self.saver = Saver(engine, self.tokenizer, self.recipe)
+        self.saver = Saver(engine, self.tokenizer, self.recipe, self.processes)
         self.main_process = engine.accelerator.is_main_process
-        device, flops = engine.accelerator.device, ModelFlops(engine.language_model)
-        self.stats = TrainingStats(self.mix, device, self.clock, flops, peak_flops(device, dtype))
+        self.device, flops = engine.accelerator.device, ModelFlops(engine.language_model)
+        self.stats = TrainingStats(self.mix, self.device, self.clock, flops, peak_flops(self.device, dtype))
         bad_steps_file = self.recipe.output_dir / "bad_steps.jsonl" if self.main_process else None
         self.health = StepHealth(self.recipe.max_bad_steps, bad_steps_file)
 
@@ -177,7 +183,7 @@ class Run:
         self.log.write(self.progress.as_metrics() | results)
         self.log.show_evaluation(self.progress.step, results)
         if self.samples.due(self.progress):
-            self.watch.at("replying", alive)
+            self.watch.at("replying", lambda: self.samples.passes)
             self.log.progress.set_description("replying")
             with self.clock.spend("samples"):
                 replies = self.samples.take(self.engine)
@@ -216,7 +222,8 @@ class Run:
             by: name of the signal that this process was stopped by, if any.
         """
         self.check_folder()
-        self.watch.at("ending the run", alive if self.main_process else None)
+        pulse = alive if self.recipe.merge_adapter else bytes_moved
+        self.watch.at("ending the run", pulse if self.main_process else None)
         self.log.close()
         with self.clock.spend("saving"):
             if stopped:
@@ -227,6 +234,7 @@ class Run:
             return
         report = end_report(self.recipe, self.progress, self.stats, self.health)
         status, why = ("interrupted", by or "a signal to another process") if stopped else ("finished", "finished")
+        self.log.trackers.finish()  # which may take its time: the model is written
         url = self.log.trackers.wandb_url
         end_start(self.record, status, why, self.progress.step, report=report, wandb=url)
         self.begun = False
@@ -237,4 +245,9 @@ class Run:
         if not is_sharded(self.engine.language_model):
             return self.engine.language_model
         name, trust = str(self.recipe.output_dir), self.recipe.trust_remote_code
-        return load_pretrained(AutoModelForCausalLM, name, trust_remote_code=trust, dtype="auto")
+        model = load_pretrained(AutoModelForCausalLM, name, trust_remote_code=trust, dtype="auto")
+        try:
+            return model.to(self.device)
+        except torch.OutOfMemoryError:  # a card that holds but a share of it
+            share_cores()
+            return model

@@ -122,6 +122,7 @@ class Samples:
         self.recipe, self.tokenizer = recipe, tokenizer
         self.path = recipe.output_dir / SAMPLES
         self.prompts = load_prompts(recipe, tokenizer)
+        self.passes = 0  # of the model, forward
 
     def due(self, progress: Progress) -> bool:
         """Whether the evaluation just made is the first since a multiple of sample_every, or the run's last."""
@@ -139,11 +140,22 @@ class Samples:
         room, size = room_for_reply(self.recipe), self.recipe.per_device_eval_batch_size
         ids, together = [prompt.ids for prompt in self.prompts], engine.accelerator.num_processes > 1
         try:
-            with engine.outside_of_the_loss():
+            with engine.outside_of_the_loss(), self._counted(engine.language_model):
                 return greedy_replies(engine.language_model, self.tokenizer, ids, room, size, together)
         except torch.OutOfMemoryError as error:
             remedy = "give a smaller per_device_eval_batch_size, or fewer or shorter prompts"
             raise UserError(f"the GPU's memory is too small for the replies to sample_prompts: {remedy}") from error
+
+    @contextmanager
+    def _counted(self, model: PreTrainedModel) -> Iterator[None]:
+        def count(*_) -> None:
+            self.passes += 1
+
+        handle = model.register_forward_pre_hook(count)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def write(self, step: int, replies: list[Reply]) -> None:
         """Add a line for each reply to samples.jsonl, and print it.  Raises: UserError where the disk is full."""

@@ -11,10 +11,11 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
+import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
@@ -24,16 +25,15 @@ from run.checkpoint import read_checkpoint
 from run.checkpoint_state import FORMAT, process_file, sealed
 from run.model_files import as_readable_as_others, save_model, save_trained
 from run.processes import Processes
-from run.retention import remove_folder
 from run.snapshot import HostCopies, Snapshot, Weights, take_snapshot, trained_weights
 from run.stats import TrainingStats
 from training.adapter_files import ADAPTER_FILES
 from training.checkpoint_files import TRAINER_STATE, state_file
 from training.engine import Engine
-from training.memory import show_bytes
+from training.memory import free_memory, show_bytes
 from training.optimizer_state import save_optimizer
 from utils.errors import UserError
-from utils.files import checksum, flush
+from utils.files import checksum, flush, remove_tree
 from utils.launch import say, stop_all
 
 MOST_OF_MEMORY = 0.7  # of what the host has free: training goes on beside the copies, and the files are cached
@@ -42,12 +42,14 @@ MOST_OF_MEMORY = 0.7  # of what the host has free: training goes on beside the c
 class Saver:
     """Writes the checkpoints of a run, one at a time. Made and called by every process at once."""
 
-    def __init__(self, engine: Engine, tokenizer, recipe: Recipe):
-        self.engine, self.tokenizer, self.recipe = engine, tokenizer, recipe
-        self.processes = Processes(engine.accelerator)
+    def __init__(self, engine: Engine, tokenizer, recipe: Recipe, processes: Processes):
+        self.engine, self.tokenizer, self.recipe, self.processes = engine, tokenizer, recipe, processes
         self._behind = None if recipe.save_in_background else False  # not known before there is something to copy
-        self._thread = ThreadPoolExecutor(1, "save")
-        self._copies = HostCopies(engine.accelerator.device)
+        device = engine.accelerator.device
+        # Else it would begin on the first GPU, where it would take memory for each of the processes.
+        initializer = partial(torch.cuda.set_device, torch.cuda.current_device()) if device.type == "cuda" else None
+        self._thread = ThreadPoolExecutor(1, "save", initializer)
+        self._copies = HostCopies(device)
         self._writing: Future | None = None
 
     @property
@@ -61,7 +63,7 @@ class Saver:
         return self.is_idle and self._writing is not None and self._writing.exception() is not None
 
     def wait(self) -> None:
-        """For the checkpoint that is being written.  Raises: as `save_checkpoint`."""
+        """For the checkpoint that is being written.  Raises: UserError as `save`."""
         writing, self._writing = self._writing, None
         if writing:
             writing.result()
@@ -69,7 +71,13 @@ class Saver:
     def save(self, state: dict[str, Any], stats: TrainingStats) -> None:
         """Begin to write a checkpoint, when the one before is written; or write it.
 
-        Args, and Raises, also for the one before: as `save_checkpoint`.
+        Args:
+            state: where the run stands, the same on every process; its `step` names the checkpoint.
+            stats: this process's.
+
+        Raises:
+            UserError: it, or the one before, cannot be written (a full disk); those before stay as they were. On every
+                process.
         """
         self.wait()
         snapshot = take_snapshot(self.engine, self.recipe, state, stats)
@@ -94,7 +102,7 @@ class Saver:
         own = sum(tensor.nbytes for each in held for tensor in each.tensors.values())
         sizes = self.processes.gather((os.uname().nodename, own))
         here = sum(size for machine, size in sizes if machine == os.uname().nodename)
-        free = psutil.virtual_memory().available
+        free = free_memory()
         fits = all(self.processes.gather(here <= MOST_OF_MEMORY * free))
         if not fits:
             say(
@@ -104,24 +112,16 @@ class Saver:
         return fits
 
 
-def save_checkpoint(engine: Engine, tokenizer, recipe: Recipe, state: dict[str, Any], stats: TrainingStats) -> None:
-    """Write checkpoint-<step>, then remove what is over save_total_limit. Every process calls this.
-
-    Args:
-        state: where the run stands, the same on every process; its `step` names the checkpoint.
-        stats: this process's.
-
-    Raises:
-        UserError: it cannot be written (a full disk); those before it stay as they were. On every process.
-    """
-    snapshot = take_snapshot(engine, recipe, state, stats)
-    write_checkpoint(engine.outline, tokenizer, recipe, snapshot, Processes(engine.accelerator))
-
-
 def write_checkpoint(
     model: PreTrainedModel, tokenizer, recipe: Recipe, snapshot: Snapshot, processes: Processes
 ) -> None:
-    """`save_checkpoint` of what each process has in its snapshot; `model` gives names and config, but no weight."""
+    """Write checkpoint-<step> of what each process has in its snapshot, then remove what is over save_total_limit.
+
+    Args:
+        model: for its names and its config; its weights are not looked at.
+
+    Raises: UserError as `Saver.save`.
+    """
     name = f"checkpoint-{snapshot.state['step']}"
     work, whole = recipe.output_dir / f".{name}", recipe.output_dir / name
     written: dict[str, dict[str, Any]] = {}  # by this process, as state.json lists it
@@ -159,10 +159,14 @@ def write_checkpoint(
             read_checkpoint(work, contents=False)
         as_readable_as_others(work)
         flush(work, *work.rglob("*"))
-        if os.path.lexists(whole):  # of before the run was taken back to an earlier step, and then over this one again
-            remove_folder(whole, hidden=f"{work.name}.replaced")
-        os.replace(work, whole)
+        replaced = work.with_name(f"{work.name}.replaced")
+        if was_there := os.path.lexists(whole):  # a run taken back to an earlier step, or a stop before an evaluation
+            shutil.rmtree(replaced, ignore_errors=True)
+            whole.rename(replaced)
+        os.replace(work, whole)  # at once: no moment without this step, but for the one between two renames
         flush(recipe.output_dir)
+        if was_there:
+            remove_tree(replaced)
         keep_checkpoints(recipe, whole, snapshot.state.get("best") and Best(**snapshot.state["best"]))
 
     def as_one(action: Callable[[], None]) -> None:

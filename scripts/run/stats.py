@@ -128,7 +128,7 @@ class TrainingStats:
     def state_dict(self) -> dict[str, Any]:
         """This process's part for a checkpoint, as JSON takes it."""
         scalars = {name: getattr(self, name) for name in ("tokens", "steps", "seconds", "waited", "flops")}
-        return {"sums": self.sums.tolist(), **scalars, "clock": self.clock.seconds}
+        return {"sums": self.sums.tolist(), **scalars, "clock": dict(self.clock.seconds)}
 
     def load_state_dict(self, states: list[dict[str, Any]], with_sums: bool = True) -> None:
         """Go on from what `state_dict` returned on this process, or on several, whose sums are added."""

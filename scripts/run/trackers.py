@@ -53,24 +53,34 @@ class Trackers:
 
     def log(self, metrics: dict[str, Any]) -> None:
         """A line of metrics.jsonl."""
-        if self.wandb:
-            # The step as a metric of its own: wandb drops rows whose `step=` lies behind what it has seen.
-            self.wandb.log(metrics)
+        # The step as a metric of its own: wandb drops rows whose `step=` lies behind what it has seen.
+        self._of_wandb(lambda run: run.log(metrics))
         values = {name: value for name, value in metrics.items() if name != "step"}
         self._each(lambda tracker: tracker.log(values, step=metrics["step"]))
 
     def log_table(self, name: str, step: int, columns: list[str], rows: list[list]) -> None:
         """A table, which of the trackers wandb has."""
-        if self.wandb:
+
+        def log(run) -> None:
             import wandb
 
-            self.wandb.log({"step": step, name: wandb.Table(columns, rows)})
+            run.log({"step": step, name: wandb.Table(columns, rows)})
+
+        self._of_wandb(log)
 
     def finish(self) -> None:
         """End the run in all of them."""
         self._each(lambda tracker: tracker.finish())
-        if self.wandb:
-            self.wandb.finish()
+        self._of_wandb(lambda run: run.finish())
+
+    def _of_wandb(self, action: Callable[[Any], None]) -> None:
+        if not self.wandb:
+            return
+        try:
+            action(self.wandb)
+        except Exception as error:
+            self.wandb = None
+            say(f"\nwandb: no longer logged to, metrics.jsonl has all: {reason(error)}")
 
     def _each(self, action: Callable[[GeneralTracker], None]) -> None:
         for name, tracker in [*self.others.items()]:

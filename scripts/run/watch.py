@@ -31,6 +31,7 @@ from torch.distributed import TCPStore
 
 from run.progress import Progress
 from run.starts import end_start
+from utils import files
 from utils.errors import UserError
 from utils.launch import num_processes, process_index
 
@@ -43,12 +44,13 @@ EXIT_STALLED = 70  # EX_SOFTWARE of sysexits.h
 
 
 def bytes_moved() -> int:
-    """MiB that this process has read and written by system calls: the pulse of one that works on files."""
+    """MiB that this process has read and written by system calls, and files that are on the disk: the pulse of one
+    that works on files."""
     try:
         counters = psutil.Process().io_counters()
     except (psutil.Error, AttributeError, OSError):  # not on macOS, nor in every container
         return time.monotonic_ns()
-    return (counters.read_chars + counters.write_chars) >> 20
+    return ((counters.read_chars + counters.write_chars) >> 20) + files.flushed
 
 
 def alive() -> int:
@@ -107,10 +109,10 @@ class Watch:
     def start(self, doing: str) -> None:
         """Watch from now on."""
         self.at(doing)
-        if self.minutes is None:
-            return
         # So that `kill -USR2 PID` shows where a process stands, also one that does not let go of the interpreter.
         faulthandler.register(signal.SIGUSR2, sys.__stderr__, all_threads=True)
+        if self.minutes is None:
+            return
         self._in_background(self._judge)
 
     def connect(self) -> None:

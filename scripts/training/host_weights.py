@@ -33,27 +33,39 @@ def load_model(
     """
     if num_processes() == 1 or recipe.use_peft:
         return whole.load_model(recipe, config, tokenizer, dtype, checkpoint)
-    model, told = None, ("", [])
+    model, told = None, ("", [], [])
     if process_index() == 0:
         try:
             model = whole.load_model(recipe, config, tokenizer, dtype, checkpoint)
             own = model.named_parameters()
-            told = "", [(name, parameter.dtype, parameter.requires_grad) for name, parameter in own]
+            parameters = [(name, parameter.dtype, parameter.requires_grad) for name, parameter in own]
+            told = "", parameters, [(name, buffer.dtype) for name, buffer in model.named_buffers()]
         except UserError as error:
-            told = str(error), []
-    ((problem, parameters),) = broadcast_object_list([told])
+            told = str(error), [], []
+    ((problem, parameters, buffers),) = broadcast_object_list([told])
     if problem:
         stop_all(problem)
-    return model or _build_empty(recipe, config, tokenizer, parameters)
+    return model or _build_empty(recipe, config, tokenizer, dtype, parameters, buffers)
 
 
-def _build_empty(recipe: Recipe, config: PretrainedConfig, tokenizer, parameters: list[tuple]) -> PreTrainedModel:
-    """The model whose parameters are to be received: (name, dtype, whether it is trained) of each, a tied one once."""
+def _build_empty(
+    recipe: Recipe,
+    config: PretrainedConfig,
+    tokenizer,
+    dtype: torch.dtype,
+    parameters: list[tuple],
+    buffers: list[tuple],
+) -> PreTrainedModel:
+    """The model whose tensors are to be received: (name, dtype, whether it is trained) of each parameter, a tied one
+    once, and (name, dtype) of each buffer: some are made in the dtype of the model (Gemma's `embed_scale`)."""
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.trust_remote_code)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=recipe.trust_remote_code)
     model.tie_weights()  # which lose each other where they lose their memory
     whole.fit_to_tokenizer(model, tokenizer, mean_resizing=False)
     _fit_parameters(model, parameters)
+    own = dict(model.named_buffers())
+    for name, buffer_dtype in buffers:
+        own[name].data = own[name].data.to(buffer_dtype)
     return whole.ready_for_training(model, recipe)
 
 

@@ -3,7 +3,9 @@
 import os
 import resource
 import sys
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import torch
@@ -219,6 +221,16 @@ def _check_host(local: int, layout: StateLayout, of_each: dict[str, int]) -> Non
             f"{key}: {show_bytes(host)} of fp32 weights, moments and gradients do "
             f"not fit into the host's {show_bytes(installed)}: take more machines, or no offload"
         )
+
+
+def free_memory() -> int:
+    """Bytes of the host that processes can still take: what the machine has free, or what a container is allowed to."""
+    free, group = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
+    with suppress(OSError, ValueError, KeyError):  # no cgroup of the second version, or no limit ("max")
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        free = min(free, limit - used + int(stat["inactive_file"]))  # cached files go when memory is asked for
+    return free
 
 
 def peak_memory(device: torch.device) -> int:

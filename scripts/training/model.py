@@ -147,8 +147,9 @@ def load_model(
             AutoModelForCausalLM, str(checkpoint), checkpoint.name, recipe.trust_remote_code, **options
         )
     elif recipe.from_scratch:
-        # On the GPU where there is one: a CPU draws the 3.6 billion weights of a 3B for 45 s.
-        with torch.device(torch.cuda.current_device() if has_gpu() else "cpu"):
+        # On the GPU of a process alone: a CPU draws the 3.6 billion weights of a 3B for 45 s. Of several processes the
+        # first may have room for its share only.
+        with torch.device(torch.cuda.current_device() if has_gpu() and num_processes() == 1 else "cpu"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=recipe.trust_remote_code)
     else:
         # safetensors where there are any; a .bin is loaded by torch with weights_only, which transformers insists on.

@@ -18,6 +18,8 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from utils.errors import UserError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+# While the first process writes a checkpoint the others wait: 31 GB to a slow disk take longer than NCCL's ten minutes.
+PATIENCE = timedelta(hours=3)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by the names of a recipe
 
 
@@ -113,14 +115,11 @@ def _user_chose_threads() -> bool:
 
 
 def process_group_options(deepspeed: bool) -> list[KwargsHandler]:
-    """For the Accelerator: the backend of the machine, patience, and DDP without a broadcast in each forward pass.
-
-    While the first process writes a checkpoint the others wait; NCCL's ten minutes are too short for 31 GB to a slow
-    disk. None for a process alone, for which Accelerate would look up a group that does not exist.
-    """
+    """For the Accelerator: the backend of the machine, patience, and DDP without a broadcast in each forward pass. None
+    for a process alone, for which Accelerate would look up a group that does not exist."""
     if not deepspeed and num_processes() == 1:
         return []
-    group = InitProcessGroupKwargs(backend="nccl" if has_gpu() else "gloo", timeout=timedelta(hours=3))
+    group = InitProcessGroupKwargs(backend="nccl" if has_gpu() else "gloo", timeout=PATIENCE)
     # A language model's buffers, such as its rotary frequencies, never change: sent again, they make each pass wait.
     return [group, DistributedDataParallelKwargs(broadcast_buffers=False)]
 

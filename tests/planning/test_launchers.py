@@ -71,6 +71,14 @@ def test_a_command_is_what_accelerate_and_sft_take(cards):
             assert by_itself == launcher.layout.is_deepspeed  # and not by pdsh
 
 
+def test_what_the_engine_needs_stands_over_what_was_asked():
+    recipe = load_recipe(SEED, {"deepspeed_config": "ds_configs/zero2.json"})
+    (alone,) = [launcher for launcher in launchers(recipe, 1) if launcher.layout.engine == "plain"]
+    command = alone.command(str(SEED), {"deepspeed_config": "ds_configs/zero2.json"})
+    assert "--deepspeed_config null" in command
+    assert "zero2" not in command
+
+
 def test_a_path_with_a_space_is_quoted():
     launcher = next(launchers(load_recipe(SEED), 1))
     assert shlex.split(launcher.command("my recipe.yaml", {"output_dir": "a b"}))[-4:-2] != ["my", "recipe.yaml"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 import xxhash
 from accelerate import Accelerator
-from checkpoints import state_at
+from checkpoints import save_now, state_at
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -21,7 +21,7 @@ from run.checkpoint import read_checkpoint, remove_leftovers
 from run.checkpoint_state import FORMAT
 from run.processes import Processes
 from run.retention import list_checkpoints
-from run.saving import save_checkpoint, save_final_model
+from run.saving import save_final_model
 from run.snapshot import trained_weights
 from run.stats import Clock, TrainingStats
 from training.engine import Engine
@@ -76,7 +76,7 @@ def save(tmp_path, engine, tokenizer):
     def save(step: int, **keys) -> Path:
         recipe = make_recipe(tmp_path, **keys)
         state = state_at(recipe, step, position={"epoch": 2, "conversations": 30})
-        save_checkpoint(engine, tokenizer, recipe, state, stats)
+        save_now(engine, tokenizer, recipe, state, stats)
         return tmp_path / f"checkpoint-{step}"
 
     return save
@@ -244,6 +244,21 @@ def test_a_checkpoint_half_removed_does_not_keep_its_name(save, tmp_path, monkey
     assert steps(tmp_path) == [2]
     assert remove_leftovers(tmp_path) == [".checkpoint-1"]
     assert [path.name for path in tmp_path.iterdir() if not path.is_symlink()] == ["checkpoint-2"]
+
+
+def test_one_that_is_written_over_is_there_until_the_new_one_is(save, tmp_path, monkeypatch):
+    """As of a stop before an evaluation, which then is the best: seconds pass while the old one is removed."""
+    save(1)
+    remove, there = saving.remove_tree, []
+
+    def look_and_remove(path):
+        there.append((path.name, read_checkpoint(tmp_path / "checkpoint-1").step))
+        remove(path)
+
+    monkeypatch.setattr(saving, "remove_tree", look_and_remove)
+    save(1)
+    assert there == [(".checkpoint-1.replaced", 1)]
+    assert [path.name for path in tmp_path.glob("*checkpoint-*")] == ["checkpoint-1"]
 
 
 def test_leftovers_are_removed_and_named(save, tmp_path):

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from checkpoints import state_at
+from checkpoints import save_now, state_at
 from conftest import ROOT
 from fault_injection import WAYS, CutOff, SmallDisk, cut_off_at, fail_at, has_begun, kill_at, places
 from interruption import metrics
@@ -30,7 +30,7 @@ from recipe.keys import Recipe
 from run.checkpoint import read_checkpoint, remove_leftovers
 from run.processes import Processes
 from run.retention import list_checkpoints
-from run.saving import save_checkpoint, save_final_model
+from run.saving import save_final_model
 from run.snapshot import trained_weights
 from run.stats import Clock, TrainingStats
 from training.engine import Engine
@@ -183,7 +183,7 @@ def test_a_save_cut_off_at_any_operation_on_files(tmp_path, tiny_model):
 
     def save(step: int, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
-        save_checkpoint(engine, tokenizer, recipe(folder), state_at(recipe(folder), step), stats)
+        save_now(engine, tokenizer, recipe(folder), state_at(recipe(folder), step), stats)
 
     def save_final(folder: Path) -> None:
         save_final_model(model, tokenizer, folder, trained_weights(engine), Processes(accelerator))

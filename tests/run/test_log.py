@@ -436,6 +436,7 @@ def test_wandb_logs_offline_and_says_where(tmp_path, capsys, monkeypatch, enviro
     for line in LINES:
         log.write(line)
     log.close()
+    log.trackers.finish()
     (run,) = (tmp_path / "out" / "wandb_files" / "wandb").glob("offline-run-*")
     assert list(run.glob("*.wandb"))
     (said,) = [line for line in capsys.readouterr().out.splitlines() if line]
@@ -506,13 +507,16 @@ def test_what_may_be_a_secret_is_not_uploaded(tmp_path, monkeypatch):
     log = RunLog(recipe, make_progress(2), main_process=True)
     log.write(LINES[0])
     log.close()
+    log.trackers.finish()
     (run,) = (recipe.output_dir / "base" / "wandb").glob("offline-run-*")
-    (config,) = [record.run for record in records(run) if record.HasField("run") and record.run.config.update]
-    values = {item.key: json.loads(item.value_json) for item in config.config.update}
+    found = [record.run for record in records(run) if record.HasField("run")]
+    # The config comes with the run or, where wandb is slow to begin, behind it.
+    configs = [each.config for each in found] + [each.config for each in records(run) if each.HasField("config")]
+    values = {item.key: json.loads(item.value_json) for config in configs for item in config.update}
     assert values["cache_dir"] == "[redacted]"
     assert values["datasets"]["vicuna"]["input_file_path"] == "data-[redacted].json"
     assert values["learning_rate"] == recipe.learning_rate
-    assert config.display_name == "out-[redacted]"
+    assert {each.display_name for each in found} == {"out-[redacted]"}
     assert not [record for record in records(run) if record.HasField("run") and digits in json.dumps(values)]
 
 
@@ -522,6 +526,7 @@ def test_wandb_can_be_switched_off_from_outside(tmp_path, capsys, monkeypatch):
     log = RunLog(make_recipe(tmp_path / "out", log_wandb=True), make_progress(2), main_process=True)
     log.write(LINES[0])
     log.close()
+    log.trackers.finish()
     assert capsys.readouterr().out == ""
 
 

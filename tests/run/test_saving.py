@@ -10,7 +10,7 @@ import psutil
 import pytest
 import torch
 from accelerate import Accelerator
-from checkpoints import state_at
+from checkpoints import save_now, state_at
 from interruption import metrics, run_here, small_recipe
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from recipe.keys import Recipe
 from run import saving
 from run.checkpoint import read_checkpoint
+from run.processes import Processes
 from run.saving import Saver
 from run.stats import Clock, TrainingStats
 from training.engine import Engine
@@ -35,7 +36,7 @@ def saver(tmp_path, tiny_model):
     accelerator = Accelerator(cpu=True)
     optimizer, _ = make_optimizer(model, recipe, 10, deepspeed=False)
     engine = Engine(accelerator, model, model, model, accelerator.prepare(optimizer), None)
-    return Saver(engine, AutoTokenizer.from_pretrained(tiny_model), recipe)
+    return Saver(engine, AutoTokenizer.from_pretrained(tiny_model), recipe, Processes(accelerator))
 
 
 @pytest.fixture
@@ -92,7 +93,7 @@ def test_waited_for_it_holds_the_same(saver, stats):
     train(saver)
     saver.save(state_at(saver.recipe, 1), stats)
     saver.wait()
-    saving.save_checkpoint(saver.engine, saver.tokenizer, saver.recipe, state_at(saver.recipe, 2), stats)
+    save_now(saver.engine, saver.tokenizer, saver.recipe, state_at(saver.recipe, 2), stats)
     behind, waited_for = (contents(saver.recipe.output_dir / f"checkpoint-{step}") for step in (1, 2))
     assert behind.keys() == waited_for.keys()
     assert all(torch.equal(behind[name], waited_for[name]) for name in behind)
@@ -128,6 +129,16 @@ def test_without_memory_for_the_copies_training_waits(saver, stats, monkeypatch,
     assert (saver.recipe.output_dir / "checkpoint-1").exists()
     assert saver.is_idle
     assert "of a checkpoint's copies do not fit into the 0.000954 MiB" in capsys.readouterr().out
+
+
+def test_what_is_kept_of_the_process_is_of_that_moment_too(saver, stats, held_up):
+    """The clock goes on while the model's files are written."""
+    saver.save(state_at(saver.recipe, 1), stats)
+    stats.clock.seconds["training"] += 1000
+    held_up.set()
+    saver.wait()
+    (process,) = read_checkpoint(saver.recipe.output_dir / "checkpoint-1").processes
+    assert process.stats.clock.training < 1000
 
 
 def test_a_run_ends_the_same_either_way(tmp_path, tiny_model):

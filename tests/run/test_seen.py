@@ -205,6 +205,7 @@ def test_wandb_has_them_as_a_table(tmp_path, recipe, chat, monkeypatch):
     log = RunLog(chosen, make_progress(4), main_process=True)
     log.write_samples(4, own, [Reply("That is 11.", 5, True), Reply("So", 24, False)])
     log.close()
+    log.trackers.finish()
     (file,) = (tmp_path / "base" / "wandb").glob("offline-run-*/files/media/table/samples_*.json")
     table = json.loads(file.read_text())
     assert table["columns"] == ["step", "prompt", "reply", "ended"]

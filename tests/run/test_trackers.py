@@ -96,6 +96,26 @@ class Failing:
         raise AssertionError("it was left")
 
 
+def test_wandb_that_fails_is_left_too(tmp_path, monkeypatch, capsys):
+    class FailingRun:
+        id, offline, disabled, url = "1", True, False, None
+
+        def log(self, _):
+            raise ConnectionError("no route to host")
+
+        def finish(self):
+            raise AssertionError("it was left")
+
+    monkeypatch.setattr(trackers, "start_wandb", lambda *_: FailingRun())
+    log = RunLog(make_recipe(tmp_path, log_wandb=True), make_progress(3), main_process=True)
+    for line in LINES:
+        log.write(line)
+    log.close()
+    log.trackers.finish()
+    said = "wandb: no longer logged to, metrics.jsonl has all: ConnectionError: no route to host"
+    assert capsys.readouterr().out.count(said) == 1
+
+
 def test_a_tracker_that_fails_is_left_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
     failing = Failing()
     monkeypatch.setattr(trackers, "_start_mlflow", lambda *_: failing)
@@ -103,6 +123,7 @@ def test_a_tracker_that_fails_is_left_and_the_run_goes_on(tmp_path, monkeypatch,
     for line in LINES:
         log.write(line)
     log.close()
+    log.trackers.finish()
     assert failing.lines == [(1, {name: value for name, value in LINES[0].items() if name != "step"})]
     said = "mlflow: no longer logged to, metrics.jsonl has all: ConnectionError: nobody there"
     assert capsys.readouterr().out.count(said) == 1

@@ -30,7 +30,9 @@ def look_at(folder: str, accelerator) -> dict:
     receive_weights(model, accelerator.device)
     state = {name: value.double().sum().item() for name, value in [*model.named_parameters(), *model.named_buffers()]}
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    everyone = gather_object([(on_meta, state, trained, [str(each.dtype) for each in model.parameters()])])
+    everyone = gather_object(
+        [(on_meta, state, trained, [str(each.dtype) for each in [*model.parameters(), *model.buffers()]])]
+    )
     return {
         "on_meta": [each[0] for each in everyone],
         "names": [name for name, _ in model.named_parameters()],

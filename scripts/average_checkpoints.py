@@ -88,8 +88,9 @@ def main(options) -> None:
         for name in COPIED:
             if (first.folder / name).is_file():
                 shutil.copyfile(first.folder / name, work / name)
-        for path in first.folder.glob("LICENSE*"):
-            shutil.copyfile(path, work / path.name)
+        for pattern in ("LICENSE*", "*.py"):  # code that a config of a known architecture may name all the same
+            for path in first.folder.glob(pattern):
+                shutil.copyfile(path, work / path.name)
         as_readable_as_others(work)
         written = read_weights(work)
     say(f"in {options.out}: the mean of {len(models)} checkpoints, {written}")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from average_checkpoints import Weights, mean
+from average_checkpoints import Weights, check_same_model, mean
 from checkpoints import save_chat_model
 from conftest import run_script
 from safetensors.torch import load_file, save_file
@@ -49,6 +49,19 @@ def test_against_the_mean_of_loaded_models(tmp_path, models, order):
     tokenizer, own = (AutoTokenizer.from_pretrained(path) for path in (tmp_path / "out", models[order[0]]))
     assert (tokenizer.get_vocab(), tokenizer.chat_template) == (own.get_vocab(), own.chat_template)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_code_that_comes_with_a_model(tmp_path, models):
+    """Of an architecture that transformers knows it goes along; of another it is not run, so the model is refused."""
+    paths = [shutil.copytree(path, tmp_path / "in" / path.name) for path in models[:2]]
+    for path in paths:
+        change_json(path / "config.json", auto_map={"AutoConfig": "own_config.OwnConfig"})
+        (path / "own_config.py").write_text("raise SystemExit('was run')\n")
+    average(tmp_path, *paths)
+    assert (tmp_path / "out" / "own_config.py").read_text() == "raise SystemExit('was run')\n"
+    change_json(paths[1] / "config.json", model_type="own")
+    with pytest.raises(UserError, match="contains custom code"):
+        check_same_model(*(Weights(path, path.name) for path in paths))
 
 
 def test_half_precision_is_summed_in_fp32_and_stays_half(tmp_path):

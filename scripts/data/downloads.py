@@ -1,18 +1,32 @@
 """Files at a URL: by http, s3 and whatever else fsspec has, kept under `cache_dir`."""
 
+import errno
 import glob
 import hashlib
 import json
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
+from urllib.parse import SplitResult, parse_qsl, urlsplit
 
-from filelock import FileLock
-
+from data.records import JSON, TABLES
 from utils.errors import UserError, reason
+from utils.files import checksum, lock_file, remove_tree, write_whole
 
 URL = re.compile(r"[a-z][a-z0-9+.-]*://")
 NEWEST = "newest.json"  # the names of the files that were fetched last, in the folder of a URL
+LOCK, PART = ".lock", ".part"
+# Of what a file system tells of a file, what changes whenever its content does: in lower case, without - and _.
+VERSIONS = {
+    *("etag", "contentmd5", "digest", "md5", "md5hash", "crc32c", "checksum", "sha", "sha1", "sha256", "hex"),
+    *("blobid", "lfs", "xethash", "versionid", "generation"),
+    *("lastmodified", "mtime", "modified", "modify", "modificationtime", "updated"),
+}
+CSV_TYPES = ("text/csv", "application/csv", "text/tab-separated-values")
+NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
+OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EMFILE)
 
 
 def is_url(path: str | None) -> bool:
@@ -22,8 +36,9 @@ def is_url(path: str | None) -> bool:
 def fetch_url(url: str, cache_dir: Path, download: bool) -> list[Path] | None:
     """The files at a URL, or that a pattern matches where its file system can list them (not http).
 
-    They are fetched where they are not here in the version that is there now, by its size, date and ETag. What cannot
-    be reached is taken as it was fetched last, with a line that says so.
+    They are fetched where they are not here in the version that is there now, by its date, ETag or hash; where the
+    server tells none of these, they are fetched anew each time. Earlier versions are removed. What cannot be reached,
+    or not be kept, is taken as it was fetched last, with a line that says so.
 
     Returns: their paths here, sorted; None where `download` is off and they are not here.
     Raises: UserError when they cannot be had.
@@ -33,23 +48,49 @@ def fetch_url(url: str, cache_dir: Path, download: bool) -> list[Path] | None:
         return _newest(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock"):
-            return _fetch(url, folder)
-    except ImportError as error:  # of s3fs, gcsfs, ...
-        raise UserError(f"{url}: {reason(error)}") from None
+        lock = lock_file(folder / LOCK)
     except OSError as error:
-        if error.errno is not None and not isinstance(error, FileNotFoundError | ConnectionError | TimeoutError):
-            raise UserError(f"{folder}: {error.strerror or error}") from None
-        problem = error
-    except Exception as error:  # aiohttp's, botocore's, fsspec's own
-        problem = error
+        return _fetched_last(url, folder, "kept", _of_disk(error, folder))
+    except UserError as error:
+        return _fetched_last(url, folder, "kept", str(error))
+    with lock:
+        try:
+            return _fetch(url, folder)
+        except UserError:
+            raise
+        except ImportError as error:  # of s3fs, gcsfs, ...
+            raise UserError(f"{url}: {reason(error)}") from None
+        except Exception as error:  # aiohttp's, botocore's, fsspec's own
+            if isinstance(error, OSError) and _is_ours(error, folder):
+                if error.errno in NOT_WRITABLE:
+                    return _fetched_last(url, folder, "kept", _of_disk(error, folder))
+                raise UserError(_of_disk(error, folder)) from None
+            # fsspec's http says FileNotFoundError of whatever went wrong: the cause is beneath it.
+            said = reason(error.__cause__ if isinstance(error.__cause__, Exception) else error)
+            return _fetched_last(url, folder, "reached", said)
+        finally:
+            (folder / PART).unlink(missing_ok=True)
+
+
+def _fetched_last(url: str, folder: Path, tried: str, said: str) -> list[Path]:
+    """What is here, with a line that says why it may be old; UserError where there is nothing."""
     if kept := _newest(folder):
-        print(f"{url}: could not be reached, taken as it was fetched last: {reason(problem)}", flush=True)
+        print(f"{url}: could not be {tried}, taken as it was fetched last: {said}", flush=True)
         return kept
-    raise UserError(f"{url}: cannot be fetched: {reason(problem)}") from None
+    raise UserError(f"{url}: cannot be fetched: {said}" if tried == "reached" else said) from None
+
+
+def _of_disk(error: OSError, folder: Path) -> str:
+    return f"{error.filename or folder}: {error.strerror or error}"
+
+
+def _is_ours(error: OSError, folder: Path) -> bool:
+    """Whether the disk here is the trouble, not the server, whose errors have numbers, too (a connection reset)."""
+    return error.errno in OF_THE_DISK or str(error.filename or "").startswith(str(folder))
 
 
 def _fetch(url: str, folder: Path) -> list[Path]:
+    """With the folder's lock held."""
     from fsspec.core import url_to_fs
 
     system, path = url_to_fs(url)
@@ -63,32 +104,40 @@ def _fetch(url: str, folder: Path) -> list[Path]:
         info = system.info(name)
         if info.get("type") == "directory":
             raise UserError(f"{url}: is a folder: name its files by a pattern, {url.rstrip('/')}/*.jsonl")
-        told = {key: str(value) for key, value in info.items() if key.lower() in TOLD}
+        told = {key: str(value) for key, value in info.items() if value and re.sub("[-_]", "", key.lower()) in VERSIONS}
+        part = folder / PART  # one, since whoever fetches holds the lock: what a kill leaves is written over
+        if not told:
+            system.get_file(name, str(part))
+            told = {"content": checksum(part)}
+        told["size"] = str(info.get("size"))
         version = hashlib.blake2b(json.dumps([name, told], sort_keys=True).encode(), digest_size=10).hexdigest()
-        here = folder / version / (name.partition("?")[0].rstrip("/").rpartition("/")[2] or "data")
+        here = folder / version / _file_name(name if can_list else urlsplit(name), info)
         if not here.exists():
+            if "content" not in told:
+                system.get_file(name, str(part))
             here.parent.mkdir(exist_ok=True)
-            work = here.with_name(f".{here.name}.{os.getpid()}")
-            system.get_file(name, str(work))
-            os.replace(work, here)
+            os.replace(part, here)
         found.append(here)
-    (folder / NEWEST).write_text(json.dumps([str(path.relative_to(folder)) for path in found]), encoding="utf-8")
+    if _newest(folder) != found:
+        write_whole(folder / NEWEST, json.dumps([str(path.relative_to(folder)) for path in found]))
+    kept = {folder / LOCK, folder / NEWEST, *(path.parent for path in found)}
+    for other in folder.iterdir():
+        if other not in kept:
+            with suppress(OSError):  # of another user
+                remove_tree(other)
     return found
 
 
-# Of what a file system tells of a file, what changes with its content.
-TOLD = {
-    "size",
-    "etag",
-    "last-modified",
-    "lastmodified",
-    "mtime",
-    "modified",
-    "updated",
-    "created",
-    "md5",
-    "content-md5",
-}
+def _file_name(name: str | SplitResult, info: dict[str, Any]) -> str:
+    """What a file is called here: as it is there, with an ending of CSV where only the server or the query tells it."""
+    path, query = (name, "") if isinstance(name, str) else (name.path, name.query)
+    called = path.rstrip("/").rpartition("/")[2] or "data"
+    if called.lower().endswith((*TABLES, *JSON, ".parquet", ".arrow")):
+        return called
+    types = {str(value).partition(";")[0] for key, value in info.items() if key.lower() in ("mimetype", "contenttype")}
+    asked = [value.lower() for _, value in parse_qsl(query)]  # format=csv, file=chats.csv
+    is_csv = not types.isdisjoint(CSV_TYPES) or any(f".{value}".endswith(TABLES) for value in asked)
+    return f"{called}.csv" if is_csv else called
 
 
 def _newest(folder: Path) -> list[Path] | None:

@@ -36,14 +36,16 @@ def find_data_file(
 ) -> list[Path] | None:
     """The files of a data set: local ones, or downloaded to the hub's default cache folder (works offline from it).
 
-    What a recipe names is looked up as given (relative to the working directory), under `cache_dir`, then under that
-    name in the hub repository: a file, a folder, of which the files of its split are taken, or a pattern; a list of
-    them; a URL is fetched. Without a name: `cache_dir/<default file>`, `cache_dir/<dataset>.jsonl` and the other
-    endings of `LOCAL_SUFFIXES`, then the default files of the hub repository, or those of its split.
+    What a recipe names is looked up as given (relative to the working directory), then under `cache_dir`: a file, a
+    folder, of which the files of its split are taken, or a pattern; then as a file of that very name in the hub
+    repository. It may be a list of them; a URL is fetched. Without a name: `cache_dir/<default file>`,
+    `cache_dir/<dataset>.jsonl` and the other endings of `LOCAL_SUFFIXES`, then the default files of the hub
+    repository, or those of its split.
 
     Returns: one or more existing paths, in the order in which they are read. With `download` off the network is left
         alone: None where the files are neither here nor in a cache.
-    Raises: UserError naming the data set, what was looked for and each place.
+    Raises: UserError naming the data set, what was looked for and each place; or a split or configuration that is
+        asked for of a file, which has none.
     """
     if isinstance(given, list):
         found = [find_data_file(dataset, one, cache_dir, revision, hub, download) for one in given]
@@ -79,6 +81,8 @@ def _find(
         else:
             files, problem = fetch_split(hub, revision, local_only=not download)
         if files:
+            if given:
+                only_train(hub.split, hub.config, given)
             return files
         places.append(f"the hub's {hub.repo}" + (f" at revision {revision}" if revision else "") + f" ({problem})")
     if not download:
@@ -130,7 +134,7 @@ def may_be_on_hub(input_file_path: str | list[str] | None, hub: HubSource) -> bo
 
 
 def hub_patterns(input_file_path: str | None, hub: HubSource) -> list[str]:
-    """What to look for in the hub repository, by name."""
+    """What to look for in the hub repository, by name: of a file that a recipe names its own, `*` being no pattern."""
     if not input_file_path:
         return list(hub.files)
     given = Path(os.path.expanduser(input_file_path))

@@ -17,7 +17,6 @@ import os
 import shutil
 from array import array
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from filelock import FileLock
 
 import sources
 from data.arrow_arrays import booleans, integers
@@ -37,8 +35,8 @@ from data.text_encoder import TextEncoder, fast_text_encoder
 from recipe.keys import Recipe
 from sources.registry import SOURCES
 from sources.source import keys_that_change
-from utils.errors import UserError, reason
-from utils.files import remove_tree
+from utils.errors import UserError
+from utils.files import lock_file, remove_tree
 
 ROOM = Path(__file__).parent
 ROWS_AT_A_TIME = 1000
@@ -120,7 +118,7 @@ def prepare_mix(recipe: Recipe, tokenizer) -> Mix:
         loading = thread.submit(fast_text_encoder, tokenizer) if missing else None
         for name in missing:
             folder = folders[name]
-            with _locked(folder):
+            with lock_file(Path(f"{folder}.lock")):
                 opened[name] = _open_whole(folder, name)
                 if not opened[name]:
                     _prepare(folder, name, paths[name], recipe, tokenizer, loading)
@@ -130,14 +128,6 @@ def prepare_mix(recipe: Recipe, tokenizer) -> Mix:
     weights = [options.weight for options in recipe.datasets.chosen().values()]
     train, validation = (_split(list(opened.values()), weights, which) for which in (TRAIN, VALIDATION))
     return Mix(list(opened), train, validation, reports)
-
-
-def _locked(folder: Path) -> AbstractContextManager:
-    lock = FileLock(f"{folder}.lock", fallback_to_soft=False)  # a soft one outlives a kill, and would be waited for
-    try:
-        return lock.acquire()
-    except (OSError, NotImplementedError) as error:  # another user's file; a file system without locks
-        raise UserError(f"{lock.lock_file}: {reason(error)}: give a cache_dir on another file system") from None
 
 
 def _open_whole(folder: Path, locked_for: str | None = None) -> Prepared | None:

@@ -98,7 +98,8 @@ class Reading:
         if not (split := self.source.hub.split) or "[" not in split:
             yield from everything()
             return
-        for start, stop in slices(split, sum(count_records(path, fields) for path in self.paths)):
+        passed_over = skip and (lambda _: None)  # counted when they are read, as those of the slice are
+        for start, stop in slices(split, sum(count_records(path, passed_over, fields) for path in self.paths)):
             yield from itertools.islice(everything(), start, stop)
 
     def _skip(self, problem: UserError) -> None:

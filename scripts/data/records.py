@@ -10,6 +10,7 @@ import codecs
 import lzma
 import zlib
 from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +85,14 @@ def read_records(
         raise problem or UserError(f"{path}: holds no records")
 
 
-def count_records(path: Path, fields: Collection[str] | None = None) -> int:
-    """How many `read_records` would give; by what a parquet file says of itself, else by reading it."""
-    with open(path, "rb") as file:
+def count_records(
+    path: Path, skip: Callable[[UserError], None] | None = None, fields: Collection[str] | None = None
+) -> int:
+    """How many `read_records` would give; by what a parquet file says of itself, else by reading it, errors and all."""
+    with suppress(OSError), open(path, "rb") as file:  # what cannot be opened `read_records` says
         if file.read(4) == PARQUET:
             return count_rows(path)
-    return sum(1 for _ in read_records(path, lambda _: None, fields))
+    return sum(1 for _ in read_records(path, skip, fields))
 
 
 def _read(path: Path, head: bytes, fields: Collection[str] | None) -> Iterator[tuple[int, Any]]:
@@ -124,10 +127,13 @@ def _read_text(path: Path, compression: str | None, fields: Collection[str] | No
             yield from read_object(path, file, fields or ())
         elif not start.startswith(b"{") and name.endswith(TABLES):
             yield from read_csv(path, file)
-        elif start.startswith(b"{") or name.endswith(JSON) or not path.suffix:
+        elif start.startswith(b"{") or name.endswith(JSON) or (not path.suffix and b"\n{" in start):
             yield from read_lines(path, file)
         else:
-            raise UserError(f"{path}: is of no kind that is read: no JSON, nor by its name CSV (what is read: {READ})")
+            raise UserError(
+                f"{path}: is of no kind that is read: no JSON, nor by its name CSV: if it is CSV, give it a name that "
+                f"ends in .csv (what is read: {READ})"
+            )
 
 
 def _head(path: Path, compression: str | None) -> tuple[bytes, bool]:

@@ -74,7 +74,7 @@ def read_parquet(path: Path, fields: Collection[str] | None) -> Iterator[tuple[i
     try:
         with pyarrow.parquet.ParquetFile(path, buffer_size=BUFFER_BYTES) as file:
             unread = _unread(path, file.schema_arrow.names, fields)
-            for batch in file.iter_batches(batch_size=ROWS_AT_A_TIME, columns=_leaves(file.schema, fields)):
+            for batch in file.iter_batches(batch_size=ROWS_AT_A_TIME, columns=_leaves(file, fields)):
                 for record in batch.to_pylist() if batch.num_columns else [{}] * batch.num_rows:
                     number += 1
                     yield number, unread | record
@@ -128,14 +128,17 @@ def _unread(path: Path, names: list[str], fields: Collection[str] | None) -> dic
     return dict.fromkeys(names)
 
 
-def _leaves(schema: Any, fields: Collection[str] | None) -> list[str]:
+def _leaves(file: Any, fields: Collection[str] | None) -> list[str]:
     """The paths of the leaves that are read; not those of times and decimals within lists and structs, of which some
     values are none of Python's, nor the bytes of pictures and sounds (`datasets` keeps them so, beside their path)."""
+    if fields is None:
+        return file.schema_arrow.names
+    # A leaf's path does not tell the column "a.b" from the field b of the column "a"; the Arrow schema does.
+    columns = [name for name in file.schema_arrow.names if name.lower() in fields]
     paths = []
-    for leaf in map(schema.column, range(len(schema))):
-        top, *inner = leaf.path.split(".")
+    for leaf in map(file.schema.column, range(len(file.schema))):
         kind, stored = leaf.logical_type.type, leaf.physical_type
-        unused = inner and (kind in NOT_IN_JSON or stored == "INT96" or inner[-1] == "bytes")
-        if fields is None or (top.lower() in fields and not unused):
+        unused = kind in NOT_IN_JSON or stored == "INT96" or leaf.path.endswith(".bytes")
+        if leaf.path in columns or (not unused and leaf.path.startswith(tuple(f"{name}." for name in columns))):
             paths.append(leaf.path)
     return paths

@@ -30,13 +30,14 @@ def find_mix(recipe: Recipe, tokens: int | None = None) -> tuple[Mix, str]:
 
     Args:
         tokens: of an epoch, in conversations as long as the seed's; None: the recipe's data.
-    Raises: UserError where the data are neither here nor known.
+    Raises: UserError where the data are neither here nor known; or for what is wrong with where they are said to be.
     """
     if tokens is not None:
         return _of_tokens(recipe, tokens), f"{tokens:,} tokens an epoch (--tokens), as long as the seed's conversations"
     names = [*recipe.datasets.chosen()]
     folder = model_folder(recipe.model_name)
-    if folder and (folder / "tokenizer.json").exists() and all(_is_here(name, recipe) for name in names):
+    here = [bool(source_files(name, recipe, download=False)) for name in names]
+    if folder and (folder / "tokenizer.json").exists() and all(here):
         return prepare_mix(recipe, load_tokenizer(recipe)), "the recipe's data, prepared"
     if unknown := [name for name in names if name not in KNOWN]:
         raise UserError(
@@ -44,13 +45,6 @@ def find_mix(recipe: Recipe, tokens: int | None = None) -> tuple[Mix, str]:
             "whose lengths are known: give --tokens N, the training tokens of an epoch"
         )
     return _of_known(recipe), "known numbers and sampled lengths of the seed's data sets (an estimate)"
-
-
-def _is_here(name: str, recipe: Recipe) -> bool:
-    try:
-        return bool(source_files(name, recipe, download=False))
-    except UserError:  # a path that is nowhere
-        return False
 
 
 def _of_known(recipe: Recipe) -> Mix:

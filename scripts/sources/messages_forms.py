@@ -115,7 +115,9 @@ def _of_pairs(entries: list[list]) -> list[dict]:
     """Of [["user", "Hi"], ...] or [["Hi", "Hello"], ...], objects."""
     if all(isinstance(first, str) and first.strip().lower() in ROLES for first, _ in entries):
         return [{"role": role, "content": content} for role, content in entries]
-    return [{"user": question, "assistant": answer} for question, answer in entries]
+    # A pair has both, so that its null is an empty text, not a speaker who is not there.
+    pairs = [["" if text is None else text for text in pair] for pair in entries]
+    return [{"user": question, "assistant": answer} for question, answer in pairs]
 
 
 def _read_entry(
@@ -128,33 +130,47 @@ def _read_entry(
 ) -> list[Message]:
     role_key, content_key = _first(role_keys, entry), _first(content_keys, entry)
     if role_key is None:
-        if any(key in entry for key in role_keys):
+        if any(key in entry for key in role_keys) and content_key is not None:
             raise Dropped("conversation with a speaker other than system, user and assistant")
-        speakers = {SPEAKER_KEYS.get(key.lower()): key for key in entry if key.lower() in SPEAKER_KEYS}
-        if not speakers:
-            record.inside(entry, where, role_keys[0])  # says which fields are there
-        order = [role for role in ("system", "user", "assistant") if role in speakers]
-        train = _is_learnt(record, where, entry)
-        texts = [_text(record, f"{where}.{speakers[role]}", entry[speakers[role]], unused) for role in order]
-        return [Message(role, text, train=train) for role, text in zip(order, texts, strict=True)]
+        return _of_speakers(record, where, entry, unused, role_keys)
     speaker = record.inside(entry, where, role_key).strip().lower()
-    role, train = ROLES.get(speaker), True
+    role = ROLES.get(speaker)
     if speaker in TOOLS:
         raise Dropped("conversation with a tool's turn")
     if role is None:
         raise Dropped("conversation with a speaker other than system, user and assistant")
-    if not SAID_BESIDE.isdisjoint(entry):
-        beside = {name for name in entry.keys() & SAID_BESIDE if is_there(entry[name])}
-        if beside & CALLS:
-            raise Dropped("conversation with a tool's turn")
-        if media := sorted(beside & MEDIA):
-            raise Dropped(f"conversation with what is not text ({media[0]})")
-        unused.update(beside & UNUSED_IN_MESSAGE)
-        train = _is_learnt(record, where, entry)
+    train = SAID_BESIDE.isdisjoint(entry) or _is_learnt(record, where, entry, unused)
     if content_key is None and not any(key in entry for key in content_keys):
         record.inside(entry, where, content_keys[0])  # says which fields are there
     text = _text(record, f"{where}.{content_key}", entry[content_key], unused) if content_key else ""
     return [Message(role, text, train=train)]
+
+
+def _of_speakers(
+    record: Record, where: str, entry: dict[str, Any], unused: set[str], role_keys: tuple[str, ...]
+) -> list[Message]:
+    """The messages of an object that has them under their speakers' names; a null, which Arrow puts in, is none."""
+    named = [key for key in entry if str(key).lower() in SPEAKER_KEYS]
+    if not named:
+        if any(key in entry for key in role_keys):
+            raise Dropped("conversation with a speaker other than system, user and assistant")
+        record.inside(entry, where, role_keys[0])  # says which fields are there
+    replies = [key for key in named if SPEAKER_KEYS[key.lower()] == "assistant"]
+    speakers: dict[str, str] = {}
+    for key in named:
+        if key.lower() == "model" and len(replies) > 1:  # it names what wrote the reply
+            continue
+        if entry[key] is not None and speakers.setdefault(SPEAKER_KEYS[key.lower()], key) != key:
+            unused.add(key)
+    beside = {str(key).lower(): value for key, value in entry.items()}
+    if any(is_there(beside[name]) for name in beside.keys() & TOOLS):
+        raise Dropped("conversation with a tool's turn")
+    train = _is_learnt(record, where, beside, unused)
+    return [
+        Message(role, _text(record, f"{where}.{speakers[role]}", entry[speakers[role]], unused), train=train)
+        for role in ("system", "user", "assistant")
+        if role in speakers
+    ]
 
 
 def _first(keys: tuple[str, ...], entry: dict[str, Any]) -> str | None:
@@ -164,7 +180,14 @@ def _first(keys: tuple[str, ...], entry: dict[str, Any]) -> str | None:
     return None
 
 
-def _is_learnt(record: Record, where: str, entry: dict[str, Any]) -> bool:
+def _is_learnt(record: Record, where: str, entry: dict[str, Any], unused: set[str]) -> bool:
+    """Whether a reply is, by what is said beside its text; what else is said there is counted.  Raises: Dropped."""
+    beside = {name for name in entry.keys() & SAID_BESIDE if is_there(entry[name])}
+    if beside & CALLS:
+        raise Dropped("conversation with a tool's turn")
+    if media := sorted(beside & MEDIA):
+        raise Dropped(f"conversation with what is not text ({media[0]})")
+    unused.update(beside & UNUSED_IN_MESSAGE)
     weight = entry.get("weight")
     if weight is not None and weight not in (0, 1):
         raise record.error(f"field '{where}.weight' is {str(weight)[:40]!r}, not 0 or 1")

@@ -81,7 +81,7 @@ class DatasetOptions(Schema):
     """What every data set of the mix can be given. Where its files are changes nothing: what is in them counts."""
 
     input_file_path: Paths = key(
-        None, "data file, a list of them, a folder, a pattern or a URL: as given, under cache_dir, or on the hub", ""
+        None, "data file (as given, under cache_dir, or on the hub), folder, pattern or URL, or a list of them", ""
     )
     revision: str | None = key(None, "commit, tag or branch of the hub data set; null: its newest", "")
     val_split: float = key(0.2, "share held out for validation", PREPARED, ge=0, lt=1)

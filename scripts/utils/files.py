@@ -8,13 +8,13 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from utils.errors import UserError
+from utils.errors import UserError, reason
 
 BLOCKS, BLOCK_BYTES = 64, 64 * 1024
 MOST_BYTES = 2**31  # of a file that is read whole; JSON of that size would take several times as much memory
@@ -121,6 +121,20 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def lock_file(path: Path) -> AbstractContextManager:
+    """Wait to be alone among the processes that lock this file, of a cache_dir; entered, it is given back at the end.
+
+    Raises: UserError where it cannot be locked: another user's file, a file system that is read-only or has no locks.
+    """
+    from filelock import FileLock  # here: it imports asyncio, which --help can do without
+
+    lock = FileLock(path, fallback_to_soft=False)  # a soft one outlives a kill, and would be waited for
+    try:
+        return lock.acquire()
+    except (OSError, NotImplementedError) as error:
+        raise UserError(f"{lock.lock_file}: {reason(error)}: give a cache_dir on another file system") from None
 
 
 def remove_tree(path: Path) -> None:

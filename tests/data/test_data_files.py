@@ -191,6 +191,20 @@ def test_of_parquet_only_what_is_used_is_read(tmp_path, columns, expected):
         assert list(read_records(tmp_path / "x.parquet", fields=("used",))) == [(1, expected)]
 
 
+def test_parquet_columns_with_a_dot_in_their_names(tmp_path):
+    row = {"data.messages": [{"role": "user", "content.text": "q"}], "data": {"other": "x"}, "a.bytes": b"x"}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "x.parquet")
+    assert list(read_records(tmp_path / "x.parquet")) == [(1, row)]
+    ((_, found),) = read_records(tmp_path / "x.parquet", fields={"data.messages", "a.bytes"})
+    assert found == row | {"data": None}
+
+
+@pytest.mark.parametrize("name", ["export", "export.txt"])
+def test_csv_without_its_name_is_told_that_it_goes_by_it(tmp_path, name):
+    with refuse(name, r"a name that ends in \.csv"):
+        list(read_records(write(tmp_path / name, "prompt,response\nq,a\n")))
+
+
 def test_a_column_given_twice(tmp_path):
     table = pyarrow.Table.from_arrays([pyarrow.array(["x"])] * 3, names=["used", "other", "other"])
     pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
@@ -433,6 +447,15 @@ def test_named_file_as_given_then_cache_dir_then_hub(tmp_path, hub):
     write(tmp_path / "sub/x.jsonl", "{}")
     assert [path.resolve() for path in find()] == [tmp_path / "sub/x.jsonl"]
     assert len(hub.calls) == 1
+
+
+def test_a_named_file_of_the_hub_has_no_other_split_or_configuration(tmp_path, hub):
+    hub.files = ["x.jsonl"]
+    for options, part in (({"split": "test"}, "split test"), ({"config": "code"}, "config code")):
+        with refuse("data set d", part, r"x\.jsonl is a file"):
+            find_data_file("d", "x.jsonl", tmp_path / "cache", None, HubSource("someone/some-data", **options))
+    train = HubSource("someone/some-data", split="train[:5%]")
+    assert find_data_file("d", "x.jsonl", tmp_path / "cache", None, train) == [tmp_path / "hub/x.jsonl"]
 
 
 def test_default_file(tmp_path, hub):

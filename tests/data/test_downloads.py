@@ -1,5 +1,8 @@
 """Files at a URL: fetched once, anew when they change, and taken as they were where they cannot be reached."""
 
+import errno
+import socket
+import struct
 import threading
 from contextlib import contextmanager
 from functools import partial
@@ -8,6 +11,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from aiohttp import ClientOSError
 
 from data.files import find_data_file
 from data.reading import Reading
@@ -108,3 +112,151 @@ def test_patterns_and_lists(tmp_path, monkeypatch):
         find(["x/a.jsonl", "x/[ab].jsonl"], Path("cache"))
     with pytest.raises(UserError, match=r"config c: x/a\.jsonl is a file"):
         find("x/a.jsonl", Path("cache"), config="c")
+
+
+class Plain(Handler):
+    """A server that tells neither date nor ETag; `bodies` by path, `types` their Content-Type, `trouble` a status."""
+
+    bodies: dict[str, bytes] = {}  # noqa: RUF012
+    types: dict[str, str] = {}  # noqa: RUF012
+    trouble = None
+
+    def do_GET(self):
+        if self.trouble == "reset" and self.command == "GET":
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.wfile.write(b"HTTP/1.0 200 OK\r\nContent-Length: 100000\r\n\r\nshort")
+            self.wfile.flush()
+            self.connection.close()
+            return
+        self.send_response(self.trouble if isinstance(self.trouble, int) else 200)
+        body = self.bodies[self.path.partition("?")[0]]
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Type", self.types.get(self.path, "application/octet-stream"))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    for name, value in (("bodies", {}), ("types", {}), ("trouble", None)):
+        monkeypatch.setattr(Plain, name, value)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Plain)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def kept_files(cache):
+    """What lies in the folders of URLs but the list and the lock."""
+    kept = [path for path in cache.rglob("*") if path.is_file()]
+    return [path for path in kept if path.name not in (".lock", "newest.json")]
+
+
+def test_a_server_that_tells_no_version(tmp_path, plain):
+    """Of the same size, so that nothing but the content tells them apart; the superseded one is removed."""
+    Plain.bodies["/x.jsonl"] = ROW.encode()
+    (first,) = find(f"{plain}/x.jsonl", tmp_path)
+    assert find(f"{plain}/x.jsonl", tmp_path) == [first]
+    (first.parent.parent / ".part").write_text("of a download that was killed")
+    (first.parent.parent / "left").mkdir()
+    Plain.bodies["/x.jsonl"] = changed = ROW.replace("q", "r").encode()
+    (second,) = find(f"{plain}/x.jsonl", tmp_path)
+    assert second.read_bytes() == changed
+    assert kept_files(tmp_path) == [second]
+    assert not (first.parent.parent / "left").exists()
+
+
+def test_a_version_by_any_of_its_names(tmp_path, monkeypatch):
+    """As the file systems of the hub and of Azure call it: fetched anew when it changes, and only then."""
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/hub/x.jsonl", ROW.encode())
+    fetched = []
+    get_file, told = type(memory).get_file, {}
+    monkeypatch.setattr(type(memory), "info", lambda *_, **__: {"type": "file", "size": len(ROW), **told})
+    monkeypatch.setattr(type(memory), "get_file", lambda *args, **how: fetched.append(1) or get_file(*args, **how))
+    for name in ("blob_id", "last_modified", "Digest", "ETag", "VersionId"):
+        for value in ("one", "one", "two"):
+            told.clear()
+            told[name] = value
+            find("memory://hub/x.jsonl", tmp_path)
+        assert len(fetched) == 2, name
+        fetched.clear()
+
+
+def test_why_it_cannot_be_had(tmp_path, plain, capsys):
+    Plain.bodies["/x.jsonl"] = ROW.encode()
+    Plain.trouble = 401
+    with pytest.raises(UserError, match=r"cannot be fetched: ClientResponseError: 401"):
+        find(f"{plain}/x.jsonl", tmp_path)
+    with pytest.raises(UserError, match=r"cannot be fetched: Client\w*Error: [^\n]*127\.0\.0\.1:9"):
+        find("http://127.0.0.1:9/x.jsonl", tmp_path)
+    Plain.trouble = None
+    (path,) = find(f"{plain}/x.jsonl", tmp_path)
+    Plain.trouble = "reset"
+    assert find(f"{plain}/x.jsonl", tmp_path) == [path]
+    assert "could not be reached, taken as it was fetched last" in capsys.readouterr().out
+    assert kept_files(tmp_path) == [path]
+
+
+@pytest.mark.parametrize("error", [ClientOSError(errno.ECONNRESET, "reset"), OSError(-2, "no such name")])
+def test_an_error_of_the_network_that_has_a_number(tmp_path, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/net/x.jsonl", ROW.encode())
+    path = find("memory://net/x.jsonl", tmp_path)
+    memory.pipe("/net/x.jsonl", ROW.encode() * 2)
+    monkeypatch.setattr(type(memory), "get_file", fail)
+    assert find("memory://net/x.jsonl", tmp_path) == path
+
+
+def test_a_folder_is_one_whatever_was_fetched_before(tmp_path):
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/was/x", ROW.encode())
+    find("memory://was/x", tmp_path)
+    memory.rm("/was/x")
+    memory.pipe("/was/x/y.jsonl", ROW.encode())
+    with pytest.raises(UserError, match=r"was/x: is a folder: name its files by a pattern"):
+        find("memory://was/x", tmp_path)
+
+
+def test_a_cache_that_cannot_be_written(tmp_path, capsys):
+    """Its lock is a folder, so that it is none for root either."""
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/read/x.jsonl", ROW.encode())
+    (path,) = find("memory://read/x.jsonl", tmp_path)
+    lock = path.parent.parent / ".lock"
+    lock.unlink(missing_ok=True)
+    lock.mkdir()
+    assert find("memory://read/x.jsonl", tmp_path) == [path]
+    assert "could not be kept, taken as it was fetched last" in capsys.readouterr().out
+    path.unlink()
+    with pytest.raises(UserError, match=r"\Adata set d: [^\n]*\.lock: [^\n]*give a cache_dir on another file system\Z"):
+        find("memory://read/x.jsonl", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("asked", "kind", "name"),
+    [
+        ("/export?format=csv&gid=0", "application/octet-stream", "export.csv"),
+        ("/export?file=chats.csv.gz", "application/octet-stream", "export.csv"),
+        ("/export", "text/csv; charset=utf-8", "export.csv"),
+        ("/export.php", "text/tab-separated-values", "export.php.csv"),
+        ("/x.jsonl?format=csv", "text/csv", "x.jsonl"),
+        ("/export?format=tsv#gid=0", "text/plain", "export.csv"),
+    ],
+)
+def test_csv_by_what_the_server_or_the_query_says(tmp_path, plain, asked, kind, name):
+    text = ROW if name.endswith("jsonl") else "prompt,response\nq,a\n"
+    Plain.bodies[asked.partition("?")[0]] = text.encode()
+    Plain.types[asked] = kind
+    url = f"{plain}{asked}"
+    paths = find(url, tmp_path)
+    assert [path.name for path in paths] == [name]
+    options = MessagesOptions(source="messages", input_file_path=url)
+    assert len(list(Reading("d", options, paths, 0))) == 1

@@ -250,6 +250,16 @@ def test_what_save_to_disk_wrote(tmp_path):
         read(tmp_path / "one")
 
 
+@pytest.mark.parametrize("damage", [b'{"prompt": \n', b"\xff\n"])
+def test_damage_behind_a_slice_is_an_error_unless_it_is_skipped(tmp_path, damage):
+    """A percentage is of all rows, so that a file that is cut off would silently give fewer."""
+    (tmp_path / "x.jsonl").write_bytes(lines("p", 50) + damage)
+    with pytest.raises(UserError, match=r"x\.jsonl[^\n]* 51\b"):
+        read(tmp_path / "x.jsonl", split="train[:10%]")
+    options = {"split": "train[:10%]", "on_bad_records": "skip"}
+    assert read(tmp_path / "x.jsonl", **options) == [f"p {number}" for number in range(5)]
+
+
 @pytest.mark.parametrize("split", ["train[:5%]", "train[7:]", "train[-3:]", "train[:2000]", "train[20:10]"])
 def test_slices_of_a_file(tmp_path, split):
     (tmp_path / "x.jsonl").write_bytes(lines("p", 50))

@@ -138,6 +138,14 @@ def test_data_that_are_nowhere():
     assert find_mix(recipe, 10**6)[0].names
 
 
+def test_a_misspelt_split_is_said_not_taken_for_data_that_are_nowhere(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"prompt": "q", "response": "a"}\n')
+    for place, said in ((tmp_path, "has no split 'trian'"), (tmp_path / "train.jsonl", "split trian: .* is a file")):
+        mix = f"[mine: {{source: messages, input_file_path: {place}, split: trian}}]"
+        with pytest.raises(UserError, match=rf"^data set mine: .*{said}"):
+            find_mix(load_recipe(SEED, {"datasets": mix}))
+
+
 def test_data_that_are_here():
     recipe = load_recipe(ROOT / "recipes" / "demo.yaml")
     mix, where = find_mix(recipe)

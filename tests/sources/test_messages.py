@@ -73,6 +73,13 @@ SYSTEM = {"role": "system", "content": "s"}
         ({"messages": [["user", "q"], ["assistant", "a"]]}, PAIR),
         ({"conversation": [{"human": "q", "assistant": "a"}, {"assistant": "b", "human": "r"}]}, [*PAIR, *SECOND]),
         ({"dialogue": [{"query": "q", "response": "a"}]}, PAIR),
+        # As Arrow gives them: every object with every field, null where it was none.
+        ({"messages": [{"user": "q", "assistant": None}, {"user": None, "assistant": "a"}]}, PAIR),
+        ({"messages": [{"user": "q", "assistant": "a"}, {"user": None, "assistant": None}]}, PAIR),
+        ({"messages": [{"human": "q", "gpt": "a", "assistant": None, "user": None, "system": None}]}, PAIR),
+        ({"messages": [{"role": None, "content": None, "user": "q", "assistant": "a"}]}, PAIR),
+        ({"messages": [{"user": "q", "model": "gpt-4", "assistant": "a", "bot": "another"}]}, PAIR),
+        ({"messages": [{"user": "q", "assistant": "a", "image": None, "tool_calls": [], "thinking": " "}]}, PAIR),
         ({"chat": {"role": ["user", "assistant"], "content": ["q", "a"]}}, PAIR),
         ({"conversations": str(chat("q", "a"))}, PAIR),  # Python's own notation, as pandas writes it into CSV
         ({"messages": json.dumps(json.dumps(chat("q", "a")))}, PAIR),
@@ -189,6 +196,23 @@ def test_what_is_none_is_dropped_with_a_reason(row, reason):
     assert (reason in said, count) == (True, 1)
 
 
+@pytest.mark.parametrize(
+    ("beside", "reason"),
+    [
+        ({"image": "x.png"}, "what is not text (image)"),
+        ({"Images": ["x.png"]}, "what is not text (images)"),
+        ({"tool_calls": [{"name": "f"}]}, "a tool's turn"),
+        ({"tool": "42"}, "a tool's turn"),
+        ({"function_call": {"name": "f"}}, "a tool's turn"),
+    ],
+)
+def test_what_stands_beside_texts_under_their_speakers_names(beside, reason):
+    remarks = Remarks()
+    row = {"messages": [{"user": "q", "assistant": "a"} | beside]}
+    assert read_messages(Record(row, Path("x"), 1, 1), OPTIONS, remarks, 1) is None
+    assert reason in next(iter(remarks))
+
+
 def test_tool_calls_that_are_null_are_none():
     row = {
         "messages": [
@@ -212,6 +236,8 @@ def test_tool_calls_that_are_null_are_none():
             {"reasoning", "loss"},
         ),
         ({"messages": chat("q", [{"type": "reasoning", "summary": []}, "a"])}, {"reasoning"}),
+        ({"messages": [{"user": "q", "assistant": "a", "thinking": "x", "cot": None}]}, {"thinking"}),
+        ({"messages": [{"user": "q", "assistant": "a", "bot": "b"}]}, {"bot"}),
     ],
 )
 def test_what_could_matter_and_is_not_used(row, unused):

@@ -5,11 +5,14 @@ import glob
 import hashlib
 import json
 import os
+import platform
 import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, parse_qsl, urlsplit
+
+import psutil
 
 from data.records import JSON, TABLES
 from utils.errors import UserError, reason
@@ -17,7 +20,7 @@ from utils.files import checksum, lock_file, remove_tree, write_whole
 
 URL = re.compile(r"[a-z][a-z0-9+.-]*://")
 NEWEST = "newest.json"  # the names of the files that were fetched last, in the folder of a URL
-LOCK, PART = ".lock", ".part"
+LOCK, PART, LAUNCH = ".lock", ".part", ".launch"  # the last holds whose processes fetched them
 # Of what a file system tells of a file, what changes whenever its content does: in lower case, without - and _.
 VERSIONS = {
     *("etag", "contentmd5", "digest", "md5", "md5hash", "crc32c", "checksum", "sha", "sha1", "sha256", "hex"),
@@ -38,7 +41,8 @@ def fetch_url(url: str, cache_dir: Path, download: bool) -> list[Path] | None:
 
     They are fetched where they are not here in the version that is there now, by its date, ETag or hash; where the
     server tells none of these, they are fetched anew each time. Earlier versions are removed. What cannot be reached,
-    or not be kept, is taken as it was fetched last, with a line that says so.
+    or not be kept, is taken as it was fetched last, with a line that says so. Of the processes that a launcher starts
+    on a machine the first one fetches, and the others have the same files.
 
     Returns: their paths here, sorted; None where `download` is off and they are not here.
     Raises: UserError when they cannot be had.
@@ -55,7 +59,12 @@ def fetch_url(url: str, cache_dir: Path, download: bool) -> list[Path] | None:
         return _fetched_last(url, folder, "kept", str(error))
     with lock:
         try:
-            return _fetch(url, folder)
+            if (launch := _launch()) and (kept := _newest(folder)) and launch == _text(folder / LAUNCH):
+                return kept  # by another process of this launch, which has to have the same data
+            found = _fetch(url, folder)
+            if launch:
+                write_whole(folder / LAUNCH, launch)
+            return found
         except UserError:
             raise
         except ImportError as error:  # of s3fs, gcsfs, ...
@@ -70,6 +79,24 @@ def fetch_url(url: str, cache_dir: Path, download: bool) -> list[Path] | None:
             return _fetched_last(url, folder, "reached", said)
         finally:
             (folder / PART).unlink(missing_ok=True)
+
+
+def _launch() -> str | None:
+    """What the processes that a launcher started on this machine have in common: itself. None without a launcher."""
+    if "LOCAL_RANK" not in os.environ:
+        return None
+    try:
+        launcher = psutil.Process(os.getppid())
+        return f"{platform.node()} {launcher.pid} {launcher.create_time()}"
+    except psutil.Error:  # gone, or hidden
+        return None
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
 
 
 def _fetched_last(url: str, folder: Path, tried: str, said: str) -> list[Path]:
@@ -120,7 +147,7 @@ def _fetch(url: str, folder: Path) -> list[Path]:
         found.append(here)
     if _newest(folder) != found:
         write_whole(folder / NEWEST, json.dumps([str(path.relative_to(folder)) for path in found]))
-    kept = {folder / LOCK, folder / NEWEST, *(path.parent for path in found)}
+    kept = {folder / LOCK, folder / LAUNCH, folder / NEWEST, *(path.parent for path in found)}
     for other in folder.iterdir():
         if other not in kept:
             with suppress(OSError):  # of another user
@@ -142,7 +169,7 @@ def _file_name(name: str | SplitResult, info: dict[str, Any]) -> str:
 
 def _newest(folder: Path) -> list[Path] | None:
     try:
-        paths = [folder / name for name in json.loads((folder / NEWEST).read_text(encoding="utf-8"))]
-    except (OSError, ValueError):
+        paths = [folder / name for name in json.loads(_text(folder / NEWEST) or "")]
+    except ValueError:
         return None
     return paths if all(path.is_file() for path in paths) else None

@@ -1,6 +1,7 @@
 """Files at a URL: fetched once, anew when they change, and taken as they were where they cannot be reached."""
 
 import errno
+import os
 import socket
 import struct
 import threading
@@ -153,7 +154,7 @@ def plain(monkeypatch):
 def kept_files(cache):
     """What lies in the folders of URLs but the list and the lock."""
     kept = [path for path in cache.rglob("*") if path.is_file()]
-    return [path for path in kept if path.name not in (".lock", "newest.json")]
+    return [path for path in kept if path.name not in (".lock", ".launch", "newest.json")]
 
 
 def test_a_server_that_tells_no_version(tmp_path, plain):
@@ -168,6 +169,18 @@ def test_a_server_that_tells_no_version(tmp_path, plain):
     assert second.read_bytes() == changed
     assert kept_files(tmp_path) == [second]
     assert not (first.parent.parent / "left").exists()
+
+
+def test_the_processes_of_a_launch_have_the_same_files(tmp_path, plain, monkeypatch):
+    Plain.bodies["/x.jsonl"] = ROW.encode()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    paths = find(f"{plain}/x.jsonl", tmp_path)
+    Plain.bodies["/x.jsonl"] = changed = ROW.replace("q", "r").encode()
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert find(f"{plain}/x.jsonl", tmp_path) == paths
+    monkeypatch.setattr("os.getppid", os.getpid)  # another launcher
+    (path,) = find(f"{plain}/x.jsonl", tmp_path)
+    assert path.read_bytes() == changed
 
 
 def test_a_version_by_any_of_its_names(tmp_path, monkeypatch):

@@ -64,7 +64,8 @@ def remarks(subject: Subject, plans: Sequence[Plan], data: str, measured: Measur
         "roofline"
         + ("" if subject.mfu is None else f" of the network, and {subject.mfu:.0%} of the card's peak (--mfu)"),
         f"data: {data}: {len(mix.train):,} training conversations, {tokens:,} tokens an epoch at most, {first.steps:,} "
-        f"steps on {counted(first.launcher.cards, 'card')}; hours are of training and evaluation, without loading and saving",
+        f"steps on {counted(first.launcher.cards, 'card')}; hours are of training and evaluation, without loading and "
+        "saving",
         f"disk: a checkpoint takes {show_bytes(model + state)} (model {show_bytes(model)}, what resuming needs "
         f"{show_bytes(state)}), the run up to {show_bytes(first.disk)}",
         f"host, of each machine: {', '.join(f'{what} {show_bytes(size)}' for what, size in first.host.items())} (the "

@@ -55,8 +55,8 @@ class WholeLines:
         self.file, self.encoding, self.flush = file, file.encoding, file.flush
 
     def write(self, text: str) -> None:
-        if text.strip():
-            self.file.write(text.strip() + "\n")
+        if words := text.split():
+            self.file.write(" ".join(words) + "\n")
 
 
 def counted(number: int, what: str) -> str:

@@ -140,7 +140,8 @@ def test_the_training_loss_with_liger(name, keys, monkeypatch):
     total, losses, _ = scored_loss(model, **keys)(batch)
     total.backward()
     torch.testing.assert_close(losses, expected.detach(), rtol=1e-5, atol=3e-6)
-    assert max(differences(gradients(model), expected_gradients).values()) < 6e-6
+    # Measured with weights and terms: 3.1e-6, of sums with more in them.
+    assert max(differences(gradients(model), expected_gradients).values()) < (6e-6 if keys else 3e-6)
 
 
 @pytest.mark.parametrize(

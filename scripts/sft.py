@@ -62,7 +62,7 @@ def main(options, recipe: Recipe, stop: StopSignal) -> None:
     deepspeed = deepspeed_config(recipe, progress.total_steps, dtype)
     largest_batches = preflight(recipe, config, tokenizer, mix, dtype, deepspeed, progress)
 
-    # ---- Model. Autocast wants fp32 weights, DeepSpeed the dtype it trains in: it keeps fp32 masters itself ----
+    # ---- Model. Autocast and FSDP2 want fp32 weights, DeepSpeed its own dtype: it makes fp32 masters itself ----
     run.watch.start("meeting the other processes")
     accelerator = start_accelerator(recipe, dtype, deepspeed, progress.step)
     run.meet(accelerator)

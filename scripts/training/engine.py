@@ -116,7 +116,7 @@ class Engine:
 def start_accelerator(
     recipe: Recipe, dtype: torch.dtype, deepspeed: dict[str, Any] | None, step: int | None = None
 ) -> Accelerator:
-    """The accelerator of one process, of DDP or of the DeepSpeed engine, on GPUs or (over gloo) on CPUs; seeded.
+    """The accelerator of one process, of DDP, DeepSpeed or FSDP2, on GPUs or (over gloo) on CPUs; seeded.
 
     Args:
         deepspeed: the engine's complete config; None without it.

@@ -14,6 +14,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def metrics(folder: Path) -> list[dict]:
 
 
 class Died(BaseException):
-    """The process is gone, as by a power cut: nothing is saved."""
+    """The process ends, as by a power cut, but for the checkpoint that it is writing: nothing more is saved."""
 
 
 @contextlib.contextmanager
@@ -86,10 +87,12 @@ def interrupted(
     """
     from run.curves import Curves
     from run.health import StepHealth
+    from run.saving import Saver
     from training.batches import Batches
 
-    good_step, validation, draw = StepHealth.good_step, Batches.validation, Curves.draw
+    good_step, validation, draw, make_saver = StepHealth.good_step, Batches.validation, Curves.draw, Saver.__init__
     done = {"steps": 0, "evaluation_batches": 0}
+    savers = []
 
     def count(what: str, limit: int | None) -> None:
         done[what] += 1
@@ -107,12 +110,21 @@ def interrupted(
             count("evaluation_batches", evaluation_batches)
             yield batch
 
-    StepHealth.good_step, Batches.validation = counted_step, counted_batches
+    def remembered(self, *arguments):
+        make_saver(self, *arguments)
+        savers.append(self)
+
+    StepHealth.good_step, Batches.validation, Saver.__init__ = counted_step, counted_batches, remembered
     Curves.draw = lambda *_: None  # no curves: a picture takes as long as ten of these steps
     try:
         yield
     finally:
+        # A process that ends waits for its threads. Within the test's process the thread that saves would go on writing
+        # into the folder of the run that the test starts next.
+        while not all(saver.is_idle for saver in savers):
+            time.sleep(0.01)
         StepHealth.good_step, Batches.validation, Curves.draw = good_step, validation, draw
+        Saver.__init__ = make_saver
 
 
 def run_here(*arguments, output_dir: Path, **moment):

@@ -3,7 +3,7 @@
 import queue
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import groupby
@@ -122,10 +122,11 @@ class Talker:
         closed = threading.Event()
         stops = [closed, stop] if stop else [closed]
         chosen = settings.for_generate() | {"max_new_tokens": prompt.max_new_tokens}
-        done = self._thread.submit(self._generate, prompt.ids, chosen, settings.seed, tokens, stops)
-        done.add_done_callback(lambda _: tokens.put(None))
         ids: list[int] = []
+        done: Future | None = None
         try:
+            done = self._thread.submit(self._generate, prompt.ids, chosen, settings.seed, tokens, stops)
+            done.add_done_callback(lambda _: tokens.put(None))
             while (token := tokens.get()) is not None:
                 ids.append(token)
                 if token in self.model.generation_config.eos_token_id:
@@ -136,7 +137,7 @@ class Talker:
                 yield done.result()
         finally:
             closed.set()
-            while not done.done():
+            while done and not done.done():
                 try:
                     wait([done])
                 except KeyboardInterrupt:  # Ctrl-C twice: it is stopping

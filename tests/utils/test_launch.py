@@ -107,7 +107,7 @@ sys.path.insert(0, "scripts")
 from utils.launch import set_up_process
 set_up_process()
 import torch
-print("threads", torch.get_num_threads())
+print(f"threads {torch.get_num_threads()}\\n", end="")  # at once: the processes share this output
 """
 
 

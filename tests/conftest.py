@@ -1,5 +1,6 @@
 """What the tests share: a tiny model, the demo's data, and running a script as a user would."""
 
+import gc
 import json
 import os
 import re
@@ -25,6 +26,12 @@ if CORES and (worker := os.environ.get("PYTEST_XDIST_WORKER")):
 for number, heard in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, heard)
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: the collector need not look through it again and again."""
+    gc.freeze()
+
 
 ROOT = Path(__file__).resolve().parent.parent
 TRANSFORMERS_4 = ROOT / ".venv" / "transformers4"  # of `make test-transformers4`

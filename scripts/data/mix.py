@@ -210,7 +210,9 @@ def _prepare(
     kept: list[bool] = []  # of each conversation, whether any token is scored; else there is nothing to learn
     weights = array("d")  # of those
     content = hashlib.blake2b(digest_size=10)
-    gc.freeze()  # else the collector looks through all that the libraries made, again and again: a fifth of the time
+    frozen = gc.get_freeze_count()  # by whoever called this
+    if not frozen:  # else the collector looks through all that the libraries made, again and again: a fifth of the time
+        gc.freeze()
     try:
         with pa.ipc.new_stream(work / EXAMPLES, SCHEMA) as writer:
             conversations, again = itertools.tee(source)  # encode reads ahead by one batch
@@ -258,7 +260,8 @@ def _prepare(
         seal(work, folder, report)
         work.rename(folder)
     finally:
-        gc.unfreeze()
+        if not frozen:
+            gc.unfreeze()
         shutil.rmtree(work, ignore_errors=True)
     print(  # not only on the first process: any of them may be the one that prepares
         f"prepared {name}: {source.rows_read:,} rows, {(codes == TRAIN).sum():,} training and "

@@ -1,6 +1,8 @@
 """What the tests share: a tiny model, the demo's data, and running a script as a user would."""
 
+import contextlib
 import gc
+import itertools
 import json
 import os
 import re
@@ -11,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 from forking import run_forked
 
@@ -26,6 +29,12 @@ if CORES and (worker := os.environ.get("PYTEST_XDIST_WORKER")):
 for number, heard in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, heard)
+
+
+# How long an example takes says nothing where the machine is slow, or others work on it.
+UNCHECKED = [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture]
+hypothesis.settings.register_profile("shared machine", deadline=None, suppress_health_check=UNCHECKED)
+hypothesis.settings.load_profile("shared machine")
 
 
 def pytest_collection_finish():
@@ -63,11 +72,23 @@ LAUNCH = {
 }
 
 
+# A hundred for each process, below those that the system gives to whoever asks it for any: between the look whether
+# one is free and its use somebody else would be given that.
+FIRST_PORT = 10_000 + os.getpid() % 200 * 100
+PORTS = itertools.cycle(range(FIRST_PORT, FIRST_PORT + 100))
+
+
+def free_port() -> int:
+    """A port that nobody listens on, nor will be given by the system."""
+    for port in PORTS:
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
 def launch_command(launch: str) -> list[str]:
     """The launcher's part of a command; several processes get a free port, so that tests can run side by side."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = ["--main_process_port", str(probe.getsockname()[1])] if launch.endswith("2") else []
+    port = ["--main_process_port", str(free_port())] if launch.endswith("2") else []
     return [*LAUNCH[launch], *port]
 
 

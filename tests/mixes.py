@@ -27,8 +27,8 @@ LAYOUTS = {
 
 
 def given(*strategies, examples: int = 60):
-    """hypothesis.given without its deadline: the machine may be shared."""
-    return lambda test: hypothesis.settings(max_examples=examples, deadline=None)(hypothesis.given(*strategies)(test))
+    """hypothesis.given of so many examples."""
+    return lambda test: hypothesis.settings(max_examples=examples)(hypothesis.given(*strategies)(test))
 
 
 def make_split(lengths: list[list[int]], seed: int = 0, scored_share: float = 0.4) -> Split:

@@ -39,7 +39,7 @@ def parameters(gpu: str, layers: int) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-@hypothesis.settings(max_examples=40, deadline=None)
+@hypothesis.settings(max_examples=40)
 @hypothesis.given(st.sampled_from(["3b", "7b"]), st.floats(24e9, 160e9))
 def test_what_is_offered_fits_and_one_layer_more_does_not(gpu, memory):
     line = refused(gpu, None, memory)

@@ -127,7 +127,7 @@ def test_ctrl_c_stops_while_the_prompt_is_read(endless):
 
     def press_ctrl_c(*_):
         os.kill(os.getpid(), signal.SIGINT)
-        for _ in range(500):  # until the main thread has heard it
+        for _ in range(6000):  # until the main thread has heard it
             if any(stop.is_set() for stop in endless._stops):
                 return
             time.sleep(0.01)

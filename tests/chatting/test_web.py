@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import save_chat_model
-from conftest import CORES, ROOT, run_script
+from conftest import CORES, ROOT, free_port, run_script
 from forking import start_forked
 
 from chatting.replies import load_talker
@@ -32,12 +32,6 @@ OTHER_TEMPLATE = (
     "{{ '<|prefix_begin|>' + message['role'] + '\n' + message['content'] + '<|prefix_end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|prefix_begin|>assistant\n' }}{% endif %}"
 )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +61,7 @@ def address(checkpoints):
             time.sleep(0.05)
         yield f"http://127.0.0.1:{port}/"
         os.kill(process.pid, signal.SIGINT)
-        process.join(20)
+        process.join(60)
         lines = said.read_text().splitlines()
     assert process.exitcode is not None
     assert [re.sub(":.*", "", line) for line in lines] == [*map(str, checkpoints), "http", "", "interrupted"]
@@ -156,7 +150,7 @@ def test_both_models_reply_to_each_message(visitor, checkpoints):
             history.append({"role": "user", "content": text})
             history.append({"role": "assistant", "content": expected(checkpoints[place], history, settings)})
             texts = [as_shown(message["content"]) for message in history]
-            visitor.wait(lambda place=place, texts=texts: [*map(as_shown, visitor.shown(place))] == texts, 10)
+            visitor.wait(lambda place=place, texts=texts: [*map(as_shown, visitor.shown(place))] == texts)
     assert visitor.shown(0)[0] == ATTACK  # blanks, newlines and all
     assert visitor.field.input_value() == ""
     assert f"the reply was cut after {LENGTH} tokens: max_new_tokens" in visitor.note()

@@ -3,20 +3,14 @@
 import subprocess
 import sys
 
-import hypothesis
 import numpy as np
 import pyarrow as pa
 import pytest
 from conftest import ROOT
+from hypothesis import given
 from hypothesis import strategies as st
 
 from data.arrow_arrays import booleans, integers, numbers, starts_of, texts
-
-
-def given(*strategies):
-    """hypothesis.given without its deadline: pyarrow imports pandas at the first array."""
-    return lambda test: hypothesis.settings(deadline=None)(hypothesis.given(*strategies)(test))
-
 
 slices = st.tuples(st.integers(0, 40), st.integers(0, 40))
 

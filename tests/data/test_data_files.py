@@ -21,7 +21,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from conftest import ROOT
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import json_text
@@ -243,7 +243,7 @@ values = st.recursive(
 )
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=25)
 @given(
     rows=st.lists(st.dictionaries(st.text(max_size=5), values, max_size=4), min_size=1, max_size=6),
     chunk=st.integers(1, 40),

@@ -5,7 +5,7 @@ import random
 import jinja2
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -108,7 +108,7 @@ def test_other_roles_are_refused(tokenizer, roles):
 words = st.text(st.characters(exclude_categories=["Cs", "Zs", "Cc"], exclude_characters="<|>"), min_size=1, max_size=20)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(texts=st.lists(words, min_size=2, max_size=6), system=st.none() | words)
 def test_template_agrees_with_encoder(tokenizer, texts, system):
     conversation = chat(*texts, system=system)
@@ -144,7 +144,7 @@ def test_dtypes_and_empty_input(tokenizer):
 contents = st.text(max_size=30) | st.lists(st.sampled_from([*CHAT_TOKENS, EOS, "<|", "|>", " ", "x"])).map("".join)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100)
 @given(
     chats=st.lists(st.tuples(st.lists(contents, min_size=1, max_size=6), st.none() | contents), min_size=1, max_size=5),
     batch_size=st.integers(1, 4),
@@ -172,7 +172,7 @@ def test_encoding_invariants(tokenizer, chats, batch_size):
         assert scored.tolist() == expected
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(replies=st.lists(st.booleans(), min_size=1, max_size=4), unanswered=st.booleans(), system=st.none() | contents)
 def test_the_last_reply_alone(tokenizer, replies, unanswered, system):
     """And that not where it is marked as not to be learnt."""

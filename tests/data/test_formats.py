@@ -19,7 +19,7 @@ import pyarrow.parquet
 import pytest
 import yaml
 from conftest import ROOT, run_script
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.files import find_data_file
@@ -217,7 +217,7 @@ def test_a_long_list_under_a_key_is_streamed(tmp_path):
 cells = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r"), max_size=8)
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=60)
 @given(rows=st.lists(st.tuples(cells, cells), min_size=1, max_size=5), delimiter=st.sampled_from(",;\t|"))
 def test_csv_gives_back_every_text(tmp_path, rows, delimiter):
     rows = [{"prompt": prompt, "response": response} for prompt, response in rows]

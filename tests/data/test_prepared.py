@@ -233,7 +233,7 @@ def opened(whole, tmp_path):
 
 
 def test_any_damage_is_seen(opened):
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=150)
     @given(st.integers(0, 2**32))
     def one(seed):
         damage_and_open(*opened, seed)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import ROOT
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -96,7 +96,7 @@ def test_mixtures(encoders):
     assert differences(encoders, texts) == []
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300)
 @given(st.lists(st.text() | st.lists(st.sampled_from(PIECES) | st.text(max_size=3)).map("".join), max_size=5))
 def test_any_texts(encoders, texts):
     assert differences(encoders, texts) == []

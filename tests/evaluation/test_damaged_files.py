@@ -70,7 +70,7 @@ def fuzz(short: int, long: int = 20_000):
 
     def make(check):
         def run(here, examples):
-            quiet = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck))
+            quiet = dict(database=None, suppress_health_check=list(HealthCheck))
 
             @settings(max_examples=examples, **quiet)
             @given(st.data())

@@ -301,7 +301,7 @@ def test_splits_of_one_hub_data_set_and_a_list_of_files(run_folder):
         assert private not in str(card)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.from_regex(r"[\w.-]{1,8}", fullmatch=True), min_size=2, max_size=5), st.sampled_from(" '\"(:=,"))
 def test_whatever_path_it_is_only_its_name_is_left(parts, before):
     path = "/" + "/".join(parts)

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from by_heart import CHATS, learn, neox
-from conftest import BIN, ROOT
+from conftest import BIN, ROOT, free_port
 from transformers import AutoTokenizer
 
 from data.dialogue import prepare_tokenizer
@@ -30,9 +29,7 @@ def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("serving")
     tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(ROOT / "recipes" / "demo_data" / "model"))
     save_model(learn(neox(tokenizer), tokenizer), tokenizer, folder / "exported")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = re.search(r"^    (transformers serve .*)$", PAGE, re.MULTILINE)[1].replace("8000", str(port)).split()
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HOME": str(folder)}
     log = folder / "log"

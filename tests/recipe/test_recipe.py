@@ -1,5 +1,6 @@
 """The recipe: what is read, what is refused, and with which line."""
 
+import resource
 import subprocess
 import sys
 import time
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from random_recipes import recipes
 
 from recipe.dataset_keys import Datasets
@@ -301,12 +302,12 @@ def alias_bomb(levels: int, each: int) -> str:
     ],
 )
 def test_aliases_are_counted_before_they_are_followed(load, text):
-    started = time.perf_counter()
+    started = time.process_time()
     with refuse("recipe.yaml line", r"aliases \(\*name\) stand for more than 10,000 values"):
         load(text, base="")
     with refuse("--datasets", "aliases"):
         load("", {"datasets": "{" + ", ".join(text.splitlines()) + "}"})
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
 
 
 def test_a_large_mix_of_shared_options_is_no_bomb(load):
@@ -439,9 +440,10 @@ def test_help_is_complete_and_quick():
         "try:\n    runpy.run_path('scripts/sft.py', run_name='__main__')\n"
         "finally:\n    assert not {'torch', 'transformers', 'accelerate', 'numpy'} & set(sys.modules)\n"
     )
-    start = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    seconds = time.perf_counter() - start
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     assert process.returncode == 0, process.stderr
     words = set(process.stdout.replace("(", " ").split())
     for schema in (Recipe, Datasets, DatasetOptions, OasstOptions, DollyOptions, MessagesOptions):
@@ -455,9 +457,7 @@ def test_help_is_complete_and_quick():
 # ---- Round trip ----
 
 
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
+@settings(max_examples=60)
 @given(values=recipes)
 def test_round_trip(tmp_path, values):
     """A random recipe, written by a YAML library, reads as it was meant; what it resolves to reads as the same."""

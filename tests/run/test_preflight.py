@@ -130,7 +130,7 @@ def test_an_absurd_end_is_planned_at_once(keys):
     recipe = make_recipe(
         max_steps=2**31 - 1, num_train_epochs=1e9, per_device_train_batch_size=4, max_length=800, **keys
     )
-    started = time.perf_counter()
+    started = time.process_time()
     progress = starting_point(None, mix, recipe)
     assert progress.total_steps == 2**31 - 1
     by_epochs = starting_point(None, mix, recipe.model_copy(update={"max_steps": None}))
@@ -140,7 +140,7 @@ def test_an_absurd_end_is_planned_at_once(keys):
         train, _ = largest_micro_batches(mix, recipe, 1, progress.steps_left, progress.position)
     assert train.of_epochs in (None, 20)
     disk_peak(recipe.model_copy(update={"save_steps": 1}), 7, 20, 10, 2**31 - 1)
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
 
 
 def test_the_rehearsal_says_that_it_is_an_estimate(capsys):
@@ -211,9 +211,9 @@ def test_largest_micro_batches_of_a_hundred_thousand_conversations_are_found_at_
     keys = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_length": 2048}
     for layout, tokens in itertools.product(LAYOUTS, (None, 4 * 2048)):
         recipe = make_recipe(micro_batch_tokens=tokens, **keys, **LAYOUTS[layout])
-        started = time.perf_counter()
+        started = time.process_time()
         train, validation = largest_micro_batches(mix, recipe, 4, 4 * 3125, Position())
-        assert time.perf_counter() - started < (4 if layout == "packed" else 2)  # four epochs, each packed anew
+        assert time.process_time() - started < (4 if layout == "packed" else 2)  # four epochs, each packed anew
         if tokens:  # which none of the others is over, and some come near
             assert all(0.98 * tokens < largest.tokens <= tokens for largest in (train, validation))
             continue

@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from interruption import metrics
 from random_recipes import recipes
@@ -38,9 +38,7 @@ from utils.errors import UserError
 from utils.files import fingerprint
 
 COMMIT = "2b7e151628aed2a6abf7158809cf4f3c762e7160"
-quick = settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
+quick = settings(max_examples=40)
 
 
 @pytest.fixture(scope="module")
@@ -161,9 +159,9 @@ def test_fingerprint_of_a_file(tmp_path, size, data):
 def test_fingerprint_of_16_gigabytes_is_quick(tmp_path):
     with open(tmp_path / "weights", "wb") as file:
         file.truncate(16 * 10**9)  # without the disk space
-    start = time.perf_counter()
+    start = time.process_time()
     before = fingerprint(tmp_path / "weights")
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     with open(tmp_path / "weights", "r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"x")

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from conftest import SHARED, SHARED_DATA
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from data.mix import Split
@@ -203,7 +203,6 @@ def reference_kind(text: str, question: str) -> str | None:
     return "13-gram" if grams & windows[13] else None
 
 
-@settings(deadline=None)
 @given(filler, st.lists(filler, min_size=1, max_size=4), filler, st.data())
 def test_planted_grams_are_found_and_nothing_else(before, questions, after, data):
     questions = [" ".join(question) for question in questions]
@@ -214,7 +213,6 @@ def test_planted_grams_are_found_and_nothing_else(before, questions, after, data
     assert kind(text, *questions) == ("exact" if "exact" in kinds else "13-gram" if "13-gram" in kinds else None)
 
 
-@settings(deadline=None)
 @given(st.text(max_size=60), st.text(max_size=60), st.text(min_size=1, max_size=30).filter(words))
 def test_any_text_is_found_between_others(before, after, piece):
     question = " ".join([piece] * 13)

@@ -379,7 +379,7 @@ def outcome(config: dict, dtype: str) -> dict | str:
 
 
 def test_any_config_is_filled_or_refused_in_a_line():
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=300)
     @given(st.integers(0, 2**32))
     def one(seed):
         dice = random.Random(seed)

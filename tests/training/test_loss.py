@@ -3,7 +3,6 @@ the accuracy metric against a plain count."""
 
 import json
 import os
-import socket
 import subprocess
 import sys
 
@@ -11,7 +10,7 @@ import evaluate
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, free_port
 from mixes import scored_loss
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
@@ -319,9 +318,7 @@ ENGINES = ("ddp", "zero2", "zero3")
 def under_engines(tmp_path_factory):
     """What tests/training/loss_worker.py found, by "<engine> <model>"."""
     path = tmp_path_factory.mktemp("engines") / "found.json"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.run(

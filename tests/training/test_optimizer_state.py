@@ -166,7 +166,7 @@ def write_cut(folder, tensors: dict[str, torch.Tensor], writers: int, cuts: list
             save_file(part, folder / f"optimizer-{writer:05d}-{kind}.safetensors")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(shapes, st.integers(1, 6), st.data(), st.booleans())
 def test_any_cut_is_read_back_whole(tmp_path_factory, shapes, writers, data, half_precision):
     folder = tmp_path_factory.mktemp("cut") / "trainer_state"

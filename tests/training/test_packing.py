@@ -91,6 +91,6 @@ def test_many_conversations_fill_their_packs(seed, capacity):
 
 def test_a_hundred_thousand_conversations_take_no_time():
     lengths = np.random.default_rng(0).integers(1, 4097, 100_000)
-    started = time.perf_counter()
+    started = time.process_time()
     best_fit_decreasing(lengths, 4096)
-    assert time.perf_counter() - started < 2  # 0.2 s on an idle core
+    assert time.process_time() - started < 2  # 0.2 s on an idle core

@@ -91,11 +91,11 @@ def main(options, recipe: Recipe, stop: StopSignal) -> None:
         learning_rate = engine.scheduler.get_last_lr()[0]
         with run.training():
             grad_norm, updated = train_step(engine, micro_batches, recipe, run.stats)
-        run.end_step(position, grad_norm, updated)
+        run.end_step(position, learning_rate, grad_norm, updated)
 
         due = progress.due(recipe)
         if due.log:
-            run.write_metrics(learning_rate, grad_norm)
+            run.write_metrics()
         if due.evaluate:
             evaluate_mix(engine, batches, run, stop)
         # With every step and evaluation made, the final model is less to write than the checkpoint of a stop would be.

@@ -12,7 +12,7 @@ from conftest import run_script
 from export import open_source
 from hypothesis import given
 from hypothesis import strategies as st
-from interruption import Died, run_here, small_recipe
+from interruption import Died, metrics, run_here, small_recipe
 from mixes import make_progress, make_recipe
 from test_resume import assert_same_end
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -166,6 +166,40 @@ def test_a_run_that_was_stopped_is_the_same(tmp_path, recipe, whole, stops, monk
     assert os.readlink(tmp_path / "last") == ("checkpoint-32" if by_signal else "checkpoint-30")  # that of the stop
     assert "32 of 90 steps" in again.stdout
     assert not list(tmp_path.glob(".*.tmp"))
+
+
+def training_lines(output: Path) -> dict[int, dict]:
+    """Of metrics.jsonl, by their steps."""
+    lines = [line for line in metrics(output) if "eval_loss" not in line]
+    assert len(lines) == len({line["step"] for line in lines})
+    return {line["step"]: line for line in lines}
+
+
+def test_an_early_end_between_two_lines_is_logged_as_a_last_step_is(whole):
+    """Though it shows only when the evaluation is made."""
+    *_, line, evaluation = metrics(whole.output_dir)
+    steps = [1, *range(3, 31, 3), 32]
+    assert [*training_lines(whole.output_dir)] == steps
+    assert (line["step"], evaluation["step"]) == (32, 32)
+    assert line.keys() == training_lines(whole.output_dir)[30].keys()
+    assert line["tokens"] == json.loads((whole.output_dir / "run.json").read_text())["report"]["tokens"]
+
+
+@pytest.mark.parametrize("moment", [{"steps": 8}, {"evaluation_batches": 2 * BATCHES - 1}, {"steps": 9}], ids=str)
+def test_a_stop_between_two_lines_is_logged_until_the_run_goes_on(tmp_path, recipe, whole, moment):
+    """After step 8, in the evaluation of that, and after step 9, where there is a line anyway. Going on as many steps
+    as there are left by another max_steps, none, the line is there again."""
+    assert run_here(recipe, output_dir=tmp_path, **moment).returncode == 75
+    step = moment.get("steps", 8)
+    lines = training_lines(tmp_path)
+    assert [*lines] == sorted({1, 3, 6, step})
+    expected = training_lines(whole.output_dir)
+    assert lines.items() >= {at: line for at, line in expected.items() if at <= step}.items()
+    assert lines[step].keys() == expected[6].keys()
+    keys = ("--max_steps", step, "--allow_changes")
+    run = run_here(recipe, *keys, output_dir=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert training_lines(tmp_path) == lines
 
 
 def test_more_patience_goes_on_where_it_ended(tmp_path, recipe, whole):

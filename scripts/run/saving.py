@@ -31,13 +31,11 @@ from run.stats import TrainingStats
 from training.adapter_files import ADAPTER_FILES
 from training.checkpoint_files import TRAINER_STATE, state_file
 from training.engine import Engine
-from training.memory import free_memory, show_bytes
+from training.memory import copies_fit, free_memory, show_bytes
 from training.optimizer_state import save_optimizer
 from utils.errors import UserError
 from utils.files import checksum, flush, remove_tree
 from utils.launch import say, stop_all
-
-MOST_OF_MEMORY = 0.7  # of what the host has free: training goes on beside the copies, and the files are cached
 
 
 class Saver:
@@ -100,12 +98,10 @@ class Saver:
 
     def _fits(self, snapshot: Snapshot) -> bool:
         """Whether the copies of all processes fit into each machine's memory; the same on every process."""
-        held = [*snapshot.weights.held, *snapshot.optimizer]
-        own = sum(tensor.nbytes for each in held for tensor in each.tensors.values())
-        sizes = self.processes.gather((os.uname().nodename, own))
+        sizes = self.processes.gather((os.uname().nodename, snapshot.bytes))
         here = sum(size for machine, size in sizes if machine == os.uname().nodename)
         free = free_memory()
-        fits = all(self.processes.gather(here <= MOST_OF_MEMORY * free))
+        fits = all(self.processes.gather(copies_fit(here, free)))
         if not fits:
             say(
                 f"save_in_background: the {show_bytes(here)} of a checkpoint's copies do not fit into the "

@@ -41,6 +41,13 @@ class Snapshot:
     weights: Weights
     optimizer: list[Fragment]
 
+    @property
+    def bytes(self) -> int:
+        """Of its tensors."""
+        tensors = [*self.weights.buffers.values(), *(self.weights.adapter or {}).values()]
+        tensors += [tensor for each in [*self.weights.held, *self.optimizer] for tensor in each.tensors.values()]
+        return sum(tensor.nbytes for tensor in tensors)
+
 
 class HostCopies:
     """Memory of the host for one snapshot, taken once and used for each."""

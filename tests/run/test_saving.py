@@ -20,10 +20,15 @@ from recipe.keys import Recipe
 from run import saving
 from run.checkpoint import read_checkpoint
 from run.processes import Processes
+from run.retention import checkpoint_bytes
 from run.saving import Saver
+from run.snapshot import take_snapshot
 from run.stats import Clock, TrainingStats
 from training.checkpoint_files import state_file
 from training.engine import prepare_engine
+from training.memory import copies_in_memory
+from training.optimizer import make_optimizer
+from training.state_layout import replicated
 from utils.errors import UserError
 
 
@@ -157,6 +162,16 @@ def test_what_could_not_be_written_is_told_by_whatever_comes_next(saver, stats, 
     again = {"save": (state_at(saver.recipe, 2), stats), "wait": (), "save_final_model": ()}[told]
     with pytest.raises(UserError, match=r"checkpoint-1 could not be written: .*No such file"):
         getattr(saver, told)(*again)
+
+
+@pytest.mark.parametrize("keys", [{}, {"save_only_model": True}, {"optimizer_state_dtype": "bf16"}], ids=str)
+def test_the_copies_are_as_large_as_is_foretold(saver, stats, keys):
+    recipe, parameters = saver.recipe.model_copy(update=keys), saver.engine.language_model.num_parameters()
+    saver.engine.optimizer, _ = make_optimizer(saver.engine.model, recipe, 10, deepspeed=False)
+    saver.engine.optimizer = saver.engine.accelerator.prepare(saver.engine.optimizer)
+    snapshot = take_snapshot(saver.engine, recipe, state_at(recipe, 1), stats)
+    checkpoint = checkpoint_bytes(recipe, parameters, torch.float32, in_half=False)
+    assert snapshot.bytes == copies_in_memory(recipe, replicated(1), *checkpoint, local=1) + 12  # of the buffer
 
 
 def test_without_memory_for_the_copies_training_waits(saver, stats, monkeypatch, capsys, held_up):

@@ -77,6 +77,7 @@ def main(options, recipe: Recipe, stop: StopSignal) -> None:
         show_first_batch(next(batches.training_steps(progress.position))[1][0], tokenizer)
     if progress.steps_left:
         seconds = rehearse(engine, batches, largest_batches, run.stats)
+        run.samples.rehearse(engine)
         if accelerator.is_main_process:
             describe_rehearsal(largest_batches, seconds, batches, accelerator.device, progress.steps_left)
 

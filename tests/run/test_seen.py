@@ -1,9 +1,11 @@
 """What is seen of a run while it trains: replies, the best checkpoint, an early end; stopped and gone on, the same."""
 
+import contextlib
 import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -302,6 +304,46 @@ def test_half_precision_by_autocast(chat):
     model, tokenizer = chat
     with torch.autocast("cpu", torch.bfloat16):
         assert len(greedy_replies(model, tokenizer, [[5, 6], [7]], 4, 2)) == 2
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_the_rehearsal_is_of_the_largest_batch_at_its_fullest(tmp_path, chat, size):
+    """By what each forward pass has to hold: rows times places, those of the cache among them."""
+    model, tokenizer = chat
+    (tmp_path / "prompts.txt").write_text("".join(f"{'word ' * count}\n" for count in (3, 9, 1, 1, 7)))
+    keys = {"sample_every": 1, "sample_prompts": str(tmp_path / "prompts.txt"), "max_length": 64}
+    own = Samples(make_recipe(per_device_eval_batch_size=size, **keys), tokenizer)
+    accelerator = SimpleNamespace(num_processes=1)
+    engine = SimpleNamespace(accelerator=accelerator, language_model=model, outside_of_the_loss=contextlib.nullcontext)
+    held = []
+
+    def measure(_, arguments, options) -> None:
+        cached = options["past_key_values"].get_seq_length()
+        held.append(len(options["input_ids"]) * (cached + options["input_ids"].shape[1]))
+
+    def end_none(_, __, logits):
+        return logits.index_fill(-1, torch.tensor([5]), 1e9)  # the likeliest token ends nothing
+
+    head = model.get_output_embeddings()
+    hooks = [model.register_forward_pre_hook(measure, with_kwargs=True), head.register_forward_hook(end_none)]
+    own.rehearse(engine)
+    (rehearsed,) = held
+    own.take(engine)
+    for hook in hooks:
+        hook.remove()
+    assert max(held[1:]) == rehearsed
+
+
+def test_memory_that_is_too_small_for_replies_is_told_before_the_first_step(tmp_path, recipe, monkeypatch):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("run.samples.reply_to", fail)
+    run = run_here(recipe, output_dir=tmp_path)
+    assert run.returncode == 2
+    (error,) = run.errors
+    assert error.startswith("error: the GPU's memory is too small for the replies to sample_prompts: give a smaller")
+    assert not (tmp_path / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize(

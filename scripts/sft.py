@@ -77,6 +77,7 @@ def main(options, recipe: Recipe, stop: StopSignal) -> None:
         show_first_batch(next(batches.training_steps(progress.position))[1][0], tokenizer)
     if progress.steps_left:
         seconds = rehearse(engine, batches, largest_batches, run.stats)
+        run.samples.rehearse(engine)
         if accelerator.is_main_process:
             describe_rehearsal(largest_batches, seconds, batches, accelerator.device, progress.steps_left)
 
@@ -91,11 +92,11 @@ def main(options, recipe: Recipe, stop: StopSignal) -> None:
         learning_rate = engine.scheduler.get_last_lr()[0]
         with run.training():
             grad_norm, updated = train_step(engine, micro_batches, recipe, run.stats)
-        run.end_step(position, grad_norm, updated)
+        run.end_step(position, learning_rate, grad_norm, updated)
 
         due = progress.due(recipe)
         if due.log:
-            run.write_metrics(learning_rate, grad_norm)
+            run.write_metrics()
         if due.evaluate:
             evaluate_mix(engine, batches, run, stop)
         # With every step and evaluation made, the final model is less to write than the checkpoint of a stop would be.

@@ -64,9 +64,9 @@ def measure_saving(model: str, background: bool) -> dict:
         def step(seconds: list[float]) -> None:
             begun = time.perf_counter()
             position, micro_batches = next(steps)
-            sft.train_step(engine, micro_batches, recipe, stats)
+            grad_norm, _ = sft.train_step(engine, micro_batches, recipe, stats)
             stats.end_step()
-            progress.advance(position)
+            progress.advance(position, recipe.learning_rate, grad_norm)
             seconds.append(time.perf_counter() - begun)
 
         for _ in range(SAVES + 1):

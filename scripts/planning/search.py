@@ -21,11 +21,11 @@ from planning.work import Load, load_of, loads_of_steps, traffic_of, work_of
 from recipe.keys import Recipe
 from run.retention import checkpoint_bytes, disk_peak
 from training.adapters import AdapterSize, adapter_size
-from training.memory import estimate_memory, model_size, moment_bytes, peak_of
+from training.memory import copies_in_memory, estimate_memory, model_size, moment_bytes, peak_of
 from training.micro_batches import largest_micro_batches
 from training.model import check_tiny, count_parameters, without_weights
 from training.plan import EpochPlan, Position, epoch_plan, packs_per_step, steps_left
-from training.state_layout import host_state, saving_bytes
+from training.state_layout import host_state
 from utils.launch import DTYPES
 
 # Of a card's memory, beside what a step holds: CUDA itself, the libraries' buffers, NCCL's.
@@ -216,14 +216,13 @@ def _planned(subject: Subject, recipe: Recipe, launcher: Launcher, card: Card, m
     saved = subject.parameters if subject.adapter is None else subject.adapter.weights
     model, state = checkpoint_bytes(recipe, saved, subject.dtype, layout.keeps_half_weights)
     merged = subject.parameters * element if recipe.merge_adapter else 0
-    state = 0 if recipe.save_only_model else state
     local = min(PER_MACHINE, cards)
     host = {name: local * each for name, each in host_state(layout, size, element, moment_bytes(recipe)).items()}
     # The first process reads them for all; of adapters each the frozen model for itself (training/host_weights.py).
     loaded = local * element if recipe.use_peft else element if layout.is_deepspeed else 4
     host["weights as they are loaded"] = subject.parameters * loaded
-    if recipe.save_in_background and recipe.save_strategy != "no":
-        host["a checkpoint as it is written"] = saving_bytes(layout, model, state, local)
+    if copies := copies_in_memory(recipe, layout, model, state, local):
+        host["a checkpoint as it is written"] = copies
     return Plan(
         launcher=launcher,
         keys=_difference(subject.recipe, recipe),

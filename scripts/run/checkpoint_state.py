@@ -113,7 +113,8 @@ class State(Exact):
     results: dict[str, Annotated[float, Field(allow_inf_nan=True)]]  # of a model that diverged, too
     evaluation_due: bool
     wandb_id: str | None
-    tracker_runs: dict[str, str] = Field({})  # this and the next not in the first checkpoints of format 2
+    tracker_runs: dict[str, str] = Field({})  # this and the next two not in the first checkpoints of format 2
+    unlogged: dict[str, Annotated[float, Field(allow_inf_nan=True)]] = Field({})
     best: BestEvaluation | None = None
     files: dict[str, File]
     checksum: str | None = None

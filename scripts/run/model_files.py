@@ -55,7 +55,7 @@ def save_trained(model: PreTrainedModel, tokenizer, folder: Path, weights: Weigh
     alone. Every process calls this.
 
     Args:
-        model: for its names and its config.
+        model: for its names and its configs, an `Engine.outline`.
         weights: this process's.
 
     Raises: on the first process OSError and the like.
@@ -66,7 +66,7 @@ def save_trained(model: PreTrainedModel, tokenizer, folder: Path, weights: Weigh
             save_tokenizer(tokenizer, folder)
             as_readable_as_others(folder)
         return
-    save_weights(model, folder, weights.held, weights.dtype, processes)
+    save_weights(model, folder, weights, processes)
     if processes.is_first:
         name = str(weights.dtype).removeprefix("torch.")
         _rewrite(folder / "config.json", lambda config: config | {"dtype": name})  # not that of fp32 masters

@@ -18,25 +18,25 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from run.processes import Processes
-from training.fragments import Fragment, full_shape
+from run.snapshot import Weights
+from training.fragments import Fragment
 
 PART_BYTES = 2 * 2**30  # of a file, and of what is copied from a GPU at a time
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 Layout = list[tuple[str, int, int]]  # of what a process holds: parameter, first element, elements
 
 
-def save_weights(
-    model: PreTrainedModel, folder: Path, held: list[Fragment], dtype: torch.dtype, processes: Processes
-) -> None:
+def save_weights(model: PreTrainedModel, folder: Path, weights: Weights, processes: Processes) -> None:
     """Write config.json, generation_config.json and the weights. Every process calls this.
 
     Args:
-        held: what this process gives, as `model_fragments` has it.
-        dtype: of the weights.
+        model: for its names, shapes and configs.
+        weights: what this process gives.
 
     Raises: on the first process OSError and the like.
     """
-    shapes = {name: full_shape(parameter) for name, parameter in model.named_parameters()}
+    held, dtype = weights.held, weights.dtype
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     parts = plan_parts(shapes, dtype.itemsize)
     layouts: list[Layout] = processes.gather([(each.name, each.start, len(each.tensors["model"])) for each in held])
     weight_map: dict[str, str] = {}
@@ -48,7 +48,7 @@ def save_weights(
         file = WEIGHTS if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
         try:
             if number == 1:
-                tensors |= _buffers(model)
+                tensors |= weights.buffers
             weight_map |= dict.fromkeys(_write(model, folder, tensors, file), file)
         except Exception as error:
             problem = error
@@ -110,12 +110,6 @@ def _collect(
             for (name, start, _), piece in zip(sent, values.split([place[2] for place in sent]), strict=True):
                 put(name, start, piece)
     return {name: whole[name] for name in names}
-
-
-def _buffers(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """What a model's files hold beside its parameters; the same on every process."""
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    return {name: value for name, value in model.state_dict().items() if name not in parameters}
 
 
 def _write(model: PreTrainedModel, folder: Path, tensors: dict[str, torch.Tensor], file: str) -> list[str]:

@@ -12,11 +12,11 @@ from data.mix import Mix
 from recipe.keys import Recipe
 from run.model_files import check_savable
 from run.progress import Progress
-from run.retention import check_disk, steps_between_checkpoints
+from run.retention import check_disk, checkpoint_bytes, steps_between_checkpoints
 from training.adapters import adapter_size
 from training.collate import kept_targets
 from training.fsdp_config import find_sharding, sharded_layers
-from training.memory import check_memory
+from training.memory import check_memory, foretell_copies
 from training.micro_batches import MicroBatch, largest_micro_batches
 from training.model import check_tiny, count_parameters, without_weights
 from training.plan import steps_per_epoch, training_rows
@@ -71,10 +71,12 @@ def preflight(
     if sharding := find_sharding(recipe, dtype):
         sharded_layers(without_weights(recipe, config), sharding)  # are there
     layout = layout_of_this_run(zero, sharding)
-    check_memory(recipe, config, parameters, layout, dtype, largest[0].shape, adapter, frozen)
+    taken = check_memory(recipe, config, parameters, layout, dtype, largest[0].shape, adapter, frozen)
     saved = parameters if adapter is None else adapter.weights
+    checkpoint = checkpoint_bytes(recipe, saved, dtype, layout.keeps_half_weights)
+    foretell_copies(recipe, layout, *checkpoint, taken)
     merged = parameters * dtype.itemsize if recipe.merge_adapter else 0
-    check_disk(recipe, saved, dtype, layout.keeps_half_weights, epoch_steps, total_steps, progress.step, merged)
+    check_disk(recipe, *checkpoint, epoch_steps, total_steps, progress.step, merged)
     found = recipe_warnings(recipe, config, mix, parameters, epoch_steps, total_steps)
     for warning in [*lost, *vocabulary_warnings(recipe, config, tokenizer), *found]:
         say(f"warning: {warning}")

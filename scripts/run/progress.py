@@ -8,6 +8,8 @@ from recipe.keys import Recipe
 from run.best import Best, judge
 from training.plan import Position
 
+KEPT = ("step", "results", "evaluation_due", "wandb_id", "tracker_runs", "unlogged")  # by a checkpoint, as they are
+
 
 class Due(NamedTuple):
     """What is to be done after a step."""
@@ -28,6 +30,7 @@ class Progress:
         evaluation_due: an evaluation of this step was begun and not ended.
         wandb_id: of its run in Weights & Biases; None without one.
         tracker_runs: {tracker: by what it knows its run}, of those other than wandb that want to be told.
+        unlogged: learning_rate and grad_norm of the step just made; empty once a line of metrics.jsonl has them.
         best: of all evaluations, by early_stopping_metric; None before there was one.
         total_steps, epoch_conversations, held_out: of the plan: the last step, the conversations of an epoch, and
             whether there is a validation split.
@@ -43,6 +46,7 @@ class Progress:
     evaluation_due: bool = False
     wandb_id: str | None = None
     tracker_runs: dict[str, str] = field(default_factory=dict)
+    unlogged: dict[str, float] = field(default_factory=dict)
     best: Best | None = None
     patience: int | None = None
 
@@ -61,9 +65,10 @@ class Progress:
         """Whether every step and every evaluation is made, so that only the final model is left to write."""
         return not self.steps_left and not self.evaluation_due
 
-    def advance(self, position: Position) -> None:
+    def advance(self, position: Position, learning_rate: float, grad_norm: float) -> None:
         """A step is made, after which the data stand at `position`."""
         self.step, self.position = self.step + 1, position
+        self.unlogged = {"learning_rate": learning_rate, "grad_norm": grad_norm}
 
     def end_evaluation(self, results: dict[str, float], metric: str) -> bool:
         """An evaluation is made. Returns whether it is the best so far, by a metric that `results` may have."""
@@ -88,6 +93,5 @@ class Progress:
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint, as JSON takes it."""
-        kept = ("step", "results", "evaluation_due", "wandb_id", "tracker_runs")
         best = self.best and asdict(self.best)
-        return {name: getattr(self, name) for name in kept} | {"position": asdict(self.position), "best": best}
+        return {name: getattr(self, name) for name in KEPT} | {"position": asdict(self.position), "best": best}

@@ -16,7 +16,7 @@ from run.checkpoint import Checkpoint, read_checkpoint
 from run.folder import is_ours, refuse_other_run
 from run.health import StepHealth
 from run.model_files import config_changes
-from run.progress import Progress
+from run.progress import KEPT, Progress
 from run.record_file import read_record, still_keys
 from run.retention import list_checkpoints, list_set_aside, step_of
 from run.stats import TrainingStats
@@ -218,8 +218,7 @@ def starting_point(checkpoint: Checkpoint | None, mix: Mix, recipe: Recipe) -> P
     plan["patience"] = recipe.early_stopping_patience
     stood = {"step": 0, "position": Position()}
     if checkpoint:
-        kept = ("step", "results", "evaluation_due", "wandb_id", "tracker_runs")
-        stood = {name: getattr(checkpoint.state, name) for name in kept} | {"position": checkpoint.position}
+        stood = {name: getattr(checkpoint.state, name) for name in KEPT} | {"position": checkpoint.position}
         stood["best"] = checkpoint.best(recipe.early_stopping_metric)
         if checkpoint.position.conversations >= len(training_rows(mix, recipe, checkpoint.position.epoch)):
             stood["position"] = Position(checkpoint.position.epoch + 1)  # of a mix that was made smaller

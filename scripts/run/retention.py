@@ -65,9 +65,10 @@ def remove_folder(folder: Path) -> None:
 
 def checkpoint_bytes(recipe: Recipe, num_parameters: int, dtype: torch.dtype, in_half: bool) -> tuple[int, int]:
     """Bytes of a checkpoint: its model, and its trainer_state (Adam's moments, and the fp32 weights if the model has
-    none: training/optimizer_state.py). Of adapters, `num_parameters` are theirs."""
+    none: training/optimizer_state.py; 0 under save_only_model). Of adapters, `num_parameters` are theirs."""
     half = in_half and dtype != torch.float32
-    return num_parameters * (2 if half else 4), num_parameters * (4 * half + moment_bytes(recipe))
+    state = 0 if recipe.save_only_model else 4 * half + moment_bytes(recipe)
+    return num_parameters * (2 if half else 4), num_parameters * state
 
 
 def disk_peak(recipe: Recipe, model: int, state: int, epoch_steps: int, total_steps: int, start_step: int = 0) -> int:
@@ -111,9 +112,8 @@ def disk_peak(recipe: Recipe, model: int, state: int, epoch_steps: int, total_st
 
 def check_disk(
     recipe: Recipe,
-    num_parameters: int,
-    dtype: torch.dtype,
-    in_half: bool,
+    model: int,
+    state: int,
     epoch_steps: int,
     total_steps: int,
     start_step: int = 0,
@@ -122,15 +122,13 @@ def check_disk(
     """Print the size of a checkpoint, and the room that the run will need beside what is free.
 
     Args:
-        in_half: the engine's model files have the precision of the forward pass (DeepSpeed, FSDP2); else fp32.
+        model, state: bytes of a checkpoint's model and of its trainer_state.
         start_step: of the checkpoint that the run goes on from.
         merged: bytes of a final model with merged adapters.
 
     Raises:
         UserError: the disk of output_dir has less.
     """
-    model, state = checkpoint_bytes(recipe, num_parameters, dtype, in_half)
-    state = 0 if recipe.save_only_model else state
     peak = disk_peak(recipe, model, state, epoch_steps, total_steps, start_step) + merged
     folder = next(path for path in (recipe.output_dir, *recipe.output_dir.absolute().parents) if path.exists())
     free = shutil.disk_usage(folder).free

@@ -36,6 +36,7 @@ from training.fragments import is_sharded
 from training.host_weights import load_model
 from training.model import load_merged
 from training.optimizer_state import loss_scale
+from training.plan import Position
 from training.pretrained import load_pretrained
 from utils.launch import process_index, share_cores, stop_all
 
@@ -144,7 +145,7 @@ class Run:
         with self.clock.spend("training"), one_line_at_minimum_scale():
             yield
 
-    def end_step(self, position, grad_norm: float, updated: bool) -> None:
+    def end_step(self, position: Position, learning_rate: float, grad_norm: float, updated: bool) -> None:
         """A step is made, or was left out; the data stand at `position` now.
 
         Raises:
@@ -152,13 +153,13 @@ class Run:
         """
         self.check_folder()
         self.health.judge((grad_norm, updated), self.progress, self.stats, self.engine, self.batches)
-        self.progress.advance(position)
+        self.progress.advance(position, learning_rate, grad_norm)
         self.log.progress.update()
 
-    def write_metrics(self, learning_rate: float, grad_norm: float) -> None:
+    def write_metrics(self) -> None:
         """A line of metrics.jsonl for the steps since the last one. Every process calls this."""
         self.check_folder()
-        metrics = self.stats.close(self.engine.accelerator) | {"learning_rate": learning_rate, "grad_norm": grad_norm}
+        metrics, self.progress.unlogged = self.stats.close(self.engine.accelerator) | self.progress.unlogged, {}
         scale = loss_scale(self.engine.accelerator)
         self.log.write(self.progress.as_metrics() | metrics | self.health.metrics(metrics.get("loss"), scale))
 
@@ -180,6 +181,8 @@ class Run:
         if metric not in results and (self.recipe.keep_best or self.recipe.early_stopping_patience):
             stop_all(f"early_stopping_metric = {metric}: no token that is held out is scored")
         is_best = self.progress.end_evaluation(results, metric)
+        if self.progress.ends_early:
+            self._write_rest()
         self.log.write(self.progress.as_metrics() | results)
         self.log.show_evaluation(self.progress.step, results)
         if self.samples.due(self.progress):
@@ -193,6 +196,11 @@ class Run:
             link_checkpoints(self.recipe, self.progress.best)  # one of this very step may be there, of a stop
         if is_best and self.recipe.keep_best:
             self.save()
+
+    def _write_rest(self) -> None:
+        """At the end, wherever that is: a line for the steps that have none yet."""
+        if self.progress.unlogged:
+            self.write_metrics()
 
     def save(self) -> None:
         """Write a checkpoint, or begin to, unless this step has one since its evaluation was the best. Every process
@@ -223,6 +231,7 @@ class Run:
         """
         self.check_folder()
         pulse = alive if self.recipe.merge_adapter else bytes_moved
+        self._write_rest()  # of a run that goes on, the checkpoint has them still: the line will be made anew
         self.watch.at("ending the run", pulse if self.main_process else None)
         self.log.close()
         with self.clock.spend("saving"):

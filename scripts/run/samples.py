@@ -137,11 +137,25 @@ class Samples:
 
         Raises: UserError where the memory is too small.
         """
-        room, size = room_for_reply(self.recipe), self.recipe.per_device_eval_batch_size
-        ids, together = [prompt.ids for prompt in self.prompts], engine.accelerator.num_processes > 1
+        return self._replies(engine, [prompt.ids for prompt in self.prompts], room_for_reply(self.recipe))
+
+    def rehearse(self, engine: Engine) -> None:
+        """Take the memory of the largest batch of replies at its fullest, in one forward pass: over prompts that are as
+        long as with all of a reply but its last token. Every process calls this.
+
+        Raises: UserError where the memory is too small.
+        """
+        size, more = self.recipe.per_device_eval_batch_size, room_for_reply(self.recipe) - 1
+        ids = [[*prompt.ids, *prompt.ids[-1:] * more] for prompt in self.prompts]
+        batches = [ids[start : start + size] for start in range(0, len(ids), size)]
+        largest = max(batches, key=lambda batch: len(batch) * max(map(len, batch)), default=[])
+        self._replies(engine, largest, room=1)
+
+    def _replies(self, engine: Engine, prompts: list[list[int]], room: int) -> list[Reply]:
+        size, together = self.recipe.per_device_eval_batch_size, engine.accelerator.num_processes > 1
         try:
             with engine.outside_of_the_loss(), self._counted(engine.language_model):
-                return greedy_replies(engine.language_model, self.tokenizer, ids, room, size, together)
+                return greedy_replies(engine.language_model, self.tokenizer, prompts, room, size, together)
         except torch.OutOfMemoryError as error:
             remedy = "give a smaller per_device_eval_batch_size, or fewer or shorter prompts"
             raise UserError(f"the GPU's memory is too small for the replies to sample_prompts: {remedy}") from error

@@ -6,6 +6,7 @@ the host; a thread does the rest, one checkpoint at a time. (safetensors, file o
 meanwhile: with 0.8.0 another thread was held up for at most 13 ms of 5 s.)
 """
 
+import copy
 import json
 import os
 import shutil
@@ -30,20 +31,19 @@ from run.stats import TrainingStats
 from training.adapter_files import ADAPTER_FILES
 from training.checkpoint_files import TRAINER_STATE, state_file
 from training.engine import Engine
-from training.memory import free_memory, show_bytes
+from training.memory import copies_fit, free_memory, show_bytes
 from training.optimizer_state import save_optimizer
 from utils.errors import UserError
 from utils.files import checksum, flush, remove_tree
 from utils.launch import say, stop_all
-
-MOST_OF_MEMORY = 0.7  # of what the host has free: training goes on beside the copies, and the files are cached
 
 
 class Saver:
     """Writes the checkpoints of a run, one at a time. Made and called by every process at once."""
 
     def __init__(self, engine: Engine, tokenizer, recipe: Recipe, processes: Processes):
-        self.engine, self.tokenizer, self.recipe, self.processes = engine, tokenizer, recipe, processes
+        self.engine, self.recipe, self.processes = engine, recipe, processes
+        self.tokenizer = copy.deepcopy(tokenizer)  # whose padding and truncation a call of the run's own may change
         self._behind = None if recipe.save_in_background else False  # not known before there is something to copy
         device = engine.accelerator.device
         # Else it would begin on the first GPU, where it would take memory for each of the processes.
@@ -98,12 +98,10 @@ class Saver:
 
     def _fits(self, snapshot: Snapshot) -> bool:
         """Whether the copies of all processes fit into each machine's memory; the same on every process."""
-        held = [*snapshot.weights.held, *snapshot.optimizer]
-        own = sum(tensor.nbytes for each in held for tensor in each.tensors.values())
-        sizes = self.processes.gather((os.uname().nodename, own))
+        sizes = self.processes.gather((os.uname().nodename, snapshot.bytes))
         here = sum(size for machine, size in sizes if machine == os.uname().nodename)
         free = free_memory()
-        fits = all(self.processes.gather(here <= MOST_OF_MEMORY * free))
+        fits = all(self.processes.gather(copies_fit(here, free)))
         if not fits:
             say(
                 f"save_in_background: the {show_bytes(here)} of a checkpoint's copies do not fit into the "
@@ -118,7 +116,7 @@ def write_checkpoint(
     """Write checkpoint-<step> of what each process has in its snapshot, then remove what is over save_total_limit.
 
     Args:
-        model: for its names and its config; its weights are not looked at.
+        model: for its names and its configs, an `Engine.outline`: in a thread, none that is trained meanwhile.
 
     Raises: UserError as `Saver.save`.
     """

@@ -1,9 +1,11 @@
 """What a checkpoint is written from: what a process holds at one moment, in place or copied to the host's memory."""
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from recipe.keys import Recipe
 from run.stats import TrainingStats
@@ -20,11 +22,13 @@ class Weights:
 
     Attributes:
         dtype: of `held`, the parts of a model's weights; there are none of a model with adapters.
+        buffers: what a model's files hold beside its parameters, on the first process.
         adapter: the adapter's tensors by their names in its file.
     """
 
     dtype: torch.dtype
     held: list[Fragment] = field(default_factory=list)
+    buffers: dict[str, torch.Tensor] = field(default_factory=dict)
     adapter: dict[str, torch.Tensor] | None = None
 
 
@@ -36,6 +40,13 @@ class Snapshot:
     process: dict[str, Any]
     weights: Weights
     optimizer: list[Fragment]
+
+    @property
+    def bytes(self) -> int:
+        """Of its tensors."""
+        tensors = [*self.weights.buffers.values(), *(self.weights.adapter or {}).values()]
+        tensors += [tensor for each in [*self.weights.held, *self.optimizer] for tensor in each.tensors.values()]
+        return sum(tensor.nbytes for tensor in tensors)
 
 
 class HostCopies:
@@ -50,8 +61,9 @@ class HostCopies:
             for each in held:
                 for kind, tensor in each.tensors.items():
                     each.tensors[kind] = self._copied((what, each.name, each.start, kind), tensor)
-        for name, tensor in (snapshot.weights.adapter or {}).items():
-            snapshot.weights.adapter[name] = self._copied(("adapter", name), tensor)
+        for what, named in {"buffer": snapshot.weights.buffers, "adapter": snapshot.weights.adapter or {}}.items():
+            for name, tensor in named.items():
+                named[name] = self._copied((what, name), tensor)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -70,12 +82,19 @@ def trained_weights(engine: Engine) -> Weights:
     accelerator, model = engine.accelerator, engine.language_model
     if has_adapter(model):
         return Weights(torch.float32, adapter=adapter_tensors(model) if accelerator.is_main_process else None)
-    return Weights(file_dtype(accelerator, model), [*model_fragments(accelerator, model)])
+    buffers = saved_buffers(model) if accelerator.is_main_process else {}
+    return Weights(file_dtype(accelerator, model), [*model_fragments(accelerator, model)], buffers)
+
+
+def saved_buffers(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """What a model's files hold beside its parameters; the same on every process."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return {name: value for name, value in model.state_dict().items() if name not in parameters}
 
 
 def take_snapshot(engine: Engine, recipe: Recipe, state: dict[str, Any], stats: TrainingStats) -> Snapshot:
-    """What this process has to write of a checkpoint, its tensors in place, not copied."""
+    """What this process has to write of a checkpoint, its tensors in place, not copied, all else as it is now."""
     process, held = {"stats": stats.state_dict(), "random": random_state()}, []
     if not recipe.save_only_model:
         held = optimizer_fragments(engine.accelerator, engine.language_model, engine.optimizer)
-    return Snapshot(state, process, trained_weights(engine), held)
+    return Snapshot(copy.deepcopy(state), process, trained_weights(engine), held)

@@ -1,5 +1,6 @@
 """The engine: Accelerate's processes around the model and its optimizer, by DDP, DeepSpeed or FSDP2, on any machine."""
 
+import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -24,7 +25,7 @@ from training.fsdp import (
     updated,
 )
 from training.fsdp_config import find_sharding, hide_plugin, sharding_of
-from training.host_weights import outline_of, receive_weights
+from training.host_weights import receive_weights
 from training.linear import HalfWeights
 from training.loss import ScoredLoss
 from training.neox import fuse_layers
@@ -32,7 +33,7 @@ from training.optimizer import clip_fused_step, make_optimizer
 from training.optimizer_state import load_loss_scale, loss_scale_state
 from training.plan import accumulation_steps
 from training.shared_folder import check_shared_folder
-from training.zero import deepspeed_plugin, ready_for_engine, shards_weights
+from training.zero import deepspeed_plugin, ready_for_engine
 from utils.launch import check_processes, has_gpu, num_processes, process_group_options
 
 
@@ -43,7 +44,7 @@ class Engine:
     Attributes:
         model: the loss of the language model, as DDP, DeepSpeed or FSDP2 have wrapped it.
         language_model: itself, inside of it.
-        outline: what has its names and its config, but perhaps no weights; training leaves it alone.
+        outline: its names, shapes and configs as they were before the first step, and no tensor (`outline_of`).
         scheduler: stepped once after each update of the weights.
         half_weights: under autocast, of its linear layers.
     """
@@ -152,15 +153,12 @@ def prepare_engine(
     """The model's loss, AdamW and the learning rate's curve, as `accelerator` runs them."""
     deepspeed, sharding = accelerator.state.deepspeed_plugin is not None, sharding_of(accelerator)
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision)
+    outline = outline_of(language_model)
     model = ScoredLoss(language_model, recipe).train()
-    outline = language_model
     if sharding:
-        outline = outline_of(language_model, half or torch.float32)
         shard_model(model, language_model, accelerator, half or torch.float32)
     elif not deepspeed:
         receive_weights(model, accelerator.device)
-    elif shards_weights(accelerator):
-        outline = outline_of(language_model, language_model.dtype)
     optimizer, scheduler = make_optimizer(model, recipe, total_steps, deepspeed)
     if deepspeed:
         ready_for_engine(accelerator, model)
@@ -172,6 +170,23 @@ def prepare_engine(
     autocast = half and not deepspeed and not sharding
     half_weights = for_autocast(language_model, optimizer.optimizer, half) if autocast else None
     return Engine(accelerator, model, language_model, outline, optimizer, scheduler, half_weights)
+
+
+def outline_of(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a model whose parameters and buffers are on the device `meta`.
+
+    A checkpoint is written from its names, shapes and configs by a thread, while the main one trains, evaluates and has
+    the model itself reply, for which that gets another generation config and attention for a while.
+    """
+    memo: dict[int, Any] = {}
+    for tensor in model.parameters():
+        memo[id(tensor)] = torch.nn.Parameter(torch.empty_like(tensor, device="meta"), tensor.requires_grad)
+    for tensor in model.buffers():
+        memo[id(tensor)] = torch.empty_like(tensor, device="meta")
+    for layer in model.modules():
+        if (factors := getattr(layer, "quant_state", None)) is not None:  # of a layer in 4 bits
+            memo[id(factors)] = None
+    return copy.deepcopy(model, memo)
 
 
 def for_autocast(model: PreTrainedModel, optimizer: torch.optim.Optimizer, dtype: torch.dtype) -> HalfWeights:

@@ -5,7 +5,6 @@ CPU that each read 135 million in fp32, then kept their rows under FSDP2, held 3
 which all but the first 0.3 to 0.4 each: their rows (0.13), and what is gathered of the first's at a time.
 """
 
-import copy
 from pathlib import Path
 
 import torch
@@ -67,19 +66,6 @@ def _build_empty(
     for name, buffer_dtype in buffers:
         own[name].data = own[name].data.to(buffer_dtype)
     return whole.ready_for_training(model, recipe)
-
-
-def outline_of(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Names, config and buffers of a model, for what saves it while its parameters come and go; in a dtype."""
-    with init_empty_weights(include_buffers=False):
-        outline = type(model)(copy.deepcopy(model.config))
-    outline.tie_weights()
-    _fit_parameters(outline, [(name, dtype, True) for name, _ in model.named_parameters()])
-    for name, buffer in model.named_buffers():
-        module, _, own = name.rpartition(".")
-        setattr(outline.get_submodule(module), own, buffer)
-    outline.generation_config = model.generation_config
-    return outline
 
 
 def _fit_parameters(model: PreTrainedModel, parameters: list[tuple]) -> None:

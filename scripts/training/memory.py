@@ -16,10 +16,12 @@ from training.adapters import AdapterSize
 from training.attention import attention_heads, choose_attention
 from training.loss import rows_of_a_chunk
 from training.plan import accumulation_steps
-from training.state_layout import ModelSize, StateLayout, deepspeed_layout, device_state, host_state
+from training.state_layout import ModelSize, StateLayout, deepspeed_layout, device_state, host_state, saving_bytes
 from utils.errors import UserError
 from utils.launch import has_gpu, say
 from utils.tables import counted
+
+MOST_OF_MEMORY = 0.7  # of what the host has free, for a checkpoint's copies: training goes on beside them
 
 
 def estimate_memory(
@@ -152,9 +154,12 @@ def check_memory(
     shape: tuple[int, int],
     adapter: AdapterSize | None = None,
     frozen: int = 0,
-) -> None:
-    """Print the estimate beside the memory of each GPU (without one, of the machine), and a warning if it is over it;
-    UserError when weights, gradients and optimizer alone are."""
+) -> int:
+    """Print the estimate beside the memory of each GPU (without one, of the machine), and a warning if it is over it.
+
+    Returns: bytes of this machine's own memory that are always taken.
+    Raises: UserError when weights, gradients and optimizer alone are over it.
+    """
     gpu, local = has_gpu(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
     def need(layout: StateLayout, recipe: Recipe = recipe) -> dict[str, int]:
@@ -163,12 +168,13 @@ def check_memory(
 
     parts = need(layout)
     resident, peak = resident_of(parts), peak_of(parts)
+    on_host = resident
     if gpu:
         devices = range(min(local, torch.cuda.device_count()))
         memory = min(torch.cuda.get_device_properties(device).total_memory for device in devices)
         where = f"of each GPU ({layout.processes} in all)"
         size = model_size(config, num_parameters, adapter, frozen, dtype.itemsize)
-        _check_host(local, layout, host_state(layout, size, dtype.itemsize, moment_bytes(recipe)))
+        on_host = _check_host(local, layout, host_state(layout, size, dtype.itemsize, moment_bytes(recipe)))
     else:
         memory, where = psutil.virtual_memory().total, f"of memory, for the {counted(local, 'process')} here"
     shown = {name: size for name, size in parts.items() if name != "step" and (size or name != "transient")}
@@ -206,12 +212,13 @@ def check_memory(
             remedies.append("a smaller per_device_train_batch_size with more gradient_accumulation_steps")
         remedies.append("a smaller max_length")
         say(f"warning: by this estimate memory will run out: give {', or '.join(remedies)}")
+    return on_host
 
 
-def _check_host(local: int, layout: StateLayout, of_each: dict[str, int]) -> None:
+def _check_host(local: int, layout: StateLayout, of_each: dict[str, int]) -> int:
     """The same of the host's memory, for what the `local` processes here have offloaded to it."""
     if not of_each:
-        return
+        return 0
     host, installed, what = local * sum(of_each.values()), psutil.virtual_memory().total, " and ".join(of_each)
     say(f"memory of the host, estimated: {show_bytes(host)} of {show_bytes(installed)} for the offloaded {what}")
     if host > installed:
@@ -220,6 +227,35 @@ def _check_host(local: int, layout: StateLayout, of_each: dict[str, int]) -> Non
         raise UserError(
             f"{key}: {show_bytes(host)} of fp32 weights, moments and gradients do "
             f"not fit into the host's {show_bytes(installed)}: take more machines, or no offload"
+        )
+    return host
+
+
+def copies_in_memory(recipe: Recipe, layout: StateLayout, model: int, state: int, local: int) -> int:
+    """`saving_bytes` of a checkpoint of these bytes; 0 where training waits for it, or there is none."""
+    saves = recipe.save_strategy != "no" or recipe.keep_best
+    return saving_bytes(layout, model, state, local) if recipe.save_in_background and saves else 0
+
+
+def copies_fit(size: int, free: int) -> bool:
+    """Whether a checkpoint's copies may take so much of what a machine has free; else training waits for each save."""
+    return size <= MOST_OF_MEMORY * free
+
+
+def foretell_copies(recipe: Recipe, layout: StateLayout, model: int, state: int, taken: int) -> None:
+    """Print what the copies of a checkpoint will take of this machine's memory, and whether they will fit.
+
+    Args:
+        model, state: bytes of a checkpoint's model and of its trainer_state.
+        taken: bytes of that memory that training will take, which has not begun.
+    """
+    size = copies_in_memory(recipe, layout, model, state, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    free = max(0, free_memory() - taken)
+    if size:
+        say(
+            f"memory of the host, estimated: {show_bytes(size)} of the {show_bytes(free)} that training leaves free, "
+            "for the copies of a checkpoint that is written behind it (save_in_background)"
+            + ("" if copies_fit(size, free) else ": they do not fit, and training will wait for each save")
         )
 
 

@@ -12,6 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from run import model_parts
 from run.model_parts import INDEX, plan_parts, save_weights
+from run.snapshot import Weights, saved_buffers
+from training.engine import outline_of
 from training.fragments import Fragment
 
 
@@ -49,10 +51,11 @@ def save(model, folder, count: int, seed: int = 0) -> None:
     barrier, values = threading.Barrier(count), [None] * count
     shared = {"barrier": barrier, "values": values, "sent": [queue.Queue() for _ in range(count)]}
     dtype, held, problems = next(model.parameters()).dtype, held_by(model, count, seed), []
+    outline, buffers = outline_of(model), saved_buffers(model)
 
     def act(index: int) -> None:
         try:
-            save_weights(model, folder, held[index], dtype, Threads(index, count, shared))
+            save_weights(outline, folder, Weights(dtype, held[index], buffers), Threads(index, count, shared))
         except BaseException as problem:
             problems.append(problem)
 

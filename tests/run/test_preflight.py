@@ -26,7 +26,7 @@ from run.retention import check_disk, checkpoint_bytes, disk_peak
 from training.batches import Batches
 from training.collate import Batch, collate
 from training.loss import ScoredLoss
-from training.memory import check_memory, estimate_memory
+from training.memory import check_memory, estimate_memory, foretell_copies
 from training.micro_batches import _planned_epochs, largest_micro_batches
 from training.model import load_model
 from training.plan import Position, epoch_plan, packs_per_step, steps_per_epoch
@@ -577,13 +577,38 @@ def test_checkpoints_that_are_there_are_used_room_until_they_are_removed(tmp_pat
 
 def test_disk_is_refused_with_the_keys_that_help(tmp_path, capsys):
     recipe = make_recipe(output_dir=tmp_path / "not" / "yet", save_steps=10)
-    check_disk(recipe, 1_000_000, torch.float32, False, 10, 100)
+    check_disk(recipe, 4_000_000, 8_000_000, 10, 100)
     line = capsys.readouterr().out
     # 5 models of 4 MB and 3 states of 8 at the fullest moment.
     assert "a checkpoint takes 11.4 MiB (model 3.81 MiB, what resuming needs 7.63 MiB)" in line
     assert "up to 42 MiB of the" in line
     with pytest.raises(UserError, match=r"output_dir = .*save_total_limit = 4, keep_trainer_state = 2"):
-        check_disk(recipe, 10**16, torch.float32, False, 10, 100)
+        check_disk(recipe, 4 * 10**16, 8 * 10**16, 10, 100)
+
+
+@pytest.mark.parametrize(
+    ("keys", "shown"),
+    [
+        ({}, "12 GiB of the 18 GiB"),
+        ({"save_only_model": True}, "4 GiB of the 18 GiB"),
+        ({"optimizer_state_dtype": "bf16"}, "8 GiB of the 18 GiB"),
+        ({"save_strategy": "no", "keep_best": True}, "12 GiB of the 18 GiB"),
+        ({"save_strategy": "no"}, None),
+        ({"save_in_background": False}, None),
+    ],
+)
+def test_copies_of_a_checkpoint_are_foretold(monkeypatch, capsys, keys, shown):
+    """Of 2^30 weights in fp32, where 20 GiB are free and training will take 2."""
+    recipe = make_recipe(**keys)
+    checkpoint = checkpoint_bytes(recipe, 2**30, torch.float32, in_half=False)
+    for free, fits in ((20, True), (3, False)):
+        monkeypatch.setattr("psutil.virtual_memory", lambda free=free: SimpleNamespace(available=free * 2**30))
+        foretell_copies(recipe, replicated(1), *checkpoint, taken=2 * 2**30)
+        line = capsys.readouterr().out
+        assert bool(line) == bool(shown)
+        if shown and fits:
+            assert line.startswith(f"memory of the host, estimated: {shown} that training leaves free")
+        assert ("they do not fit, and training will wait for each save" in line) == (bool(line) and not fits)
 
 
 def test_moments_in_bf16_take_half_of_the_disk_but_not_under_deepspeed():
@@ -601,6 +626,7 @@ def test_a_checkpoint_has_the_size_that_was_announced(run_sft, how):
     if how == "zero2x2":
         keys, dtype = (*keys, "--dtype", "bf16"), torch.bfloat16
     run = run_sft("recipes/demo.yaml", *keys, launch=how)
+    assert run.stdout.count("for the copies of a checkpoint") == 1
     folder = run.output_dir / "checkpoint-1"
     parameters = count(AutoConfig.from_pretrained(folder))
     model, state = checkpoint_bytes(load_recipe(run.output_dir / "recipe.yaml"), parameters, dtype, how == "zero2x2")

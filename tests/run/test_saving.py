@@ -2,6 +2,7 @@
 silence. (The whole of a run that is killed while one is written is tests/run/test_faults.py.)
 """
 
+import json
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,30 +14,39 @@ from accelerate import Accelerator
 from checkpoints import save_now, state_at
 from interruption import metrics, run_here, small_recipe
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from recipe.keys import Recipe
 from run import saving
 from run.checkpoint import read_checkpoint
 from run.processes import Processes
+from run.retention import checkpoint_bytes
 from run.saving import Saver
+from run.snapshot import take_snapshot
 from run.stats import Clock, TrainingStats
-from training.engine import Engine
+from training.checkpoint_files import state_file
+from training.engine import prepare_engine
+from training.memory import copies_in_memory
 from training.optimizer import make_optimizer
+from training.state_layout import replicated
 from utils.errors import UserError
 
 
 @pytest.fixture
-def saver(tmp_path, tiny_model):
+def tokenizer(tiny_model):
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+@pytest.fixture
+def saver(tmp_path, tiny_model, tokenizer):
     """Of a process alone."""
-    values = {"model_name": "none", "output_dir": str(tmp_path / "run"), "datasets": ["vicuna"]}
+    values = {"model_name": "none", "output_dir": str(tmp_path / "run"), "datasets": ["vicuna"], "dtype": "fp32"}
     recipe = Recipe.model_validate(values)
     recipe.output_dir.mkdir()
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model.register_buffer("seen", torch.zeros(3))
     accelerator = Accelerator(cpu=True)
-    optimizer, _ = make_optimizer(model, recipe, 10, deepspeed=False)
-    engine = Engine(accelerator, model, model, model, accelerator.prepare(optimizer), None)
-    return Saver(engine, AutoTokenizer.from_pretrained(tiny_model), recipe, Processes(accelerator))
+    return Saver(prepare_engine(accelerator, model, recipe, 10), tokenizer, recipe, Processes(accelerator))
 
 
 @pytest.fixture
@@ -75,7 +85,7 @@ def test_it_is_of_the_moment_that_it_was_asked_for(saver, stats, held_up):
     folder = saver.recipe.output_dir
     for step in (1, 2):
         train(saver)
-        weights = {name: tensor.clone() for name, tensor in saver.engine.model.state_dict().items()}
+        weights = {name: tensor.clone() for name, tensor in saver.engine.language_model.state_dict().items()}
         saver.save(state_at(saver.recipe, step), stats)
         train(saver)
         assert not (folder / f"checkpoint-{step}").exists()
@@ -84,9 +94,41 @@ def test_it_is_of_the_moment_that_it_was_asked_for(saver, stats, held_up):
         held_up.clear()
         checkpoint = read_checkpoint(folder / f"checkpoint-{step}")
         loaded = AutoModelForCausalLM.from_pretrained(checkpoint.path).state_dict()
-        assert all(torch.equal(loaded[name], weights[name]) for name in weights)
-    now = saver.engine.model.state_dict()
-    assert not any(torch.equal(now[name], weights[name]) for name in weights)
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in loaded.items())
+    now = saver.engine.language_model.state_dict()
+    assert not any(torch.equal(now[name], weights[name]) for name in loaded)
+
+
+def test_nothing_that_the_run_does_meanwhile_is_in_it(saver, tokenizer, stats, held_up):
+    """Replies to samples bring another generation config and attention, whoever calls the tokenizer its padding, a
+    forward pass its buffers, an evaluation its results."""
+
+    def save(step: int) -> dict[str, object]:
+        state = state_at(saver.recipe, step, results={"eval_loss": 1.0})
+        saver.save(state, stats)
+        if not held_up.is_set():
+            state["results"]["eval_loss"] = state["health"]["norm_peak"] = 2.0
+            model.generation_config = GenerationConfig(max_new_tokens=7, eos_token_id=[1, 2])
+            model.config.update({"vocab_size": 3, "rope_parameters": None, "architectures": ["Another"], "noted": 1})
+            model.set_attn_implementation("eager")
+            model.get_buffer("seen").add_(1)
+            tokenizer(["a", "long text"], padding=True, truncation=True, max_length=2)
+            tokenizer.add_tokens(["<later>"])
+            tokenizer.chat_template = "another"
+            held_up.set()
+        saver.wait()
+        path = saver.recipe.output_dir / f"checkpoint-{step}"
+        texts = {file.name: json.loads(file.read_text()) for file in path.glob("*.json")}
+        kept = {key: json.loads(state_file(path).read_text())[key] for key in ("results", "health")}
+        return {"state": kept, "seen": contents(path)["seen"].tolist(), **texts}
+
+    model = saver.engine.language_model
+    held_up.set()
+    before = save(1)
+    held_up.clear()
+    assert save(2) == before
+    assert before["seen"] == [0, 0, 0]
+    assert before["tokenizer.json"]["truncation"] is None
 
 
 def test_waited_for_it_holds_the_same(saver, stats):
@@ -120,6 +162,16 @@ def test_what_could_not_be_written_is_told_by_whatever_comes_next(saver, stats, 
     again = {"save": (state_at(saver.recipe, 2), stats), "wait": (), "save_final_model": ()}[told]
     with pytest.raises(UserError, match=r"checkpoint-1 could not be written: .*No such file"):
         getattr(saver, told)(*again)
+
+
+@pytest.mark.parametrize("keys", [{}, {"save_only_model": True}, {"optimizer_state_dtype": "bf16"}], ids=str)
+def test_the_copies_are_as_large_as_is_foretold(saver, stats, keys):
+    recipe, parameters = saver.recipe.model_copy(update=keys), saver.engine.language_model.num_parameters()
+    saver.engine.optimizer, _ = make_optimizer(saver.engine.model, recipe, 10, deepspeed=False)
+    saver.engine.optimizer = saver.engine.accelerator.prepare(saver.engine.optimizer)
+    snapshot = take_snapshot(saver.engine, recipe, state_at(recipe, 1), stats)
+    checkpoint = checkpoint_bytes(recipe, parameters, torch.float32, in_half=False)
+    assert snapshot.bytes == copies_in_memory(recipe, replicated(1), *checkpoint, local=1) + 12  # of the buffer
 
 
 def test_without_memory_for_the_copies_training_waits(saver, stats, monkeypatch, capsys, held_up):

@@ -1,9 +1,11 @@
 """What is seen of a run while it trains: replies, the best checkpoint, an early end; stopped and gone on, the same."""
 
+import contextlib
 import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from conftest import run_script
 from export import open_source
 from hypothesis import given
 from hypothesis import strategies as st
-from interruption import Died, run_here, small_recipe
+from interruption import Died, metrics, run_here, small_recipe
 from mixes import make_progress, make_recipe
 from test_resume import assert_same_end
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -168,6 +170,40 @@ def test_a_run_that_was_stopped_is_the_same(tmp_path, recipe, whole, stops, monk
     assert not list(tmp_path.glob(".*.tmp"))
 
 
+def training_lines(output: Path) -> dict[int, dict]:
+    """Of metrics.jsonl, by their steps."""
+    lines = [line for line in metrics(output) if "eval_loss" not in line]
+    assert len(lines) == len({line["step"] for line in lines})
+    return {line["step"]: line for line in lines}
+
+
+def test_an_early_end_between_two_lines_is_logged_as_a_last_step_is(whole):
+    """Though it shows only when the evaluation is made."""
+    *_, line, evaluation = metrics(whole.output_dir)
+    steps = [1, *range(3, 31, 3), 32]
+    assert [*training_lines(whole.output_dir)] == steps
+    assert (line["step"], evaluation["step"]) == (32, 32)
+    assert line.keys() == training_lines(whole.output_dir)[30].keys()
+    assert line["tokens"] == json.loads((whole.output_dir / "run.json").read_text())["report"]["tokens"]
+
+
+@pytest.mark.parametrize("moment", [{"steps": 8}, {"evaluation_batches": 2 * BATCHES - 1}, {"steps": 9}], ids=str)
+def test_a_stop_between_two_lines_is_logged_until_the_run_goes_on(tmp_path, recipe, whole, moment):
+    """After step 8, in the evaluation of that, and after step 9, where there is a line anyway. Going on as many steps
+    as there are left by another max_steps, none, the line is there again."""
+    assert run_here(recipe, output_dir=tmp_path, **moment).returncode == 75
+    step = moment.get("steps", 8)
+    lines = training_lines(tmp_path)
+    assert [*lines] == sorted({1, 3, 6, step})
+    expected = training_lines(whole.output_dir)
+    assert lines.items() >= {at: line for at, line in expected.items() if at <= step}.items()
+    assert lines[step].keys() == expected[6].keys()
+    keys = ("--max_steps", step, "--allow_changes")
+    run = run_here(recipe, *keys, output_dir=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert training_lines(tmp_path) == lines
+
+
 def test_more_patience_goes_on_where_it_ended(tmp_path, recipe, whole):
     """From the link, which is another's by then; and though no line tells any longer which evaluation was the best."""
     output = shutil.copytree(whole.output_dir, tmp_path / "output", symlinks=True)
@@ -268,6 +304,46 @@ def test_half_precision_by_autocast(chat):
     model, tokenizer = chat
     with torch.autocast("cpu", torch.bfloat16):
         assert len(greedy_replies(model, tokenizer, [[5, 6], [7]], 4, 2)) == 2
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_the_rehearsal_is_of_the_largest_batch_at_its_fullest(tmp_path, chat, size):
+    """By what each forward pass has to hold: rows times places, those of the cache among them."""
+    model, tokenizer = chat
+    (tmp_path / "prompts.txt").write_text("".join(f"{'word ' * count}\n" for count in (3, 9, 1, 1, 7)))
+    keys = {"sample_every": 1, "sample_prompts": str(tmp_path / "prompts.txt"), "max_length": 64}
+    own = Samples(make_recipe(per_device_eval_batch_size=size, **keys), tokenizer)
+    accelerator = SimpleNamespace(num_processes=1)
+    engine = SimpleNamespace(accelerator=accelerator, language_model=model, outside_of_the_loss=contextlib.nullcontext)
+    held = []
+
+    def measure(_, arguments, options) -> None:
+        cached = options["past_key_values"].get_seq_length()
+        held.append(len(options["input_ids"]) * (cached + options["input_ids"].shape[1]))
+
+    def end_none(_, __, logits):
+        return logits.index_fill(-1, torch.tensor([5]), 1e9)  # the likeliest token ends nothing
+
+    head = model.get_output_embeddings()
+    hooks = [model.register_forward_pre_hook(measure, with_kwargs=True), head.register_forward_hook(end_none)]
+    own.rehearse(engine)
+    (rehearsed,) = held
+    own.take(engine)
+    for hook in hooks:
+        hook.remove()
+    assert max(held[1:]) == rehearsed
+
+
+def test_memory_that_is_too_small_for_replies_is_told_before_the_first_step(tmp_path, recipe, monkeypatch):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("run.samples.reply_to", fail)
+    run = run_here(recipe, output_dir=tmp_path)
+    assert run.returncode == 2
+    (error,) = run.errors
+    assert error.startswith("error: the GPU's memory is too small for the replies to sample_prompts: give a smaller")
+    assert not (tmp_path / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def load_tokenizer(recipe: Recipe):
 
 
 def load_config(recipe: Recipe) -> PretrainedConfig:
-    """The model's config, as `ready_config` has it.  Raises: UserError also when there is none, or weights are cut off."""
+    """The model's config, as `ready_config` has it.  Raises: UserError also where it or whole weights are missing."""
     config = ready_config(recipe, _load(AutoConfig, recipe))
     folder = model_folder(recipe.model_name)
     if folder and not recipe.from_scratch:

@@ -30,6 +30,7 @@ from utils.command_line import positive
 from utils.errors import UserError, one_line_errors
 
 MOST_CARDS = 4096
+MOST_TOKENS = 10**10  # of an epoch: 15 million conversations, which are planned in half a minute
 
 
 def read_command_line() -> tuple[argparse.Namespace, Recipe | None, str, dict[str, str]]:
@@ -38,9 +39,9 @@ def read_command_line() -> tuple[argparse.Namespace, Recipe | None, str, dict[st
     parser.add_argument(
         "--gpus", type=counts, default=[1, 2, 4, 8, 16], metavar="N,N", help="numbers of cards (1 to 16)"
     )
-    parser.add_argument("--price", type=above_zero, metavar="PRICE", help="of a card and hour, in any money")
+    parser.add_argument("--price", type=number, metavar="PRICE", help="of a card and hour, in any money")
     parser.add_argument(
-        "--mfu", type=above_zero, metavar="SHARE", help="of the card's peak that forward and backward reach"
+        "--mfu", type=number, metavar="SHARE", help="of the card's peak that forward and backward reach"
     )
     parser.add_argument("--tokens", type=positive, metavar="N", help="of an epoch, in place of the recipe's data")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw it")
@@ -51,6 +52,8 @@ def read_command_line() -> tuple[argparse.Namespace, Recipe | None, str, dict[st
     options, file, overrides = parse_with_recipe(parser)
     if options.mfu and options.mfu > 1:
         raise UserError(f"command line: --mfu {options.mfu:g}: a share, of at most 1")
+    if options.tokens and options.tokens > MOST_TOKENS:
+        raise UserError(f"command line: --tokens {options.tokens}: at most {MOST_TOKENS:,} of an epoch are planned")
     if options.write_tables:
         if file or overrides:
             raise UserError("command line: --write_tables is of the recipes that ship, and takes no other")
@@ -66,15 +69,15 @@ def counts(text: str) -> list[int]:
     return found
 
 
-def above_zero(text: str) -> float:
-    """A number over 0, as argparse's `type`."""
+def number(text: str) -> float:
+    """A number over 0, as argparse's `type`; none that makes a sum of money or time infinite."""
     try:
-        number = float(text)
+        found = float(text)
     except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is no number over 0")
-    return number
+        found = 0.0
+    if not 1e-6 <= found <= 1e9:
+        raise argparse.ArgumentTypeError(f"{text} is no number over 0, of up to a billion")
+    return found
 
 
 # Read before torch is loaded, so that a typing mistake is answered at once.
@@ -93,6 +96,8 @@ from utils.tables import make_console, make_table
 
 
 def main(options: argparse.Namespace, recipe: Recipe, recipe_file: str, overrides: dict[str, str]) -> None:
+    # Which attention runs is a matter of those cards, not of this machine.
+    recipe = recipe.model_copy(update={"attn_implementation": None})
     card, config = options.gpu, find_config(recipe)
     mix, data = find_mix(recipe, options.tokens)
     subject = make_subject(recipe, config, mix, options.mfu)

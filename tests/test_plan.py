@@ -36,11 +36,15 @@ def test_the_seeds_recipe(tmp_path):
 
 
 def test_the_command_has_what_was_typed():
-    run = plan(SEED, "--gpus", "8", "--gpu", "mine:90:800:3000", "--learning_rate", "2e-5", "--output_dir", "my run")
+    """`varlen_attn` runs on those cards, though not on this machine. Cards that would compute nothing are said."""
+    typed = ["--learning_rate", "2e-5", "--output_dir", "my run", "--attn_implementation", "varlen_attn"]
+    run = plan(SEED, "--gpus", "64", "--gpu", "h100:90:800:3000", *typed)  # a name that has been measured, of another
     command = run.stdout.splitlines()[-1]
     assert f"scripts/sft.py {SEED} " in command
-    assert "--learning_rate 2e-5 --output_dir 'my run'" in command
-    assert "of this card nothing has been measured" in " ".join(run.stdout.split())
+    assert "--learning_rate 2e-5 --output_dir 'my run' --attn_implementation varlen_attn" in command
+    said = " ".join(run.stdout.split())
+    assert "of this card nothing has been measured" in said
+    assert "a step has 32 conversations (global_batch_size): of 64 cards 32 would compute nothing" in said
 
 
 def test_what_fits_nowhere_is_an_answer():
@@ -55,6 +59,7 @@ def test_what_fits_nowhere_is_an_answer():
         (["--gpu", "h200"], "--gpu h200: give h100, a100-80"),
         (["--gpu", "mine:80:1"], "--gpu mine:80:1: give"),
         (["--gpu", "mine:nan:1:1"], "--gpu mine:nan:1:1: give"),
+        (["--gpu", "mine:80:1e-9:1"], "--gpu mine:80:1e-9:1: give"),
         (["--gpu", ":80:1:1"], "--gpu :80:1:1: give"),
         (["--gpus", "0"], "0 is no whole number of at least 1"),
         (["--gpus", "4,"], "is no whole number of at least 1"),
@@ -62,12 +67,15 @@ def test_what_fits_nowhere_is_an_answer():
         (["--gpus", "99999"], "99999 cards are more than 4,096"),
         (["--price", "-1"], "-1 is no number over 0"),
         (["--price", "cheap"], "cheap is no number over 0"),
+        (["--price", "1e308"], "1e308 is no number over 0, of up to a billion"),
         (["--mfu", "40"], "--mfu 40: a share, of at most 1"),
         (["--tokens", "0"], "0 is no whole number of at least 1"),
+        (["--tokens", "10000000001"], "--tokens 10000000001: at most 10,000,000,000"),
         (["--lerning_rate", "1"], "unknown key lerning_rate: did you mean learning_rate?"),
         (["--write_tables"], "--write_tables is of the recipes that ship"),
         (["--model_name", "some/model"], "model_name = some/model: its config.json is not on this machine"),
         (["--plot", "gone/plan.png"], "--plot gone/plan.png: cannot be written"),
+        (["--plot", "docs"], "--plot docs: cannot be written"),
         (["--plot", "plan.docx"], "--plot plan.docx: cannot be written"),
         (["--json", "gone/plan.json"], "--json gone/plan.json: cannot be written"),
     ],

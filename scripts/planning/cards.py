@@ -1,6 +1,5 @@
 """GPUs, by the numbers of their data sheets, and what of them a training step reaches."""
 
-import math
 from typing import NamedTuple
 
 from utils.errors import UserError
@@ -62,6 +61,6 @@ def find_card(text: str) -> Card:
         memory, teraflops, gigabytes = (float(number) for number in numbers)
     except ValueError:
         raise UserError(problem) from None
-    if not all(0 < number < 1e6 and math.isfinite(number) for number in (memory, teraflops, gigabytes)):
+    if not all(0.01 <= number < 1e6 for number in (memory, teraflops, gigabytes)):
         raise UserError(problem)
     return Card(name, int(memory * GIB), teraflops * 1e12, gigabytes * 1e9, PCIE, 50e9)

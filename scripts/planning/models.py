@@ -3,7 +3,7 @@
 from transformers import AutoConfig, PretrainedConfig
 
 from recipe.keys import Recipe
-from training.model import load_config
+from training.model import load_config, ready_config
 from training.weight_files import model_folder
 from utils.errors import UserError
 
@@ -46,8 +46,4 @@ def find_config(recipe: Recipe) -> PretrainedConfig:
             f"model_name = {recipe.model_name}: its config.json is not on this machine: `hf download "
             f"{recipe.model_name} config.json` fetches it (no weights are needed)"
         )
-    config = AutoConfig.for_model(**CONFIGS[recipe.model_name])
-    if recipe.max_length > config.max_position_embeddings:
-        positions = config.max_position_embeddings
-        raise UserError(f"max_length = {recipe.max_length}: {recipe.model_name} has {positions} positions")
-    return config
+    return ready_config(recipe, AutoConfig.for_model(**CONFIGS[recipe.model_name]))

@@ -10,10 +10,11 @@ from planning.cards import GIB, Card
 from planning.measured import Measured
 from planning.search import Plan, Subject
 from training.memory import show_bytes
+from training.plan import packs_per_step
 from utils.errors import UserError
+from utils.tables import counted
 
 PARTS = ("weights", "gradients", "optimizer", "transient", "activations", "logits", "step")
-from utils.tables import counted
 
 
 def in_order(plans: Sequence[Plan]) -> list[Plan]:
@@ -71,6 +72,10 @@ def remarks(subject: Subject, plans: Sequence[Plan], data: str, measured: Measur
         f"host, of each machine: {', '.join(f'{what} {show_bytes(size)}' for what, size in first.host.items())} (the "
         "first line's)",
     ]
+    most = max(plan.launcher.cards for plan in plans)
+    if (packs := packs_per_step(recipe, most)) < most:
+        what = counted(packs, "pack" if recipe.packing else "conversation")
+        found.append(f"a step has {what} (global_batch_size): of {most} cards {most - packs} would compute nothing")
     if measured:
         found.append(measured.sentence())
     else:
@@ -149,6 +154,7 @@ def plot(plans: Sequence[Plan], card: Card, file: Path) -> None:
     memory.tick_params(axis="x", labelsize=7)
     memory.legend(fontsize=8)
     try:
-        figure.savefig(file, dpi=100)
+        # By the very name: without a suffix matplotlib would add one, to a folder's name as well.
+        figure.savefig(file, dpi=100, format=file.suffix.removeprefix(".") or "png")
     except (OSError, ValueError) as error:
         raise UserError(f"--plot {file}: cannot be written: {error}") from error

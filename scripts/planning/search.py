@@ -40,6 +40,7 @@ class Subject:
     config: PretrainedConfig
     model: PreTrainedModel  # without weights in memory
     mix: Mix
+    frozen: int  # weights that no text reaches
     mfu: float | None = None
     cuts: dict = field(default_factory=dict)  # the steps that were cut so far, and how many there are
 
@@ -55,13 +56,6 @@ class Subject:
     @functools.cached_property
     def adapter(self) -> AdapterSize | None:
         return adapter_size(self.recipe, self.model, self.dtype) if self.recipe.use_peft else None
-
-    @functools.cached_property
-    def frozen(self) -> int:
-        """Weights that no text reaches; looked for where the config is not of text alone."""
-        if self.config.get_text_config() is self.config:
-            return 0
-        return count_parameters(self.recipe, self.config, within=check_tiny(self.recipe, self.config) or [])
 
     @functools.cached_property
     def epoch(self) -> EpochPlan:
@@ -89,8 +83,9 @@ class Subject:
 
 
 def make_subject(recipe: Recipe, config: PretrainedConfig, mix: Mix, mfu: float | None = None) -> Subject:
-    """Raises: UserError where no model can be made of the config."""
-    return Subject(recipe, config, without_weights(recipe, config), mix, mfu)
+    """Raises: UserError where no model can be made of the config, or none that is trained here."""
+    frozen = count_parameters(recipe, config, within=check_tiny(recipe, config) or [])
+    return Subject(recipe, config, without_weights(recipe, config), mix, frozen, mfu)
 
 
 class Plan(NamedTuple):

@@ -62,4 +62,4 @@ def recorded_end() -> Iterator[None]:
         raise
     finally:
         for run in _OPENED:
-            run.watch.close()
+            run.close()

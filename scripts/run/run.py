@@ -2,7 +2,7 @@
 
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -59,6 +59,7 @@ class Run:
         self.recipe, self.checkpoint, self.lock = recipe, checkpoint, lock
         self.record = recipe.output_dir / "run.json"
         self.begun = False
+        self.saver: Saver | None = None  # before there is an engine
         self.clock = Clock()
         self.saved_step: int | None = None  # of the last checkpoint of this start
         self.watch = Watch(recipe.stall_minutes, self.record)
@@ -243,14 +244,24 @@ class Run:
             return
         report = end_report(self.recipe, self.progress, self.stats, self.health)
         status, why = ("interrupted", by or "a signal to another process") if stopped else ("finished", "finished")
-        self.log.trackers.finish()  # which may take its time: the model is written
         url = self.log.trackers.wandb_url
         end_start(self.record, status, why, self.progress.step, report=report, wandb=url)
         self.begun = False
+        self.watch.at("ending the trackers")  # which may take their time: all is written
+        self.log.trackers.finish()
         self.watch.at("leaving the others")
+
+    def close(self) -> None:
+        """This start is over, by whatever came: what is still written behind it ends first, while it is watched."""
+        if self.saver:
+            self.watch.at("ending a checkpoint", bytes_moved)
+            with suppress(Exception, SystemExit):  # the first error has been said
+                self.saver.wait()
+        self.watch.close()
 
     def final_model(self) -> PreTrainedModel:
         """The model that was trained; where no process has all of it, as it was saved. On the first process."""
+        self.watch.at("replying", alive)
         if not is_sharded(self.engine.language_model):
             return self.engine.language_model
         name, trust = str(self.recipe.output_dir), self.recipe.trust_remote_code

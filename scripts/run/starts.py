@@ -37,7 +37,7 @@ def end_start(
     step: int | None = None,
     **more: Any,
 ) -> None:
-    """Say in the record how a run's last start ended, and why.
+    """Say in the record how a run's last start ended, and why; the first to say it is right.
 
     Args:
         step: how far it came; None where that is not known.
@@ -46,8 +46,8 @@ def end_start(
     Raises: UserError as `read_record` and `write_record`.
     """
     record = read_record(path)
-    if (record["status"], status) == ("stalled", "failed"):
-        return  # the processes that ended it have said why; this one has only lost them
+    if record["status"] != "running":
+        return  # those that ended it have said why, and this process has lost them; or all was done, and its end hung
     starts = record.get("starts") or []
     if starts:
         starts[-1] |= {"step": step, "ended": utc_now(), "why": why}

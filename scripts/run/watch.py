@@ -9,6 +9,7 @@ Times are of each machine's own monotonic clock, by when it heard a thing: clock
 process itself (SIGSTOP, a laptop asleep) does not count.
 """
 
+import atexit
 import faulthandler
 import json
 import os
@@ -39,6 +40,7 @@ SILENT_BEATS = 5  # without a word, and a process does not run
 BEATS = 20  # within stall_minutes: how often a process looks and tells
 SHORTEST_BEAT, LONGEST_BEAT = 0.2, 10.0  # seconds
 STORE_PATIENCE = timedelta(seconds=10)  # for an answer of the first process's
+SHORTEST_END = 60.0  # seconds of the interpreter's own
 RECORD_PATIENCE = 10.0  # seconds, for a file system that may be gone with the machine
 EXIT_STALLED = 70  # EX_SOFTWARE of sysexits.h
 
@@ -140,11 +142,15 @@ class Watch:
             yield item
 
     def close(self) -> None:
-        """The run is over. The threads end before the interpreter does, which waits for no daemon within torch."""
+        """The run is over. The threads end before the interpreter does: one that comes back from within torch to an
+        interpreter that is ending aborts the process (exit status -6), and the launchers of other machines wait 300
+        seconds for this one's. What hangs while the process ends is ended by a thread that needs no interpreter."""
         self._closed.set()
         for thread in self._threads:
             thread.join(2 * STORE_PATIENCE.total_seconds())
         self._server = None
+        if self._threads:
+            atexit.register(faulthandler.dump_traceback_later, max(SHORTEST_END, 60 * self.minutes), exit=True, file=2)
 
     def _in_background(self, work: Callable[[], None]) -> None:
         self._threads.append(threading.Thread(target=work, name=work.__name__, daemon=True))

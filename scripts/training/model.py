@@ -51,12 +51,20 @@ def load_tokenizer(recipe: Recipe):
 
 
 def load_config(recipe: Recipe) -> PretrainedConfig:
-    """The model's config, with the recipe's GELU. What can be known of it without loading weights is checked here.
+    """The model's config, as `ready_config` has it.  Raises: UserError also where it or whole weights are missing."""
+    config = ready_config(recipe, _load(AutoConfig, recipe))
+    folder = model_folder(recipe.model_name)
+    if folder and not recipe.from_scratch:
+        check_headers(folder, f"model_name = {recipe.model_name}")
+    return config
 
-    Raises: UserError when it cannot be found, is no causal LM's, max_length is over what its positions allow,
-        attn_implementation cannot run here, or its weights are cut off.
+
+def ready_config(recipe: Recipe, config: PretrainedConfig) -> PretrainedConfig:
+    """A config with the recipe's GELU; what can be known of it without loading weights is checked here.
+
+    Raises: UserError when it is no causal LM's, max_length is over what its positions allow, or attn_implementation
+        cannot run here.
     """
-    config = _load(AutoConfig, recipe)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions and recipe.max_length > positions:
         raise UserError(f"max_length = {recipe.max_length}: {recipe.model_name} has {positions} positions")
@@ -75,9 +83,6 @@ def load_config(recipe: Recipe) -> PretrainedConfig:
     choose_attention(recipe, config)
     if recipe.use_peft:
         check_adapters(recipe, without_weights(recipe, config))
-    folder = model_folder(recipe.model_name)
-    if folder and not recipe.from_scratch:
-        check_headers(folder, f"model_name = {recipe.model_name}")
     return config
 
 
@@ -89,6 +94,9 @@ def check_training_kind(recipe: Recipe, config: PretrainedConfig) -> None:
     on how a step is cut into micro-batches and processes, which nothing else does here.
     """
     text, who = config.get_text_config(), f"model_name = {recipe.model_name}"
+    for size in ("num_hidden_layers", "hidden_size", "vocab_size"):
+        if not getattr(text, size, 0):
+            raise UserError(f"{who}: its config.json has no {size}, or 0: not a model that can be trained here")
     weights = [value for key, value in text.to_dict().items() if re.fullmatch("(router_)?aux_loss_coef", key)]
     if getattr(text, "output_router_logits", False) and any(weights or [1]):
         raise UserError(

@@ -1,5 +1,7 @@
 """The fastest setting that fits, of which data, for which models: what grows with what, and the documents' tables."""
 
+import json
+
 import numpy as np
 import pytest
 from conftest import ROOT
@@ -177,3 +179,19 @@ def test_a_model_that_is_nowhere():
         find_config(load_recipe(SEED, {"model_name": "some/model"}))
     with pytest.raises(UserError, match=r"max_length = 5000: .* has 4096 positions"):
         find_config(load_recipe(SEED, {"max_length": "5000"}))
+
+
+@pytest.mark.parametrize(
+    ("config", "keys", "problem"),
+    [
+        ({"model_type": "mamba", "num_hidden_layers": 2}, {}, "it has states in place of attention"),
+        ({"model_type": "llama", "num_hidden_layers": 0}, {}, "its config.json has no num_hidden_layers, or 0"),
+        (None, {"use_peft": "true"}, "fuse_gelu = true: .* has exact GELU"),  # one that is known, and not here
+    ],
+)
+def test_what_a_run_refuses_is_not_planned(tmp_path, config, keys, problem):
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        keys = {"model_name": str(tmp_path), "max_length": "512", "fuse_gelu": "false"}
+    with pytest.raises(UserError, match=problem):
+        subject_of(keys)

@@ -34,6 +34,7 @@ from recipe.secrets import REDACTED
 from run.command_line import read_command_line
 from run.record import describe_git, differences, start_record
 from run.record_file import FORMAT, read_record, redact, update_status, write_record
+from run.starts import begin_start, end_start
 from utils.errors import UserError
 from utils.files import fingerprint
 
@@ -321,6 +322,22 @@ def test_update_status(written, record):
     assert now == record | {"status": "finished"}
     update_status(written, "interrupted")
     assert read_record(written)["status"] == "interrupted"
+
+
+@pytest.mark.parametrize("first", ["finished", "interrupted", "stalled"])
+def test_the_first_to_say_why_a_start_ended_is_right(written, record, first):
+    """A process that hangs while it leaves a run that is finished, or has lost those that ended it, changes nothing."""
+    begin_start(written, 3, ["node07", "node07", "node08"])
+    end_start(written, first, "for this reason", 12)
+    said = read_record(written)
+    for status in ("stalled", "failed"):
+        end_start(written, status, "for another", 4)
+    assert read_record(written) == said
+    assert said["status"] == first
+    assert said["starts"][-1] | {"ended": None} == {
+        "started": record["started"], "machines": ["node07", "node08"], "processes": 3, "from_step": 3, "step": 12,
+        "ended": None, "why": "for this reason",
+    }  # fmt: skip
 
 
 def test_a_failed_write_leaves_the_old_record(written, record):

@@ -1,14 +1,21 @@
 """A run that stands still is ended within the recipe's time; one that goes on, however slowly, is not."""
 
+import atexit
 import json
 import os
 import re
 import signal
+import threading
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from forking import call_forked
 from interruption import metrics, small_recipe
 from life import ForkedLife
+
+from recipe.load import load_recipe
 
 STALL = 0.1  # minutes
 MANY = 100_000
@@ -82,3 +89,72 @@ def test_a_pause_of_all_processes_is_no_standstill(tmp_path, tiny_model):
         run.signal(run.workers(), signal.SIGTERM)
         run.wait()
     assert run.record()["starts"][0]["why"] == "SIGTERM"
+
+
+# ---- The end of a process ----
+
+
+def watched_run(stall_minutes: float):
+    """A run that is watched, which trains nothing."""
+    from run.run import Run
+
+    recipe = load_recipe("recipes/demo.yaml").model_copy(update={"stall_minutes": stall_minutes})  # less than it takes
+    run = Run(recipe, None, None)
+    run.watch.start("training")
+    return run
+
+
+def ends_while_a_checkpoint_hangs() -> None:
+    run = watched_run(0.01)
+    run.saver = SimpleNamespace(wait=lambda: time.sleep(60))
+    run.close()
+
+
+def hangs_as_it_ends() -> None:
+    """The interpreter calls what is registered, and then tears the libraries down."""
+    from run import watch
+
+    watch.SHORTEST_END = 0.5
+    watched_run(1 / 60).close()
+    atexit._run_exitfuncs()
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("hanging", [ends_while_a_checkpoint_hangs, hangs_as_it_ends])
+def test_what_hangs_at_the_end_is_ended(hanging):
+    with pytest.raises(RuntimeError, match="it died"):
+        call_forked(hanging)
+
+
+def replies_at_its_end() -> int:
+    run = watched_run(0.01)
+    run.watch.at("leaving the others")
+    run.engine = SimpleNamespace(language_model=SimpleNamespace(parameters=list))
+    run.final_model()
+    time.sleep(2)
+    return len(run.watch._threads)
+
+
+def test_replies_at_the_end_take_as_long_as_they_need():
+    assert call_forked(replies_at_its_end)
+
+
+def threads_left() -> list[str]:
+    """Of a watch that talks to itself all the time."""
+    from run import watch
+
+    os.environ |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    watch.gather_object, watch.SHORTEST_BEAT, watch.LONGEST_BEAT = (lambda values: values), 0.0, 0.0
+    one = watch.Watch(10, Path("run.json"))
+    one.start("training")
+    one.connect()
+    time.sleep(0.3)
+    assert one.signs[0].doing == "training"
+    one.close()
+    return [thread.name for thread in threading.enumerate() if thread.name in ("_judge", "_tell")]
+
+
+def test_no_thread_of_the_watch_outlives_it():
+    """One that comes back from within torch to an interpreter that is ending aborts it, and the launcher of another
+    machine then stands still for 300 seconds."""
+    assert call_forked(threads_left) == []

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from data.downloads import fetch_url, is_url
 from data.hub import fetch_from_hub, fetch_split
-from data.splits import files_of_splits, only_train, saved_files, say_taken
+from data.splits import CARDS, check_whole, files_of_splits, only_train, saved_files, say_taken
 from recipe.keys import Recipe
 from sources.registry import find_source
 from sources.source import HubSource
-from utils.errors import UserError, reason
+from utils.errors import UserError
 
 LOCAL_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 
@@ -97,15 +97,18 @@ def _local_files(path: Path, hub: HubSource, download: bool) -> list[Path]:
         return [path]
     if os.path.isdir(path):
         if (found := saved_files(path, hub.split)) is None:
-            readme = path / "README.md"
-            readme = readme if readme.is_file() else None
+            base, cards = path.resolve(), [path / name for name in CARDS if (path / name).is_file()]
             try:
-                base = str(path.resolve())
-                found = [Path(name) for name in files_of_splits(base, readme, hub.config, hub.split, None, str(path))]
+                files, others = files_of_splits(str(base), cards, hub.config, hub.split, None, str(path))
             except FileNotFoundError as error:
-                raise UserError(f"{path}: has no data file of this split: {reason(error)}") from None
+                raise UserError(
+                    f"{path}: has no data file of this split: {error}: name its files by a pattern"
+                ) from None
+            names, left_out = ([os.path.relpath(file, base) for file in some] for some in (files, others))
+            check_whole(names, str(path))
             if download:
-                say_taken([name.relative_to(base).as_posix() for name in found], str(path))
+                say_taken(names, left_out, str(path))
+            found = [Path(file) for file in files]
         return found
     if not glob.has_magic(str(path)):
         return []

@@ -5,12 +5,13 @@ import glob
 import tempfile
 from pathlib import Path
 
-from data.splits import check_whole, files_of_splits, listed, say_taken
+from data.splits import CARDS, check_whole, files_of_splits, listed, say_taken
 from sources.messages import split_names
 from sources.source import HubSource
 from utils.errors import UserError, reason
 
-README, NOT_THERE = "README.md", "no such file there"
+NOT_THERE = "no such file there"
+CONVERTED = "refs/convert/parquet"  # the branch in which the hub keeps what it made of a data set itself
 
 
 def fetch_from_hub(repo: str, patterns: list[str], revision: str | None, local_only: bool) -> tuple[list[Path], str]:
@@ -51,52 +52,58 @@ def fetch_split(hub: HubSource, revision: str | None, local_only: bool) -> tuple
         try:
             info = HfApi().repo_info(hub.repo, **where)
             there = [sibling.rfilename for sibling in info.siblings]
-            readme = None
-            if README in there:
-                readme = Path(hf_hub_download(hub.repo, README, repo_type="dataset", revision=info.sha))
-            names = _names_of_split(hub, there, readme, called)
-            patterns = [README, *map(glob.escape, names)]
+            cards = [name for name in CARDS if name in there]
+            cards = [Path(hf_hub_download(hub.repo, card, repo_type="dataset", revision=info.sha)) for card in cards]
+            names, left_out = _names_of_split(hub, there, cards, called)
+            patterns = [*CARDS, *map(glob.escape, names)]
             folder = Path(snapshot_download(hub.repo, allow_patterns=patterns, **where))
-            say_taken(names, called)
+            say_taken(names, left_out, called)
             return [folder / name for name in names], ""
         except UserError:
             raise
         except FileNotFoundError as error:
-            return [], f"{NOT_THERE}: {reason(error)}"
+            return [], f"{NOT_THERE}: {error}"
         except Exception as error:  # its own, httpx's and the system's errors: all mean "not from the hub"
             problem = _why_not(error)
     called += ", in its cache"
     try:
-        folder = Path(snapshot_download(hub.repo, local_files_only=True, allow_patterns=[README], **where))
+        folder = Path(snapshot_download(hub.repo, local_files_only=True, allow_patterns=[*CARDS], **where))
     except Exception as error:
         return _from_datasets_cache(hub, revision), problem or _why_not(error)
-    readme = folder / README if (folder / README).is_file() else None
+    cards = [folder / name for name in CARDS if (folder / name).is_file()]
     here = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     try:
-        names = _names_of_split(hub, _cached_list(hub.repo, revision) or sorted(here), readme, called)
+        names, left_out = _names_of_split(hub, _cached_list(hub.repo, revision) or sorted(here), cards, called)
     except FileNotFoundError:
-        names = []
+        names, left_out = [], []
     if not here & {*names}:
         return _from_datasets_cache(hub, revision), problem or NOT_THERE
     if missing := [name for name in names if name not in here]:
         raise UserError(f"{called}: {len(missing)} of {len(names)} files are missing: {listed(missing)}: download them")
     check_whole(names, called)
     if not local_only:
-        say_taken(names, called)
+        say_taken(names, left_out, called)
     return [folder / name for name in names], ""
 
 
-def _names_of_split(hub: HubSource, there: list[str], readme: Path | None, called: str) -> list[str]:
-    """The names of a split's files among all of a repository's: looked up in a folder of empty files of these names."""
+def _names_of_split(hub: HubSource, there: list[str], cards: list[Path], called: str) -> tuple[list[str], list[str]]:
+    """The names of a split's files among all of a repository's, and of those that are left out, as `files_of_splits`
+    finds them in a folder of empty files of these names."""
+    if (script := f"{hub.repo.rpartition('/')[2]}.py") in there and hub.data_files is None:
+        raise UserError(
+            f"{called}: is a script ({script}), which is not run: name its files by `data_files`, or take what the hub "
+            f"made of it by `revision: {CONVERTED}`"
+        )
     with tempfile.TemporaryDirectory() as made:
         base = Path(made).resolve()
         for path in (base / name for name in there if ".." not in name.split("/")):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
-        files = files_of_splits(str(base), readme, hub.config, hub.split, hub.data_files, called)
+        files, others = files_of_splits(str(base), cards, hub.config, hub.split, hub.data_files, called)
     if elsewhere := [file for file in files if not file.startswith(f"{base}/")]:
         raise UserError(f"{called}: {elsewhere[0]} is not in it: give it by input_file_path")
-    return [file.removeprefix(f"{base}/") for file in files]
+    names, left_out = ([file.removeprefix(f"{base}/") for file in some] for some in (files, others))
+    return names, left_out
 
 
 def _cached_list(repo: str, revision: str | None) -> list[str] | None:

@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
+from data.kinds import UTF8
 from utils.errors import UserError
 
 CHUNK_BYTES = 1 << 20
@@ -32,7 +33,7 @@ def read_lines(path: Path, file: IO[bytes]) -> Numbered:
             line = raw.removeprefix(codecs.BOM_UTF8).decode()  # at the seams of files that were put together, too
             record = json.loads(line) if line.strip() else None
         except UnicodeDecodeError as error:
-            record = UserError(f"{path}, line {number}: not UTF-8 at byte {error.start + 1} of the line")
+            record = UserError(f"{path}, line {number}: not UTF-8 at byte {error.start + 1} of the line: {UTF8}")
         except json.JSONDecodeError as error:
             # A writer that was stopped leaves a last line without its newline.
             what = "not valid JSON" if raw.endswith(b"\n") else "cut off or not valid JSON"
@@ -225,7 +226,7 @@ class JsonText:
             except ValueError as error:  # a whole number of more than 4,300 digits
                 raise self.fail(str(error)) from None
         if self._bad_bytes and (escaped := ESCAPED_BYTE.search(self._text, self._at, end)):
-            value = self.fail("not UTF-8", escaped.start())
+            value = self.fail(f"not UTF-8: {UTF8}", escaped.start())
         self._at = end
         return value
 

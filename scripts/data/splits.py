@@ -1,7 +1,7 @@
 """Configurations and splits: which files of a folder or of a hub data set they are, and which rows a slice is.
 
-`datasets` says it: by the data set's README, else by the names of its files. So a split is here what it is for
-`datasets.load_dataset`, of which only the reading is left out. No code of a data set is ever run.
+`datasets` says it: by the data set's README and .huggingface.yaml, else by the names of its files. So a split is here
+what it is for `datasets.load_dataset`, of which only the reading is left out. No code of a data set is ever run.
 """
 
 import json
@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from data.tables import DELIMITERS
 from recipe.load import nearest
 from sources.messages import split_names
 from utils.errors import UserError, reason
@@ -20,6 +21,13 @@ READ_BY_MODULE = ("json", "csv", "parquet", "arrow")  # of the modules of `datas
 PART = re.compile(r"\d*|of|(part|shard|chunk)\d*|[0-9a-f]{16}")
 OF_MANY = re.compile(r"(.*?)[-_.](\d+)[-_.]of[-_.](\d+)(.*)")
 MOST_LISTED = 10
+CARDS = ("README.md", ".huggingface.yaml")  # what the second says counts before what the first does
+# Of what a configuration can tell `datasets` of the reading of its files, what makes no other text of them. Records
+# under a key (`field`) are found by what they hold.
+CHANGES_NO_TEXT = {
+    *("version", "description", "features", "field", "chunksize", "batch_size", "block_size", "use_threads"),
+    *("low_memory", "memory_map"),
+}
 
 
 def slices(split: str, rows: int) -> list[tuple[int, int]]:
@@ -66,36 +74,47 @@ def _of_json(path: Path, name: str) -> Any:
 
 
 def files_of_splits(
-    base: str, readme: Path | None, config: str | None, split: str | None, data_files: Any, called: str
-) -> list[str]:
-    """The files of a folder or repository that a split is, in the order in which `datasets` reads them.
+    base: str, cards: list[Path], config: str | None, split: str | None, data_files: Any, called: str
+) -> tuple[list[str], list[str]]:
+    """The files of a folder that a split is, in the order in which `datasets` reads them.
 
     Args:
-        base: a folder, or `hf://datasets/ORG/NAME@COMMIT`.
-        readme: its README.md, which may say what its configurations and splits are.
-        data_files: patterns in place of what the README says.
+        base: the folder.
+        cards: those of `CARDS` that there are, which may say what its configurations and splits are.
+        data_files: patterns in place of what they say.
         called: what it is called in errors.
+    Returns: the files; and those that are left out since most are of another kind.
     Raises:
-        UserError: there is no such configuration or split, or its files are none that are read.
+        UserError: there is no such configuration or split, or its files are none that are read, or not as it says.
         FileNotFoundError: there is no such file.
     """
     from datasets.data_files import DataFilesList
     from datasets.load import infer_module_for_data_files_list
     from datasets.packaged_modules import _ALL_ALLOWED_EXTENSIONS, _MODULE_TO_EXTENSIONS
 
-    base, patterns, guessed = _patterns(base, readme, config, data_files, called)
+    folder, given = Path(base), _configuration(cards, config, called) if data_files is None else {}
+    base, patterns, guessed = _patterns(base, given, data_files)
     found: list[str] = []
+    left_out: list[str] = []
     for name in _wanted(split, patterns, called):
-        files = DataFilesList.from_patterns(patterns[name], base, allowed_extensions=_ALL_ALLOWED_EXTENSIONS)
+        try:
+            files = DataFilesList.from_patterns(patterns[name], base, allowed_extensions=_ALL_ALLOWED_EXTENSIONS)
+        except FileNotFoundError as error:  # it lists 200 endings
+            said = str(error).partition(" with any supported")[0].replace(f"{base}/", "")
+            raise FileNotFoundError(said) from None
         if not files:
-            raise FileNotFoundError(f"no file matches {', '.join(map(str, patterns[name]))}")
+            there = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+            raise FileNotFoundError(f"none of its files has an ending of what is read: {listed(there)}")
         if zipped := [file for file in files if file.endswith(".zip")]:
             raise UserError(f"{called}: {zipped[0].rpartition('/')[2]} is a zip archive: unpack it")
         module, _ = infer_module_for_data_files_list(files)
         if module not in READ_BY_MODULE:
             shown = listed([file.rpartition("/")[2] for file in files])
             raise UserError(f"{called}: the split {name} is of no kind that is read: {shown}")
-        found += files.filter(extensions=_MODULE_TO_EXTENSIONS[module])
+        kept = files.filter(extensions=_MODULE_TO_EXTENSIONS[module])
+        _check_arguments(given, module, called)
+        found += kept
+        left_out += [file for file in files if file not in {*kept}]
     if guessed and split is None:
         kinds = dict.fromkeys(_stem(file.removeprefix(f"{base}/")) for file in found)
         if len(kinds) > 1:
@@ -103,32 +122,57 @@ def files_of_splits(
                 f"{called}: its README names no splits, and its file names {len(kinds)}: {listed(list(kinds))}: "
                 "take one by `data_files`, or all by `split: train`"
             )
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(found)), list(dict.fromkeys(left_out))
 
 
-def _patterns(
-    base: str, readme: Path | None, config: str | None, data_files: Any, called: str
-) -> tuple[str, dict[str, list[str]], bool]:
-    """Of a configuration: its folder, the patterns of each split, and whether they are guessed by words of names."""
-    from datasets.data_files import DEFAULT_PATTERNS_ALL, get_data_patterns, sanitize_patterns
+def _configuration(cards: list[Path], config: str | None, called: str) -> dict[str, Any]:
+    """What is said of a configuration, or of the default one; nothing where nothing says what there are."""
+    import yaml
     from datasets.utils.metadata import MetadataConfigs
-    from huggingface_hub import DatasetCard
+    from huggingface_hub import metadata_load
 
-    if data_files is not None:
-        return base, sanitize_patterns(data_files), False
+    said, names = {}, " or ".join(card.name for card in cards)
     try:
-        configs = MetadataConfigs.from_dataset_card_data(DatasetCard.load(readme).data) if readme else {}
+        for card in cards:
+            said |= (metadata_load(card) if card.suffix == ".md" else yaml.safe_load(card.read_bytes())) or {}
+        configs = MetadataConfigs.from_dataset_card_data(said)
         default = configs.get_default_config_name() if configs else "default"
     except Exception as error:  # of YAML, and what `datasets` and huggingface_hub make of values
-        raise UserError(f"{called}: its README.md cannot be made sense of: {reason(error)}") from None
+        raise UserError(f"{called}: its {names} cannot be made sense of: {reason(error)}") from None
     if not configs and config not in (None, "default"):
-        there = "its README.md names none" if readme else "it has no README.md that could name one"
+        there = f"its {names} names none" if cards else "it has no README.md that could name one"
         raise UserError(f"{called}: has no configuration {config!r}: {there}")
     if configs and (config or default) not in configs:
         what = f"no configuration {config!r}" if config else "several configurations"
         hint = nearest(config, configs, "") if config else f": give one by `config`: {', '.join(configs)}"
         raise UserError(f"{called}: has {what}{hint}")
-    given = configs[config or default] if configs else {}
+    return configs[config or default] if configs else {}
+
+
+def _check_arguments(given: dict[str, Any], module: str, called: str) -> None:
+    """UserError where a configuration says how its files are to be read, and they are not read so here."""
+    arguments = given.keys() - {"data_files", "data_dir", "default", *CHANGES_NO_TEXT}
+    if not arguments:
+        return
+    from datasets.load import import_main_class
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
+
+    known = import_main_class(_PACKAGED_DATASETS_MODULES[module][0]).BUILDER_CONFIG_CLASS
+    for name in sorted(arguments):
+        is_found = name in ("sep", "delimiter") and given[name] in DELIMITERS  # by the first line
+        if hasattr(known, name) and not is_found:  # another one `datasets` ignores, too
+            raise UserError(
+                f"{called}: its README says that its files are to be read with {name}: {given[name]!r}, which they "
+                "are not here: name them themselves, by `data_files` or a pattern, and their fields by `columns`"
+            )
+
+
+def _patterns(base: str, given: dict[str, Any], data_files: Any) -> tuple[str, dict[str, list[str]], bool]:
+    """Of a configuration: its folder, the patterns of each split, and whether they are guessed by words of names."""
+    from datasets.data_files import DEFAULT_PATTERNS_ALL, get_data_patterns, sanitize_patterns
+
+    if data_files is not None:
+        return base, sanitize_patterns(data_files), False
     base = f"{base}/{given['data_dir']}" if given.get("data_dir") else base
     if given.get("data_files") is not None:
         return base, sanitize_patterns(given["data_files"]), False
@@ -157,7 +201,10 @@ def check_whole(files: Iterable[str], called: str) -> None:
             parts.setdefault((match[1], match[3]), set()).add(match[2])
     for (stem, count), seen in parts.items():
         if len(seen) < int(count):
-            raise UserError(f"{called}: only {len(seen)} of {int(count)} parts of {stem} are here: download the rest")
+            raise UserError(
+                f"{called}: only {len(seen)} of {int(count)} parts of {stem} are here: download the rest, or name those "
+                "that are here by a pattern"
+            )
 
 
 def _stem(file: str) -> str:
@@ -167,10 +214,11 @@ def _stem(file: str) -> str:
     return "/".join(filter(None, [folder, "-".join(kept)]))
 
 
-def say_taken(names: list[str], where: str) -> None:
+def say_taken(names: list[str], left_out: list[str], where: str) -> None:
     """Say which files of a folder or repository a split is; only where files are looked for to be read."""
     if os.environ.get("RANK", "0") == "0":  # utils.launch would bring torch for it
-        print(f"files of {where}: {listed(names)}", flush=True)
+        others = f"; left out, as they are of another kind: {listed(left_out)}" if left_out else ""
+        print(f"files of {where}: {listed(names)}{others}", flush=True)
 
 
 def listed(names: list[str]) -> str:

@@ -35,8 +35,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, model_validator
 
-from sources.messages_columns import UNUSED, Columns, Names, check_named, fields_of, names_of
-from sources.messages_forms import ANSWERS, MEDIA, Dropped, is_there, read_turns
+from sources.messages_columns import UNUSED, Columns, Names, check_named, fields_of, names_of, no_form
+from sources.messages_forms import ANSWERS, MEDIA, Dropped, is_there, or_listed, read_turns, text_of, turns_of_text
 from sources.source import PREPARED, Conversation, DatasetOptions, HubSource, Message, Record, Remarks, Source, key
 
 # In the language of `datasets`: a name, [from:to] in rows or percent, and how percents are rounded.
@@ -114,6 +114,8 @@ def read_messages(record: Record, options: Any, remarks: Remarks, rng_seed: int)
         return None
     if not UNUSED.isdisjoint(there):
         remarks.unused.update(there.keys() & UNUSED)
+    if remarks.unused:
+        remarks.unused.difference_update(map(str.lower, remarks.used))  # what `columns` names
     return [Conversation(messages)]
 
 
@@ -127,7 +129,7 @@ def _conversation(record: Record, there: dict[str, str], names: Names, remarks: 
     messages = [message for message in messages if message.role != "system" or is_there(message.content)]
     if (not messages or messages[0].role != "system") and (system := _first(names.systems, there)):
         remarks.used += (system,)
-        messages = [Message("system", record.get(system)), *messages]
+        messages = [Message("system", text_of(record, system, record.values[system], remarks.unused)), *messages]
     turns = messages[1:] if messages and messages[0].role == "system" else messages
     roles = [message.role for message in turns]
     if "system" in roles:
@@ -148,7 +150,7 @@ def _conversation(record: Record, there: dict[str, str], names: Names, remarks: 
 
 def _pair(record: Record, there: dict[str, str], names: Names, remarks: Remarks) -> list[Message]:
     question, answer = _first(names.questions, there), _first(names.answers, there)
-    if question is None and answer == there.get("chosen") and isinstance(record.values.get(answer), list):
+    if question is None and answer == there.get("chosen") and isinstance(record.values.get(answer), list | str):
         remarks.used = (answer,)  # a data set of preferences that repeats its prompts in both of its conversations
         return read_turns(record, answer, record.values[answer], remarks.unused, names.roles, names.contents)
     if question is None or answer is None:
@@ -157,17 +159,14 @@ def _pair(record: Record, there: dict[str, str], names: Names, remarks: Remarks)
             raise Dropped(f"conversation with an empty {'reply' if answer is None else 'prompt'}")
         if known & {*names.lists}:
             return []
-        names_there = ", ".join(record.values) or "none"
-        raise record.error(
-            "no field 'messages', 'conversations', or 'instruction' with 'output' (or the like), nor `columns` to name "
-            f"others; fields there: {names_there}"
-        )
+        raise no_form(record, names)
 
-    def turns(name: str) -> list[Message]:
-        return read_turns(record, name, record.values[name], remarks.unused, names.roles, names.contents)
+    def turns(name: str, value: Any) -> list[Message]:
+        return read_turns(record, name, value, remarks.unused, names.roles, names.contents)
 
-    for name in (question, answer):
-        value = record.values[name]
+    asked = or_listed(record.values[question], names.roles)
+    replied = or_listed(record.values[answer], names.roles)
+    for name, value in ((question, asked), (answer, replied)):
         if isinstance(value, list) and len(value) > 1 and isinstance(value[0], str):
             raise record.error(f"field {name!r} is a list of texts, of which one would have to be chosen")
 
@@ -176,23 +175,28 @@ def _pair(record: Record, there: dict[str, str], names: Names, remarks: Remarks)
     passage, history = _first(names.passages, there), _first(names.histories, there)
     if passage == question:
         passage = _first(names.passages[1:], there)
+    if isinstance(asked, str) and asked.endswith("Assistant:"):  # HH-RLHF's, with all that was said before the reply
+        asked = turns_of_text(asked)[:-1] or asked
+    listed = isinstance(asked, list | dict)
+    if listed and passage:
+        remarks.unused.add(passage)
+        passage = None
     remarks.used = tuple([name for name in (question, passage, history, answer) if name])
-    if isinstance(record.values[question], list | dict):
-        prompt = [replace(message, train=False) for message in turns(question)]
+    if listed:
+        prompt = [replace(message, train=False) for message in turns(question, asked)]
     else:
         text = record.get(question)
         prompt = [Message("user", f"{text}\n\n{record.get(passage)}" if passage else text)]
-    before = turns(history) if history else []
-    replied = record.values[answer]
+    before = turns(history, record.values[history]) if history else []
     if isinstance(replied, list) and len(replied) == 1 and isinstance(replied[0], str):
         return [*before, *prompt, Message("assistant", replied[0])]
     if not isinstance(replied, list | dict):
         return [*before, *prompt, Message("assistant", record.get(answer))]
-    reply = turns(answer)
+    reply = turns(answer, replied)
     if reply and reply[0].role != "assistant":  # the whole conversation once more, as in many data sets of preferences
         same = [
-            message.role == asked.role and message.content == asked.content
-            for message, asked in zip(reply, prompt, strict=False)
+            message.role == earlier.role and message.content == earlier.content
+            for message, earlier in zip(reply, prompt, strict=False)
         ]
         known = len(prompt) if all(same) and len(reply) > len(prompt) else 0
         return [*prompt[:known], *reply[known:]]

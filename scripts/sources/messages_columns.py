@@ -8,12 +8,13 @@ from pydantic import model_serializer, model_validator
 
 from sources.messages_forms import ANSWERS, CONTENT_KEYS, MEDIA, QUESTIONS, ROLE_KEYS, THOUGHTS
 from sources.source import PREPARED, Record, Remarks, Schema, key
+from utils.errors import UserError
 
 LISTS = ("messages", "conversations", "conversation", "dialog", "dialogue", "chat")
 PASSAGES = ("input", "context")
 SYSTEMS = ("system", "system_prompt", "system_message")
 HISTORIES = ("history",)
-UNUSED = THOUGHTS | {"rejected", "rejected_response", "label", "tools", "functions"}
+UNUSED = THOUGHTS | {"rejected", "rejected_response", "label", "tools", "functions", "train"}
 
 
 class Columns(Schema):
@@ -36,6 +37,9 @@ class Columns(Schema):
     def _one_form(self):
         if self.messages is not None and (self.prompt or self.input or self.response or self.history):
             raise ValueError("name messages, or prompt and response")
+        fields = [value.lower() for name, value in self if value is not None and name not in ("role", "content")]
+        if len({*fields}) < len(fields):
+            raise ValueError("one field is named twice")
         if (self.role is None) != (self.content is None):
             raise ValueError("name both role and content of a message, or neither")
         return self
@@ -70,6 +74,8 @@ def names_of(columns: Columns | None) -> Names:
         "history": "histories",
     }
     given = {fields[name]: (value.lower(),) for name, value in columns if value and name in fields}
+    named = {field for (field,) in given.values()}  # for what it is by `columns`, and for nothing else
+    given = {of: tuple(name for name in getattr(Names(), of) if name not in named) for of in fields.values()} | given
     if columns.role:
         given |= {"roles": (columns.role,), "contents": (columns.content,)}
     if columns.messages:
@@ -99,3 +105,15 @@ def check_named(record: Record, names: Names, remarks: Remarks) -> None:
             hint = f": did you mean {near[0]}?" if near else ""
             raise record.error(f"no field {name!r}, which `columns` names{hint} (fields there: {there})")
     remarks.absent.update(name for name in names.optional if name.lower() not in known)
+
+
+def no_form(record: Record, names: Names) -> UserError:
+    """What is wrong with a record that has none of the forms."""
+    known = (*names.lists, *names.questions, *names.answers)
+    near = [name for name in record.values if difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.75)]
+    near = [name for name in near if name.lower() not in known]
+    hint = f", such as {near[0]!r}" if near else ""
+    return record.error(
+        "no field 'messages', 'conversations', or 'instruction' with 'output' (or the like), nor `columns` to name "
+        f"others{hint}; fields there: {', '.join(record.values) or 'none'}"
+    )

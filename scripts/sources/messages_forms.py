@@ -1,4 +1,4 @@
-"""A conversation in the forms that people keep it in, as messages: who speaks, what is text, what is learnt.
+r"""A conversation in the forms that people keep it in, as messages: who speaks, what is text, what is learnt.
 
 A list of messages is any of these, or JSON text of one:
 
@@ -7,12 +7,14 @@ A list of messages is any of these, or JSON text of one:
     [["Hi", "Hello"], ...]                          questions with their replies
     ["Hi", "Hello", ...]                            the user speaks first
     {"role": ["user", ...], "content": ["Hi", ...]} as `datasets` keeps a sequence of structs
+    "\n\nHuman: Hi\n\nAssistant: Hello..."            all of it in one text, as in HH-RLHF; or with ### (Guanaco)
 
 A content is a text, or a list of text parts, which are joined.
 """
 
 import ast
 import json
+import re
 from typing import Any
 
 from sources.source import Message, Record, kind_of
@@ -32,14 +34,16 @@ CONTENT_KEYS = ("content", "value", "text", "message", "utterance")
 QUESTIONS = ("instruction", "prompt", "question", "query", "problem", "user", "human")
 ANSWERS = ("output", "response", "completion", "chosen", "answer", "solution", "reply", "target", "targets")
 ANSWERS += ("assistant", "gpt", "bot")
-SPEAKER_KEYS = dict.fromkeys(QUESTIONS, "user") | dict.fromkeys(ANSWERS, "assistant") | ROLES
+SPEAKER_KEYS = dict.fromkeys((*QUESTIONS, "input"), "user") | dict.fromkeys(ANSWERS, "assistant") | ROLES
 TEXT_PARTS = {"text", "input_text", "output_text"}
 MEDIA = {"image", "images", "image_url", "audio", "audios", "video", "videos", "pixel_values"}
 # What else may be said beside a text, and is not learnt from.
 THOUGHTS = {"reasoning_content", "reasoning", "thinking", "thought", "thoughts", "chain_of_thought", "cot", "rationale"}
-UNUSED_IN_MESSAGE = THOUGHTS | {"loss", "mask", "train_on_turn", "training"}
+UNUSED_IN_MESSAGE = THOUGHTS | {"loss", "mask", "train_on_turn", "training", "train_detail"}
 CALLS = {"tool_calls", "function_call", "tool_call_id"}
 SAID_BESIDE = UNUSED_IN_MESSAGE | MEDIA | CALLS | {"weight", "train"}
+# Before each speaker of a conversation that is one text: of HH-RLHF, of Guanaco.
+SPEAKER_MARKS = (re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):"), re.compile(r"\s*### (Human|Assistant):"))
 
 
 class Dropped(Exception):
@@ -72,7 +76,7 @@ def read_turns(
     entries = value if type(value) is list else _entries(record, where, value, role_keys)
     if entries and not isinstance(entries[0], dict):
         if all(isinstance(entry, str | None) for entry in entries):
-            texts = [_text(record, where, entry, unused) for entry in entries]
+            texts = [text_of(record, where, entry, unused) for entry in entries]
             return [Message(("user", "assistant")[place % 2], text) for place, text in enumerate(texts)]
         if all(isinstance(entry, list) and len(entry) == 2 for entry in entries):
             entries = _of_pairs(entries)
@@ -87,7 +91,7 @@ def read_turns(
 def _entries(record: Record, where: str, value: Any, role_keys: tuple[str, ...]) -> list:
     if isinstance(value, str):
         value = _from_text(value)
-        if isinstance(value, str):
+        if isinstance(value, str) and not (value := turns_of_text(value)):
             raise record.error(f"field {where!r} is a string, not a list, nor JSON text of one")
     if isinstance(value, dict):
         columns = list(value.values())
@@ -98,6 +102,25 @@ def _entries(record: Record, where: str, value: Any, role_keys: tuple[str, ...])
     if not isinstance(value, list):
         raise record.error(f"field {where!r} is {kind_of(value)}, not a list")
     return value
+
+
+def or_listed(value: Any, role_keys: tuple[str, ...]) -> Any:
+    """The list of messages that a text is JSON of, as CSV keeps a prompt that is one; any other value as it is."""
+    if isinstance(value, str) and value.startswith("[{"):
+        listed = _from_text(value)
+        if isinstance(listed, list) and all(isinstance(one, dict) and _first(role_keys, one) for one in listed):
+            return listed
+    return value
+
+
+def turns_of_text(text: str) -> list[dict[str, str]]:
+    """The turns of a conversation that is one text, as HH-RLHF and Guanaco have them; none where it is no such text."""
+    for mark in SPEAKER_MARKS:
+        before, *found = mark.split(text)
+        if not before and found[:1] == ["Human"]:
+            turns = zip(found[::2], found[1::2], strict=True)
+            return [{"role": speaker, "content": said.strip()} for speaker, said in turns]
+    return []
 
 
 def _from_text(text: str) -> Any:
@@ -129,6 +152,10 @@ def _read_entry(
     content_keys: tuple[str, ...],
 ) -> list[Message]:
     role_key, content_key = _first(role_keys, entry), _first(content_keys, entry)
+    if role_key is None or content_key is None:
+        lowered = {str(key).lower(): value for key, value in entry.items()}
+        if lowered.keys() != entry.keys() and not any(key in entry for key in (*role_keys, *content_keys)):
+            return _read_entry(record, where, lowered, unused, role_keys, content_keys)
     if role_key is None:
         if any(key in entry for key in role_keys) and content_key is not None:
             raise Dropped("conversation with a speaker other than system, user and assistant")
@@ -142,7 +169,7 @@ def _read_entry(
     train = SAID_BESIDE.isdisjoint(entry) or _is_learnt(record, where, entry, unused)
     if content_key is None and not any(key in entry for key in content_keys):
         record.inside(entry, where, content_keys[0])  # says which fields are there
-    text = _text(record, f"{where}.{content_key}", entry[content_key], unused) if content_key else ""
+    text = text_of(record, f"{where}.{content_key}", entry[content_key], unused) if content_key else ""
     return [Message(role, text, train=train)]
 
 
@@ -160,14 +187,19 @@ def _of_speakers(
     for key in named:
         if key.lower() == "model" and len(replies) > 1:  # it names what wrote the reply
             continue
-        if entry[key] is not None and speakers.setdefault(SPEAKER_KEYS[key.lower()], key) != key:
+        if entry[key] is None:
+            continue
+        first = speakers.setdefault(SPEAKER_KEYS[key.lower()], key)
+        if not is_there(entry[first]):
+            speakers[SPEAKER_KEYS[key.lower()]] = key
+        elif first != key and is_there(entry[key]):
             unused.add(key)
     beside = {str(key).lower(): value for key, value in entry.items()}
     if any(is_there(beside[name]) for name in beside.keys() & TOOLS):
         raise Dropped("conversation with a tool's turn")
     train = _is_learnt(record, where, beside, unused)
     return [
-        Message(role, _text(record, f"{where}.{speakers[role]}", entry[speakers[role]], unused), train=train)
+        Message(role, text_of(record, f"{where}.{speakers[role]}", entry[speakers[role]], unused), train=train)
         for role in ("system", "user", "assistant")
         if role in speakers
     ]
@@ -197,7 +229,7 @@ def _is_learnt(record: Record, where: str, entry: dict[str, Any], unused: set[st
     return train is not False and weight != 0
 
 
-def _text(record: Record, where: str, content: Any, unused: set[str]) -> str:
+def text_of(record: Record, where: str, content: Any, unused: set[str]) -> str:
     """The text of a message, whose content is a text, text parts, or null."""
     if isinstance(content, str):
         return content if content.isascii() else record.inside({where: content}, "", where)
@@ -224,5 +256,5 @@ def _text(record: Record, where: str, content: Any, unused: set[str]) -> str:
             part = text
         elif part is not None and not isinstance(part, str):
             raise record.error(f"field {where!r} has a part that is {kind_of(part)}, not a text")
-        texts.append(_text(record, where, part, unused))
+        texts.append(text_of(record, where, part, unused))
     return "".join(texts)

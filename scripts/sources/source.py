@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from decimal import Decimal
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -150,7 +151,7 @@ class Record:
         value = self.values[name]
         if value is None:
             return 1.0
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        is_number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
         if not is_number or not 0 <= value <= MOST_WEIGHT:
             shown = str(value)[:20] if is_number else kind_of(value)
             raise self.error(f"field {name!r} is {shown}: what a record counts in the loss is a number, 0 or more")

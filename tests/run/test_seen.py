@@ -22,6 +22,7 @@ from evaluation.result_files import read_columns
 from recipe.load import load_recipe
 from run.best import Best, best_checkpoint, judge, link_checkpoints
 from run.checkpoint import read_checkpoint
+from run.checkpoint_state import process_file
 from run.log import RunLog
 from run.run import Run
 from run.samples import Samples, greedy_replies
@@ -219,6 +220,9 @@ def test_two_processes_reply_together(tmp_path, recipe, whole):
     one = run_here(recipe, "--max_steps", 8, output_dir=tmp_path / "one")
     assert samples(tmp_path) == samples(one.output_dir)
     assert len(samples(tmp_path)) == 2
+    # Nothing was drawn yet, and what will be (NEFTune's noise, dropout) is each process's own.
+    states = [json.loads((tmp_path / "checkpoint-5" / process_file(index)).read_text()) for index in (0, 1)]
+    assert states[0]["random"]["torch"] != states[1]["random"]["torch"]
 
 
 def test_all_processes_make_the_same_number_of_forward_passes(tmp_path, tiny_model):
@@ -347,7 +351,7 @@ REFUSED = {
     "never": ({"sample_every": "null"}, "sample_prompts does nothing without sample_every"),
     "no such file": ({"sample_prompts": "nowhere.txt"}, "nowhere.txt: cannot read this file"),
     "an empty file": ({"sample_prompts": "empty.txt"}, "empty.txt: it holds no prompts"),
-    "no prompts in it": ({"sample_prompts": "other.jsonl"}, "other.jsonl, line 1: neither a text nor"),
+    "no prompts in it": ({"sample_prompts": "other.jsonl"}, "other.jsonl, record 1: neither a text, "),
     "a long prompt": ({"sample_prompts": "long.txt"}, "long.txt: prompt 2 has"),
     "every 0 steps": ({"sample_every": 0}, "sample_every = 0"),
 }

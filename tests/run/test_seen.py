@@ -1,5 +1,6 @@
 """What is seen of a run while it trains: replies, the best checkpoint, an early end; stopped and gone on, the same."""
 
+import errno
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from evaluation.model import find_model
 from evaluation.result_files import read_columns
 from recipe.load import load_recipe
-from run.best import Best, best_checkpoint, judge, link_checkpoints
+from run.best import Best, best_and_last, best_checkpoint, judge, link_checkpoints
 from run.checkpoint import read_checkpoint
 from run.checkpoint_state import process_file
 from run.log import RunLog
@@ -221,8 +222,10 @@ def test_two_processes_reply_together(tmp_path, recipe, whole):
     assert samples(tmp_path) == samples(one.output_dir)
     assert len(samples(tmp_path)) == 2
     # Nothing was drawn yet, and what will be (NEFTune's noise, dropout) is each process's own.
-    states = [json.loads((tmp_path / "checkpoint-5" / process_file(index)).read_text()) for index in (0, 1)]
-    assert states[0]["random"]["torch"] != states[1]["random"]["torch"]
+    seed = load_recipe(recipe).rng_seed
+    for index in (0, 1):
+        state = json.loads((tmp_path / "last" / process_file(index)).read_text())["random"]["torch"]
+        assert (state == torch.Generator().manual_seed(seed + 1).get_state().tolist()) == (index == 1)
 
 
 def test_all_processes_make_the_same_number_of_forward_passes(tmp_path, tiny_model):
@@ -333,6 +336,22 @@ def test_links_lead_to_what_is_there(tmp_path):
     link_checkpoints(recipe, None)
     assert not os.path.lexists(moved / "best")
     assert os.readlink(moved / "last") == "checkpoint-7"
+
+
+def test_a_file_system_without_links_is_told_of_once(tmp_path, monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr("os.symlink", refuse)
+    recipe = make_recipe(output_dir=tmp_path)
+    for step in (2, 4):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        link_checkpoints(recipe, Best("eval_loss", 2, 1.0))
+    assert capsys.readouterr().out == (
+        f"\n{tmp_path}: no links best and last there: Operation not permitted; the end says which they are\n"
+    )
+    found = best_and_last(recipe, Best("eval_loss", 2, 1.0))
+    assert {name: path.name for name, path in found.items()} == {"best": "checkpoint-2", "last": "checkpoint-4"}
 
 
 # ---- What is refused ----

@@ -2,18 +2,18 @@
 """Write the mean of the weights of several checkpoints as a model like any other: of the last ones of a run, say.
 
     python scripts/average_checkpoints.py run/checkpoint-10000 run/checkpoint-11000 run/best --out averaged
-    python scripts/eval_loss.py averaged --recipe run/recipe.yaml
+    python scripts/eval_loss.py averaged
     python scripts/compare.py run averaged
 
 Each weight is summed in fp32, one tensor in memory at a time, and stored in the precision of the first. The checkpoints
 have to be of one model: the same config, tokenizer, chat template, and names and shapes of the weights. The mean of
 adapters is not that of their models, so each has to be exported first. DIR appears when it is whole; evaluate it before
-you trust it.
+you trust it. Of checkpoints of one run it holds recipe.yaml and run.json, by which evaluations and the card know it.
 """
 
 from pathlib import Path
 
-from evaluation.model import find_model
+from evaluation.model import EvaluatedModel, find_model
 from utils.command_line import OneLineParser
 from utils.errors import UserError, one_line_errors
 
@@ -46,6 +46,7 @@ from transformers import AutoConfig
 from publishing.weights import read_weights
 from publishing.whole_folder import check_target, whole_folder
 from run.model_files import as_readable_as_others, config_changes
+from run.record_file import read_record, write_record
 from training.adapter_files import is_adapter
 from training.checkpoint_files import check_model_files
 from training.pretrained import load_pretrained
@@ -71,7 +72,8 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 def main(options) -> None:
     set_up_process()
-    models = [Weights(find_model(name).folder, name) for name in options.checkpoints]
+    found = [find_model(name) for name in options.checkpoints]
+    models = [Weights(model.folder, name) for model, name in zip(found, options.checkpoints, strict=True)]
     first = models[0]
     for other in models[1:]:
         check_same_model(first, other)
@@ -91,6 +93,7 @@ def main(options) -> None:
         for pattern in ("LICENSE*", "*.py"):  # code that a config of a known architecture may name all the same
             for path in first.folder.glob(pattern):
                 shutil.copyfile(path, work / path.name)
+        copy_run(found, work)
         as_readable_as_others(work)
         written = read_weights(work)
     say(f"in {options.out}: the mean of {len(models)} checkpoints, {written}")
@@ -167,6 +170,23 @@ def reading_of(folder: Path) -> dict[str, object]:
     template = folder / "chat_template.jinja"
     own = config.get("chat_template") if isinstance(config, dict) else None
     return {"tokenizer.json": tokenizer, "their chat templates": read_text(template) if template.exists() else own}
+
+
+def copy_run(models: list[EvaluatedModel], folder: Path) -> None:
+    """The recipe and the record of the run that all checkpoints are of, if they are; the record says what was averaged.
+
+    Raises: UserError where the recipe cannot be read, OSError.
+    """
+    files = [model.recipe_file for model in models]
+    if None in files or len({read_text(file) for file in files}) > 1:
+        say("they are not of one run, so that no recipe is known of their mean: give eval_loss.py --recipe")
+        return
+    shutil.copyfile(files[0], folder / "recipe.yaml")
+    names = [model.folder.resolve().name for model in models]
+    try:
+        write_record(read_record(files[0].with_name("run.json")) | {"averaged": names}, folder / "run.json")
+    except UserError as problem:
+        say(f"warning: the record of the run is left out: {problem}")
 
 
 def mean(name: str, models: list[Weights], dtype: torch.dtype) -> torch.Tensor:

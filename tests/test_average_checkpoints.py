@@ -6,12 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from average_checkpoints import Weights, check_same_model, mean
+from average_checkpoints import Weights, check_same_model, copy_run, mean
 from checkpoints import save_chat_model
 from conftest import run_script
+from mixes import make_recipe
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from evaluation.model import EvaluatedModel, find_model
+from publishing.model_card import model_card
+from publishing.provenance import find_run
 from utils.errors import UserError
 
 SCRIPT = "scripts/average_checkpoints.py"
@@ -62,6 +66,36 @@ def test_code_that_comes_with_a_model(tmp_path, models):
     change_json(paths[1] / "config.json", model_type="own")
     with pytest.raises(UserError, match="contains custom code"):
         check_same_model(*(Weights(path, path.name) for path in paths))
+
+
+def test_of_one_run_it_has_the_recipe_and_the_record(tmp_path, models, capsys):
+    """So that evaluations need no --recipe, and the card says what it is; of several runs no recipe is the mean's."""
+    run = tmp_path / "run"
+    paths = [shutil.copytree(path, run / path.name) for path in models[:2]]
+    recipe = make_recipe(output_dir=run)
+    (run / "recipe.yaml").write_text(recipe.to_yaml())
+    record = {"format": 1, "status": "finished", "recipe": recipe.values(), "num_processes": 1, "dtype": "fp32"}
+    (run / "run.json").write_text(json.dumps(record))
+    (run / "last").symlink_to(paths[1].name)
+    average(tmp_path, paths[0], run / "last")
+    found = find_model(str(tmp_path / "out"))
+    assert found.recipe_file.read_text() == (run / "recipe.yaml").read_text()
+    averaged = ["checkpoint-1", "checkpoint-2"]
+    assert json.loads((tmp_path / "out" / "run.json").read_text()) == record | {"averaged": averaged}
+    card = str(model_card(found, find_run(found)))
+    assert "the mean of the weights of checkpoint-1, checkpoint-2, fine-tuned on the conversations of" in card
+    assert "- checkpoint: the mean of the weights of checkpoint-1, checkpoint-2\n" in card
+
+    for recipes, said in ([run / "recipe.yaml", None], "not of one run"), ([run / "recipe.yaml"] * 2, "is left out"):
+        (run / "run.json").write_text("{}")
+        (tmp_path / "mean").mkdir()
+        copy_run(
+            [EvaluatedModel(str(path), file) for path, file in zip(paths, recipes, strict=True)], tmp_path / "mean"
+        )
+        assert said in capsys.readouterr().out
+        names = [path.name for path in (tmp_path / "mean").iterdir()]
+        assert names == ["recipe.yaml"] * (said == "is left out")
+        shutil.rmtree(tmp_path / "mean")
 
 
 def test_half_precision_is_summed_in_fp32_and_stays_half(tmp_path):

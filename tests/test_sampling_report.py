@@ -222,15 +222,17 @@ def test_the_settings_of_published_reports():
         ("a.json", "[]", "it holds no prompts"),
         ("a.jsonl", "", "it holds no prompts"),
         ("a.json", '["a",\n "b"', "a.json line 2, column 5: JSON does not parse"),
-        ("a.json", '["a", 3]', "prompt 2: neither a text nor"),
-        ("a.json", '["a", ""]', "prompt 2: message 1: its content is empty"),
-        ("a.jsonl", '"a"\n\n{"messages": []}\n', "line 3: neither a text nor"),
+        ("a.json", '["a", 3]', "record 2: neither a text, "),
+        ("a.json", '["a", ""]', "record 2: neither a text, "),
+        ("a.jsonl", '"a"\n\n{"messages": []}\n', "record 3: neither a text, "),
         ("a.jsonl", '"a"\nplain text\n', "a.jsonl line 2, column 1: JSON does not parse: Expecting value"),
-        ("a.jsonl", '{"prompt": "a"}\n', "line 1: neither a text nor"),
+        ("a.jsonl", '{"text": "a"}\n', "record 1: neither a text, "),
+        ("a.jsonl", '{"prompt": 5}\n', "field 'prompt' is a number"),
+        ("a.csv", "prompt\na\n", "neither JSON nor by its name text"),
         (
             "a.jsonl",
-            '{"messages": [{"role": "human", "content": "a"}]}',
-            "message 1: its role is 'human', not one of user",
+            '{"messages": [{"role": "parrot", "content": "a"}]}',
+            "record 1: conversation with a speaker other than system, user and assistant",
         ),
         (
             "a.jsonl",
@@ -262,6 +264,44 @@ def test_good_prompts(tmp_path):
     assert read("a.txt", "\ufeffone\r\n\n  two \u2028 still\n[three]") == ["one", "two \u2028 still", "[three]"]
     assert read("a.json", ' ["one",\n{"messages": [{"role": "user", "content": "two", "id": 1}]}]') == ["one", "two"]
     assert read("a.jsonl", '"one\\ntwo"\r\n"three"') == ["one\ntwo", "three"]
+    assert read("a.TXT", "one\ntwo") == read("none", "one\ntwo") == ["one", "two"]
+
+
+HI, YO = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}
+
+
+@pytest.mark.parametrize(
+    ("value", "roles"),
+    [
+        ({"prompt": "Hi"}, "u"),
+        ({"instruction": "Hi", "output": "Yo"}, "u"),
+        ({"Question": "Hi", "system_prompt": "Be brief."}, "su"),
+        ({"prompt": [HI, YO, HI]}, "uau"),
+        ({"conversations": [{"from": "human", "value": "Hi"}]}, "u"),
+        ({"messages": [HI], "system": "Be brief.", "id": 3}, "su"),
+        ({"messages": [{"role": "prompter", "content": [{"type": "text", "text": "Hi"}]}]}, "u"),
+        ([HI, YO, HI], "uau"),
+        ("Hi", "u"),
+    ],
+    ids=str,
+)
+def test_forms_of_a_prompt(tmp_path, value, roles):
+    """As JSON Lines, as a list, over several lines, and beside others under a key."""
+    for name, text, count in [
+        ("a.jsonl", f"\ufeff{json.dumps(value)}\r\n{json.dumps(value)}\n", 2),
+        ("a.json", json.dumps([value, value]), 2),
+        ("a.json", json.dumps(value, indent=1), 1),
+        ("a.json", json.dumps({"prompts": [value, value]}), 2),
+    ]:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        prompts = read_prompts(tmp_path / name)
+        assert ["".join(message["role"][0] for message in prompt) for prompt in prompts] == [roles] * count
+        assert prompts[0][-1]["content"] == "Hi"
+
+
+def test_a_passage_is_part_of_the_question(tmp_path):
+    (tmp_path / "a.json").write_text('{"question": "Who?", "context": "It was Ann."}')
+    assert read_prompts(tmp_path / "a.json") == [[{"role": "user", "content": "Who?\n\nIt was Ann."}]]
 
 
 @pytest.mark.parametrize(

@@ -1,49 +1,101 @@
 """Files of prompts, for replies to look at: of the sampling report, and while a run trains. Only light imports."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+from sources.messages_columns import names_of
+from sources.messages_forms import ROLE_KEYS, Dropped, is_there, read_turns
+from sources.source import Message, Record
 from utils.errors import UserError
 from utils.files import parse_json, read_text
+
+NAMES = names_of(None)
+FORMS = (
+    'a text, {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}, '
+    "or the like in another form of chat data"
+)
 
 
 def read_prompts(path: Path) -> list[list[dict[str, str]]]:
     """Prompts as conversations, [{"role", "content"}], whose last message is a user's.
 
-    A .txt file has one a line. In a JSON list, or JSON Lines, a prompt is a text or {"messages": [...]}.
+    A .txt file has one a line. In JSON (a list, or an object with one) or JSON Lines a prompt is a text, a list of
+    messages, or an object that has them, or a question, in the forms of chat data (`sources/messages.py`); a reply
+    beside a question is passed over.
 
-    Raises: UserError with the line of what is no prompt, or where there is none.
+    Raises: UserError with the place of what is no prompt, or where there is none.
     """
     text = read_text(path)
-    if path.suffix == ".txt":
-        values = [(str(path), line.strip()) for line in text.split("\n") if line.strip()]
-    elif text.lstrip().startswith("["):
-        prompts = parse_json(text, path)
-        values = [(f"{path}, prompt {number}", prompt) for number, prompt in enumerate(prompts, 1)]
+    start = text.lstrip()[:1]
+    if path.suffix.lower() == ".txt" or (not path.suffix and start not in ("[", "{", '"')):
+        values = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    elif path.suffix.lower() not in (".json", ".jsonl", ".ndjson", "") and start not in ("[", "{", '"', ""):
+        raise UserError(f"{path}: neither JSON nor by its name text: name it .txt if it has a prompt a line")
     else:
-        lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-        values = [(f"{path}, line {number}", parse_json(line, path, number)) for number, line in lines]
+        values = _json_values(text, path)
     if not values:
         raise UserError(f"{path}: it holds no prompts")
-    return [_as_messages(value, where) for where, value in values]
+    return [_as_messages(value, path, number) for number, value in values]
 
 
-def _as_messages(prompt: Any, where: str) -> list[dict[str, str]]:
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else None
-    if isinstance(prompt, dict):
-        messages = prompt.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise UserError(f'{where}: neither a text nor {{"messages": [{{"role": "user", "content": "..."}}, ...]}}')
-    for number, message in enumerate(messages, 1):
-        role, content = (message.get(key) if isinstance(message, dict) else None for key in ("role", "content"))
-        roles = ("user", "assistant", "system")[: 3 if number == 1 else 2]
-        if role not in roles:
-            given = f"{role[:40]!r}" if isinstance(role, str) else "no text"
-            raise UserError(f"{where}: message {number}: its role is {given}, not one of {', '.join(roles)}")
-        if not isinstance(content, str) or not content.strip():
-            raise UserError(f"{where}: message {number}: its content is empty or no text")
-        if content.encode("utf-8", "replace").decode() != content:
-            raise UserError(f"{where}: message {number}: its content holds half of a surrogate pair")
-    if messages[-1]["role"] != "user":
-        raise UserError(f"{where}: its last message is not the user's")
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+def _json_values(text: str, path: Path) -> list[tuple[int, Any]]:
+    """What stands in JSON Lines by its line, in JSON by its place."""
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        return []
+    if not _is_json(lines[0][1]):  # a list or an object over several lines
+        if lines[0][1].lstrip()[:1] in ("[", "{"):
+            return _entries(parse_json(text, path))
+    elif len(lines) == 1:
+        return _entries(parse_json(text, path))
+    return [(number, parse_json(line, path, number)) for number, line in lines]
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _entries(value: Any) -> list[tuple[int, Any]]:
+    """Of {"prompts": [...]}, a list, or one prompt."""
+    if isinstance(value, dict) and len(value) == 1 and isinstance(entries := next(iter(value.values())), list):
+        value = value if {*map(str.lower, value)} & {*NAMES.lists, *NAMES.questions} else entries
+    is_list = isinstance(value, list) and not any(isinstance(entry, dict) and _speaks(entry) for entry in value)
+    return list(enumerate(value if is_list else [value], 1))
+
+
+def _speaks(entry: dict[str, Any]) -> bool:
+    """Whether this is a message, in place of a prompt."""
+    return any(key in entry for key in ROLE_KEYS) and not {*map(str.lower, entry)} & {*NAMES.lists}
+
+
+def _as_messages(prompt: Any, path: Path, number: int) -> list[dict[str, str]]:
+    values = {str: {"prompt": prompt}, list: {"messages": prompt}, dict: prompt}.get(type(prompt), {})
+    record = Record(values, path, number, number)
+    there = {name.lower(): name for name, value in values.items() if is_there(value)}
+    listed = next((there[name] for name in (*NAMES.lists, *NAMES.questions) if name in there), None)
+    if listed is None:
+        raise record.error(f"neither {FORMS}")
+    try:
+        if isinstance(values[listed], str) and listed.lower() in NAMES.questions:
+            passages = [record.get(there[name]) for name in NAMES.passages if name in there and there[name] != listed]
+            messages = [Message("user", "\n\n".join([record.get(listed), *passages[:1]]))]
+        else:
+            messages = read_turns(record, listed, values[listed], set())
+    except Dropped as dropped:
+        raise record.error(f"{dropped}, which no prompt is") from None
+    system = next((record.get(there[name]) for name in NAMES.systems if name in there), None)
+    if system and messages and messages[0].role != "system":
+        messages = [Message("system", system), *messages]
+    for place, message in enumerate(messages, 1):
+        if message.role == "system" and place > 1:
+            raise record.error(f"message {place}: its role is system, which only the first can have")
+        if not is_there(message.content):
+            raise record.error(f"message {place}: its content is empty")
+    if not messages or messages[-1].role != "user":
+        raise record.error("its last message is not the user's: leave out the reply that is asked for")
+    return [{"role": message.role, "content": message.content} for message in messages]

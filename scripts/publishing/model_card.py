@@ -123,16 +123,21 @@ def _of_the_run(run: TrainedRun, model: EvaluatedModel, results: dict[str, Resul
     tokens = f", {run.tokens:,} tokens" if run.tokens else ""
     steps = "an unknown number of steps" if model.step is None else counted(model.step, "step")
     done = steps if run.epochs is None else f"{run.epochs:g} {'epoch' if run.epochs == 1 else 'epochs'} ({steps})"
+    progress = done + tokens + (f", of {recipe.num_train_epochs:g} epochs" if recipe.max_steps is None else "")
+    trained = f"fine-tuned for {done}{tokens}"
+    if record.averaged:
+        progress = f"the mean of the weights of {shareable_text(', '.join(record.averaged))}"
+        trained = f"{progress}, fine-tuned"
     return {
         "summary": (
-            f"A chat model: {base}, fine-tuned for {done}{tokens} on the conversations of "
+            f"A chat model: {base}, {trained} on the conversations of "
             f"{', '.join(recipe.datasets.chosen())}. It replies to a user, turn by turn."
         ),
         "languages": ", ".join(languages(run)) or "not known",
         "base": base,
         "code": plain(commit or "") + f" ({plain(versions)})" * bool(versions),
         "wandb": record.wandb if record.wandb and LINK.fullmatch(record.wandb) else "",
-        "progress": done + tokens + (f", of {recipe.num_train_epochs:g} epochs" if recipe.max_steps is None else ""),
+        "progress": progress,
         "dtype": record.dtype or recipe.dtype,
         "processes": machine,
         "command": " ".join([*_launch(run.record), "scripts/sft.py recipe.yaml --output_dir NEW"]),

@@ -78,6 +78,7 @@ class RunRecord(_Part):
     git: _Git = _Git()
     hardware: _Hardware = _Hardware()
     wandb: str | None = None
+    averaged: list[str] = []  # of the mean of several checkpoints their names (average_checkpoints.py)
 
 
 @dataclass(frozen=True)

@@ -60,8 +60,8 @@ def expand_home(value: Any) -> Any:
 
 
 def as_list(value: Any) -> Any:
-    """A name in place of a list of one."""
-    return [value] if isinstance(value, str) else value
+    """A name in place of a list of one, and null of an empty one."""
+    return [value] if isinstance(value, str) else [] if value is None else value
 
 
 FolderPath = Annotated[Path, BeforeValidator(expand_home)]

@@ -15,7 +15,6 @@ from recipe.keys import Recipe
 from recipe.secrets import secret_in
 from utils.requirements import remedy
 
-# Nor has MLflow's experiment a quote, since Accelerate 1.15 looks for it by a filter within such.
 NOT_IN_A_PROJECT = "/\\#?%:"  # by wandb 0.31, sdk/wandb_settings.py, which raises after the model has been loaded
 LONGEST_PROJECT = 128
 # A data set `scale` would have the loss_scale of fp16 for its loss_<dataset> in metrics.jsonl (run/health.py).
@@ -81,18 +80,19 @@ def problems_of(recipe: Recipe, values: dict[str, Any]) -> list[Problem]:
 def _problems_of_trackers(recipe: Recipe) -> Iterator[Problem]:
     if recipe.log_wandb and not find_spec("wandb"):
         yield ("log_wandb",), f"= true: wandb is not installed: {remedy('requirements.txt')}; or give false"
-    for name in recipe.log_with:
+    for name in dict.fromkeys(recipe.log_with):
         if name == "wandb" and not recipe.log_wandb:
             yield ("log_with",), "names wandb beside log_wandb: false: give log_wandb: true, or leave it out"
         elif name != "wandb" and not find_spec(name):
             yield ("log_with",), f"names {name}, which is not installed: pip install {name}, or leave it out"
-    project, wrong = recipe.wandb_project, NOT_IN_A_PROJECT + "'" * ("mlflow" in recipe.log_with)
-    if not recipe.log_wandb and not recipe.log_with:
-        return
-    if wrong := sorted({letter for letter in project if letter in wrong}):
+    project = recipe.wandb_project
+    if recipe.log_wandb and (wrong := sorted({letter for letter in project if letter in NOT_IN_A_PROJECT})):
         yield ("wandb_project",), f"= {project}: no project of wandb's has {' '.join(wrong)}"
-    if len(project) > LONGEST_PROJECT:
+    if recipe.log_wandb and len(project) > LONGEST_PROJECT:
         yield ("wandb_project",), f"has over {LONGEST_PROJECT} characters, which wandb does not take"
+    # Accelerate 1.15 looks for MLflow's experiment by a filter within such quotes.
+    if "mlflow" in recipe.log_with and "'" in project:
+        yield ("wandb_project",), f"= {project}: an experiment of MLflow's cannot be looked for by a name with '"
 
 
 def _is_empty(key: tuple[str, ...], text: str) -> bool:

@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from recipe.keys import Recipe
@@ -69,6 +70,8 @@ def check_metric(recipe: Recipe, held_out: Collection[str]) -> None:
 
 # ---- The links ----
 
+_say_once = cache(say)  # where links fail they do at each evaluation
+
 
 def is_others(link: Path) -> bool:
     """Whether what is there under the name of a link of ours is none: a folder, or a link to something else."""
@@ -94,6 +97,13 @@ def best_checkpoint(folder: Path, metric: str, best: Best | None) -> Path | None
     return chosen
 
 
+def best_and_last(recipe: Recipe, best: Best | None) -> dict[str, Path | None]:
+    """The checkpoints that the links of a run lead to, by their names."""
+    newest = list_checkpoints(recipe.output_dir)[-1:]
+    found = best_checkpoint(recipe.output_dir, recipe.early_stopping_metric, best), (newest or [None])[0]
+    return dict(zip(LINKS, found, strict=True))
+
+
 def link_checkpoints(recipe: Recipe, best: Best | None) -> None:
     """Have OUTPUT_DIR/last lead to the newest checkpoint, and OUTPUT_DIR/best to the best that is there.
 
@@ -102,10 +112,8 @@ def link_checkpoints(recipe: Recipe, best: Best | None) -> None:
     says so.
     """
     folder = recipe.output_dir
-    newest = list_checkpoints(folder)[-1:]
-    leads_to = {"best": best_checkpoint(folder, recipe.early_stopping_metric, best), "last": (newest or [None])[0]}
-    for name in LINKS:
-        link, path = folder / name, leads_to[name]
+    for name, path in best_and_last(recipe, best).items():
+        link = folder / name
         if is_others(link):
             continue
         if (path.name if path else None) == (os.readlink(link) if link.is_symlink() else None):
@@ -119,7 +127,7 @@ def link_checkpoints(recipe: Recipe, best: Best | None) -> None:
             work.symlink_to(path.name)
             os.replace(work, link)
         except OSError as error:  # no reason to stop: the checkpoints themselves are there
-            say(f"\n{link} could not be made a link to {path and path.name}: {error.strerror}")
+            _say_once(f"\n{folder}: no links best and last there: {error.strerror}; the end says which they are")
 
 
 def keep_checkpoints(recipe: Recipe, newest: Path, best: Best | None) -> None:

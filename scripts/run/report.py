@@ -1,6 +1,5 @@
 """What a run says on the screen before its first step and after its last: the plan, the first batch, a few replies."""
 
-import os
 import shlex
 
 import numpy as np
@@ -10,7 +9,7 @@ from transformers import PreTrainedModel
 from data.dialogue import ASSISTANT, render_scored
 from data.mix import Mix
 from recipe.keys import Recipe
-from run.best import LINKS
+from run.best import best_and_last
 from run.health import StepHealth
 from run.lines import best_point
 from run.progress import Progress
@@ -137,13 +136,14 @@ def end_report(recipe: Recipe, progress: Progress, stats: TrainingStats, health:
     if best:
         print(f"best validation loss {best[1]:.4f}, after step {best[0]:,}")
     if progress.ends_early:
+        reached, since = progress.best, counted(progress.best.evaluations_since, "evaluation")
         print(
-            f"ended early: {progress.best.evaluations_since} evaluations since the best {progress.best.metric}, "
-            f"{progress.best.value:.4f} after step {progress.best.step:,} (early_stopping_patience)"
+            f"ended early: {since} since the best {reached.metric}, {reached.value:.4f} after step {reached.step:,} "
+            "(early_stopping_patience)"
         )
     kept = ", ".join(path.name for path in list_checkpoints(recipe.output_dir)) or "none"
     what = "the model, its card, " if progress.is_complete else "start the same command again to go on; "
-    linked = [f"{link} is {os.readlink(path)}" for link in LINKS if (path := recipe.output_dir / link).is_symlink()]
+    linked = [f"{name} is {path.name}" for name, path in best_and_last(recipe, progress.best).items() if path]
     print(f"in {recipe.output_dir}: {what}metrics.jsonl, training.png, run.json; checkpoints: {kept}", flush=True)
     if linked:
         print(f"    {', '.join(linked)}", flush=True)

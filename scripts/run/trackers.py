@@ -2,14 +2,17 @@
 
 A run that goes on is the same run in each of them: wandb, MLflow and trackio know it by what the checkpoint remembers,
 TensorBoard by its folder, where what came after the checkpoint is left out. metrics.jsonl is the record: a tracker that
-fails in the middle of a run is left, with a line, and the run goes on.
+fails in the middle of a run is left, with a line, and the run goes on; no step waits for one.
 """
 
 import functools
 import os
 import secrets
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any
 
 from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracker, TrackioTracker
@@ -20,6 +23,53 @@ from run.progress import Progress
 from run.record_file import redact
 from utils.errors import UserError, reason
 from utils.launch import say
+
+LONGEST_END = 60  # seconds that a run which has ended waits for a tracker
+
+
+class Tracker:
+    """One of Accelerate's, in a thread of its own.
+
+    MLflow tries a request 8 times, up to 120 s each: a server that hangs would hold up the steps until the other
+    processes give up. It knows its run by the thread, so that all is done in this one.
+    """
+
+    def __init__(self, name: str, start: Callable[[], GeneralTracker]):
+        """Raises: as `start`."""
+        self.name = name
+        self._actions: SimpleQueue[Callable[[GeneralTracker], None] | None] = SimpleQueue()
+        started = Future()
+        # A daemon, which no process waits for that ends by an error.
+        self._thread = Thread(target=self._work, args=(start, started), name=name, daemon=True)
+        self._thread.start()
+        started.result()
+
+    def _work(self, start: Callable[[], GeneralTracker], started: Future) -> None:
+        try:
+            tracker = start()
+        except BaseException as error:  # the other thread's to raise
+            started.set_exception(error)
+            return
+        started.set_result(None)
+        while action := self._actions.get():
+            try:
+                action(tracker)
+            except Exception as error:  # as many kinds as there are trackers
+                say(f"\n{self.name}: no longer logged to, metrics.jsonl has all: {reason(error)}")
+                return
+
+    def do(self, action: Callable[[GeneralTracker], None]) -> None:
+        """Soon, unless one before it failed."""
+        if self._thread.is_alive():
+            self._actions.put(action)
+
+    def finish(self) -> None:
+        """End the run there, when all that is to be done is."""
+        self.do(lambda tracker: tracker.finish())
+        self._actions.put(None)
+        self._thread.join(LONGEST_END)
+        if self._thread.is_alive():
+            say(f"{self.name}: not done {LONGEST_END} s after the run: left, metrics.jsonl has all")
 
 
 class Trackers:
@@ -35,28 +85,27 @@ class Trackers:
             progress: where the run begins; its wandb_id and tracker_runs become those of its runs there.
 
         Raises:
-            UserError: one of Accelerate's could not be started (an MLflow server that is not there).
+            UserError: one could not be started (an MLflow server that is not there).
         """
-        self.wandb = start_wandb(recipe, progress.wandb_id) if recipe.log_wandb else None
-        self.wandb_url: str | None = None
-        if self.wandb:
+        self.wandb = self.wandb_url = None
+        if recipe.log_wandb:
+            self.wandb = _started("log_wandb: wandb", start_wandb, recipe, progress.wandb_id)
             progress.wandb_id = self.wandb.id
             self.wandb_url = None if self.wandb.offline or self.wandb.disabled else self.wandb.url
         starts = {"tensorboard": _start_tensorboard, "trackio": _start_trackio, "mlflow": _start_mlflow}
-        self.others: dict[str, GeneralTracker] = {}
-        for name, start in starts.items():
-            if name in recipe.log_with:
-                try:
-                    self.others[name] = start(recipe, progress)
-                except Exception as error:  # as many kinds as there are trackers
-                    raise UserError(f"log_with: {name} could not be started: {reason(error)}") from error
+        self.others = [
+            _started(f"log_with: {name}", Tracker, name, functools.partial(start, recipe, progress))
+            for name, start in starts.items()
+            if name in recipe.log_with
+        ]
 
     def log(self, metrics: dict[str, Any]) -> None:
         """A line of metrics.jsonl."""
         # The step as a metric of its own: wandb drops rows whose `step=` lies behind what it has seen.
         self._of_wandb(lambda run: run.log(metrics))
         values = {name: value for name, value in metrics.items() if name != "step"}
-        self._each(lambda tracker: tracker.log(values, step=metrics["step"]))
+        for tracker in self.others:
+            tracker.do(lambda own: own.log(values, step=metrics["step"]))
 
     def log_table(self, name: str, step: int, columns: list[str], rows: list[list]) -> None:
         """A table, which of the trackers wandb has."""
@@ -70,7 +119,8 @@ class Trackers:
 
     def finish(self) -> None:
         """End the run in all of them."""
-        self._each(lambda tracker: tracker.finish())
+        for tracker in self.others:
+            tracker.finish()
         self._of_wandb(lambda run: run.finish())
 
     def _of_wandb(self, action: Callable[[Any], None]) -> None:
@@ -82,13 +132,12 @@ class Trackers:
             self.wandb = None
             say(f"\nwandb: no longer logged to, metrics.jsonl has all: {reason(error)}")
 
-    def _each(self, action: Callable[[GeneralTracker], None]) -> None:
-        for name, tracker in [*self.others.items()]:
-            try:
-                action(tracker)
-            except Exception as error:  # as many kinds as there are trackers
-                del self.others[name]
-                say(f"\n{name}: no longer logged to, metrics.jsonl has all: {reason(error)}")
+
+def _started(what: str, start: Callable, *arguments: Any) -> Any:
+    try:
+        return start(*arguments)
+    except Exception as error:  # as many kinds as there are trackers, and their settings in the environment
+        raise UserError(f"{what} could not be started: {reason(error)}") from error
 
 
 def start_wandb(recipe: Recipe, run_id: str | None):
@@ -150,9 +199,21 @@ def _start_trackio(recipe: Recipe, progress: Progress) -> GeneralTracker:
 
 
 def _start_mlflow(recipe: Recipe, progress: Progress) -> GeneralTracker:
+    from mlflow.exceptions import MlflowException
+
+    def start(run_id: str | None) -> GeneralTracker:
+        tracker = MLflowTracker(experiment_name=recipe.wandb_project, run_name=_name_of_run(recipe), run_id=run_id)
+        tracker.start()
+        return tracker
+
     known = progress.tracker_runs.get("mlflow")
-    tracker = MLflowTracker(experiment_name=recipe.wandb_project, run_name=_name_of_run(recipe), run_id=known)
-    tracker.start()
+    try:
+        tracker = start(known)
+    except MlflowException as error:  # of another server, or deleted there
+        if known is None:
+            raise
+        say(f"mlflow: not the run that the checkpoint tells of ({reason(error)}): another one is begun")
+        tracker, known = start(None), None
     progress.tracker_runs["mlflow"] = tracker.tracker.info.run_id
     if known is None:  # parameters cannot be changed
         tracker.store_init_configuration(redact(recipe.model_dump(mode="json")))

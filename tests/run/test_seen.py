@@ -1,6 +1,7 @@
 """What is seen of a run while it trains: replies, the best checkpoint, an early end; stopped and gone on, the same."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -22,8 +23,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from evaluation.model import find_model
 from evaluation.result_files import read_columns
 from recipe.load import load_recipe
-from run.best import Best, best_checkpoint, judge, link_checkpoints
+from run.best import Best, best_and_last, best_checkpoint, judge, link_checkpoints
 from run.checkpoint import read_checkpoint
+from run.checkpoint_state import process_file
 from run.log import RunLog
 from run.run import Run
 from run.samples import Samples, greedy_replies
@@ -255,6 +257,11 @@ def test_two_processes_reply_together(tmp_path, recipe, whole):
     one = run_here(recipe, "--max_steps", 8, output_dir=tmp_path / "one")
     assert samples(tmp_path) == samples(one.output_dir)
     assert len(samples(tmp_path)) == 2
+    # Nothing was drawn yet, and what will be (NEFTune's noise, dropout) is each process's own.
+    seed = load_recipe(recipe).rng_seed
+    for index in (0, 1):
+        state = json.loads((tmp_path / "last" / process_file(index)).read_text())["random"]["torch"]
+        assert (state == torch.Generator().manual_seed(seed + 1).get_state().tolist()) == (index == 1)
 
 
 def test_all_processes_make_the_same_number_of_forward_passes(tmp_path, tiny_model):
@@ -407,6 +414,22 @@ def test_links_lead_to_what_is_there(tmp_path):
     assert os.readlink(moved / "last") == "checkpoint-7"
 
 
+def test_a_file_system_without_links_is_told_of_once(tmp_path, monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr("os.symlink", refuse)
+    recipe = make_recipe(output_dir=tmp_path)
+    for step in (2, 4):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        link_checkpoints(recipe, Best("eval_loss", 2, 1.0))
+    assert capsys.readouterr().out == (
+        f"\n{tmp_path}: no links best and last there: Operation not permitted; the end says which they are\n"
+    )
+    found = best_and_last(recipe, Best("eval_loss", 2, 1.0))
+    assert {name: path.name for name, path in found.items()} == {"best": "checkpoint-2", "last": "checkpoint-4"}
+
+
 # ---- What is refused ----
 
 REFUSED = {
@@ -423,7 +446,7 @@ REFUSED = {
     "never": ({"sample_every": "null"}, "sample_prompts does nothing without sample_every"),
     "no such file": ({"sample_prompts": "nowhere.txt"}, "nowhere.txt: cannot read this file"),
     "an empty file": ({"sample_prompts": "empty.txt"}, "empty.txt: it holds no prompts"),
-    "no prompts in it": ({"sample_prompts": "other.jsonl"}, "other.jsonl, line 1: neither a text nor"),
+    "no prompts in it": ({"sample_prompts": "other.jsonl"}, "other.jsonl, record 1: neither a text, "),
     "a long prompt": ({"sample_prompts": "long.txt"}, "long.txt: prompt 2 has"),
     "every 0 steps": ({"sample_every": 0}, "sample_every = 0"),
 }

@@ -3,6 +3,7 @@
 import importlib
 import json
 import sqlite3
+from threading import Event
 
 import pytest
 from interruption import metrics, run_here, small_recipe
@@ -130,6 +131,32 @@ def test_a_tracker_that_fails_is_left_and_the_run_goes_on(tmp_path, monkeypatch,
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
 
 
+def test_no_step_waits_for_a_tracker(tmp_path, monkeypatch, capsys):
+    """Whose server takes a line and does not answer; the run's end waits for it, but not for ever."""
+    hanging, lines = Event(), []
+
+    class Hanging:
+        def log(self, values, step):
+            hanging.wait()
+            lines.append(step)
+
+        def finish(self):
+            lines.append("the end")
+
+    monkeypatch.setattr(trackers, "_start_mlflow", lambda *_: Hanging())
+    monkeypatch.setattr(trackers, "LONGEST_END", 0.1)
+    log = RunLog(make_recipe(tmp_path, log_with=["mlflow"]), make_progress(3), main_process=True)
+    for line in LINES:
+        log.write(line)
+    log.close()
+    log.trackers.finish()
+    assert "mlflow: not done 0.1 s after the run: left" in capsys.readouterr().out
+    assert lines == []
+    hanging.set()
+    log.trackers.finish()
+    assert lines == [*(line["step"] for line in LINES), "the end"]
+
+
 def test_one_that_cannot_be_started_is_an_error(tmp_path, monkeypatch):
     def refuse(*_):
         raise ConnectionError("no server at\nhttp://x")
@@ -137,6 +164,18 @@ def test_one_that_cannot_be_started_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(trackers, "_start_mlflow", refuse)
     with pytest.raises(UserError, match=r"mlflow could not be started: ConnectionError: no server at http://x$"):
         RunLog(make_recipe(tmp_path, log_with=["mlflow"]), make_progress(3), main_process=True)
+
+
+def test_a_setting_that_wandb_refuses(tmp_path, monkeypatch):
+    """By no error of its own: pydantic's, of WANDB_MODE=bogus or a WANDB_BASE_URL that is none."""
+
+    def refuse(**_):
+        raise ValueError("mode\n  Input should be 'online', 'offline'")
+
+    monkeypatch.setenv("WANDB_MODE", "bogus")
+    monkeypatch.setattr("wandb.init", refuse)
+    with pytest.raises(UserError, match=r"log_wandb: wandb could not be started: ValueError: mode Input should be "):
+        RunLog(make_recipe(tmp_path, log_wandb=True), make_progress(3), main_process=True)
 
 
 @pytest.mark.parametrize(
@@ -147,11 +186,17 @@ def test_one_that_cannot_be_started_is_an_error(tmp_path, monkeypatch):
             "log_with names trackio, which is not installed: pip install trackio",
         ),
         ({"log_with": ["wandb"], "log_wandb": False}, "log_with names wandb beside log_wandb: false"),
-        ({"log_with": ["mlflow"], "wandb_project": "it's"}, "wandb_project = it's: no project of wandb's has '"),
-        ({"log_with": ["tensorboard"], "wandb_project": "a/b"}, "wandb_project = a/b: no project of wandb's has /"),
+        ({"log_with": ["trackio", "trackio"]}, "log_with names trackio, which is not installed: pip install trackio"),
+        ({"log_with": ["mlflow"], "wandb_project": "it's"}, "wandb_project = it's: an experiment of MLflow's"),
+        ({"log_with": ["mlflow"], "wandb_project": "/Users/me/chat"}, None),  # as Databricks wants them
+        ({"log_with": ["tensorboard"], "wandb_project": "a/b"}, None),  # it has no projects
+        ({"log_with": ["tensorboard"], "wandb_project": "a/b", "log_wandb": True}, "wandb_project = a/b: no project"),
+        ({"log_with": ["tensorboard"], "wandb_project": "a" * 129}, None),
+        ({"log_with": ["wandb"], "wandb_project": "a" * 129, "log_wandb": True}, "wandb_project has over 128"),
         ({"log_with": ["wandb"], "log_wandb": True}, None),
         ({"log_with": "tensorboard"}, None),
         ({"log_with": []}, None),
+        ({"log_with": None}, None),
     ],
 )
 def test_what_is_refused_of_log_with(tmp_path, monkeypatch, keys, message):

@@ -202,8 +202,8 @@ def check_whole(files: Iterable[str], called: str) -> None:
     for (stem, count), seen in parts.items():
         if len(seen) < int(count):
             raise UserError(
-                f"{called}: only {len(seen)} of {int(count)} parts of {stem} are here: download the rest, or name those "
-                "that are here by a pattern"
+                f"{called}: only {len(seen)} of {int(count)} parts of {stem} are here: download the rest, or name "
+                "those that are here by a pattern"
             )
 
 

@@ -151,8 +151,7 @@ def claim_output_dir(recipe: Recipe, checkpoint: Checkpoint | None) -> None:
         for file in (folder / "metrics.jsonl", folder / "bad_steps.jsonl", folder / SAMPLES):
             source = file if checkpoint is None or file.exists() else checkpoint.path.parent / file.name
             if source.exists():
-                state = checkpoint and checkpoint.state
-                kept = lines_up_to(source, state.step, state.evaluation_due, bool(state.unlogged)) if state else ""
+                kept = lines_up_to(source, checkpoint.step, checkpoint.state.evaluation_due) if checkpoint else ""
                 write_whole(file, kept)
         link_checkpoints(recipe, checkpoint.best(recipe.early_stopping_metric) if checkpoint else None)
     except OSError as error:

@@ -57,19 +57,13 @@ def best_point(path: Path, name: str) -> tuple[int, float] | None:
     return None if value is None else (step, value)
 
 
-def lines_up_to(path: Path, step: int, evaluation_due: bool, unlogged: bool) -> str:
-    """The text of the lines of steps up to this one, but for what is to be made again of it: its evaluation where that
-    is due, and where it is unlogged the line that a stop between two logging steps has left.
+def lines_up_to(path: Path, step: int, evaluation_due: bool) -> str:
+    """The text of the lines of steps up to this one, but for its evaluation where that is to be made again.
 
     Says which lines it leaves out as damaged.  Raises: OSError.
     """
     schema = MetricsLine if path.name == "metrics.jsonl" else Line
-
-    def is_made_again(values: dict[str, Any]) -> bool:
-        if path.name == "samples.jsonl" or "eval_loss" in values:
-            return evaluation_due
-        return path.name == "metrics.jsonl" and unlogged
-
+    of_evaluation = (lambda values: True) if path.name == "samples.jsonl" else (lambda values: "eval_loss" in values)
     # Not splitlines: what the others quote may hold U+2028. A full disk may have cut a character.
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     kept = []
@@ -78,6 +72,6 @@ def lines_up_to(path: Path, step: int, evaluation_due: bool, unlogged: bool) -> 
         if values is None:
             if line and number < len(lines):  # else the last one of a run that was killed while writing it
                 say(f"{path} line {number}: left out, it is damaged")
-        elif values["step"] < step or (values["step"] == step and not is_made_again(values)):
+        elif values["step"] < step or (values["step"] == step and not (evaluation_due and of_evaluation(values))):
             kept.append(f"{line}\n")
     return "".join(kept)

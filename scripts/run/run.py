@@ -199,7 +199,8 @@ class Run:
             self.save()
 
     def _write_rest(self) -> None:
-        """At the end, wherever that is: a line for the steps that have none yet."""
+        """Where no step is left: a line for those that have none yet. (After a signal they get theirs when the run goes
+        on, where it was due: what a tracker was told cannot be taken back.)"""
         if self.progress.unlogged:
             self.write_metrics()
 
@@ -231,8 +232,9 @@ class Run:
             by: name of the signal that this process was stopped by, if any.
         """
         self.check_folder()
+        if not stopped:
+            self._write_rest()
         pulse = alive if self.recipe.merge_adapter else bytes_moved
-        self._write_rest()  # of a run that goes on, the checkpoint has them still: the line will be made anew
         self.watch.at("ending the run", pulse if self.main_process else None)
         self.log.close()
         with self.clock.spend("saving"):

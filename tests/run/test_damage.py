@@ -687,7 +687,7 @@ def damage_lines(seed: int, output: Path) -> None:
     content = path.read_bytes()
     try:
         path.write_bytes(damaged_bytes(rng, content))
-        for line in lines_up_to(path, 4, evaluation_due=False, unlogged=False).splitlines():
+        for line in lines_up_to(path, 4, evaluation_due=False).splitlines():
             assert json.loads(line)["step"] <= 4
     finally:
         path.write_bytes(content)

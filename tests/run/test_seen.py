@@ -190,20 +190,19 @@ def test_an_early_end_between_two_lines_is_logged_as_a_last_step_is(whole):
 
 
 @pytest.mark.parametrize("moment", [{"steps": 8}, {"evaluation_batches": 2 * BATCHES - 1}, {"steps": 9}], ids=str)
-def test_a_stop_between_two_lines_is_logged_until_the_run_goes_on(tmp_path, recipe, whole, moment):
-    """After step 8, in the evaluation of that, and after step 9, where there is a line anyway. Going on as many steps
-    as there are left by another max_steps, none, the line is there again."""
+def test_no_step_left_by_another_max_steps_is_a_last_step_too(tmp_path, recipe, whole, moment):
+    """A signal after step 8, in the evaluation of that, and after step 9, where there is a line anyway, leaves the
+    steps since the last line to the start that goes on, though that makes none."""
     assert run_here(recipe, output_dir=tmp_path, **moment).returncode == 75
-    step = moment.get("steps", 8)
-    lines = training_lines(tmp_path)
-    assert [*lines] == sorted({1, 3, 6, step})
-    expected = training_lines(whole.output_dir)
-    assert lines.items() >= {at: line for at, line in expected.items() if at <= step}.items()
-    assert lines[step].keys() == expected[6].keys()
-    keys = ("--max_steps", step, "--allow_changes")
-    run = run_here(recipe, *keys, output_dir=tmp_path)
+    step, expected = moment.get("steps", 8), training_lines(whole.output_dir)
+    until_then = {at: line for at, line in expected.items() if at <= step}
+    assert training_lines(tmp_path) == until_then
+    run = run_here(recipe, "--max_steps", step, "--allow_changes", output_dir=tmp_path)
     assert run.returncode == 0, run.stderr
-    assert training_lines(tmp_path) == lines
+    lines = training_lines(tmp_path)
+    assert [*lines] == sorted({*until_then, step})
+    assert lines.items() >= until_then.items()
+    assert lines[step].keys() == expected[6].keys()
 
 
 def test_more_patience_goes_on_where_it_ended(tmp_path, recipe, whole):

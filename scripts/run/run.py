@@ -119,7 +119,7 @@ class Run:
         """What makes its steps from now on, counts them, and saves what they come to. Every process calls this."""
         self.watch.at("about to begin")
         self.engine, self.batches = engine, batches
-        self.saver = Saver(engine, self.tokenizer, self.recipe, self.processes)
+        self.saver = Saver(engine, self.tokenizer, self.recipe, self.processes, self.lock)
         self.main_process = engine.accelerator.is_main_process
         self.device, flops = engine.accelerator.device, ModelFlops(engine.language_model)
         self.stats = TrainingStats(self.mix, self.device, self.clock, flops, peak_flops(self.device, dtype))

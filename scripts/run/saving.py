@@ -24,6 +24,7 @@ from recipe.keys import Recipe
 from run.best import Best, keep_checkpoints
 from run.checkpoint import read_checkpoint
 from run.checkpoint_state import FORMAT, process_file, sealed
+from run.folder import check_still_ours
 from run.model_files import as_readable_as_others, save_model, save_trained
 from run.processes import Processes
 from run.snapshot import HostCopies, Snapshot, Weights, take_snapshot, trained_weights
@@ -41,8 +42,12 @@ from utils.launch import say, stop_all
 class Saver:
     """Writes the checkpoints of a run, one at a time. Made and called by every process at once."""
 
-    def __init__(self, engine: Engine, tokenizer, recipe: Recipe, processes: Processes):
-        self.engine, self.recipe, self.processes = engine, recipe, processes
+    def __init__(self, engine: Engine, tokenizer, recipe: Recipe, processes: Processes, lock: int | None = None):
+        """
+        Args:
+            lock: of the output folder, as `lock_output_dir` gives it, on the first process.
+        """
+        self.engine, self.recipe, self.processes, self._lock = engine, recipe, processes, lock
         self.tokenizer = copy.deepcopy(tokenizer)  # whose padding and truncation a call of the run's own may change
         self._behind = None if recipe.save_in_background else False  # not known before there is something to copy
         device = engine.accelerator.device
@@ -83,7 +88,7 @@ class Saver:
         snapshot = take_snapshot(self.engine, self.recipe, state, stats)
         if self._behind is None:
             self._behind = self._fits(snapshot)
-        parts = self.engine.outline, self.tokenizer, self.recipe, snapshot, self.processes
+        parts = self.engine.outline, self.tokenizer, self.recipe, snapshot, self.processes, self._lock
         if not self._behind:
             write_checkpoint(*parts)
             return
@@ -111,12 +116,18 @@ class Saver:
 
 
 def write_checkpoint(
-    model: PreTrainedModel, tokenizer, recipe: Recipe, snapshot: Snapshot, processes: Processes
+    model: PreTrainedModel,
+    tokenizer,
+    recipe: Recipe,
+    snapshot: Snapshot,
+    processes: Processes,
+    lock: int | None = None,
 ) -> None:
     """Write checkpoint-<step> of what each process has in its snapshot, then remove what is over save_total_limit.
 
     Args:
         model: for its names and its configs, an `Engine.outline`: in a thread, none that is trained meanwhile.
+        lock: as of `Saver`: a folder that is another by now gets no checkpoint.
 
     Raises: UserError as `Saver.save`.
     """
@@ -124,8 +135,13 @@ def write_checkpoint(
     work, whole = recipe.output_dir / f".{name}", recipe.output_dir / name
     written: dict[str, dict[str, Any]] = {}  # by this process, as state.json lists it
 
+    def check_folder() -> None:
+        if lock is not None:
+            check_still_ours(recipe, lock)
+
     def make_folder() -> None:
         if processes.is_first:
+            check_folder()
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir()  # not its parents: an output_dir that is gone was taken away from this run
             (work / TRAINER_STATE).mkdir()
@@ -157,6 +173,7 @@ def write_checkpoint(
             read_checkpoint(work, contents=False)
         as_readable_as_others(work)
         flush(work, *work.rglob("*"))
+        check_folder()
         replaced = work.with_name(f"{work.name}.replaced")
         if was_there := os.path.lexists(whole):  # a run taken back to an earlier step, or a stop before an evaluation
             shutil.rmtree(replaced, ignore_errors=True)
@@ -173,7 +190,7 @@ def write_checkpoint(
         try:
             action()
         except Exception as error:
-            if not is_disk_error(error):
+            if not is_disk_error(error) and not isinstance(error, UserError):
                 raise
             problem = f"{error} (process {processes.index})"
         problems = [problem for problem in processes.gather(problem) if problem]

@@ -38,17 +38,19 @@ def read_text(path: Path, what: str = "file", most: int = MOST_BYTES, errors: st
     try:
         # Not to wait for a writer: a FIFO that nobody writes to would hold up the open itself.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
+            about = os.fstat(file.fileno())
+            mode = about.st_mode
             if stat.S_ISFIFO(mode) and not os.path.lexists(os.path.realpath(path)):
                 # The nameless pipe of `<(command)` or of a shell's |: somebody writes to it, and it ends.
                 os.set_blocking(file.fileno(), True)
             elif not stat.S_ISREG(mode):
                 kind = next((name for test, name in NO_FILES if test(mode)), "not a file")
                 raise UserError(f"{path}: cannot read this {what}: {kind}")
-            content = bytearray()
-            while len(content) <= most and (chunk := file.read(2**20)):
+            content, too_long = bytearray(), stat.S_ISREG(mode) and about.st_size > most
+            while not too_long and (chunk := file.read(2**20)):
                 content += chunk
-        if len(content) > most:
+                too_long = len(content) > most
+        if too_long:
             raise UserError(f"{path}: cannot read this {what}: over {most:,} bytes")
         return content.decode("utf-8-sig", errors)
     except ValueError as error:

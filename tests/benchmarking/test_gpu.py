@@ -14,13 +14,11 @@ from forking import measure_forked
 
 from benchmarking import gpu
 from benchmarking.gpu import Part, all_parts, benchmark_gpu
-from benchmarking.measuring import in_a_process
 from utils.errors import UserError
 
 # Left out below: the same code as another part's, with other numbers.
 SAME = ("mixed lengths", "in twos", "sft.py, fp16", "again")
 LONG = "ZeRO-2"  # two starts of sft.py more, which tests/run/test_resume.py makes too
-IN_A_NEW_PROCESS = "ceilings", "this collection, rows"  # in CI; the others are forked, each saving 4 seconds of imports
 
 PREDICTION = "roofline at these rates"  # comes last, from the others' figures
 
@@ -28,7 +26,8 @@ PREDICTION = "roofline at these rates"  # comes last, from the others' figures
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("long", [False, pytest.param(True, marks=pytest.mark.soak)])
 def test_the_rehearsal_runs_every_kind_of_part(tmp_path, monkeypatch, long):
-    """In the processes of their own that a GPU would have them in: all of them new ones in the long form."""
+    """In processes of their own, as a GPU has them: new ones in the long form, else forked, which saves each
+    4 seconds of imports."""
     parts = all_parts(rehearse=True)
     left_out = SAME if long else (*SAME, LONG)
     chosen = [part for part in parts if not any(words in part.name for words in left_out)]
@@ -36,12 +35,7 @@ def test_the_rehearsal_runs_every_kind_of_part(tmp_path, monkeypatch, long):
     patient = [replace(part, limit=300) for part in chosen]  # others may be at work here
     monkeypatch.setattr(gpu, "all_parts", lambda rehearse: patient)
     if not long:
-        new = {part.measure for part in chosen if part.name in IN_A_NEW_PROCESS}
-
-        def in_some_process(measure, *arguments, limit):
-            return (in_a_process if measure in new else measure_forked)(measure, *arguments, limit=limit)
-
-        monkeypatch.setattr(gpu, "in_a_process", in_some_process)
+        monkeypatch.setattr(gpu, "in_a_process", measure_forked)
     found = benchmark_gpu(tmp_path, 15, rehearse=True)
     assert [name for name, part in found["parts"].items() if "failed" in part] == []
     assert list(found["parts"]) == [*(part.name for part in chosen), PREDICTION]

@@ -36,11 +36,11 @@ OTHER_TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def checkpoints(tiny_model, tmp_path_factory):
-    """Two models, the second with another template, of so many positions that only Stop ends a long reply."""
+    """Two models, the first of so many positions that only Stop ends a long reply, the second with another template."""
     folders = [save_chat_model(tiny_model, tmp_path_factory.mktemp("model"), seed) for seed in range(2)]
-    for folder in folders:
+    for folder, positions in zip(folders, (200_000, 4000), strict=True):
         config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4000}))
+        (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": positions}))
     (folders[1] / "chat_template.jinja").write_text(OTHER_TEMPLATE)
     return folders
 
@@ -167,7 +167,7 @@ def test_both_models_reply_to_each_message(visitor, checkpoints):
 
 def test_a_reply_comes_bit_by_bit_and_stops(visitor):
     visitor.set("temperature", 1.5)
-    visitor.set("max_new_tokens", 3500)
+    visitor.set("max_new_tokens", 100_000)
     visitor.say("a long story")
     lengths = set()
     visitor.wait(lambda: lengths.add(len("".join(visitor.shown(0)[1:]))) or len(lengths) > 3)
@@ -226,15 +226,13 @@ def test_a_browser_that_goes_away_leaves_the_models_free(browser, address, visit
     gone = context.new_page()
     gone.goto(address)
     other = Visitor(gone)
-    other.set("max_new_tokens", 3500)
+    other.set("max_new_tokens", 100_000)
     other.set("temperature", 1.5)
     other.say("a long story")
     other.wait(lambda: len(other.shown(0)) == 2)
     context.close()
-    begun = time.monotonic()
     visitor.say("a fish")
-    visitor.wait_until_replied()
-    assert time.monotonic() - begun < 20
+    visitor.wait_until_replied()  # in a minute; the long one would last for several
 
 
 def test_a_port_that_is_taken(checkpoints):

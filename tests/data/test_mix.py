@@ -3,19 +3,21 @@
 import gzip
 import itertools
 import json
-import multiprocessing
 import os
 import random
 import shutil
 import signal
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import yaml
 from conftest import ROOT
+from forking import CONTEXT, call_forked
 from transformers import AutoTokenizer
 
 from data import mix as mix_module
@@ -432,17 +434,15 @@ def test_an_interrupted_preparation_leaves_nothing(make_recipe, tokenizer, monke
 
 
 def prepare_and_be_killed(recipe: Recipe) -> None:
-    """For a process of its own."""
+    """In a process of its own."""
     fail_in_the_second_batch(pytest.MonkeyPatch(), lambda: os.kill(os.getpid(), signal.SIGKILL))
     prepare_mix(recipe, load_tokenizer())
 
 
 def test_a_killed_preparation_is_not_taken_for_whole(make_recipe, tokenizer):
     recipe = make_recipe(("dolly15k",))
-    process = multiprocessing.get_context("spawn").Process(target=prepare_and_be_killed, args=(recipe,))
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    with pytest.raises(RuntimeError, match="it died"):
+        call_forked(prepare_and_be_killed, recipe)
     (leftover,) = (path for path in (recipe.cache_dir / "prepared").iterdir() if path.is_dir())
     assert (leftover / "examples.arrow").exists()
     assert folders(recipe) == set()
@@ -453,8 +453,8 @@ def test_a_killed_preparation_is_not_taken_for_whole(make_recipe, tokenizer):
     assert contents(mix) == contents(prepare_mix(make_recipe(("dolly15k",), {"cache_dir": "fresh"}), tokenizer))
 
 
-def prepare_together(recipe: Recipe, barrier, answers) -> None:
-    """For one of several processes: report what was prepared here and what the mix holds."""
+def prepare_together(recipe: Recipe, barrier) -> tuple[list[str], Any]:
+    """In one of several processes: what was prepared here, and what the mix holds."""
     prepared, prepare = [], mix_module._prepare
 
     def counted(folder, name, *rest):
@@ -464,20 +464,15 @@ def prepare_together(recipe: Recipe, barrier, answers) -> None:
     mix_module._prepare = counted
     tokenizer = load_tokenizer()
     barrier.wait()
-    answers.put((prepared, contents(prepare_mix(recipe, tokenizer))))
+    return prepared, contents(prepare_mix(recipe, tokenizer))
 
 
 def test_two_starts_at_once_prepare_once_and_read_the_same(make_recipe, tokenizer):
     recipe = make_recipe()
-    context = multiprocessing.get_context("spawn")
-    barrier, answers = context.Barrier(2), context.Queue()
-    processes = [context.Process(target=prepare_together, args=(recipe, barrier, answers)) for _ in range(2)]
-    for process in processes:
-        process.start()
-    (prepared, mine), (also_prepared, theirs) = answers.get(timeout=120), answers.get(timeout=120)
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0]
+    barrier = CONTEXT.Barrier(2)
+    with ThreadPoolExecutor(2) as pool:
+        starts = [pool.submit(call_forked, prepare_together, recipe, barrier) for _ in range(2)]
+    (prepared, mine), (also_prepared, theirs) = (start.result() for start in starts)
     assert sorted(prepared + also_prepared) == sorted(recipe.datasets.chosen())
     assert mine == theirs == contents(prepare_mix(recipe, tokenizer))
 

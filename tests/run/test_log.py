@@ -3,7 +3,6 @@
 import json
 import math
 import random
-import subprocess
 import sys
 import threading
 import time
@@ -13,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import run_script
 from interruption import MEASURED, metrics, run_here, small_recipe
 from mixes import make_progress
 from PIL import Image
@@ -456,11 +455,20 @@ def test_wandb_logs_offline_and_says_where(tmp_path, capsys, monkeypatch, enviro
 
 
 def records(run: Path) -> list:
-    """What wandb has written down of an offline run, as it would upload it.
+    """What wandb has written down of an offline run, as it would upload it: all, which its own process may still be
+    writing when the run has finished."""
+    begun = time.monotonic()
+    while True:
+        found = records_so_far(run)
+        if any(record.HasField("exit") for record in found):
+            return found
+        assert time.monotonic() - begun < 60, found
+        time.sleep(0.05)
 
-    Seven bytes, then LevelDB's log format: blocks of 32 KiB, made of chunks, each a checksum, its length and its kind
-    (1: a whole record; 2, 3, 4: the first, a middle, the last part of one).
-    """
+
+def records_so_far(run: Path) -> list:
+    """Its file has seven bytes, then LevelDB's log format: blocks of 32 KiB, made of chunks, each a checksum, its
+    length and its kind (1: a whole record; 2, 3, 4: the first, a middle, the last part of one)."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     (file,) = run.glob("*.wandb")
@@ -471,6 +479,8 @@ def records(run: Path) -> list:
             at += left
             continue
         length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        if at + 7 + length > len(data):
+            break
         record += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):
@@ -539,10 +549,9 @@ def test_wandb_can_be_switched_off_from_outside(tmp_path, capsys, monkeypatch):
 
 
 def test_without_log_wandb_it_is_not_imported(tmp_path):
-    code = f"""
+    script = tmp_path / "log.py"
+    script.write_text(f"""
 import sys
-sys.path.insert(0, "scripts")
-sys.argv = ["sft.py"]
 import sft
 from recipe.keys import Recipe
 from run.log import RunLog
@@ -552,9 +561,8 @@ log = RunLog(recipe, Progress(2, 10, True), True)
 log.write({{"step": 1, "loss": 1.0}})
 log.close()
 print([name for name in sys.modules if name.split(".")[0] == "wandb"])
-"""
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+""")
+    result = run_script(script=str(script), output_dir=tmp_path)
     assert result.stdout.strip() == "[]"
     assert "wandb" not in result.stderr.lower()
 

@@ -1,18 +1,21 @@
 """Before a run: the largest micro-batches by brute force, the estimates against real runs, each refusal and warning."""
 
 import copy
+import ctypes
 import gc
 import itertools
 import json
-import subprocess
+import resource
 import sys
 import time
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from conftest import ROOT
+from forking import call_forked
 from hypothesis import strategies as st
 from mixes import LAYOUTS, PAD, given, make_mix, make_recipe, mixes_and_recipes, processes_of_runs
 from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
@@ -317,32 +320,27 @@ def tensors_in_python() -> list[torch.Tensor]:
     return [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
 
 
-MEASURE = """
-import sys
-import torch
-from test_preflight import LLAMA, NEOX, SHAPES, make_batch, make_scored_loss
+def peak_of_training(name: str, padding_free: bool, checkpointing: bool) -> int:
+    """Bytes that a process takes for two steps more than it had, all blocks given back at once (else glibc keeps a
+    quarter more)."""
+    ctypes.CDLL(None).mallopt(-3, 65536)  # M_MMAP_THRESHOLD, malloc.h
+    torch.set_num_threads(1)
+    keys = {"padding_free": padding_free, "gradient_checkpointing": checkpointing}
+    config = {"neox": NEOX, "llama": LLAMA}[name]
+    rows, length = SHAPES[padding_free]
 
-def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * 4096
+    def train(length: int) -> None:
+        model, batch = make_scored_loss(config, **keys), make_batch(config.vocab_size, (rows, length), padding_free)
+        optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+        for _ in range(2):  # Adam's moments are there from the second step on, gradients from the second micro-batch
+            (model(batch)[0] / len(batch.targets)).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
 
-def train(model, batch):
-    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
-    for _ in range(2):  # Adam's moments are there from the second step on, and gradients from the second micro-batch
-        (model(batch)[0] / len(batch.targets)).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-
-torch.set_num_threads(1)
-config = {"neox": NEOX, "llama": LLAMA}[sys.argv[1]]
-keys = {"padding_free": sys.argv[2] == "True", "gradient_checkpointing": sys.argv[3] == "True"}
-rows, length = SHAPES[keys["padding_free"]]
-# So that libraries and their buffers are there.
-train(make_scored_loss(config, **keys), make_batch(config.vocab_size, (rows, 8), keys["padding_free"]))
-before = resident()
-train(make_scored_loss(config, **keys), make_batch(config.vocab_size, (rows, 2 * length), keys["padding_free"]))
-peak = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
-print(peak - before)
-"""
+    train(8)  # so that libraries and their buffers are there
+    before = psutil.Process().memory_info().rss
+    train(2 * length)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -351,20 +349,8 @@ print(peak - before)
     [("neox", True, False), pytest.param("neox", False, False, marks=pytest.mark.soak), ("llama", True, True)],
 )
 def test_estimate_against_the_memory_of_a_real_process(name, padding_free, checkpointing):
-    """Peak resident memory of a fresh process, all blocks given back at once (else glibc keeps a quarter more)."""
-    run = subprocess.run(
-        [sys.executable, "-c", MEASURE, name, str(padding_free), str(checkpointing)],
-        cwd=ROOT,
-        env={
-            "PYTHONPATH": f"{ROOT / 'scripts'}:{ROOT / 'tests'}:{ROOT / 'tests' / 'run'}",
-            "MALLOC_MMAP_THRESHOLD_": "65536",
-            "OMP_NUM_THREADS": "1",
-        },
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    measured = int(run.stdout.split()[-1])  # after what load_model says
+    """Peak resident memory of a process of its own."""
+    measured = call_forked(peak_of_training, name, padding_free, checkpointing)
     rows, length = SHAPES[padding_free]
     keys = {"padding_free": padding_free, "gradient_checkpointing": checkpointing}
     parts = estimate({"neox": NEOX, "llama": LLAMA}[name], shape=(rows, 2 * length), **keys)

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import re
-import signal
 import string
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
+from forking import start_forked
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from interruption import metrics
@@ -376,15 +376,17 @@ def test_whole_whenever_it_is_killed(tmp_path):
         "    number += 1\n"
         "    print(number, flush=True)\n"
     )
-    path = tmp_path / "run.json"
+    path, script = tmp_path / "run.json", tmp_path / "rewrite.py"
+    script.write_text(code)
     for seed in range(5):
-        process = subprocess.Popen(
-            [sys.executable, "-c", code, path], cwd=ROOT / "scripts", stdout=subprocess.PIPE, text=True
-        )
-        process.stdout.readline()
+        reader, writer = os.pipe()
+        (process,) = start_forked(None, str(script), [str(path)], ROOT, {}, writer, writer)
+        os.close(writer)
+        assert os.read(reader, 1)  # it has written one
         time.sleep(random.Random(seed).uniform(0, 0.1))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.kill()
+        process.join()
+        os.close(reader)
         numbers = read_record(path)["numbers"]
         assert len(numbers) == 300_000
         assert len(set(numbers)) == 1

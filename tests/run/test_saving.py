@@ -4,6 +4,7 @@ silence. (The whole of a run that is killed while one is written is tests/run/te
 
 import json
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,11 +15,13 @@ from accelerate import Accelerator
 from checkpoints import save_now, state_at
 from interruption import metrics, run_here, small_recipe
 from safetensors.torch import load_file
+from test_damage import taken_away
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from recipe.keys import Recipe
 from run import saving
 from run.checkpoint import read_checkpoint
+from run.folder import lock_output_dir
 from run.processes import Processes
 from run.retention import checkpoint_bytes
 from run.saving import Saver
@@ -157,7 +160,7 @@ def test_what_could_not_be_written_is_told_by_whatever_comes_next(saver, stats, 
     saver.recipe.output_dir.rename(saver.recipe.output_dir.with_name("taken away"))
     held_up.set()
     while not saver.is_idle:
-        pass
+        time.sleep(0.01)
     assert saver.failed
     again = {"save": (state_at(saver.recipe, 2), stats), "wait": (), "save_final_model": ()}[told]
     with pytest.raises(UserError, match=r"checkpoint-1 could not be written: .*No such file"):
@@ -172,6 +175,34 @@ def test_the_copies_are_as_large_as_is_foretold(saver, stats, keys):
     snapshot = take_snapshot(saver.engine, recipe, state_at(recipe, 1), stats)
     checkpoint = checkpoint_bytes(recipe, parameters, torch.float32, in_half=False)
     assert snapshot.bytes == copies_in_memory(recipe, replicated(1), *checkpoint, local=1) + 12  # of the buffer
+
+
+@pytest.mark.parametrize("how", ["deleted", "emptied", "replaced"])
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_folder_that_is_taken_away_meanwhile_gets_no_checkpoint(saver, stats, monkeypatch, held_up, begun, how):
+    """Before it is begun, or when it is all but whole."""
+    folder = saver.recipe.output_dir
+    saver = Saver(saver.engine, saver.tokenizer, saver.recipe, saver.processes, lock_output_dir(saver.recipe))
+    (folder / "recipe.yaml").write_text("ours")
+    read, seen = saving.read_checkpoint, []
+
+    def take_away() -> None:
+        taken_away(folder, how)
+        seen.append(sorted(path.name for path in folder.glob("*")))
+
+    def read_then_take_away(*arguments, **options):
+        read(*arguments, **options)
+        take_away()
+
+    if begun:
+        monkeypatch.setattr(saving, "read_checkpoint", read_then_take_away)
+    saver.save(state_at(saver.recipe, 1), stats)
+    if not begun:
+        take_away()
+    held_up.set()
+    with pytest.raises(UserError, match=r"checkpoint-1 could not be written: "):
+        saver.wait()
+    assert sorted(path.name for path in folder.glob("*")) == [name for name in seen[0] if name != ".checkpoint-1"]
 
 
 def test_without_memory_for_the_copies_training_waits(saver, stats, monkeypatch, capsys, held_up):

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, launch_command
+from conftest import ACCELERATE, ROOT, launch_command
+from forking import start_in_terminal
 from interruption import metrics, run_here, small_recipe
 
 from run.checkpoint import read_checkpoint
@@ -168,11 +169,15 @@ def test_the_launcher_of_one_process_is_killed(tmp_path, tiny_model, start):
 @pytest.mark.parametrize("launch", ["python", "cpu"])
 def test_a_terminal_is_closed(tmp_path, tiny_model, launch):
     """What leads its session ends first: the launcher, whose worker hears of both. The lines go nowhere then."""
-    command = [*map(str, [*launch_command(launch), *long_run(tmp_path, tiny_model)])]
-    leader, terminal = pty.fork()
-    if not leader:
-        os.chdir(ROOT)
-        os.execv(command[0], command)
+    script, *arguments = map(str, long_run(tmp_path, tiny_model))
+    if launch == "python":
+        process, terminal = start_in_terminal(script, arguments, ROOT)
+        leader = process.pid
+    else:
+        leader, terminal = pty.fork()
+        if not leader:
+            os.chdir(ROOT)
+            os.execv(ACCELERATE[0], [*launch_command(launch), script, *arguments])
     wait_until(lambda: read_some(terminal) and is_training(tmp_path)())
     running = [psutil.Process(leader), *psutil.Process(leader).children(recursive=True)]
     os.close(terminal)
@@ -181,7 +186,9 @@ def test_a_terminal_is_closed(tmp_path, tiny_model, launch):
         process.kill()
     assert not left
     assert saved(tmp_path)
-    assert launch == "cpu" or running[0].wait() == 75
+    if launch == "python":
+        process.join()
+        assert process.exitcode == 75
 
 
 def read_some(terminal: int) -> bool:

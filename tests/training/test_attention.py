@@ -343,10 +343,25 @@ def test_gradient_checkpointing_keeps_the_attention(load, padding_free):
     assert one_step(model, batch)[0] == 2 * runs
 
 
-@pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="no C++ compiler")
-def test_compiled_layers_train_alike(load):
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "aot_eager",  # the graphs and their gradients, without the C++ of them, which takes 20 s to compile
+        pytest.param(
+            "inductor",
+            marks=[
+                pytest.mark.soak,
+                pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="no C++ compiler"),
+            ],
+        ),
+    ],
+)
+def test_compiled_layers_train_alike(load, monkeypatch, backend):
     from torch._dynamo.utils import counters
 
+    compile_layer = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compile_layer(self, backend=backend, **how))
+    torch.compiler.reset()
     counters.clear()
     losses = []
     for compiled in (False, True):

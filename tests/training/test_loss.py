@@ -2,15 +2,12 @@
 the accuracy metric against a plain count."""
 
 import json
-import os
-import subprocess
-import sys
 
 import evaluate
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, free_port
+from conftest import ROOT, run_script
 from mixes import scored_loss
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
@@ -318,18 +315,7 @@ ENGINES = ("ddp", "zero2", "zero3")
 def under_engines(tmp_path_factory):
     """What tests/training/loss_worker.py found, by "<engine> <model>"."""
     path = tmp_path_factory.mktemp("engines") / "found.json"
-    port = str(free_port())
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.run(
-        [*command, "tests/training/loss_worker.py", str(path)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert process.returncode == 0, process.stderr[-5000:]
+    run_script(path, script="tests/training/loss_worker.py", launch="ddp2", output_dir=path.parent)
     return json.loads(path.read_text())
 
 

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_script
 from packaging.specifiers import SpecifierSet
 
 from utils.requirements import REQUIREMENTS, WHERE_USED, _fits, unmet
@@ -70,10 +70,15 @@ def test_every_line_of_the_requirements_is_understood():
 
 WITHOUT = """
 import importlib.util, runpy, sys
-missing, find_spec = sys.argv[1], importlib.util.find_spec
-importlib.util.find_spec = lambda name, *rest: None if name.split(".")[0] == missing else find_spec(name, *rest)
+missing, real = sys.argv[1], importlib.util.find_spec
+
+def find_others(name, *rest):
+    return None if name.split(".")[0] == missing else real(name, *rest)
+
+for module in [*sys.modules.values()]:  # also where it has been imported by this name
+    if getattr(module, "__dict__", {}).get("find_spec") is real:
+        module.find_spec = find_others
 sys.argv = sys.argv[2:]
-sys.path.insert(0, "scripts")
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 DEMO = ("scripts/sft.py", "recipes/demo.yaml", "--dry_run")
@@ -90,9 +95,9 @@ NEEDED = [  # the package, and what asks for it: tracebacks before, wandb's afte
 @pytest.mark.parametrize(("package", "command"), [(package, command) for package, *command in NEEDED])
 def test_what_only_some_runs_use_is_one_line_where_it_is_used(package, command, tmp_path):
     output = ["--output_dir", str(tmp_path / "out")] if "--dry_run" in command else []
-    run = subprocess.run(
-        [sys.executable, "-c", WITHOUT, package, *command, *output], cwd=ROOT, capture_output=True, text=True
-    )
+    script = tmp_path / "without.py"
+    script.write_text(WITHOUT)
+    run = run_script(package, *command, *output, script=str(script), output_dir=tmp_path, check=False)
     assert run.returncode == 2, run.stderr
     line = run.stderr.splitlines()[-1]
     assert line.startswith("error: ")

@@ -274,6 +274,14 @@ def test_refuses_what_does_not_go_together(tmp_path, small, message):
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("checkpoint-*"))
 
 
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [("all-linear", None), ("[all-linear]", None), ("null", None), ("dense", ["dense"]), ("[a, b]", ["a", "b"])],
+)
+def test_target_modules_as_recipes_of_peers_have_them(small, given, names):
+    assert load_recipe(small, {"lora_target_modules": given}).lora_target_modules == names
+
+
 @pytest.mark.parametrize(("key", "value"), [("use_peft", False), ("lora_r", 8), ("lora_target_modules", "[dense]")])
 def test_a_run_cannot_go_on_with_another_adapter(small, tmp_path, whole, key, value):
     output = shutil.copytree(whole["of the model"].output_dir, tmp_path / "run")

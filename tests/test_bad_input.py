@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, launcher_options
+from conftest import ROOT, launcher_options, run_script
 from forking import run_forked
 
 from recipe.load import load_recipe
@@ -103,17 +103,44 @@ def test_an_error_is_one_line(capsys):
     assert capsys.readouterr().err == "error: a name: of two lines\n"
 
 
-@pytest.mark.parametrize(
-    ("local_rank", "line"), [(0, "error: process 3: no room\n"), (1, "")], ids=["another machine", "the same machine"]
-)
-def test_an_error_on_a_process_other_than_the_first_begins_as_every_error_does(capsys, monkeypatch, local_rank, line):
-    """Before the processes have met, the first of a machine speaks for the others of it."""
+@pytest.mark.parametrize("local_rank", [0, 1], ids=["another machine", "the same machine"])
+def test_an_error_on_a_process_other_than_the_first_begins_as_every_error_does(capsys, monkeypatch, local_rank):
+    """Before the processes have met, the first of a machine speaks for the others of it; they, where it does not."""
+    monkeypatch.setattr("utils.errors.PATIENCE", 0.0)
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("LOCAL_RANK", str(local_rank))
-    with pytest.raises(SystemExit) as stopped, one_line_errors():
+    with keeping_signals(), pytest.raises(SystemExit) as stopped, one_line_errors():
         raise UserError("no room")
     assert stopped.value.code == 2
-    assert capsys.readouterr().err == line
+    assert capsys.readouterr().err == "error: process 3: no room\n"
+
+
+@contextlib.contextmanager
+def keeping_signals():
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+BEHIND = """
+import os, sys, time
+sys.path.insert(0, "scripts")
+from utils.errors import UserError, one_line_errors
+from utils.launch import stop_all
+with one_line_errors():
+    if os.environ["RANK"] == "0":
+        time.sleep(1.5)
+    {fail}("no room")
+"""
+
+
+@pytest.mark.parametrize("fail", ["raise UserError", "stop_all"])
+def test_the_first_process_says_what_is_wrong_though_another_ends_sooner(tmp_path, fail):
+    """A launcher ends all of them as soon as one has ended."""
+    (tmp_path / "behind.py").write_text(BEHIND.format(fail=fail))
+    run = run_script(launch="ddp2", script=str(tmp_path / "behind.py"), output_dir=tmp_path, check=False)
+    assert run.errors == ["error: no room"]
 
 
 def test_a_path_that_can_be_none_is_one_line_wherever_it_is_looked_for(tmp_path, capsys):

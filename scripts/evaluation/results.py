@@ -23,6 +23,7 @@ from pydantic import ConfigDict, JsonValue
 from evaluation.chat_model import fingerprint
 from evaluation.model import EvaluatedModel
 from evaluation.result_files import FORMAT
+from training.launcher_config import hide_plugins
 from utils.errors import UserError
 from utils.files import parse_json, read_text, write_whole
 from utils.launch import check_processes, has_gpu, launcher_plugin, process_group_options, say, set_up_process
@@ -46,7 +47,7 @@ def start_processes(mixed_precision: str = "no") -> Accelerator:
     """
     if plugin := launcher_plugin():
         say(f"the accelerate config's {plugin} is not used: each process evaluates with a whole model")
-        os.environ.pop(f"ACCELERATE_USE_{plugin.upper()}")
+    hide_plugins("deepspeed", "fsdp")
     set_up_process()
     handlers = process_group_options(deepspeed=False)
     accelerator = Accelerator(mixed_precision=mixed_precision, cpu=not has_gpu(), kwargs_handlers=handlers)

@@ -64,6 +64,12 @@ def as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else [] if value is None else value
 
 
+def target_modules(value: Any) -> Any:
+    """lora_target_modules as `as_list`; null for `all-linear`, as peft and TRL call all linear layers of the body."""
+    names = as_list(value)
+    return None if names == ["all-linear"] else names
+
+
 FolderPath = Annotated[Path, BeforeValidator(expand_home)]
 PathText = Annotated[str, BeforeValidator(expand_home)]
 ModuleName = Annotated[str, Field(min_length=1)]
@@ -94,8 +100,8 @@ class Recipe(Schema):
     lora_r: PositiveInt = key(16, "rank of the adapters", "training")
     lora_alpha: PositiveInt = key(32, "adapters are scaled by lora_alpha / lora_r", "training")
     lora_dropout: float = key(0.05, "dropout of what goes into an adapter", "training", ge=0, lt=1)
-    lora_target_modules: list[ModuleName] | None = key(
-        None, "names of linear layers that get one; null: all of the body", "training", min_length=1
+    lora_target_modules: Annotated[list[ModuleName] | None, BeforeValidator(target_modules)] = key(
+        None, "names of linear layers that get one; null or all-linear: all of the body", "training", min_length=1
     )
     use_rslora: bool = key(False, "scale by lora_alpha / sqrt(lora_r) (rank-stabilized LoRA)", "training")
     use_dora: bool = key(False, "train the lengths of the weights' columns, too (DoRA)", "training")

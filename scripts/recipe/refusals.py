@@ -67,6 +67,8 @@ def problems_of(recipe: Recipe, values: dict[str, Any]) -> list[Problem]:
     if recipe.resume_from_checkpoint not in ("auto", "never"):
         paths["resume_from_checkpoint"] = Path(recipe.resume_from_checkpoint)
     found += [((key,), problem) for key, path in paths.items() if (problem := _problem_of_path(path))]
+    if os.path.isfile(os.path.join(recipe.model_name, "adapter_config.json")):
+        found.append((("model_name",), f"= {recipe.model_name}: an adapter: merge it first, by scripts/export.py"))
     log_dir = os.path.normpath(recipe.log_dir)
     if os.path.isabs(os.path.expanduser(log_dir)) or log_dir.split(os.sep)[0] == os.pardir:
         found.append((("log_dir",), f"= {recipe.log_dir}: is outside of output_dir: give a folder's name"))

@@ -25,7 +25,6 @@ from training.adapter_files import (
     Quantization,
     adapter_tensors,
     base_fingerprint,
-    is_adapter,
     read_adapter,
     require_packages,
 )
@@ -40,12 +39,10 @@ def check_adapters(recipe: Recipe, model: PreTrainedModel) -> None:
     Args:
         model: without weights in memory.
 
-    Raises: UserError where a package is missing, a name of lora_target_modules fits no linear layer of the body, or an
-        adapter would be loaded on a model that computes something else.
+    Raises: UserError where a package is missing, 4 bits are not for this model, or a name of lora_target_modules fits
+        no linear layer of the body.
     """
     require_packages(recipe.load_in_4bit)
-    if is_adapter(recipe.model_name):
-        raise UserError(f"model_name = {recipe.model_name}: an adapter: merge it first, by scripts/export.py")
     linear = linear_layers(model)
     if recipe.load_in_4bit and any(isinstance(layer, Conv1D) for layer in linear.values()):
         # bitsandbytes holds them turned round, and merged they would be written like that (transformers 5.23).

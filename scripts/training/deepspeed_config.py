@@ -15,14 +15,13 @@ from accelerate.utils import DeepSpeedPlugin
 
 from recipe.keys import Recipe
 from training.deepspeed_keys import check_keys, check_precision
+from training.launcher_config import CONFIG, check_beside_file, check_launcher
 from training.optimizer import shortest_warmup
 from training.plan import accumulation_steps, micro_batch_size
 from utils.errors import UserError, reason
 from utils.files import read_json
 from utils.launch import launcher_plugin, num_processes, say
 from utils.requirements import require
-
-ACCELERATE_CONFIG = "the accelerate config"
 
 
 def optimizer_on_host(zero: dict[str, Any]) -> bool:
@@ -34,8 +33,9 @@ def find_config(recipe: Recipe) -> tuple[dict[str, Any], str] | None:
     """The DeepSpeed config that this run uses and where it comes from; None for a run without DeepSpeed.
 
     The accelerate config's plugin wins over the recipe's `deepspeed_config`.
-    Raises: UserError when the file is missing or not JSON.
+    Raises: UserError when the file is missing or not JSON; as `check_launcher`.
     """
+    check_launcher()
     plugin = launcher_plugin()
     if plugin and recipe.deepspeed_config:
         say(f"the accelerate config brings {plugin}: it wins over the recipe's deepspeed_config")
@@ -47,9 +47,9 @@ def find_config(recipe: Recipe) -> tuple[dict[str, Any], str] | None:
     require("deepspeed")
     if path == "none":  # the accelerate config spells the plugin out, without a JSON file
         try:
-            return DeepSpeedPlugin().deepspeed_config, ACCELERATE_CONFIG
+            return DeepSpeedPlugin().deepspeed_config, CONFIG
         except ValueError as error:  # of a number that is none
-            raise UserError(f"{ACCELERATE_CONFIG}: its deepspeed_config: {reason(error)}") from None
+            raise UserError(f"{CONFIG}: its deepspeed_config: {reason(error)}") from None
     config = read_json(Path(path), "deepspeed_config")
     if not isinstance(config, dict):
         raise UserError(f"deepspeed_config: {path}: not a JSON object")
@@ -116,10 +116,12 @@ def fill_config(
         section, name = _section(config, source, key)
         present = section.get(name, "auto")
         if value is not None and present != "auto" and present != value:
-            remedy = "remove it" if source == ACCELERATE_CONFIG else 'write "auto" there'
+            remedy = "remove it" if source == CONFIG else 'write "auto" there'
             raise UserError(f"{source}: {key} = {present} contradicts the recipe: {ours} = {value}; {remedy}")
         section[name] = value
     check_precision(config, source, dtype)
+    if source != CONFIG:
+        check_beside_file(config, source)
     return config
 
 

@@ -134,11 +134,11 @@ def check_keys(config: dict[str, Any], source: str) -> None:
     stage = zero.get("stage", 0)
     if isinstance(stage, bool) or stage not in (1, 2, 3):
         _refuse(source, "zero_optimization.stage", stage, "stages 1, 2 and 3 are supported")  # 0 tells no gradient norm
+    for section in ("offload_optimizer", "offload_param"):
+        if isinstance(own := zero.get(section), dict) and own.get("device") == "nvme":  # in files of no checkpoint
+            _refuse(source, f"zero_optimization.{section}.device", "nvme", "sft.py does not run with this: give cpu")
     for section in reversed(SUPPORTED):  # what lies within first
         _check_section(config, source, section)
-    for section in ("offload_optimizer", "offload_param"):
-        if (zero.get(section) or {}).get("device") == "nvme":  # whose state lies in files that no checkpoint holds
-            _refuse(source, f"zero_optimization.{section}.device", "nvme", "sft.py does not run with this: give cpu")
     if stage != 3:
         _check_no_stage_3(zero, source)
     for name in ("reduce_bucket_size", "allgather_bucket_size"):

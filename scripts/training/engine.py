@@ -24,8 +24,9 @@ from training.fsdp import (
     shard_model,
     updated,
 )
-from training.fsdp_config import find_sharding, hide_plugin, sharding_of
+from training.fsdp_config import find_sharding, sharding_of
 from training.host_weights import receive_weights
+from training.launcher_config import hide_plugins
 from training.linear import HalfWeights
 from training.loss import ScoredLoss
 from training.neox import fuse_layers
@@ -127,7 +128,7 @@ def start_accelerator(
         UserError: the processes do not find each other, do not see one output_dir, or stand at different steps.
     """
     sharding = find_sharding(recipe, dtype)
-    hide_plugin()
+    hide_plugins("fsdp")
     accelerator = Accelerator(
         mixed_precision={torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, "no"),
         gradient_accumulation_steps=accumulation_steps(recipe, num_processes()) if deepspeed else 1,  # it asks

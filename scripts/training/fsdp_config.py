@@ -15,10 +15,10 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import PreTrainedModel
 
 from recipe.keys import Recipe
+from training.launcher_config import CONFIG
 from utils.errors import UserError, reason
 from utils.launch import has_gpu, launcher_plugin, num_processes
 
-CONFIG = "the accelerate config"
 # Keys of its fsdp_config, each with the values that are what is done here, or mean that nothing was said, and what to
 # do about others. Of the keys that are not here the plugin checks the value, or FSDP2 has no use for them.
 SUPPORTED = {
@@ -101,13 +101,6 @@ def find_sharding(recipe: Recipe, dtype: torch.dtype) -> Sharding | None:
         raise UserError(f"dtype = fp16: {CONFIG}: fsdp_offload_params = true needs bf16 or fp32")
     layers = plugin.transformer_cls_names_to_wrap
     return Sharding(replicas, plugin.reshard_after_forward, on_host, tuple(layers) if layers else None)
-
-
-def hide_plugin() -> None:
-    """Keep what the launcher said of FSDP, once it is read here, from Accelerate and transformers, which would act on
-    it in ways of their own."""
-    for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_PARALLELISM_CONFIG"):
-        os.environ.pop(variable, None)
 
 
 def sharding_of(accelerator: Accelerator) -> Sharding | None:

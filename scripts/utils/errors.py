@@ -3,7 +3,12 @@
 import contextlib
 import errno
 import os
+import signal
 import sys
+import time
+
+# The first process may be behind, on a machine that is busy: by seconds, not by minutes.
+PATIENCE = 10.0
 
 
 class UserError(Exception):
@@ -15,9 +20,10 @@ def one_line_errors():
     """Turn a `UserError` raised inside into one line on stderr, `error: ...`, and exit status 2.
 
     From a process other than the first it is `error: process 3: ...`.
-    Before the processes have met, those of one machine fail alike (a bad recipe, a broken file), so the first speaks.
+    Before the processes have met, those of one machine fail alike (a bad recipe, a broken file), so the first speaks;
+    and where they have agreed on a failure (`utils.launch.stop_all`).
     """
-    rank, line, status = int(os.environ.get("RANK", 0)), "", 2
+    rank, status = int(os.environ.get("RANK", 0)), 2
     try:
         yield
         return
@@ -29,10 +35,15 @@ def one_line_errors():
         if isinstance(error, OSError) and not cannot_write and number not in (errno.ENAMETOOLONG, errno.ELOOP):
             raise
         torch = sys.modules.get("torch")  # not imported here, since --help must not wait for it
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0 or (torch and torch.distributed.is_initialized()):
-            where = f"process {rank}: " if rank else ""
-            message = " ".join(str(error).split())  # one line, whatever a file name or a value holds
-            line = f"error: {where}{'cannot write: ' * cannot_write}{message}"  # whoever looks for errors finds it so
+        if int(os.environ.get("LOCAL_RANK", 0)) and not (torch and torch.distributed.is_initialized()):
+            let_the_first_speak()
+        where = f"process {rank}: " if rank else ""
+        message = " ".join(str(error).split())  # one line, whatever a file name or a value holds
+        line = f"error: {where}{'cannot write: ' * cannot_write}{message}"  # whoever looks for errors finds it so
+    except SystemExit as end:
+        if rank and end.code == 2:
+            let_the_first_speak()
+        raise
     except KeyboardInterrupt:  # sft.py, which has something to save, hears the signal itself
         line, status = "\ninterrupted", 128 + 2
     except RuntimeError as error:
@@ -40,16 +51,25 @@ def one_line_errors():
         if "Connection closed by peer" not in str(error) and "Connection reset by peer" not in str(error):
             raise
         line = f"process {rank} ends, since another one has"
-    if line:
-        tqdm = sys.modules.get("tqdm")
-        for bar in list(tqdm.tqdm._instances) if tqdm else []:
-            bar.close()  # so that the line begins a line: behind a bar there is no newline, only a carriage return
-        print(line, file=sys.stderr)
+    tqdm = sys.modules.get("tqdm")
+    for bar in list(tqdm.tqdm._instances) if tqdm else []:
+        bar.close()  # so that the line begins a line: behind a bar there is no newline, only a carriage return
+    print(line, file=sys.stderr)
     for stream in (sys.stderr, sys.stdout):
         if stream:  # None where the shell has closed it, by `>&-`
             stream.flush()
     # Without a traceback and without waiting for the other processes, which may stand in a collective.
     raise SystemExit(status)
+
+
+def let_the_first_speak() -> None:
+    """In another process, before it ends with an error that the first says too: wait for the launcher to end it.
+
+    A launcher ends all processes as soon as one has ended. Where that was not the first, it was ended before its line.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)  # at once, and in silence
+    time.sleep(PATIENCE)
 
 
 def reason(error: Exception) -> str:

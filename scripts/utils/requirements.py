@@ -7,7 +7,7 @@ import re
 import sys
 from pathlib import Path
 
-from utils.errors import UserError
+from utils.errors import UserError, let_the_first_speak
 
 REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements.txt"
 # Imported by what uses them alone, which asks with `require` (an engine, a metric, a log, a file format, keys), or does
@@ -49,8 +49,9 @@ def _fits(version: str, wanted: str) -> bool:
 def check_requirements() -> None:
     """End the script with one line, and status 2, where `unmet` finds something."""
     if found := unmet():
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            print(f"error: {REQUIREMENTS.name}: {', '.join(found)}: {remedy(REQUIREMENTS.name)}", file=sys.stderr)
+        if int(os.environ.get("LOCAL_RANK", 0)):
+            let_the_first_speak()
+        print(f"error: {REQUIREMENTS.name}: {', '.join(found)}: {remedy(REQUIREMENTS.name)}", file=sys.stderr)
         raise SystemExit(2)
 
 

@@ -196,6 +196,13 @@ def test_a_data_set_with_the_name_of_a_metric(start, name):
     assert line == f"command line: datasets.{name}: loss_{name} is a metric of its own: give the data set another name"
 
 
+def test_an_adapter_is_no_model_to_begin_with(start, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    line = refused(start, "", "--model_name", str(tmp_path / "adapter"))
+    assert line.endswith("an adapter: merge it first, by scripts/export.py")
+
+
 def test_these_are_all_the_metrics_that_look_like_a_data_sets():
     health = StepHealth(3, None)
     health.losses.extend([1.0] * 50)

@@ -6,15 +6,14 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
-from utils.errors import UserError, reason
-from utils.launch import PATIENCE
+from utils.launch import PATIENCE, meeting_by_gloo
 
 
 class Processes:
     """All processes of a run over a group of their own, by gloo: what a thread sends there does not get between the
     collectives of the training. Made by every process at once.
 
-    Raises: UserError where they do not reach each other in this way.
+    Raises: UserError as `meeting_by_gloo`.
 
     Attributes:
         index, count: this process's number, and how many there are.
@@ -24,13 +23,8 @@ class Processes:
         self.index, self.count = accelerator.process_index, accelerator.num_processes
         self._group = None
         if self.count > 1:
-            try:
+            with meeting_by_gloo():
                 self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
-            except RuntimeError as error:
-                raise UserError(
-                    f"the processes do not reach each other by gloo: {reason(error)}: set GLOO_SOCKET_IFNAME to the "
-                    "network between the machines, as `ip address` names it (docs/clusters.md)"
-                ) from error
 
     @property
     def is_first(self) -> bool:

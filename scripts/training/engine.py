@@ -35,7 +35,7 @@ from training.optimizer_state import load_loss_scale, loss_scale_state
 from training.plan import accumulation_steps
 from training.shared_folder import check_shared_folder
 from training.zero import deepspeed_plugin, ready_for_engine
-from utils.launch import check_processes, has_gpu, num_processes, process_group_options
+from utils.launch import check_processes, has_gpu, meeting_by_gloo, num_processes, process_group_options
 
 
 @dataclass
@@ -129,13 +129,14 @@ def start_accelerator(
     """
     sharding = find_sharding(recipe, dtype)
     hide_plugins("fsdp")
-    accelerator = Accelerator(
-        mixed_precision={torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, "no"),
-        gradient_accumulation_steps=accumulation_steps(recipe, num_processes()) if deepspeed else 1,  # it asks
-        cpu=not has_gpu() and deepspeed is None,
-        deepspeed_plugin=deepspeed_plugin(deepspeed) if deepspeed else None,
-        kwargs_handlers=process_group_options(deepspeed=deepspeed is not None),
-    )
+    with meeting_by_gloo():
+        accelerator = Accelerator(
+            mixed_precision={torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, "no"),
+            gradient_accumulation_steps=accumulation_steps(recipe, num_processes()) if deepspeed else 1,  # it asks
+            cpu=not has_gpu() and deepspeed is None,
+            deepspeed_plugin=deepspeed_plugin(deepspeed) if deepspeed else None,
+            kwargs_handlers=process_group_options(deepspeed=deepspeed is not None),
+        )
     if deepspeed:
         unset_hf_deepspeed_config()  # by which transformers would load a model under ZeRO-3 in ways of its own
     accelerator.sharding = sharding

@@ -6,6 +6,8 @@ The launcher speaks through environment variables, so everything here is known b
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import NoReturn
 
@@ -15,7 +17,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, KwargsHandler, gather_object
 
-from utils.errors import UserError
+from utils.errors import UserError, reason
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 # While the first process writes a checkpoint the others wait: 31 GB to a slow disk take longer than NCCL's ten minutes.
@@ -122,6 +124,20 @@ def process_group_options(deepspeed: bool) -> list[KwargsHandler]:
     group = InitProcessGroupKwargs(backend="nccl" if has_gpu() else "gloo", timeout=PATIENCE)
     # A language model's buffers, such as its rotary frequencies, never change: sent again, they make each pass wait.
     return [group, DistributedDataParallelKwargs(broadcast_buffers=False)]
+
+
+@contextmanager
+def meeting_by_gloo() -> Iterator[None]:
+    """Around what makes a process group.  Raises: UserError where gloo's processes do not reach each other."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "gloo" not in str(error).lower():
+            raise
+        raise UserError(
+            f"the processes do not reach each other by gloo: {reason(error)}: set GLOO_SOCKET_IFNAME to the network "
+            "between the machines, as `ip address` names it (docs/clusters.md)"
+        ) from error
 
 
 def check_processes(accelerator: Accelerator, step: int = 0) -> None:

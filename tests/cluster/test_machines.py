@@ -162,6 +162,17 @@ def test_an_output_folder_of_its_own_is_refused_before_training(machines, tmp_pa
     assert not (trial.output / "metrics.jsonl").exists()
 
 
+def test_loopback_is_one_line_that_names_the_remedy(machines, tmp_path, tiny_model):
+    """gloo takes it where a machine's own name is unknown to it, as it is to these."""
+    trial = Trial(machines, tmp_path, tiny_model, "ddp", stall_minutes=0.2)
+    launchers = [trial.start(number, GLOO_SOCKET_IFNAME="") for number in range(2)]
+    for launcher in launchers:
+        assert launcher.wait(ENOUGH) == 1
+    said = "".join(launcher.said() for launcher in launchers)
+    assert "error: the processes do not reach each other by gloo: RuntimeError: Gloo connectFullMesh failed" in said
+    assert "set GLOO_SOCKET_IFNAME to the network" in said
+
+
 CLOCK = """
 import datetime, time
 OFFSET = -2 * 86_400

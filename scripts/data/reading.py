@@ -135,6 +135,8 @@ class Reading:
             codes = codes[kept]
         if not (codes == TRAIN).any():
             where = ", ".join(map(str, self.paths))
+            if not self.rows_read:
+                raise UserError(f"data set {self.name}: split {self.source.hub.split}: none of the rows of {where}")
             raise UserError(f"data set {self.name}: no conversation left to train on in {where}; {self.losses()}")
         return codes
 

@@ -160,16 +160,18 @@ def _read_entry(
         if any(key in entry for key in role_keys) and content_key is not None:
             raise Dropped("conversation with a speaker other than system, user and assistant")
         return _of_speakers(record, where, entry, unused, role_keys)
-    speaker = record.inside(entry, where, role_key).strip().lower()
-    role = ROLES.get(speaker)
-    if speaker in TOOLS:
+    speaker = record.inside(entry, where, role_key)
+    role = ROLES.get(speaker) or ROLES.get(speaker.strip().lower())
+    if role is None and speaker.strip().lower() in TOOLS:
         raise Dropped("conversation with a tool's turn")
     if role is None:
         raise Dropped("conversation with a speaker other than system, user and assistant")
     train = SAID_BESIDE.isdisjoint(entry) or _is_learnt(record, where, entry, unused)
     if content_key is None and not any(key in entry for key in content_keys):
         record.inside(entry, where, content_keys[0])  # says which fields are there
-    text = text_of(record, f"{where}.{content_key}", entry[content_key], unused) if content_key else ""
+    text = entry[content_key] if content_key else ""
+    if not isinstance(text, str) or not text.isascii():
+        text = text_of(record, f"{where}.{content_key}", text, unused)
     return [Message(role, text, train=train)]
 
 

@@ -42,6 +42,7 @@ THOUGHTS = {"reasoning_content", "reasoning", "thinking", "thought", "thoughts",
 UNUSED_IN_MESSAGE = THOUGHTS | {"loss", "mask", "train_on_turn", "training", "train_detail"}
 CALLS = {"tool_calls", "function_call", "tool_call_id"}
 SAID_BESIDE = UNUSED_IN_MESSAGE | MEDIA | CALLS | {"weight", "train"}
+NOTHING = ("[]", "{}", "null")  # as tables keep it in text
 # Before each speaker of a conversation that is one text: of HH-RLHF, of Guanaco.
 SPEAKER_MARKS = (re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):"), re.compile(r"\s*### (Human|Assistant):"))
 
@@ -216,7 +217,7 @@ def _first(keys: tuple[str, ...], entry: dict[str, Any]) -> str | None:
 
 def _is_learnt(record: Record, where: str, entry: dict[str, Any], unused: set[str]) -> bool:
     """Whether a reply is, by what is said beside its text; what else is said there is counted.  Raises: Dropped."""
-    beside = {name for name in entry.keys() & SAID_BESIDE if is_there(entry[name])}
+    beside = {name for name in entry.keys() & SAID_BESIDE if is_there(entry[name]) and entry[name] not in NOTHING}
     if beside & CALLS:
         raise Dropped("conversation with a tool's turn")
     if media := sorted(beside & MEDIA):

@@ -101,6 +101,7 @@ HH = "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant: b"
         ({"messages": chat([{"type": "text", "text": "q"}, {"type": "input_text", "text": " r"}], ["a", "b"])}, JOINED),
         ({"messages": chat([{"text": "q r", "type": "text", "image": None}], {"type": "text", "text": "ab"})}, JOINED),
         ({"messages": chat("q r", [{"type": "thinking", "thinking": "x"}, {"type": "text", "text": "ab"}])}, JOINED),
+        ({"messages": [message | {"tool_calls": "[]", "images": "null"} for message in chat("q", "a")]}, PAIR),
         ({"messages": chat("q", "a"), "system": [{"text": "s"}]}, [("system", "s"), *PAIR]),
         ({"messages": chat("q", "a"), "system": {"type": "text", "text": "s"}}, [("system", "s"), *PAIR]),
         # A prompt and a reply.

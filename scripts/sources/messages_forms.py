@@ -51,6 +51,16 @@ class Dropped(Exception):
     """A conversation that is none to be learnt from; the message is the reason, as it is counted."""
 
 
+def unknown_speaker(speaker: str | None) -> Dropped:
+    return Dropped(f"conversation with a speaker other than system, user and assistant ({shown(speaker)})")
+
+
+def shown(value: Any) -> str:
+    """What a reason quotes: short, on one line, and nothing that no terminal takes."""
+    text = "null" if value is None else " ".join(str(value).split()) or "blank"
+    return text[:40].encode(errors="replace").decode()
+
+
 def is_there(value: Any) -> bool:
     """Whether a field has a value: null, a blank text and an empty list or object are none."""
     if isinstance(value, str):
@@ -159,14 +169,14 @@ def _read_entry(
             return _read_entry(record, where, lowered, unused, role_keys, content_keys)
     if role_key is None:
         if any(key in entry for key in role_keys) and content_key is not None:
-            raise Dropped("conversation with a speaker other than system, user and assistant")
+            raise unknown_speaker(None)
         return _of_speakers(record, where, entry, unused, role_keys)
     speaker = record.inside(entry, where, role_key)
     role = ROLES.get(speaker) or ROLES.get(speaker.strip().lower())
     if role is None and speaker.strip().lower() in TOOLS:
         raise Dropped("conversation with a tool's turn")
     if role is None:
-        raise Dropped("conversation with a speaker other than system, user and assistant")
+        raise unknown_speaker(speaker)
     train = SAID_BESIDE.isdisjoint(entry) or _is_learnt(record, where, entry, unused)
     if content_key is None and not any(key in entry for key in content_keys):
         record.inside(entry, where, content_keys[0])  # says which fields are there
@@ -183,7 +193,7 @@ def _of_speakers(
     named = [key for key in entry if str(key).lower() in SPEAKER_KEYS]
     if not named:
         if any(key in entry for key in role_keys):
-            raise Dropped("conversation with a speaker other than system, user and assistant")
+            raise unknown_speaker(None)
         record.inside(entry, where, role_keys[0])  # says which fields are there
     replies = [key for key in named if SPEAKER_KEYS[key.lower()] == "assistant"]
     speakers: dict[str, str] = {}
@@ -254,8 +264,8 @@ def text_of(record: Record, where: str, content: Any, unused: set[str]) -> str:
             text = part.get("text")
             is_text = kind in TEXT_PARTS and isinstance(text, str | None) if kind else isinstance(text, str)
             if not is_text:
-                named = str(kind or ", ".join(sorted(name for name in part if is_there(part[name]))) or "nothing")
-                raise Dropped(f"conversation with what is not text ({named[:40]})")
+                named = kind or ", ".join(sorted(name for name in part if is_there(part[name]))) or "nothing"
+                raise Dropped(f"conversation with what is not text ({shown(named)})")
             part = text
         elif part is not None and not isinstance(part, str):
             raise record.error(f"field {where!r} has a part that is {kind_of(part)}, not a text")

@@ -202,7 +202,12 @@ def test_what_is_learnt(row, learnt):
         ({"conversations": [{"from": "human", "value": "q"}, {"from": "observation", "value": "{}"}]}, "a tool's turn"),
         ({"messages": chat("q", [{"type": "tool_use", "name": "f"}])}, "a tool's turn"),
         ({"messages": [{"role": None, "content": "q"}, *chat("q", "a")[1:]]}, "a speaker other than"),
-        ({"messages": [{"role": "critic", "content": "q"}, *chat("q", "a")[1:]]}, "a speaker other than"),
+        ({"messages": [{"role": "critic", "content": "q"}, *chat("q", "a")[1:]]}, "user and assistant (critic)"),
+        (
+            {"messages": [{"role": "the\n" * 99, "content": "q"}]},
+            "assistant (the the the the the the the the the the )",
+        ),
+        ({"messages": chat([{"type": "\ud83d", "x": 1}], "a")}, "what is not text (?)"),
         ({"messages": [SYSTEM, SYSTEM, *chat("q", "a")]}, "a system message that is not the first"),
         ({"dialog": [["q", None]]}, "an empty reply"),
         ({"messages": chat("q", [{"type": "text", "text": None}])}, "an empty reply"),
@@ -231,6 +236,15 @@ def test_what_stands_beside_texts_under_their_speakers_names(beside, reason):
     row = {"messages": [{"user": "q", "assistant": "a"} | beside]}
     assert read_messages(Record(row, Path("x"), 1, 1), OPTIONS, remarks, 1) is None
     assert reason in next(iter(remarks))
+
+
+def test_reasons_that_quote_are_not_as_many_as_what_they_quote(tmp_path):
+    rows = [{"messages": [{"role": f"agent {number}", "content": "q"}]} for number in range(100)]
+    _, dropped = read(tmp_path, *rows, rows[3])
+    assert len(dropped) == 21
+    assert sum(dropped.values()) == 101
+    reason = "conversation with a speaker other than system, user and assistant"
+    assert (dropped[reason], dropped[f"{reason} (agent 3)"]) == (80, 2)
 
 
 def test_tool_calls_that_are_null_are_none():

@@ -18,9 +18,9 @@ A record is taken for the first of these forms whose fields it has, in upper or 
     messages        a list of messages, as `sources/messages_forms.py` has them; or `conversations`, `conversation`,
                     `dialog`, `dialogue`, `chat`
     instruction     or `prompt`, `question`, `query`, ...: a text, or a list of messages, of which nothing is learnt;
-                    with `output`, `response`, `completion`, `chosen`, `answer`, ...: a text or a list. A passage in
-                    `input` or `context` goes below the question, after a blank line; a `history` of earlier turns
-                    before it
+                    with `output`, `response`, `completion`, `chosen`, `answer`, ...: a text or a list; `chosen`
+                    alone is a whole conversation. A passage in `input` or `context` goes below the question, after a
+                    blank line; a `history` of earlier turns before it
 
 A text in a field `system` or `system_prompt` becomes the system message where there is none. Every reply is learnt
 but one with `"train": false` or `"weight": 0` beside its text; a `weight` of the record is what its tokens count in the

@@ -128,6 +128,7 @@ def files_of_splits(
 def _configuration(cards: list[Path], config: str | None, called: str) -> dict[str, Any]:
     """What is said of a configuration, or of the default one; nothing where nothing says what there are."""
     import yaml
+    from datasets.info import DatasetInfosDict
     from datasets.utils.metadata import MetadataConfigs
     from huggingface_hub import metadata_load
 
@@ -137,6 +138,8 @@ def _configuration(cards: list[Path], config: str | None, called: str) -> dict[s
             said |= (metadata_load(card) if card.suffix == ".md" else yaml.safe_load(card.read_bytes())) or {}
         configs = MetadataConfigs.from_dataset_card_data(said)
         default = configs.get_default_config_name() if configs else "default"
+        if default is None and len(described := DatasetInfosDict.from_dataset_card_data(said)) == 1:
+            (default,) = described
     except Exception as error:  # of YAML, and what `datasets` and huggingface_hub make of values
         raise UserError(f"{called}: its {names} cannot be made sense of: {reason(error)}") from None
     if not configs and config not in (None, "default"):

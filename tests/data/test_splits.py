@@ -207,6 +207,14 @@ def write(folder: Path, files: dict[str, bytes]) -> Path:
         ({"train/1.jsonl": lines("a", 2), "test/train.jsonl": lines("b", 3)}, {"split": "test"}),
         ({"main/train.jsonl": lines("a", 2), "socratic/train.jsonl": lines("b", 3)}, {"split": "train"}),
         ({"x.csv": b"prompt,response\np 0,r\n", "x.json": lines("p", 1)}, {}),
+        (
+            {
+                ".huggingface.yaml": b"dataset_info: {config_name: b}\nconfigs:\n"
+                b"- {config_name: a, data_files: a.jsonl}\n- {config_name: b, data_files: b.jsonl}\n",
+                **{f"{name}.jsonl": lines(name, 2) for name in "ab"},
+            },
+            {},
+        ),
         ({".huggingface.yaml": card("data_files: b.jsonl"), "a.jsonl": lines("a", 2), "b.jsonl": lines("b", 3)}, {}),
         (
             {

@@ -156,14 +156,16 @@ def _fetch(url: str, folder: Path) -> list[Path]:
 
 
 def _file_name(name: str | SplitResult, info: dict[str, Any]) -> str:
-    """What a file is called here: as it is there, with an ending of CSV where only the server or the query tells it."""
+    """What a file is called here: as it is there, with an ending of CSV where only the server, the query or the address
+    that it redirects to tells it."""
     path, query = (name, "") if isinstance(name, str) else (name.path, name.query)
     called = path.rstrip("/").rpartition("/")[2] or "data"
     if called.lower().endswith((*TABLES, *JSON, ".parquet", ".arrow")):
         return called
     types = {str(value).partition(";")[0] for key, value in info.items() if key.lower() in ("mimetype", "contenttype")}
-    asked = [value.lower() for _, value in parse_qsl(query)]  # format=csv, file=chats.csv
-    is_csv = not types.isdisjoint(CSV_TYPES) or any(f".{value}".endswith(TABLES) for value in asked)
+    led_to = urlsplit(str(info.get("url") or ""))  # by redirects
+    asked = [value for _, value in parse_qsl(f"{query}&{led_to.query}")]  # format=csv, file=chats.csv
+    is_csv = not types.isdisjoint(CSV_TYPES) or any(f".{one}".lower().endswith(TABLES) for one in [*asked, led_to.path])
     return f"{called}.csv" if is_csv else called
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from data.downloads import fetch_url, is_url
 from data.hub import fetch_from_hub, fetch_split
-from data.splits import CARDS, check_whole, files_of_splits, only_train, saved_files, say_taken
+from data.splits import CARDS, check_whole, files_of_splits, listed, only_train, saved_files, say_taken
 from recipe.keys import Recipe
 from sources.registry import find_source
 from sources.source import HubSource
@@ -101,9 +101,7 @@ def _local_files(path: Path, hub: HubSource, download: bool) -> list[Path]:
             try:
                 files, others = files_of_splits(str(base), cards, hub.config, hub.split, None, str(path))
             except FileNotFoundError as error:
-                raise UserError(
-                    f"{path}: has no data file of this split: {error}: name its files by a pattern"
-                ) from None
+                raise UserError(f"{path}: has no data file of this split: {error}") from None
             names, left_out = ([os.path.relpath(file, base) for file in some] for some in (files, others))
             check_whole(names, str(path))
             if download:
@@ -112,9 +110,12 @@ def _local_files(path: Path, hub: HubSource, download: bool) -> list[Path]:
         return found
     if not glob.has_magic(str(path)):
         return []
-    matching = [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if os.path.isfile(name)]
+    found = sorted(glob.glob(str(path), recursive=True))
+    matching = [Path(name) for name in found if os.path.isfile(name)]
     if matching:
         only_train(hub.split, hub.config, path)
+    elif folders := [name for name in found if os.path.isdir(name)]:
+        raise UserError(f"{path}: matches only folders ({listed(folders)}): name their files, {path}/*.jsonl")
     return matching
 
 

@@ -26,12 +26,24 @@ CUT_OFF = "the file is cut off"
 Numbered = Iterator[tuple[int, Any]]
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """What JSON has in braces.  Raises: ValueError where a key stands twice, of which the last would count silently."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"has the key {next(key for key in found if keys.count(key) > 1)!r} twice in one object")
+    return found
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
 def read_lines(path: Path, file: IO[bytes]) -> Numbered:
     """(line, record); a UserError in the place of a line that is no JSON."""
     for number, raw in enumerate(file, start=1):
         try:
             line = raw.removeprefix(codecs.BOM_UTF8).decode()  # at the seams of files that were put together, too
-            record = json.loads(line) if line.strip() else None
+            record = DECODER.decode(line) if line.strip() else None
         except UnicodeDecodeError as error:
             record = UserError(f"{path}, line {number}: not UTF-8 at byte {error.start + 1} of the line: {UTF8}")
         except json.JSONDecodeError as error:
@@ -40,7 +52,7 @@ def read_lines(path: Path, file: IO[bytes]) -> Numbered:
             record = UserError(f"{path}, line {number}: {what}: {error.msg} at column {error.colno}")
         except RecursionError:
             record = UserError(f"{path}, line {number}: nested too deeply")
-        except ValueError as error:  # a whole number of more than 4,300 digits
+        except ValueError as error:  # a key twice, a whole number of more than 4,300 digits
             record = UserError(f"{path}, line {number}: {error}")
         if record is not None or line.strip():
             yield number, record
@@ -141,7 +153,7 @@ class JsonText:
         self.path, self.file = path, file
         self.number = 0  # of the element that is read
         self._decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
-        self._scan = json.JSONDecoder().raw_decode
+        self._scan = DECODER.raw_decode
         self._text, self._at, self._line, self._ended = "", 0, 1, False  # unread text, place, its first line, all seen
         self._bad_bytes = False  # seen anywhere yet
 
@@ -223,7 +235,7 @@ class JsonText:
                     raise self.fail(what, error.pos) from None
                 self._more(size)
                 size *= 2  # so that one long value is not scanned from its start for every chunk of it
-            except ValueError as error:  # a whole number of more than 4,300 digits
+            except ValueError as error:  # a key twice, a whole number of more than 4,300 digits
                 raise self.fail(str(error)) from None
         if self._bad_bytes and (escaped := ESCAPED_BYTE.search(self._text, self._at, end)):
             value = self.fail(f"not UTF-8: {UTF8}", escaped.start())

@@ -22,6 +22,7 @@ COMPRESSED = {
     b"\x04\x22\x4d\x18": "lz4",
 }
 UNPACK, DOWNLOAD, UTF8, EXPORT = "unpack it", "download it anew", "save it as UTF-8", "export it as JSON Lines"
+PAGE = "take the address of the file itself (/resolve/ for /blob/ on the hub, /raw/ on GitHub)"
 # What files that are none of ours begin with, what they are, and the remedy.
 OTHER_KINDS = (
     (b"PK\x03\x04", "a zip archive", UNPACK),
@@ -45,9 +46,9 @@ OTHER_KINDS = (
     # Python's pickle, of protocols 2 to 5: to read it is to run what it says.
     *((bytes((0x80, protocol)), "a pickle, which can run code when it is read", EXPORT) for protocol in (2, 3, 4, 5)),
     (b"version https://git-lfs", "a pointer of Git LFS in place of the file", "`git lfs pull` fetches it"),
-    (b"<!DOCTYPE html", "a web page", DOWNLOAD),
-    (b"<!doctype html", "a web page", DOWNLOAD),
-    (b"<html", "a web page", DOWNLOAD),
+    (b"<!DOCTYPE html", "a web page", PAGE),
+    (b"<!doctype html", "a web page", PAGE),
+    (b"<html", "a web page", PAGE),
     (b"<?xml", "XML", EXPORT),
 )
 OFFICE = (".xlsx", ".xlsm", ".ods")  # zip archives, too

@@ -28,6 +28,7 @@ TRAIN, VALIDATION, LEFT_OUT = range(3)  # left out by max_val_set
 SPLIT_SEED = 287631038922  # of torch's random_split
 SKLEARN_SEED = 666  # of scikit-learn's train_test_split
 SHUFFLE_SEED = 42
+MOST_REASONS = 20  # why something was dropped; then without what they quote, such as a speaker's name
 
 
 class Reading:
@@ -69,8 +70,9 @@ class Reading:
                 skip(problem)
                 continue
             self.rows_read += 1
-            if remarks:
-                self.dropped.update(remarks)
+            for reason, count in remarks.items():
+                many = len(self.dropped) >= MOST_REASONS and reason not in self.dropped
+                self.dropped[reason.partition(" (")[0] if many else reason] += count
             if remarks.unused or remarks.absent:
                 self.unused.update(remarks.unused)
                 absent.update(remarks.absent)
@@ -135,6 +137,8 @@ class Reading:
             codes = codes[kept]
         if not (codes == TRAIN).any():
             where = ", ".join(map(str, self.paths))
+            if not self.rows_read:
+                raise UserError(f"data set {self.name}: split {self.source.hub.split}: none of the rows of {where}")
             raise UserError(f"data set {self.name}: no conversation left to train on in {where}; {self.losses()}")
         return codes
 

@@ -92,7 +92,8 @@ def files_of_splits(
     from datasets.load import infer_module_for_data_files_list
     from datasets.packaged_modules import _ALL_ALLOWED_EXTENSIONS, _MODULE_TO_EXTENSIONS
 
-    folder, given = Path(base), _configuration(cards, config, called) if data_files is None else {}
+    folder = Path(base)
+    given = _configuration(cards, config, called) if data_files is None else {}
     base, patterns, guessed = _patterns(base, given, data_files)
     found: list[str] = []
     left_out: list[str] = []
@@ -103,8 +104,7 @@ def files_of_splits(
             said = str(error).partition(" with any supported")[0].replace(f"{base}/", "")
             raise FileNotFoundError(said) from None
         if not files:
-            there = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-            raise FileNotFoundError(f"none of its files has an ending of what is read: {listed(there)}")
+            raise _nothing_read(folder)
         if zipped := [file for file in files if file.endswith(".zip")]:
             raise UserError(f"{called}: {zipped[0].rpartition('/')[2]} is a zip archive: unpack it")
         module, _ = infer_module_for_data_files_list(files)
@@ -128,6 +128,7 @@ def files_of_splits(
 def _configuration(cards: list[Path], config: str | None, called: str) -> dict[str, Any]:
     """What is said of a configuration, or of the default one; nothing where nothing says what there are."""
     import yaml
+    from datasets.info import DatasetInfosDict
     from datasets.utils.metadata import MetadataConfigs
     from huggingface_hub import metadata_load
 
@@ -137,6 +138,8 @@ def _configuration(cards: list[Path], config: str | None, called: str) -> dict[s
             said |= (metadata_load(card) if card.suffix == ".md" else yaml.safe_load(card.read_bytes())) or {}
         configs = MetadataConfigs.from_dataset_card_data(said)
         default = configs.get_default_config_name() if configs else "default"
+        if default is None and len(described := DatasetInfosDict.from_dataset_card_data(said)) == 1:
+            (default,) = described
     except Exception as error:  # of YAML, and what `datasets` and huggingface_hub make of values
         raise UserError(f"{called}: its {names} cannot be made sense of: {reason(error)}") from None
     if not configs and config not in (None, "default"):
@@ -167,6 +170,12 @@ def _check_arguments(given: dict[str, Any], module: str, called: str) -> None:
             )
 
 
+def _nothing_read(folder: Path) -> FileNotFoundError:
+    there = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    what = f"none of its files has an ending of what is read ({listed(there)})" if there else "it holds no file"
+    return FileNotFoundError(f"{what}: name them by a pattern" if there else what)
+
+
 def _patterns(base: str, given: dict[str, Any], data_files: Any) -> tuple[str, dict[str, list[str]], bool]:
     """Of a configuration: its folder, the patterns of each split, and whether they are guessed by words of names."""
     from datasets.data_files import DEFAULT_PATTERNS_ALL, get_data_patterns, sanitize_patterns
@@ -176,7 +185,10 @@ def _patterns(base: str, given: dict[str, Any], data_files: Any) -> tuple[str, d
     base = f"{base}/{given['data_dir']}" if given.get("data_dir") else base
     if given.get("data_files") is not None:
         return base, sanitize_patterns(given["data_files"]), False
-    patterns = get_data_patterns(base)
+    try:
+        patterns = get_data_patterns(base)
+    except FileNotFoundError:
+        raise _nothing_read(Path(base)) from None
     by_word = all("[0-9]" not in pattern for own in patterns.values() for pattern in own)
     return base, {str(name): own for name, own in patterns.items()}, by_word and patterns != DEFAULT_PATTERNS_ALL
 
@@ -202,8 +214,8 @@ def check_whole(files: Iterable[str], called: str) -> None:
     for (stem, count), seen in parts.items():
         if len(seen) < int(count):
             raise UserError(
-                f"{called}: only {len(seen)} of {int(count)} parts of {stem} are here: download the rest, or name "
-                "those that are here by a pattern"
+                f"{called}: only {len(seen)} of {int(count)} parts of {stem} are here: download the rest, or "
+                "name those that are here by a pattern"
             )
 
 

@@ -18,9 +18,9 @@ A record is taken for the first of these forms whose fields it has, in upper or 
     messages        a list of messages, as `sources/messages_forms.py` has them; or `conversations`, `conversation`,
                     `dialog`, `dialogue`, `chat`
     instruction     or `prompt`, `question`, `query`, ...: a text, or a list of messages, of which nothing is learnt;
-                    with `output`, `response`, `completion`, `chosen`, `answer`, ...: a text or a list. A passage in
-                    `input` or `context` goes below the question, after a blank line; a `history` of earlier turns
-                    before it
+                    with `output`, `response`, `completion`, `chosen`, `answer`, ...: a text or a list; `chosen`
+                    alone is a whole conversation. A passage in `input` or `context` goes below the question, after a
+                    blank line; a `history` of earlier turns before it
 
 A text in a field `system` or `system_prompt` becomes the system message where there is none. Every reply is learnt
 but one with `"train": false` or `"weight": 0` beside its text; a `weight` of the record is what its tokens count in the
@@ -104,7 +104,10 @@ def read_messages(record: Record, options: Any, remarks: Remarks, rng_seed: int)
     names = names_of(options.columns)
     if options.columns:
         check_named(record, names, remarks)
-    there = {name.lower(): name for name, value in record.values.items() if is_there(value)}
+    given = [name for name, value in record.values.items() if is_there(value)]
+    there = {name.lower(): name for name in given}
+    if len(there) < len(given):
+        _check_distinct(record, given, names)
     try:
         if not MEDIA.isdisjoint(there):
             raise Dropped(f"conversation with what is not text ({min(there.keys() & MEDIA)})")
@@ -117,6 +120,14 @@ def read_messages(record: Record, options: Any, remarks: Remarks, rng_seed: int)
     if remarks.unused:
         remarks.unused.difference_update(map(str.lower, remarks.used))  # what `columns` names
     return [Conversation(messages)]
+
+
+def _check_distinct(record: Record, given: list[str], names: Names) -> None:
+    """UserError where a field that is used is there twice, in upper and in lower case."""
+    for name in given:
+        alike = [other for other in given if other.lower() == name.lower()]
+        if len(alike) > 1 and any(name.lower() in known for known in names):
+            raise record.error(f"fields {alike[0]!r} and {alike[1]!r} have one name: rename one")
 
 
 def _conversation(record: Record, there: dict[str, str], names: Names, remarks: Remarks) -> list[Message]:
@@ -164,11 +175,12 @@ def _pair(record: Record, there: dict[str, str], names: Names, remarks: Remarks)
     def turns(name: str, value: Any) -> list[Message]:
         return read_turns(record, name, value, remarks.unused, names.roles, names.contents)
 
-    asked = or_listed(record.values[question], names.roles)
-    replied = or_listed(record.values[answer], names.roles)
-    for name, value in ((question, asked), (answer, replied)):
-        if isinstance(value, list) and len(value) > 1 and isinstance(value[0], str):
-            raise record.error(f"field {name!r} is a list of texts, of which one would have to be chosen")
+    asked, replied = record.values[question], record.values[answer]
+    if not (isinstance(asked, str) and isinstance(replied, str)) or "[{" in (asked[:2], replied[:2]):
+        asked, replied = or_listed(asked, names.roles), or_listed(replied, names.roles)
+        for name, value in ((question, asked), (answer, replied)):
+            if isinstance(value, list) and len(value) > 1 and isinstance(value[0], str):
+                raise record.error(f"field {name!r} is a list of texts, of which one would have to be chosen")
 
     if len(there) > 2:
         remarks.unused.update(name for name in ANSWERS if name in there and there[name] not in (answer, question))

@@ -42,12 +42,23 @@ THOUGHTS = {"reasoning_content", "reasoning", "thinking", "thought", "thoughts",
 UNUSED_IN_MESSAGE = THOUGHTS | {"loss", "mask", "train_on_turn", "training", "train_detail"}
 CALLS = {"tool_calls", "function_call", "tool_call_id"}
 SAID_BESIDE = UNUSED_IN_MESSAGE | MEDIA | CALLS | {"weight", "train"}
+NOTHING = ("[]", "{}", "null")  # as tables keep it in text
 # Before each speaker of a conversation that is one text: of HH-RLHF, of Guanaco.
 SPEAKER_MARKS = (re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):"), re.compile(r"\s*### (Human|Assistant):"))
 
 
 class Dropped(Exception):
     """A conversation that is none to be learnt from; the message is the reason, as it is counted."""
+
+
+def unknown_speaker(speaker: str | None) -> Dropped:
+    return Dropped(f"conversation with a speaker other than system, user and assistant ({shown(speaker)})")
+
+
+def shown(value: Any) -> str:
+    """What a reason quotes: short, on one line, and nothing that no terminal takes."""
+    text = "null" if value is None else " ".join(str(value).split()) or "blank"
+    return text[:40].encode(errors="replace").decode()
 
 
 def is_there(value: Any) -> bool:
@@ -158,18 +169,20 @@ def _read_entry(
             return _read_entry(record, where, lowered, unused, role_keys, content_keys)
     if role_key is None:
         if any(key in entry for key in role_keys) and content_key is not None:
-            raise Dropped("conversation with a speaker other than system, user and assistant")
+            raise unknown_speaker(None)
         return _of_speakers(record, where, entry, unused, role_keys)
-    speaker = record.inside(entry, where, role_key).strip().lower()
-    role = ROLES.get(speaker)
-    if speaker in TOOLS:
+    speaker = record.inside(entry, where, role_key)
+    role = ROLES.get(speaker) or ROLES.get(speaker.strip().lower())
+    if role is None and speaker.strip().lower() in TOOLS:
         raise Dropped("conversation with a tool's turn")
     if role is None:
-        raise Dropped("conversation with a speaker other than system, user and assistant")
+        raise unknown_speaker(speaker)
     train = SAID_BESIDE.isdisjoint(entry) or _is_learnt(record, where, entry, unused)
     if content_key is None and not any(key in entry for key in content_keys):
         record.inside(entry, where, content_keys[0])  # says which fields are there
-    text = text_of(record, f"{where}.{content_key}", entry[content_key], unused) if content_key else ""
+    text = entry[content_key] if content_key else ""
+    if not isinstance(text, str) or not text.isascii():
+        text = text_of(record, f"{where}.{content_key}", text, unused)
     return [Message(role, text, train=train)]
 
 
@@ -180,7 +193,7 @@ def _of_speakers(
     named = [key for key in entry if str(key).lower() in SPEAKER_KEYS]
     if not named:
         if any(key in entry for key in role_keys):
-            raise Dropped("conversation with a speaker other than system, user and assistant")
+            raise unknown_speaker(None)
         record.inside(entry, where, role_keys[0])  # says which fields are there
     replies = [key for key in named if SPEAKER_KEYS[key.lower()] == "assistant"]
     speakers: dict[str, str] = {}
@@ -214,7 +227,7 @@ def _first(keys: tuple[str, ...], entry: dict[str, Any]) -> str | None:
 
 def _is_learnt(record: Record, where: str, entry: dict[str, Any], unused: set[str]) -> bool:
     """Whether a reply is, by what is said beside its text; what else is said there is counted.  Raises: Dropped."""
-    beside = {name for name in entry.keys() & SAID_BESIDE if is_there(entry[name])}
+    beside = {name for name in entry.keys() & SAID_BESIDE if is_there(entry[name]) and entry[name] not in NOTHING}
     if beside & CALLS:
         raise Dropped("conversation with a tool's turn")
     if media := sorted(beside & MEDIA):
@@ -251,8 +264,8 @@ def text_of(record: Record, where: str, content: Any, unused: set[str]) -> str:
             text = part.get("text")
             is_text = kind in TEXT_PARTS and isinstance(text, str | None) if kind else isinstance(text, str)
             if not is_text:
-                named = str(kind or ", ".join(sorted(name for name in part if is_there(part[name]))) or "nothing")
-                raise Dropped(f"conversation with what is not text ({named[:40]})")
+                named = kind or ", ".join(sorted(name for name in part if is_there(part[name]))) or "nothing"
+                raise Dropped(f"conversation with what is not text ({shown(named)})")
             part = text
         elif part is not None and not isinstance(part, str):
             raise record.error(f"field {where!r} has a part that is {kind_of(part)}, not a text")

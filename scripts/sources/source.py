@@ -125,11 +125,13 @@ class Record:
         """
         if not isinstance(values, dict):
             raise self.error(f"an entry of {where!r} is not an object")
+        value = values.get(name)
+        if kind is str and isinstance(value, str) and value.isascii():  # as most are: nothing is asked of them twice
+            return value
         full = f"{where}.{name}" if where else name
         if name not in values:
             there = ", ".join(map(str, values)) or "none"
             raise self.error(f"no field {full!r}; fields there: {there}")
-        value = values[name]
         if value is None and nullable:
             return None
         if not isinstance(value, kind):
@@ -145,10 +147,12 @@ class Record:
     def weight(self) -> float:
         """What its field `weight`, in upper or lower case, says that each of its tokens counts in the loss; 1.0 without
         one, or with null.  Raises: UserError for what is no number from 0 to `MOST_WEIGHT`."""
-        if "weight" not in map(str.lower, self.values):
+        names = [name for name in self.values if name.lower() == "weight"]
+        if not names:
             return 1.0
-        name = next(name for name in self.values if name.lower() == "weight")
-        value = self.values[name]
+        if len(names) > 1:
+            raise self.error(f"fields {names[0]!r} and {names[1]!r} have one name: rename one")
+        name, value = names[0], self.values[names[0]]
         if value is None:
             return 1.0
         is_number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)

@@ -116,10 +116,12 @@ def test_patterns_and_lists(tmp_path, monkeypatch):
 
 
 class Plain(Handler):
-    """A server that tells neither date nor ETag; `bodies` by path, `types` their Content-Type, `trouble` a status."""
+    """A server that tells neither date nor ETag; `bodies` by path, `types` their Content-Type, `trouble` a status,
+    `redirects` another path by path."""
 
     bodies: dict[str, bytes] = {}  # noqa: RUF012
     types: dict[str, str] = {}  # noqa: RUF012
+    redirects: dict[str, str] = {}  # noqa: RUF012
     trouble = None
 
     def do_GET(self):
@@ -128,6 +130,12 @@ class Plain(Handler):
             self.wfile.write(b"HTTP/1.0 200 OK\r\nContent-Length: 100000\r\n\r\nshort")
             self.wfile.flush()
             self.connection.close()
+            return
+        if leads_to := self.redirects.get(self.path):
+            self.send_response(302)
+            self.send_header("Location", leads_to)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
             return
         self.send_response(self.trouble if isinstance(self.trouble, int) else 200)
         body = self.bodies[self.path.partition("?")[0]]
@@ -142,7 +150,7 @@ class Plain(Handler):
 
 @pytest.fixture
 def plain(monkeypatch):
-    for name, value in (("bodies", {}), ("types", {}), ("trouble", None)):
+    for name, value in (("bodies", {}), ("types", {}), ("redirects", {}), ("trouble", None)):
         monkeypatch.setattr(Plain, name, value)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Plain)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -272,4 +280,14 @@ def test_csv_by_what_the_server_or_the_query_says(tmp_path, plain, asked, kind, 
     paths = find(url, tmp_path)
     assert [path.name for path in paths] == [name]
     options = MessagesOptions(source="messages", input_file_path=url)
+    assert len(list(Reading("d", options, paths, 0))) == 1
+
+
+@pytest.mark.parametrize("leads_to", ["/chats.csv", "/2/blob?signed=1&filename=chats.csv"])
+def test_csv_by_where_a_redirect_leads(tmp_path, plain, leads_to):
+    Plain.bodies[leads_to.partition("?")[0]] = b"prompt,response\nq,a\n"
+    Plain.redirects = {"/latest": "/newest", "/newest": leads_to}
+    paths = find(f"{plain}/latest", tmp_path)
+    assert [path.name for path in paths] == ["latest.csv"]
+    options = MessagesOptions(source="messages", input_file_path="x")
     assert len(list(Reading("d", options, paths, 0))) == 1

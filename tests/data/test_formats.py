@@ -212,6 +212,20 @@ def test_a_long_list_under_a_key_is_streamed(tmp_path):
     assert [record for _, record in read_records(tmp_path / "x.json", fields=FIELDS)] == rows
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"prompt": "p", "prompt": "q"}\n{"prompt": "r"}\n', "x.json, line 1: has the key 'prompt' twice"),
+        ('[{"prompt": "p"}, {"a": {"b": 1, "b": 2}}]', "x.json, record 2, line 1: has the key 'b' twice"),
+    ],
+)
+def test_a_key_given_twice(tmp_path, text, said):
+    """Of which JSON would take the last without a word."""
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(UserError, match=said):
+        list(read_records(tmp_path / "x.json", fields=FIELDS))
+
+
 # ---- CSV ----
 
 cells = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r"), max_size=8)
@@ -242,6 +256,26 @@ def test_damaged_csv(tmp_path, data, said):
     (tmp_path / "x.csv").write_bytes(data if isinstance(data, bytes) else data.encode())
     with pytest.raises(UserError, match=rf"\A[^\n]*x.csv[^\n]*{said}[^\n]*\Z"):
         list(read_records(tmp_path / "x.csv"))
+
+
+@pytest.mark.parametrize(
+    ("header", "names"),
+    [
+        ('"prompt","response","from; to; of"', ["prompt", "response", "from; to; of"]),
+        ('prompt;response;"a, b, c"', ["prompt", "response", "a, b, c"]),
+        ('"the\nprompt",response', ["the\nprompt", "response"]),
+        ('"a ""b"", c;"|response', ['a "b", c;', "response"]),
+    ],
+)
+def test_the_first_line_of_csv(tmp_path, header, names):
+    """Its delimiter is not looked for in what stands in quotes, which may hold newlines."""
+    cells = [str(number) for number in range(len(names))]
+    delimiter = next(letter for letter in ";|," if letter in re.sub('"[^"]*"', "", header))
+    (tmp_path / "x.csv").write_text(f"{header}\n{delimiter.join(cells)}\nbad\n")
+    skipped = []
+    kept = [record for _, record in read_records(tmp_path / "x.csv", skipped.append)]
+    assert kept == [dict(zip(names, cells, strict=True))]
+    assert f"record 2, line {3 + header.count(chr(10))}: has 1 cells" in str(skipped[0])
 
 
 def test_bad_rows_of_csv_are_skipped_when_asked(tmp_path):
@@ -299,6 +333,27 @@ def test_damaged_tables(tmp_path, name):
         except UserError as error:
             outcome = str(error)
         assert outcome == len(ROWS) or (name in str(outcome) and "\n" not in str(outcome)) or not damage % 2
+
+
+def test_what_other_tools_write_into_tables(tmp_path):
+    """Spark keeps messages as maps, DuckDB a number as a decimal."""
+    turns = [[("role", "user"), ("content", "q")], [("role", "assistant"), ("content", "a")]]
+    maps = pyarrow.array([turns], pyarrow.list_(pyarrow.map_(pyarrow.string(), pyarrow.string())))
+    rows = pyarrow.table({"messages": maps, "weight": pyarrow.array([0.5]).cast(pyarrow.decimal128(3, 2))})
+    pyarrow.parquet.write_table(rows, tmp_path / "x.parquet")
+    pyarrow.feather.write_feather(rows, tmp_path / "x.feather")
+    options = MessagesOptions(source="messages", input_file_path="x", val_split=0)
+    for name in ("x.parquet", "x.feather"):
+        (conversation,) = Reading("d", options, [tmp_path / name], 0)
+        assert [message.content for message in conversation.messages] == ["q", "a"]
+        assert conversation.weight == 0.5
+    weight = pyarrow.array([0.0]).cast(pyarrow.decimal128(2, 1))
+    reply = pyarrow.StructArray.from_arrays([["assistant"], ["a"], weight], ["role", "content", "weight"])
+    prompts = pyarrow.array([[{"role": "user", "content": "q"}]])
+    rows = pyarrow.table({"prompt": prompts, "response": pyarrow.ListArray.from_arrays([0, 1], reply)})
+    pyarrow.parquet.write_table(rows, tmp_path / "x.parquet")
+    (conversation,) = Reading("d", options, [tmp_path / "x.parquet"], 0)
+    assert [message.train for message in conversation.messages] == [False, False]
 
 
 # ---- Memory ----

@@ -224,6 +224,12 @@ def test_no_weights_of_a_table(tmp_path, prepare, column):
         prepare({"a": {"input_file_path": "a.parquet"}})
 
 
+def test_a_weight_given_twice(tmp_path, prepare):
+    rows = [row | {"weight": 2, "Weight": None} for row in chats(2)]
+    with pytest.raises(UserError, match=r"record 1: fields 'weight' and 'Weight' have one name: rename one"):
+        prepare({"a": write(tmp_path / "a.jsonl", rows)})
+
+
 def test_weights_of_a_table_in_text(tmp_path, prepare):
     """Whose cells are all text."""
     lines = ["prompt,output,Weight", "q,a,0.5", "r,b,", "s,c,2e0", "t,d,0"]

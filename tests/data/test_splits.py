@@ -32,6 +32,10 @@ def lines(name: str, count: int) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
+def card(said: str) -> bytes:
+    return f"configs:\n- config_name: default\n  {said}\n".encode()
+
+
 # Two configurations of three splits each, and a test file whose name holds "train".
 README = b"""---
 configs:
@@ -77,6 +81,8 @@ REFUSED = [
     ({"config": "code"}, "has no split 'train': give one by `split`: train_sft, train_gen, test_sft"),
     ({"split": "tests"}, "has no split 'tests': did you mean test?"),
 ]
+# A script is not run; its files can be named.
+SCRIPT = PLAIN | {"script.py": b"raise SystemExit"}
 
 # For each question: what is read here; and, where it is asked for, what `datasets` has by itself.
 READ = """
@@ -127,12 +133,20 @@ def test_the_rows_of_a_hub_data_set_are_those_of_datasets(tmp_path):
     asked = [("me/chats", one) for one, _ in ASKED]
     refused = [("me/chats", one) for one, _ in REFUSED]
     held_out, plain = ("me/partial", {"split": "validation"}), ("me/plain", {})
+    laid_out_else = [("me/script", {}), ("me/script", {"data_files": "data/train-*"}), ("me/yaml", {})]
     of_datasets = [(f"me/{repo}", {"config": "chat", "split": "test"}) for repo in ("chats", "arrow")]
     caches = {"HF_HUB_CACHE": tmp_path / "hub", "HF_DATASETS_CACHE": tmp_path / "datasets"}
     repositories = {"me/chats": CHATS, "me/plain": PLAIN, "me/partial": CHATS, "me/arrow": CHATS}
+    repositories |= {"me/script": SCRIPT, "me/yaml": {".huggingface.yaml": card("data_files: data/test-*"), **PLAIN}}
     with hub_of(repositories) as (address, fetched):
         environment = {"HF_ENDPOINT": address, **caches}
-        answers = ask([held_out, plain, *asked, *refused], [*asked, *of_datasets], **environment, HF_HUB_OFFLINE="0")
+        questions = [*laid_out_else, held_out, plain, *asked, *refused]
+        answers = ask(questions, [*asked, *of_datasets], **environment, HF_HUB_OFFLINE="0")
+    of_script, of_its_files, of_yaml, *answers = answers
+    assert "me/script: is a script (script.py), which is not run: name its files by `data_files`" in of_script
+    assert of_its_files == [f"train {number}" for number in range(7)]
+    assert of_yaml == [f"t {number}" for number in range(3)]
+    fetched = fetched[3:]
     assert answers[0] == [f"validation {number}" for number in range(5)]
     assert fetched[:2] == ["README.md", "chat/held_out.parquet"]  # nothing else is downloaded
     assert "data/train-00000-of-00001.parquet" in fetched[:3]
@@ -153,7 +167,8 @@ def test_the_rows_of_a_hub_data_set_are_those_of_datasets(tmp_path):
         ("me/arrow", {"config": "chat", "revision": "d" * 40}),
         ("me/torn", {}),
     ]
-    answers = ask([held_out, *asked, arrow, *absent], **environment, HF_HUB_OFFLINE="1")
+    yaml, *answers = ask([laid_out_else[-1], held_out, *asked, arrow, *absent], **environment, HF_HUB_OFFLINE="1")
+    assert yaml == of_yaml
     assert answers[0] == [f"validation {number}" for number in range(5)]
     assert answers[1 : 1 + len(asked)] == rows
     of_arrow, partial, of_another, of_three = answers[1 + len(asked) :]
@@ -192,6 +207,27 @@ def write(folder: Path, files: dict[str, bytes]) -> Path:
         ({"train/1.jsonl": lines("a", 2), "test/train.jsonl": lines("b", 3)}, {"split": "test"}),
         ({"main/train.jsonl": lines("a", 2), "socratic/train.jsonl": lines("b", 3)}, {"split": "train"}),
         ({"x.csv": b"prompt,response\np 0,r\n", "x.json": lines("p", 1)}, {}),
+        (
+            {
+                ".huggingface.yaml": b"dataset_info: {config_name: b}\nconfigs:\n"
+                b"- {config_name: a, data_files: a.jsonl}\n- {config_name: b, data_files: b.jsonl}\n",
+                **{f"{name}.jsonl": lines(name, 2) for name in "ab"},
+            },
+            {},
+        ),
+        ({".huggingface.yaml": card("data_files: b.jsonl"), "a.jsonl": lines("a", 2), "b.jsonl": lines("b", 3)}, {}),
+        (
+            {
+                "README.md": b"---\n" + card("data_files: a.jsonl") + b"---\n",
+                ".huggingface.yaml": card("data_files: b.jsonl"),
+                **{f"{name}.jsonl": lines(name, 2) for name in "ab"},
+            },
+            {},
+        ),
+        (
+            {".huggingface.yaml": card("data_files: a.csv\n  sep: ';'"), "a.csv": b"prompt;response\np, 0;r\n"},
+            {},
+        ),
     ],
 )  # fmt: skip
 def test_the_rows_of_a_folder_are_those_of_datasets(tmp_path, files, options):
@@ -219,7 +255,16 @@ def test_the_rows_of_a_folder_are_those_of_datasets(tmp_path, files, options):
         ({"picture.png": b"x"}, {}, "of no kind that is read: picture.png"),
         ({"x.zip": b"x"}, {}, "x.zip"),
         ({"x.py": b"raise SystemExit"}, {}, "has no data file"),
-        ({}, {}, "has no data file"),
+        ({"X.JSONL": b"{}", ".a": b""}, {}, "none of its files has an ending of what is read (.a, X.JSONL): name them"),
+        ({"data/train-00001-of-00003.jsonl": b"{}"}, {}, "only 1 of 3 parts of data/train are here"),
+        (
+            {".huggingface.yaml": card("data_files: a.csv\n  names: [prompt, response]"), "a.csv": b"q,r\n"},
+            {},
+            "its README says that its files are to be read with names: ['prompt', 'response'], which they are not",
+        ),
+        ({".huggingface.yaml": card("data_files: a.csv\n  sep: '::'"), "a.csv": b"q::r\n"}, {}, "with sep: '::'"),
+        ({".huggingface.yaml": card("data_files: b.csv"), "a.csv": b"q,r\n"}, {}, "Unable to find 'b.csv'"),
+        ({}, {}, "has no data file of this split: it holds no file"),
         ({"README.md": b"---\nconfigs: [{config_name: 3\n---\n"}, {}, "its README.md cannot be made sense of"),
     ],
 )
@@ -230,6 +275,28 @@ def test_folders_refused(tmp_path, files, options, said):
     assert str(error.value).startswith(f"data set d: {tmp_path}/data")
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_files_of_another_kind_are_named(tmp_path, capsys):
+    folder = write(tmp_path / "d", {"a.jsonl": lines("a", 2), "b.jsonl": lines("b", 1), "c.csv": b"prompt,response\n"})
+    assert read(folder) == ["a 0", "a 1", "b 0"]
+    assert "d: a.jsonl, b.jsonl; left out, as they are of another kind: c.csv\n" in capsys.readouterr().out
+
+
+def test_a_pattern_that_matches_folders(tmp_path):
+    write(tmp_path / "d", {"p=1/a.jsonl": lines("a", 2), "p=2/a.jsonl": lines("b", 1)})
+    with pytest.raises(UserError, match=r"matches only folders .*/p=1, .*/p=2\): name their files, .*/p=\*/\*\.jsonl"):
+        read(tmp_path / "d" / "p=*")
+    assert read(tmp_path / "d" / "p=*" / "*") == ["a 0", "a 1", "b 0"]
+
+
+def test_a_slice_that_holds_no_row(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(lines("p", 5))
+    options = MessagesOptions(source="messages", input_file_path=str(tmp_path / "x.jsonl"), split="train[10:20]")
+    reading = Reading("d", options, [tmp_path / "x.jsonl"], 0)
+    assert list(reading) == []
+    with pytest.raises(UserError, match=r"data set d: split train\[10:20\]: none of the rows of .*x\.jsonl\Z"):
+        reading.split()
 
 
 def test_what_save_to_disk_wrote(tmp_path):

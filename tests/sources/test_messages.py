@@ -44,6 +44,7 @@ PAIR = [("user", "q"), ("assistant", "a")]
 SECOND = [("user", "r"), ("assistant", "b")]
 JOINED = [("user", "q r"), ("assistant", "ab")]
 SYSTEM = {"role": "system", "content": "s"}
+HH = "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant: b"
 
 
 @pytest.mark.parametrize(
@@ -73,6 +74,12 @@ SYSTEM = {"role": "system", "content": "s"}
         ({"messages": [["user", "q"], ["assistant", "a"]]}, PAIR),
         ({"conversation": [{"human": "q", "assistant": "a"}, {"assistant": "b", "human": "r"}]}, [*PAIR, *SECOND]),
         ({"dialogue": [{"query": "q", "response": "a"}]}, PAIR),
+        ({"conversation": [{"input": "q", "output": "a"}, {"input": "r", "output": "b"}]}, [*PAIR, *SECOND]),
+        ({"conversation": [{"instruction": "", "input": "q", "output": "a"}]}, PAIR),
+        ({"Messages": [{"Role": "User", "Content": "q"}, {"ROLE": "Assistant", "CONTENT": "a"}]}, PAIR),
+        ({"chosen": HH, "rejected": HH}, [*PAIR, *SECOND]),
+        ({"conversation": "### Human: q### Assistant: a ### Human: r\n### Assistant: b"}, [*PAIR, *SECOND]),
+        ({"history": "\n\nHuman: q\n\nAssistant: a", "prompt": "r", "response": "b"}, [*PAIR, *SECOND]),
         # As Arrow gives them: every object with every field, null where it was none.
         ({"messages": [{"user": "q", "assistant": None}, {"user": None, "assistant": "a"}]}, PAIR),
         ({"messages": [{"user": "q", "assistant": "a"}, {"user": None, "assistant": None}]}, PAIR),
@@ -94,7 +101,18 @@ SYSTEM = {"role": "system", "content": "s"}
         ({"messages": chat([{"type": "text", "text": "q"}, {"type": "input_text", "text": " r"}], ["a", "b"])}, JOINED),
         ({"messages": chat([{"text": "q r", "type": "text", "image": None}], {"type": "text", "text": "ab"})}, JOINED),
         ({"messages": chat("q r", [{"type": "thinking", "thinking": "x"}, {"type": "text", "text": "ab"}])}, JOINED),
+        ({"messages": [message | {"tool_calls": "[]", "images": "null"} for message in chat("q", "a")]}, PAIR),
+        ({"messages": chat("q", "a"), "system": [{"text": "s"}]}, [("system", "s"), *PAIR]),
+        ({"messages": chat("q", "a"), "system": {"type": "text", "text": "s"}}, [("system", "s"), *PAIR]),
         # A prompt and a reply.
+        ({"prompt": HH.removesuffix(" b"), "response": "b"}, [*PAIR, *SECOND]),
+        (
+            {"prompt": "Human: or Assistant: what am I?", "response": "a"},
+            [("user", "Human: or Assistant: what am I?"), PAIR[1]],
+        ),
+        ({"prompt": json.dumps(chat("q")), "completion": str(chat("a", roles=("assistant",)))}, PAIR),
+        ({"prompt": '[{"a": 1}] is what?', "completion": "a"}, [("user", '[{"a": 1}] is what?'), PAIR[1]]),
+        ({"prompt": '[{"a": 1}]', "completion": "a"}, [("user", '[{"a": 1}]'), PAIR[1]]),
         ({"query": "r", "response": "b", "history": [["q", "a"]]}, [*PAIR, *SECOND]),
         ({"prompt": "r", "response": "b", "history": json.dumps(chat("q", "a"))}, [*PAIR, *SECOND]),
         ({"instruction": "q", "output": "a", "history": None, "system": ""}, PAIR),
@@ -142,6 +160,8 @@ def test_the_forms_of_the_fixture(case):
         ({"prompt": chat("q", "a", "r"), "completion": chat("b", roles=("assistant",))}, [False, True]),
         ({"prompt": chat("q", "a", "r"), "chosen": chat("q", "a", "r", "b")}, [False, True]),
         ({"prompt": "q", "chosen": chat("q", "a", "r", "b")}, [True, True]),
+        ({"prompt": HH.removesuffix(" b"), "response": "b"}, [False, True]),
+        ({"chosen": HH}, [True, True]),
         ({"prompt": "r", "response": "b", "history": [["q", "a"]]}, [True, True]),
     ],
 )
@@ -182,7 +202,12 @@ def test_what_is_learnt(row, learnt):
         ({"conversations": [{"from": "human", "value": "q"}, {"from": "observation", "value": "{}"}]}, "a tool's turn"),
         ({"messages": chat("q", [{"type": "tool_use", "name": "f"}])}, "a tool's turn"),
         ({"messages": [{"role": None, "content": "q"}, *chat("q", "a")[1:]]}, "a speaker other than"),
-        ({"messages": [{"role": "critic", "content": "q"}, *chat("q", "a")[1:]]}, "a speaker other than"),
+        ({"messages": [{"role": "critic", "content": "q"}, *chat("q", "a")[1:]]}, "user and assistant (critic)"),
+        (
+            {"messages": [{"role": "the\n" * 99, "content": "q"}]},
+            "assistant (the the the the the the the the the the )",
+        ),
+        ({"messages": chat([{"type": "\ud83d", "x": 1}], "a")}, "what is not text (?)"),
         ({"messages": [SYSTEM, SYSTEM, *chat("q", "a")]}, "a system message that is not the first"),
         ({"dialog": [["q", None]]}, "an empty reply"),
         ({"messages": chat("q", [{"type": "text", "text": None}])}, "an empty reply"),
@@ -213,6 +238,15 @@ def test_what_stands_beside_texts_under_their_speakers_names(beside, reason):
     assert reason in next(iter(remarks))
 
 
+def test_reasons_that_quote_are_not_as_many_as_what_they_quote(tmp_path):
+    rows = [{"messages": [{"role": f"agent {number}", "content": "q"}]} for number in range(100)]
+    _, dropped = read(tmp_path, *rows, rows[3])
+    assert len(dropped) == 21
+    assert sum(dropped.values()) == 101
+    reason = "conversation with a speaker other than system, user and assistant"
+    assert (dropped[reason], dropped[f"{reason} (agent 3)"]) == (80, 2)
+
+
 def test_tool_calls_that_are_null_are_none():
     row = {
         "messages": [
@@ -238,6 +272,11 @@ def test_tool_calls_that_are_null_are_none():
         ({"messages": chat("q", [{"type": "reasoning", "summary": []}, "a"])}, {"reasoning"}),
         ({"messages": [{"user": "q", "assistant": "a", "thinking": "x", "cot": None}]}, {"thinking"}),
         ({"messages": [{"user": "q", "assistant": "a", "bot": "b"}]}, {"bot"}),
+        ({"messages": [{"instruction": "q", "input": "p", "output": "a"}]}, {"input"}),
+        ({"messages": [{"instruction": "q", "input": " ", "output": "a"}]}, set()),
+        ({"messages": chat("q", "a"), "train": False}, {"train"}),
+        ({"messages": [*chat("q"), {"role": "assistant", "content": "a", "train_detail": [{}]}]}, {"train_detail"}),
+        ({"prompt": chat("q"), "context": "p", "response": "a"}, {"context"}),
     ],
 )
 def test_what_could_matter_and_is_not_used(row, unused):
@@ -266,6 +305,12 @@ def test_what_could_matter_and_is_not_used(row, unused):
             [("user", "q\n\np"), ("assistant", "a")],
         ),
         ({"history": "before"}, {"prompt": "r", "output": "b", "before": [["q", "a"]]}, [*PAIR, *SECOND]),
+        # What is named for one thing is no other, whatever it is by its name.
+        ({"system": "instruction"}, {"instruction": "s", "input": "q", "output": "a"}, [("system", "s"), *PAIR]),
+        ({"system": "context"}, {"question": "q", "context": "s", "answer": "a"}, [("system", "s"), *PAIR]),
+        ({"prompt": "context"}, {"context": "q", "answer": "a"}, PAIR),
+        ({"history": "context"}, {"question": "r", "context": [["q", "a"]], "answer": "b"}, [*PAIR, *SECOND]),
+        ({"response": "question", "prompt": "answer"}, {"question": "a", "answer": "q"}, PAIR),
         (
             {"messages": "log", "role": "who", "content": "said"},
             {"log": [{"who": "user", "said": "q", "role": "x"}, {"who": "assistant", "said": "a"}]},
@@ -307,6 +352,15 @@ def test_misspelt_columns(tmp_path, columns, said):
         read(tmp_path, row, row, options=OPTIONS.model_copy(update={"columns": Columns(**columns)}))
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_column_that_is_used_is_not_said_to_be_unused(tmp_path):
+    rows = [{"prompt": "q", "rejected": "a", "thinking": "s", "solution": "x", "label": "y"}]
+    options = OPTIONS.model_copy(update={"columns": Columns(response="rejected", system="thinking")})
+    (tmp_path / "x.jsonl").write_text(json.dumps(rows[0]))
+    reading = Reading("mine", options, [tmp_path / "x.jsonl"], 1)
+    assert [m.content for conversation in reading for m in conversation.messages] == ["s", "q", "a"]
+    assert sorted(reading.unused) == ["label", "solution"]
 
 
 def test_a_named_column_that_some_records_lack(tmp_path):
@@ -359,6 +413,9 @@ def test_dropped_with_a_reason(tmp_path, messages, reason):
         ({"messages": [{"role": "user", "content": "q", "train": "no"}]}, "'messages.train' is a string"),
         ({"prompt": "q", "output": "\udc80"}, "'output' holds half of a surrogate pair"),
         ({"prompt": 3, "output": "a"}, "'prompt' is a number, not a string"),
+        ({"Prompt": "p", "prompt": "q", "output": "a"}, "fields 'Prompt' and 'prompt' have one name: rename one"),
+        ({"question": "q", "answers": "a"}, "`columns` to name others, such as 'answers'; fields there: question"),
+        ({"chosen": "a", "rejected": "b"}, "field 'chosen' is a string, not a list"),
     ],
 )
 def test_bad_records(tmp_path, row, part):
@@ -503,6 +560,10 @@ def test_names_overrides_and_round_trip(tmp_path):
         (
             "- mine: {source: messages, input_file_path: x, columns: {messages: y, prompt: z}}\n",
             ["datasets.mine.columns: name messages, or prompt and response"],
+        ),
+        (
+            "- mine: {source: messages, input_file_path: x, columns: {prompt: y, response: Y}}\n",
+            ["datasets.mine.columns: one field is named twice"],
         ),
         ("- a/b: {source: messages, input_file_path: x}\n", ["'a/b' is no name for a data set"]),
         ("- a.b: {source: messages, input_file_path: x}\n", ["'a.b' is no name for a data set"]),

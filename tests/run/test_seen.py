@@ -184,6 +184,13 @@ def test_more_patience_goes_on_where_it_ended(tmp_path, recipe, whole):
     assert os.readlink(output / "best") == "checkpoint-20"
 
 
+def test_many_prompts_are_warned_of(tmp_path, chat, capsys):
+    for count, warned in ((100, False), (101, True)):
+        (tmp_path / "p.txt").write_text("a\n" * count)
+        Samples(make_recipe(sample_every=1, sample_prompts=str(tmp_path / "p.txt")), chat[1])
+        assert ("p.txt: 101 prompts, to all of which" in capsys.readouterr().out) == warned
+
+
 def test_what_evaluates_takes_the_link(whole):
     """As the checkpoint that it leads to now; a run that goes on may have it lead elsewhere."""
     link = whole.output_dir / "best"

@@ -116,7 +116,8 @@ class Weights:
         if folder is None:
             raise UserError(f"{name}: no such folder under {Path.cwd()}")
         if is_adapter(str(folder)):
-            raise UserError(f"{name}: is an adapter: the mean of adapters is not that of their models: export.py first")
+            why = "the mean of adapters is not that of their models"
+            raise UserError(f"{name}: is an adapter: {why}: export each first (export.py)")
         self.folder, self.name = folder, name
         weights = next((entry for entry in WEIGHTS if (folder / entry).is_file()), "none")
         if "safetensors" not in weights:

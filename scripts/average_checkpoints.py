@@ -62,7 +62,6 @@ COPIED = (
     "tokenizer_config.json",
     "tokenizer.json",
     "chat_template.jinja",
-    INDEX,
 )
 # By safetensors' names: those of weights, and of what else a model may keep beside them (positions, a mask).
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -87,7 +86,7 @@ def main(options) -> None:
                 file.write(header({name: first.shapes[name] for name in names}, first.dtypes))
                 for name in names:
                     file.write(as_bytes(mean(name, models, first.dtypes[name])))
-        for name in COPIED:
+        for name in (*COPIED, *([INDEX] * first.has_index)):
             if (first.folder / name).is_file():
                 shutil.copyfile(first.folder / name, work / name)
         for pattern in ("LICENSE*", "*.py"):  # code that a config of a known architecture may name all the same
@@ -104,6 +103,7 @@ class Weights:
 
     Attributes:
         files: of the weights, by name.
+        has_index: whether an index names these, as of several.
         file_of: {name of a tensor: its file}, in the order in which a file holds them.
         shapes, dtypes: {name: torch.Size}, {name: torch.dtype}.
     """
@@ -116,24 +116,27 @@ class Weights:
         if folder is None:
             raise UserError(f"{name}: no such folder under {Path.cwd()}")
         if is_adapter(str(folder)):
-            raise UserError(f"{name}: is an adapter: the mean of adapters is not that of their models: export.py first")
+            why = "the mean of adapters is not that of their models"
+            raise UserError(f"{name}: is an adapter: {why}: export each first (export.py)")
         self.folder, self.name = folder, name
         weights = next((entry for entry in WEIGHTS if (folder / entry).is_file()), "none")
         if "safetensors" not in weights:
             raise UserError(f"{name}: holds no *.safetensors, the weights: save it by transformers' save_pretrained")
         check_model_files(folder, weights=True)
         check_headers(folder, name)
-        self.files = [folder / weights]
-        if weights == INDEX:
+        self.files, self.has_index, listed = [folder / weights], weights == INDEX, None
+        if self.has_index:
             index = read_json(folder / INDEX, "index of weights")
             listed = index.get("weight_map") if isinstance(index, dict) else None
-            if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
+            if not isinstance(listed, dict) or not listed or not all(isinstance(file, str) for file in listed.values()):
                 raise UserError(f"{folder / INDEX}: damaged: no index of weights")
             self.files = [folder / Path(file).name for file in sorted(set(listed.values()))]
         if missing := [path for path in self.files if not path.is_file()]:
             raise UserError(f"{missing[0]}: not there, though {INDEX} names it")
         self.open = {path: safe_open(path, framework="pt") for path in self.files}
         self.file_of = {name: path for path, file in self.open.items() for name in file.keys()}  # noqa: SIM118
+        if listed not in (None, {name: path.name for name, path in self.file_of.items()}):
+            raise UserError(f"{folder / INDEX}: damaged: it lists other weights than its files hold")
         slices = {name: self.open[path].get_slice(name) for name, path in self.file_of.items()}
         self.shapes = {name: torch.Size(part.get_shape()) for name, part in slices.items()}
         kinds = {name: part.get_dtype() for name, part in slices.items()}

@@ -11,7 +11,8 @@ the reports which it published can stand beside one's own. A reply that the mode
 The page is one file, and needs no network.
 
 --prompts: a .txt file has one prompt a line. JSON Lines or a JSON list has texts, and for prompts of several turns
-{"messages": [{"role", "content"}, ...]}. scripts/sampling/prompts.jsonl is the collection's own, in eight languages.
+{"messages": [{"role", "content"}, ...]}, or another form of chat data. scripts/sampling/prompts.jsonl is the
+collection's own, in eight languages.
 --config: a file of sampling settings, as Open-Assistant's without prefix texts and beams. scripts/sampling/ has
 default.json, greedy.json, and open_assistant.json, the settings of its published reports, with the top_k of 50 that
 transformers added to them unasked. Here, what a file does not name is off.

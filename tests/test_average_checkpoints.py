@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from average_checkpoints import Weights, check_same_model, copy_run, mean
+from average_checkpoints import INDEX, Weights, check_same_model, copy_run, mean
 from checkpoints import save_chat_model
 from conftest import run_script
 from mixes import make_recipe
@@ -179,6 +179,24 @@ def test_what_is_refused_of_the_command_line(tmp_path, models):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").touch()
     assert "holds mine.txt already" in average(tmp_path, *models[:2], check=False).errors[0]
+
+
+def test_an_index_is_that_of_the_weights_or_refused(tmp_path, models):
+    path = shutil.copytree(models[1], tmp_path / "wrong")
+    index = json.loads((path / INDEX).read_text())
+    files = index["weight_map"]
+    first, last = min(files.values()), max(files.values())
+    wrong = {name: {first: last, last: first}.get(file, file) for name, file in files.items()}
+    fewer = {name: file for name, file in files.items() if name != "gpt_neox.final_layer_norm.bias"}
+    for weight_map in ({}, wrong, fewer):
+        change_json(path / INDEX, weight_map=weight_map)
+        with pytest.raises(UserError, match=r"index.json: damaged: "):
+            Weights(path, "wrong")
+    # Beside the whole weights in one file an index names nothing that is read.
+    whole = shutil.copytree(models[0], tmp_path / "whole")
+    shutil.copyfile(models[1] / INDEX, whole / INDEX)
+    average(tmp_path, whole, models[1])
+    assert [path.name for path in (tmp_path / "out").glob("model*")] == ["model.safetensors"]
 
 
 def test_a_file_that_an_index_names_and_that_is_gone(tmp_path, models):

@@ -45,6 +45,15 @@ def judge(best: Best | None, metric: str, step: int, value: float) -> Best | Non
     return best and Best(metric, best.step, best.value, best.evaluations_since + 1)
 
 
+def best_until(metrics: Path, metric: str, step: int) -> Best | None:
+    """The best evaluation up to a step by the lines of a metrics.jsonl: of a metric that was not judged by then."""
+    best = None
+    for _, line in metrics_lines(metrics, having=f'"{metric}"'):
+        if line["step"] <= step and metric in line:
+            best = judge(best, metric, line["step"], math.nan if line[metric] is None else line[metric])
+    return best
+
+
 def check_metric(recipe: Recipe, held_out: Collection[str]) -> None:
     """See that an evaluation will have early_stopping_metric, and that there is one where it is needed.
 

@@ -1,6 +1,7 @@
 """training.png: the curves of metrics.jsonl, drawn at every evaluation, in a second however long the run is."""
 
 import os
+import re
 from collections import defaultdict
 from functools import cache
 from operator import itemgetter
@@ -108,8 +109,7 @@ class Curves:
             raise
 
 
-def _dataset_of(name: str) -> str:
-    """`vicuna` of loss_vicuna, eval_vicuna_loss and eval_vicuna_accuracy."""
-    if name.startswith("eval_"):
-        return name.removeprefix("eval_").removesuffix("_loss").removesuffix("_accuracy")
-    return name.removeprefix("loss_")
+def _dataset_of(name: str) -> str | None:
+    """`vicuna` of loss_vicuna, eval_vicuna_loss and eval_vicuna_accuracy; None of what is of all together."""
+    own = re.fullmatch(r"eval_(.+)_(?:loss|accuracy)|loss_(.+)", name)
+    return own and (own[1] or own[2])

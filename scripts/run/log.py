@@ -11,7 +11,7 @@ from run.progress import Progress
 from run.samples import Samples
 from run.trackers import Trackers
 from training.replies import Reply, shown
-from utils.errors import UserError
+from utils.errors import UserError, reason
 from utils.launch import say
 from utils.tables import progress_bar
 
@@ -112,8 +112,8 @@ class RunLog:
         try:
             if drawing:
                 drawing.result()
-        except OSError as error:  # no reason to stop: what does not come back if it is not written says so itself
-            say(f"\ntraining.png could not be drawn: {error.strerror}")
+        except Exception as error:  # no reason to stop, whatever it is: an MPLBACKEND that is none, a full disk
+            say(f"\ntraining.png could not be drawn: {getattr(error, 'strerror', None) or reason(error)}")
 
     def close(self) -> None:
         """Draw the curves for the last time; the trackers go on until their own `finish`."""

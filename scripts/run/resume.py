@@ -11,7 +11,7 @@ from transformers import AutoConfig, PretrainedConfig
 from data.mix import Mix
 from recipe.keys import Recipe
 from recipe.load import load_recipe
-from run.best import LINKS
+from run.best import LINKS, best_until
 from run.checkpoint import Checkpoint, read_checkpoint
 from run.folder import is_ours, refuse_other_run
 from run.health import StepHealth
@@ -219,7 +219,8 @@ def starting_point(checkpoint: Checkpoint | None, mix: Mix, recipe: Recipe) -> P
     stood = {"step": 0, "position": Position()}
     if checkpoint:
         stood = {name: getattr(checkpoint.state, name) for name in KEPT} | {"position": checkpoint.position}
-        stood["best"] = checkpoint.best(recipe.early_stopping_metric)
+        metric, last = recipe.early_stopping_metric, checkpoint.step - checkpoint.state.evaluation_due
+        stood["best"] = checkpoint.best(metric) or best_until(recipe.output_dir / "metrics.jsonl", metric, last)
         if checkpoint.position.conversations >= len(training_rows(mix, recipe, checkpoint.position.epoch)):
             stood["position"] = Position(checkpoint.position.epoch + 1)  # of a mix that was made smaller
     end = recipe.max_steps or stood["step"] + steps_left(mix, recipe, num_processes(), stood["position"])

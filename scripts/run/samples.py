@@ -17,9 +17,11 @@ from sources.source import Conversation, Message
 from training.engine import Engine
 from training.replies import Reply, reply_to
 from utils.errors import UserError
+from utils.launch import say
 
 SAMPLES = "samples.jsonl"  # in output_dir
 LONGEST_REPLY = 256  # tokens
+MANY = 100  # prompts: a 7B makes the replies to as many in minutes
 
 
 class Prompt(NamedTuple):
@@ -122,6 +124,9 @@ class Samples:
         self.recipe, self.tokenizer = recipe, tokenizer
         self.path = recipe.output_dir / SAMPLES
         self.prompts = load_prompts(recipe, tokenizer)
+        if len(self.prompts) > MANY:
+            count = f"{len(self.prompts):,} prompts, to all of which the model replies each time"
+            say(f"warning: sample_prompts = {recipe.sample_prompts}: {count}: give fewer")
         self.passes = 0  # of the model, forward
 
     def due(self, progress: Progress) -> bool:

@@ -24,7 +24,7 @@ from run.record_file import redact
 from utils.errors import UserError, reason
 from utils.launch import say
 
-LONGEST_END = 60  # seconds that a run which has ended waits for a tracker
+LONGEST_END = 300  # seconds that a run which has ended waits for a tracker to upload what it has left
 
 
 class Tracker:
@@ -154,7 +154,7 @@ def start_wandb(recipe: Recipe, run_id: str | None):
         resume="allow",
         dir=folder,
         config=redact(recipe.model_dump(mode="json")),
-        settings=wandb.Settings(silent=True),
+        settings=wandb.Settings(silent=True, finish_timeout=LONGEST_END),  # by default it waits for ever
     )
     why = ""
     try:

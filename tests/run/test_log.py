@@ -595,3 +595,12 @@ def test_a_drawing_that_fails_is_said_and_nothing_of_it_is_left(log, tmp_path, c
     log.close()
     assert capsys.readouterr().out.count("training.png could not be drawn: Is a directory") == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "training.png"]
+
+
+def test_whatever_matplotlib_says_a_run_goes_on(log, tmp_path, monkeypatch, capsys):
+    """As where MPLBACKEND is none."""
+    monkeypatch.setattr(Curves, "draw", lambda *_: 1 / 0)
+    log.write(LINES[0])
+    log.draw()
+    log.close()
+    assert capsys.readouterr().out.count("training.png could not be drawn: ZeroDivisionError: division by zero") == 2

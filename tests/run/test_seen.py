@@ -16,7 +16,7 @@ from export import open_source
 from hypothesis import given
 from hypothesis import strategies as st
 from interruption import Died, metrics, run_here, small_recipe
-from mixes import make_progress, make_recipe
+from mixes import make_mix, make_progress, make_recipe
 from test_resume import assert_same_end
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -27,6 +27,7 @@ from run.best import Best, best_and_last, best_checkpoint, judge, link_checkpoin
 from run.checkpoint import read_checkpoint
 from run.checkpoint_state import process_file
 from run.log import RunLog
+from run.resume import starting_point
 from run.run import Run
 from run.samples import Samples, greedy_replies
 from run.saving import Saver
@@ -219,6 +220,13 @@ def test_more_patience_goes_on_where_it_ended(tmp_path, recipe, whole):
     assert os.readlink(output / "best") == "checkpoint-20"
 
 
+def test_many_prompts_are_warned_of(tmp_path, chat, capsys):
+    for count, warned in ((100, False), (101, True)):
+        (tmp_path / "p.txt").write_text("a\n" * count)
+        Samples(make_recipe(sample_every=1, sample_prompts=str(tmp_path / "p.txt")), chat[1])
+        assert ("p.txt: 101 prompts, to all of which" in capsys.readouterr().out) == warned
+
+
 def test_what_evaluates_takes_the_link(whole):
     """As the checkpoint that it leads to now; a run that goes on may have it lead elsewhere."""
     link = whole.output_dir / "best"
@@ -390,6 +398,20 @@ def test_the_best_is_the_first_of_the_extremes(metric, values):
     extreme = max(finite) if metric.endswith("accuracy") else min(finite)
     step = values.index(extreme) + 1
     assert best == Best(metric, step, extreme, len(values) - step)
+
+
+def test_another_metric_is_judged_from_the_beginning(tmp_path, recipe, whole):
+    """Which evaluation was the best by it, and how many came since, stands in metrics.jsonl."""
+    output = shutil.copytree(whole.output_dir, tmp_path / "output", symlinks=True)
+    lines = [line for line in whole.metrics() if "eval_words_loss" in line and line["step"] <= 30]
+    chosen = load_recipe(recipe, {"output_dir": str(output), "early_stopping_metric": "eval_words_loss"})
+    mix = make_mix([[5] * 40])
+    best = starting_point(read_checkpoint(output / "last"), mix, chosen).best
+    losses = [line["eval_words_loss"] for line in lines]
+    step = lines[losses.index(min(losses))]["step"]
+    assert best == Best("eval_words_loss", step, min(losses), sum(line["step"] > step for line in lines))
+    (output / "metrics.jsonl").unlink()
+    assert starting_point(read_checkpoint(output / "last"), mix, chosen).best is None
 
 
 def test_links_lead_to_what_is_there(tmp_path):

@@ -72,6 +72,20 @@ def test_mlflow(resumed):
     assert run.data.params["learning_rate"] == "0.01"
 
 
+def test_a_run_that_mlflow_no_longer_has_is_begun_anew(tmp_path, monkeypatch, capsys):
+    """As on a machine to which only the output folder was copied."""
+    mlflow = pytest.importorskip("mlflow", reason=WHY)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    progress = make_progress(3, tracker_runs={"mlflow": "0" * 32})
+    log = RunLog(make_recipe(tmp_path, log_with=["mlflow"]), progress, main_process=True)
+    log.write(LINES[0])
+    log.close()
+    log.trackers.finish()
+    assert "mlflow: not the run that the checkpoint tells of (MlflowException: Run " in capsys.readouterr().out
+    assert mlflow.MlflowClient().get_run(progress.tracker_runs["mlflow"]).info.status == "FINISHED"
+
+
 def test_trackio(resumed, tmp_path):
     output = resumed("trackio")
     name = read_checkpoint(output / "checkpoint-20").state.tracker_runs["trackio"]

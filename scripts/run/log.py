@@ -45,8 +45,11 @@ class RunLog:
             smoothing=0.1,
         )
 
-    def write(self, metrics: dict[str, Any]) -> None:
+    def write(self, metrics: dict[str, Any], for_good: bool = True) -> None:
         """Append one line; floats are kept in full, so that a line can be compared with a repeat of the run.
+
+        Args:
+            for_good: else it will be made anew, and the trackers, which keep what they have, are not given it.
 
         Raises:
             UserError: the disk is full.
@@ -60,7 +63,8 @@ class RunLog:
                 file.write(json.dumps(line, allow_nan=False) + "\n")
         except OSError as error:
             raise UserError(f"{self.path}: cannot write: {error.strerror}; the checkpoints are whole") from error
-        self.trackers.log(metrics)
+        if for_good:
+            self.trackers.log(metrics)
         shown = {"loss": "loss", "learning_rate": "rate", "tokens_per_second": "tok/s", "mfu": "MFU"}
         postfix = {label: f"{metrics[key]:.4g}" for key, label in shown.items() if key in metrics}
         if postfix:

@@ -156,12 +156,17 @@ class Run:
         self.progress.advance(position, learning_rate, grad_norm)
         self.log.progress.update()
 
-    def write_metrics(self) -> None:
-        """A line of metrics.jsonl for the steps since the last one. Every process calls this."""
+    def write_metrics(self, for_good: bool = True) -> None:
+        """A line of metrics.jsonl for the steps since the last one. Every process calls this.
+
+        Args:
+            for_good: else the run goes on one day from a checkpoint that has these steps still, and makes it anew.
+        """
         self.check_folder()
         metrics, self.progress.unlogged = self.stats.close(self.engine.accelerator) | self.progress.unlogged, {}
         scale = loss_scale(self.engine.accelerator)
-        self.log.write(self.progress.as_metrics() | metrics | self.health.metrics(metrics.get("loss"), scale))
+        health = self.health.metrics(metrics.get("loss"), scale)
+        self.log.write(self.progress.as_metrics() | metrics | health, for_good)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -182,7 +187,7 @@ class Run:
             stop_all(f"early_stopping_metric = {metric}: no token that is held out is scored")
         is_best = self.progress.end_evaluation(results, metric)
         if self.progress.ends_early:
-            self._write_rest()
+            self._write_rest(for_good=True)
         self.log.write(self.progress.as_metrics() | results)
         self.log.show_evaluation(self.progress.step, results)
         if self.samples.due(self.progress):
@@ -197,10 +202,10 @@ class Run:
         if is_best and self.recipe.keep_best:
             self.save()
 
-    def _write_rest(self) -> None:
+    def _write_rest(self, for_good: bool) -> None:
         """At the end, wherever that is: a line for the steps that have none yet."""
         if self.progress.unlogged:
-            self.write_metrics()
+            self.write_metrics(for_good)
 
     def save(self) -> None:
         """Write a checkpoint, or begin to, unless this step has one since its evaluation was the best. Every process
@@ -231,7 +236,7 @@ class Run:
         """
         self.check_folder()
         pulse = alive if self.recipe.merge_adapter else bytes_moved
-        self._write_rest()  # of a run that goes on, the checkpoint has them still: the line will be made anew
+        self._write_rest(for_good=not stopped)
         self.watch.at("ending the run", pulse if self.main_process else None)
         self.log.close()
         with self.clock.spend("saving"):

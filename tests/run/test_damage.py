@@ -8,6 +8,7 @@ import json
 import os
 import random
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -566,6 +567,8 @@ def test_a_run_whose_folder_is_taken_away(recipe_file, tmp_path, monkeypatch, wh
 
     def taken_before(self, *others):
         if not seen:
+            while not self.saver.is_idle:  # which would be writing while the folder is emptied
+                time.sleep(0.01)
             taken_away(output, how)
             seen.append([str(path.relative_to(output)) for path in sorted(output.rglob("*"))])
         original(self, *others)

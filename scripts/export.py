@@ -5,9 +5,10 @@
     python scripts/export.py stablelm_7b exported --dtype bf16 --max_shard_size 2GB
     python scripts/export.py stablelm_7b exported --gguf stablelm_7b.gguf --gguf_dtype q8_0
     python scripts/export.py stablelm_7b exported --push_to_hub me/stablelm-7b-sft --private
+    python scripts/export.py stablelm_7b_lora exported --adapter
 
 CHECKPOINT is a run's checkpoint, a run's folder (its final model), or any folder with a causal LM and a chat template;
-an adapter is merged into its base model.
+an adapter is merged into its base model, or with --adapter written by itself, without the paths of this machine.
 OUT gets safetensors, tokenizer with chat template, generation config with the stop token, card, and nothing else; it is
 read by transformers 4 and 5, and by what takes their folders (vLLM, converters). It appears only when it is whole and
 was read back by a fresh process, with the ids of training and the logits of CHECKPOINT.
@@ -45,6 +46,7 @@ def arguments():
     parser.add_argument(
         "--vocab", choices=("trim", "name", "keep"), default="trim", help="rows that have no token (trim)"
     )
+    parser.add_argument("--adapter", action="store_true", help="write an adapter by itself, not merged")
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="write it as one file for llama.cpp, too")
     parser.add_argument("--gguf_dtype", choices=("f16", "q8_0"), help="precision of that file (f16)")
     parser.add_argument("--push_to_hub", metavar="REPO", help="publish it there, as you/name")
@@ -54,6 +56,8 @@ def arguments():
         raise UserError("command line: --private says how to publish: give --push_to_hub REPO too")
     if options.gguf_dtype and not options.gguf:
         raise UserError("command line: --gguf_dtype says how to write a GGUF file: give --gguf FILE too")
+    if options.adapter and (options.gguf or options.dtype):
+        raise UserError("command line: --adapter writes the adapter as it is: leave out --dtype and --gguf")
     if options.gguf:
         require("gguf")
     return options
@@ -74,6 +78,7 @@ from transformers import AutoModelForCausalLM
 
 from evaluation.chat_model import load_chat_tokenizer
 from evaluation.model import EvaluatedModel
+from publishing.adapter import check_adapter, copy_adapter, name_base_for_others
 from publishing.hub import check_hub, push
 from publishing.model_card import model_card
 from publishing.prompting import describe_prompting
@@ -94,8 +99,12 @@ from utils.tables import counted
 
 
 def main(options) -> None:
-    # ---- What can be refused before anything large is read ----
     set_up_process()
+    if options.adapter:
+        export_adapter(options)
+        return
+
+    # ---- What can be refused before anything large is read ----
     source, stored = open_source(options.checkpoint)
     run = find_run(source)
     dtype = options.dtype or (run and computed_in(run)) or stored.dtype
@@ -147,15 +156,35 @@ def main(options) -> None:
         push(out, repo, options.private)
 
 
+def export_adapter(options) -> None:
+    """--adapter: the files of an adapter are copied, and its base model named as others know it."""
+    source = find_folder(options.checkpoint)
+    out = check_target(Path(options.out), source.folder, check_adapter(source.folder))
+    repo = check_hub(options.push_to_hub, options.private) if options.push_to_hub else None
+    tokenizer, run = load_chat_tokenizer(source), find_run(source)
+    with whole_folder(out) as work:
+        copy_adapter(source.folder, tokenizer, work)
+        write_beside(source, run, work, name=(repo or out.name).rpartition("/")[2], hub_name=repo)
+        base = name_base_for_others(work)  # last: the card is made of what can be loaded here
+    say(f"in {options.out}: {', '.join(sorted(path.name for path in out.iterdir()))}; its base model: {base}")
+    if repo:
+        push(out, repo, options.private)
+
+
+def find_folder(name: str) -> EvaluatedModel:
+    """`find_model` of what is a folder.  Raises: UserError."""
+    if not Path(name).is_dir():
+        raise UserError(f"{name}: no such folder under {Path.cwd()}")
+    return find_model(name)
+
+
 def open_source(name: str) -> tuple[EvaluatedModel, Weights]:
     """The model to export, and what its weights files hold.
 
     Of an adapter those of its base model.
     Raises: UserError for what is no folder with a model, an adapter without its base, or quantized weights.
     """
-    if not Path(name).is_dir():
-        raise UserError(f"{name}: no such folder under {Path.cwd()}")
-    source = find_model(name)
+    source = find_folder(name)
     name, folder = source.name, source.folder
     if is_adapter(name):
         base = read_base(folder)

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from test_training import EPSILON, LEARNING_RATE, MAX_NORM, WARMUP, conversations, recipe  # noqa: F401, a fixture
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig
 
+from publishing.adapter import name_base_for_others
 from recipe.load import load_recipe
 from training.adapter_files import ADAPTER_FILES
 from training.adapters import adapter_size
@@ -246,6 +248,37 @@ def test_an_export_merges_an_adapter_of_4_bits(tmp_path, whole):
     ids = torch.arange(40)[None]
     with torch.no_grad():
         torch.testing.assert_close(exported(ids).logits, adapter(ids).logits[..., :1029], atol=1e-5, rtol=0)
+
+
+def test_an_adapter_is_exported_by_itself_without_a_path_of_this_machine(tmp_path, bases, whole, monkeypatch):
+    """Who has the base model in a folder of that name loads it from there."""
+    source, out = whole["of the model"].output_dir, tmp_path / "exported"
+    run = run_script(source, out, "--adapter", script="scripts/export.py", output_dir=tmp_path)
+    base = bases["with spare rows"]
+    assert f"its base model: ./{base.name}" in run.stdout
+    assert {path.name for path in out.iterdir()} >= {*ADAPTER_FILES, "README.md", "tokenizer.json"}
+    for path in out.iterdir():
+        assert not any(str(folder).encode() in path.read_bytes() for folder in (base.parent, source, ROOT)), path
+    ids = torch.arange(40)[None]
+    expected = load_pretrained(AutoModelForCausalLM, str(source), dtype=torch.float32).eval()(ids).logits
+    with pytest.raises(UserError, match=rf"base model is gone: no folder \./{base.name} under"):
+        load_pretrained(AutoModelForCausalLM, str(out))
+    monkeypatch.chdir(base.parent)
+    found = load_pretrained(AutoModelForCausalLM, str(out), dtype=torch.float32).eval()(ids).logits
+    torch.testing.assert_close(found, expected, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("base", "named"), [("org/name", "org/name"), ("folder/name", "./name"), ("./name", "./name"), ("~/name", "./name")]
+)
+def test_a_base_model_of_the_hub_keeps_its_name(tmp_path, monkeypatch, base, named):
+    """Of an adapter from elsewhere, whose config has the path as it was typed."""
+    monkeypatch.chdir(tmp_path)
+    Path("folder/name").mkdir(parents=True)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({"base_model_name_or_path": base, "r": 8}))
+    assert name_base_for_others(tmp_path) == named
+    assert json.loads(file.read_text()) == {"base_model_name_or_path": named, "r": 8}
 
 
 # ---- What is refused ----

@@ -213,8 +213,7 @@ def _planned(subject: Subject, recipe: Recipe, launcher: Launcher, card: Card, m
     merged = subject.parameters * element if recipe.merge_adapter else 0
     local = min(PER_MACHINE, cards)
     host = {name: local * each for name, each in host_state(layout, size, element, moment_bytes(recipe)).items()}
-    # The first process reads them for all; of adapters each the frozen model for itself (training/host_weights.py).
-    loaded = local * element if recipe.use_peft else element if layout.is_deepspeed else 4
+    loaded = element if recipe.use_peft or layout.is_deepspeed else 4  # by one process for all
     host["weights as they are loaded"] = subject.parameters * loaded
     if copies := copies_in_memory(recipe, layout, model, state, local):
         host["a checkpoint as it is written"] = copies

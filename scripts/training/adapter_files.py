@@ -43,7 +43,7 @@ class Quantization(Schema):
 class BaseModel(Schema):
     """base_model.json."""
 
-    name: Annotated[str, Field(min_length=1)]  # a folder, absolute, or a hub name
+    name: Annotated[str, Field(min_length=1)]  # a folder, absolute or (exported) ./..., or a hub name
     fingerprint: str | None = None  # of its config and weights; None of an adapter from elsewhere
     rows: Annotated[int, Field(ge=1)] | None = None  # of the embedding, grown for the tokenizer; None: as they are
     quantization: Quantization | None = None
@@ -80,8 +80,9 @@ def read_base(folder: str | Path) -> BaseModel:
         if not (isinstance(name, str) and name):
             raise UserError(f"{folder / ADAPTER_CONFIG}: does not name its base model (base_model_name_or_path)")
         base = BaseModel(name=name)
-    if os.path.isabs(base.name) and not os.path.isdir(base.name):
-        raise UserError(f"{folder}: an adapter whose base model is gone: no folder {base.name}")
+    if base.name.startswith(("/", "./")) and not os.path.isdir(base.name):
+        under = "" if os.path.isabs(base.name) else f" under {Path.cwd()}"
+        raise UserError(f"{folder}: an adapter whose base model is gone: no folder {base.name}{under}")
     if base.fingerprint:
         now = base_fingerprint(base.name)
         if now and now != base.fingerprint:

@@ -46,6 +46,11 @@ def choose_attention(recipe: Recipe, config: PretrainedConfig) -> tuple[str, lis
     return "sdpa", reasons
 
 
+def describe_attention(recipe: Recipe, config: PretrainedConfig) -> str:
+    """That of a model which is ready for training, and why it is no faster one, for a message."""
+    return f"attention: {'; '.join([config._attn_implementation, *choose_attention(recipe, config)[1]])}"
+
+
 def _why_not(name: str, recipe: Recipe, config: PretrainedConfig) -> str | None:
     """Why an implementation cannot be used here; None when it can."""
     if name == "sdpa":

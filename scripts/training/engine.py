@@ -1,6 +1,5 @@
 """The engine: Accelerate's processes around the model and its optimizer, by DDP, DeepSpeed or FSDP2, on any machine."""
 
-import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -25,7 +24,7 @@ from training.fsdp import (
     updated,
 )
 from training.fsdp_config import find_sharding, sharding_of
-from training.host_weights import receive_weights
+from training.host_weights import outline_of, receive_weights
 from training.launcher_config import hide_plugins
 from training.linear import HalfWeights
 from training.loss import ScoredLoss
@@ -45,7 +44,9 @@ class Engine:
     Attributes:
         model: the loss of the language model, as DDP, DeepSpeed or FSDP2 have wrapped it.
         language_model: itself, inside of it.
-        outline: its names, shapes and configs as they were before the first step, and no tensor (`outline_of`).
+        outline: its names, shapes and configs as they were before the first step (`outline_of`): a thread writes a
+            checkpoint by it, while the main one trains, evaluates and has the model reply, for which that gets another
+            generation config and attention for a while.
         scheduler: stepped once after each update of the weights.
         half_weights: under autocast, of its linear layers.
     """
@@ -176,23 +177,6 @@ def prepare_engine(
     if accelerator.process_index:
         set_seed((recipe.rng_seed + accelerator.process_index) % 2**32)
     return Engine(accelerator, model, language_model, outline, optimizer, scheduler, half_weights)
-
-
-def outline_of(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of a model whose parameters and buffers are on the device `meta`.
-
-    A checkpoint is written from its names, shapes and configs by a thread, while the main one trains, evaluates and has
-    the model itself reply, for which that gets another generation config and attention for a while.
-    """
-    memo: dict[int, Any] = {}
-    for tensor in model.parameters():
-        memo[id(tensor)] = torch.nn.Parameter(torch.empty_like(tensor, device="meta"), tensor.requires_grad)
-    for tensor in model.buffers():
-        memo[id(tensor)] = torch.empty_like(tensor, device="meta")
-    for layer in model.modules():
-        if (factors := getattr(layer, "quant_state", None)) is not None:  # of a layer in 4 bits
-            memo[id(factors)] = None
-    return copy.deepcopy(model, memo)
 
 
 def for_autocast(model: PreTrainedModel, optimizer: torch.optim.Optimizer, dtype: torch.dtype) -> HalfWeights:

@@ -5,75 +5,81 @@ CPU that each read 135 million in fp32, then kept their rows under FSDP2, held 3
 which all but the first 0.3 to 0.4 each: their rows (0.13), and what is gathered of the first's at a time.
 """
 
+import copy
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from accelerate.utils import broadcast_object_list
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from recipe.keys import Recipe
 from training import model as whole
+from training.attention import describe_attention
 from utils.errors import UserError
-from utils.launch import num_processes, process_index, stop_all
+from utils.launch import num_processes, process_index, say, stop_all
 
 
 def load_model(
     recipe: Recipe, config: PretrainedConfig, tokenizer, dtype: torch.dtype, checkpoint: Path | None = None
 ) -> PreTrainedModel:
-    """As `training.model.load_model`, which the first process alone does, with all its checks.
+    """As `training.model.load_model`, which the first process alone does, with all its checks, adapters among them.
 
-    On the others the parameters have names, shapes and dtypes, but no memory (they are on the device `meta`), until
-    `receive_weights` fills them. Adapters and the frozen model under them each process loads for itself. Every process
-    calls this, in a process group.
+    The others have the same model, but its tensors have no memory (they are on the device `meta`), until
+    `receive_weights` fills them. Every process calls this, in a process group.
 
     Raises: UserError as `training.model.load_model`, on the first process; the others end in silence.
     """
-    if num_processes() == 1 or recipe.use_peft:
+    if num_processes() == 1:
         return whole.load_model(recipe, config, tokenizer, dtype, checkpoint)
-    model, told = None, ("", [], [])
+    model, told = None, ("", None)
     if process_index() == 0:
         try:
-            model = whole.load_model(recipe, config, tokenizer, dtype, checkpoint)
-            own = model.named_parameters()
-            parameters = [(name, parameter.dtype, parameter.requires_grad) for name, parameter in own]
-            told = "", parameters, [(name, buffer.dtype) for name, buffer in model.named_buffers()]
+            model = whole.read_model(recipe, config, tokenizer, dtype, checkpoint)
+            told = "", outline_of(model)
+            whole.ready_for_training(model, recipe)
+            say(describe_attention(recipe, model.config))
         except UserError as error:
-            told = str(error), [], []
-    ((problem, parameters, buffers),) = broadcast_object_list([told])
+            told = str(error), None
+    ((problem, outline),) = broadcast_object_list([told])
     if problem:
         stop_all(problem)
-    return model or _build_empty(recipe, config, tokenizer, dtype, parameters, buffers)
+    # Behind the journey: what it hooks to the embedding and compiles does not travel.
+    return model or whole.ready_for_training(outline, recipe)
 
 
-def _build_empty(
-    recipe: Recipe,
-    config: PretrainedConfig,
-    tokenizer,
-    dtype: torch.dtype,
-    parameters: list[tuple],
-    buffers: list[tuple],
-) -> PreTrainedModel:
-    """The model whose tensors are to be received: (name, dtype, whether it is trained) of each parameter, a tied one
-    once, and (name, dtype) of each buffer: some are made in the dtype of the model (Gemma's `embed_scale`)."""
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=recipe.trust_remote_code)
-    model.tie_weights()  # which lose each other where they lose their memory
-    whole.fit_to_tokenizer(model, tokenizer, mean_resizing=False)
-    _fit_parameters(model, parameters)
-    own = dict(model.named_buffers())
-    for name, buffer_dtype in buffers:
-        own[name].data = own[name].data.to(buffer_dtype)
-    return whole.ready_for_training(model, recipe)
+def outline_of(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a model whose tensors have no memory: they are on the device `meta`."""
+    memo: dict[int, Any] = {}
+    tensors = [*tensors_of(model)]
+    memo |= {id(tensor): _empty_like(tensor, "meta") for tensor in tensors}
+    for tensor in tensors:
+        vars(memo[id(tensor)]).update(copy.deepcopy(vars(tensor), memo))  # of 4 bits: how they are to be read
+    return copy.deepcopy(model, memo)
 
 
-def _fit_parameters(model: PreTrainedModel, parameters: list[tuple]) -> None:
-    """Give each parameter its dtype, and say whether it is trained."""
-    for name, dtype, trained in parameters:
-        parameter = model.get_parameter(name)
-        parameter.data = parameter.data.to(dtype)
-        parameter.requires_grad_(trained)
+def tensors_of(module: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """A module's parameters and buffers, and of parameters in 4 bits the factors and the numbers that they stand for,
+    which bitsandbytes keeps beside them."""
+    for tensor in [*module.parameters(), *module.buffers()]:
+        yield tensor
+        state = getattr(tensor, "quant_state", None)
+        if state is not None:
+            yield from (own for own in vars(state).values() if isinstance(own, torch.Tensor))
+
+
+def _empty_like(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """A tensor or parameter of the same class, shape and dtype, without its attributes."""
+    empty = torch.empty_like(tensor.detach(), device=device)
+    if hasattr(tensor, "quant_state"):
+        from bitsandbytes.nn import Params4bit  # of which pickle makes a plain parameter
+
+        empty = torch.Tensor._make_subclass(Params4bit, empty)
+    elif isinstance(tensor, torch.nn.Parameter):
+        empty = torch.nn.Parameter(empty, tensor.requires_grad)
+    return empty
 
 
 def receive_weights(module: torch.nn.Module, device: torch.device) -> None:
@@ -84,14 +90,17 @@ def receive_weights(module: torch.nn.Module, device: torch.device) -> None:
     if num_processes() == 1:
         module.to(device)
         return
-    for tensor in [*module.parameters(), *module.buffers()]:
-        if isinstance(tensor, DTensor):
-            continue
-        if tensor.is_meta:
-            empty = torch.empty_like(tensor, device=device)
-            if isinstance(tensor, torch.nn.Parameter):
-                empty = torch.nn.Parameter(empty, tensor.requires_grad)
-            torch.utils.swap_tensors(tensor, empty)  # the same object, so that tied modules keep it in common
-        elif tensor.device != device:
-            tensor.data = tensor.data.to(device)
-        torch.distributed.broadcast(tensor.detach(), src=0)
+    for tensor in tensors_of(module):
+        if not isinstance(tensor, DTensor):
+            receive_tensor(tensor, device)
+
+
+def receive_tensor(tensor: torch.Tensor, device: torch.device) -> None:
+    """The same of one tensor, which stays the same object, so that all that share it have it."""
+    if tensor.is_meta:
+        empty = _empty_like(tensor, device)
+        vars(empty).update(vars(tensor))
+        torch.utils.swap_tensors(tensor, empty)
+    elif tensor.device != device:
+        tensor.data = tensor.data.to(device)
+    torch.distributed.broadcast(tensor.detach(), src=0)

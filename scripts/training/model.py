@@ -21,7 +21,7 @@ from data.dialogue import prepare_tokenizer
 from recipe.keys import Recipe
 from training.adapter_files import is_adapter
 from training.adapters import check_adapters, grow, keep_exact, put_on, quantization_options, take_over
-from training.attention import attention_dropout, choose_attention, keep_attention
+from training.attention import attention_dropout, choose_attention, describe_attention, keep_attention
 from training.family import check_output_layer, check_own_loss, check_padding_free, freeze_unreached, tiny_config
 from training.pretrained import load_pretrained
 from training.tokenizer_files import check_tokenizer
@@ -137,7 +137,16 @@ def count_parameters(recipe: Recipe, config: PretrainedConfig, within: list[str]
 def load_model(
     recipe: Recipe, config: PretrainedConfig, tokenizer, dtype: torch.dtype, checkpoint: Path | None = None
 ) -> PreTrainedModel:
-    """The model, its embedding resized to the next multiple of 16 over the tokenizer, ready for training.
+    """`read_model`, ready for training.  Raises: UserError as `read_model` and `ready_for_training`."""
+    model = ready_for_training(read_model(recipe, config, tokenizer, dtype, checkpoint), recipe)
+    say(describe_attention(recipe, model.config))
+    return model
+
+
+def read_model(
+    recipe: Recipe, config: PretrainedConfig, tokenizer, dtype: torch.dtype, checkpoint: Path | None = None
+) -> PreTrainedModel:
+    """The model, its embedding resized to the next multiple of 16 over the tokenizer.
 
     Its weights are of `dtype`: fp32 for autocast (fp32 master weights), the half precision for DeepSpeed's engine,
     which keeps fp32 masters of its own; from model_name, or of the checkpoint in a folder, which the run goes on from
@@ -176,8 +185,6 @@ def load_model(
         set_special_ids(model, tokenizer)
     else:
         fit_to_tokenizer(model, tokenizer)
-    ready_for_training(model, recipe)
-    say(f"attention: {'; '.join([model.config._attn_implementation, *choose_attention(recipe, model.config)[1]])}")
     return model
 
 

@@ -11,7 +11,7 @@ from accelerate.utils import DeepSpeedPlugin
 
 from training.deepspeed_config import optimizer_on_host
 from training.deepspeed_keys import fill_by_hidden_size
-from training.host_weights import receive_weights
+from training.host_weights import receive_tensor, receive_weights
 from training.loss import ScoredLoss
 from utils.launch import has_gpu, share_cores
 
@@ -58,8 +58,7 @@ def ready_for_engine(accelerator: Accelerator, model: ScoredLoss) -> None:
             torch.utils.swap_tensors(parameter, torch.nn.Parameter(empty, parameter.requires_grad))
         init._convert_to_zero_parameters([parameter])  # which receives it, and keeps a part
     for buffer in model.buffers():
-        buffer.data = buffer.data.to(accelerator.device)
-        torch.distributed.broadcast(buffer, src=0)
+        receive_tensor(buffer, accelerator.device)
     for parameter in model.model.get_output_embeddings().parameters():
         deepspeed.zero.register_external_parameter(model.output, parameter)
 

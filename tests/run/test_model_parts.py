@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from run import model_parts
 from run.model_parts import INDEX, plan_parts, save_weights
 from run.snapshot import Weights, saved_buffers
-from training.engine import outline_of
 from training.fragments import Fragment
+from training.host_weights import outline_of
 
 
 class Threads:

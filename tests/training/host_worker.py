@@ -3,8 +3,9 @@
     accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 2 tests/training/host_worker.py \
         FILE MODEL [MODEL...]
 
-Writes for each {"on_meta": of each process, whether no parameter had memory before it was received, "names", "same":
-whether all have the first's weights and buffers in the end, "trained": names of the trained}.
+Writes for each {"on_meta": of each process, whether no tensor had memory before it was received, "names", "same":
+whether all have the first's weights, buffers and logits in the end, "trained": names of the trained}. A model in a
+folder "... adapters" gets LoRA, one in a folder "... 4 bits" QLoRA.
 """
 
 import json
@@ -19,19 +20,22 @@ from accelerate.utils import gather_object
 from mixes import make_recipe
 
 from training.engine import start_accelerator
-from training.host_weights import load_model, receive_weights
+from training.host_weights import load_model, receive_weights, tensors_of
 from training.model import load_config, load_tokenizer
 
 
 def look_at(folder: str, accelerator) -> dict:
-    recipe = make_recipe(model_name=folder, dtype="bf16", max_length=64)
+    keys = (
+        {"use_peft": True, "load_in_4bit": folder.endswith("4 bits")} if folder.endswith(("adapters", "4 bits")) else {}
+    )
+    recipe = make_recipe(model_name=folder, dtype="bf16", max_length=64, **keys)
     model = load_model(recipe, load_config(recipe), load_tokenizer(recipe), torch.float32)
-    on_meta = all(parameter.is_meta for parameter in model.parameters())
+    on_meta = all(tensor.is_meta for tensor in tensors_of(model))
     receive_weights(model, accelerator.device)
-    state = {name: value.double().sum().item() for name, value in [*model.named_parameters(), *model.named_buffers()]}
+    state = [tensor.double().sum().item() for tensor in tensors_of(model)]
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     everyone = gather_object(
-        [(on_meta, state, trained, [str(each.dtype) for each in [*model.parameters(), *model.buffers()]])]
+        [(on_meta, state, trained, logits_of(model), [f"{type(each)} {each.dtype}" for each in tensors_of(model)])]
     )
     return {
         "on_meta": [each[0] for each in everyone],
@@ -39,6 +43,11 @@ def look_at(folder: str, accelerator) -> dict:
         "same": all(each[1:] == everyone[0][1:] for each in everyone),
         "trained": trained,
     }
+
+
+@torch.no_grad()
+def logits_of(model) -> list[float]:
+    return model.eval()(input_ids=torch.arange(5, 15)[None], use_cache=False).logits.double().sum((0, 2)).tolist()
 
 
 if __name__ == "__main__":

@@ -42,14 +42,17 @@ def save_gemma(folder):
 
 def test_the_others_receive_what_the_first_has_read(tmp_path):
     folders = [save_llama(tmp_path / "tied"), save_llama(tmp_path / "untied", tie_word_embeddings=False)]
-    folders += [save_gemma(tmp_path / "gemma")]
+    folders += [save_gemma(tmp_path / "gemma"), save_llama(tmp_path / "adapters"), save_llama(tmp_path / "4 bits")]
     worker = "tests/training/host_worker.py"
     run_script(tmp_path / "found.json", *folders, launch="ddp2", script=worker, output_dir=tmp_path)
     found = json.loads((tmp_path / "found.json").read_text())
     for each in found:
         assert each["on_meta"] == [False, True]
         assert each["same"]
+    for each in found[:3]:
         assert each["trained"] == each["names"]
+    for each in found[3:]:
+        assert {name.split(".")[-3] for name in each["trained"]} == {"lora_A", "lora_B"}
     tied, untied = ({HEAD, EMBEDDING} & set(each["names"]) for each in found[:2])
     assert tied == {EMBEDDING}
     assert untied == {HEAD, EMBEDDING}

@@ -1,4 +1,5 @@
-"""What a model has to be for training here, whatever its family: found by trying it, and not by a list of names.
+"""What a model has to be for training here, whatever its family: found by its config and by trying it, not by a list of
+names.
 
 It is tried on the model itself once its weights are loaded; and before, as in a dry run, on a tiny one of its kind.
 """
@@ -27,6 +28,36 @@ COUNT_OF_HEADS = re.compile("(num|n)_.*heads?$|^n_head$|_heads$")
 COUNT_OF_EXPERTS = re.compile("(num|n)_.*experts$")
 NO_WIDTH = re.compile("position|window|image|patch|chunk|length|token|layer|head")
 STRIDE = 16  # widths are multiples of it: torch's products by groups (of experts) want 16 bytes
+
+
+def check_training_kind(config: PretrainedConfig, name: str) -> None:
+    """Refuse what a config says of a training that is another one than is made here.
+
+    A router's auxiliary loss is one: it is no sum over tokens (over the experts, the share of the tokens that go to
+    each times its mean probability, of one forward pass: Mixtral's `load_balancing_loss_func`), so that it would depend
+    on how a step is cut into micro-batches and processes, which nothing else does here.
+    """
+    text, who = config.get_text_config(), f"model_name = {name}"
+    for size in ("num_hidden_layers", "hidden_size", "vocab_size"):
+        if not getattr(text, size, 0):
+            raise UserError(f"{who}: its config.json has no {size}, or 0: not a model that can be trained here")
+    weights = [value for key, value in text.to_dict().items() if re.fullmatch("(router_)?aux_loss_coef", key)]
+    if getattr(text, "output_router_logits", False) and any(weights or [1]):
+        raise UserError(
+            f"{who}: its config.json has output_router_logits = true, for the auxiliary loss of its router, which is "
+            "not computed here: give output_router_logits: false there, to train without it"
+        )
+    if getattr(text, "layerdrop", 0) and num_processes() > 1:
+        raise UserError(
+            f"{who}: its config.json has layerdrop = {text.layerdrop}, by which each process leaves out other layers, "
+            "and their gradients cannot be added: give layerdrop: 0.0 there, or one process"
+        )
+    if method := getattr(config, "quantization_config", None):
+        method = method.get("quant_method", "") if isinstance(method, dict) else method
+        raise UserError(
+            f"{who}: its weights are quantized ({method}), and cannot be trained: give the model in bf16 or fp32, "
+            "without the quantization_config in its config.json"
+        )
 
 
 @torch.no_grad()

@@ -22,7 +22,14 @@ from recipe.keys import Recipe
 from training.adapter_files import is_adapter
 from training.adapters import check_adapters, grow, keep_exact, put_on, quantization_options, take_over
 from training.attention import attention_dropout, choose_attention, describe_attention, keep_attention
-from training.family import check_output_layer, check_own_loss, check_padding_free, freeze_unreached, tiny_config
+from training.family import (
+    check_output_layer,
+    check_own_loss,
+    check_padding_free,
+    check_training_kind,
+    freeze_unreached,
+    tiny_config,
+)
 from training.pretrained import load_pretrained
 from training.tokenizer_files import check_tokenizer
 from training.weight_files import check_headers, model_folder
@@ -79,41 +86,11 @@ def ready_config(recipe: Recipe, config: PretrainedConfig) -> PretrainedConfig:
             )
         # Saved with the checkpoint, so that it is used as it was trained.
         config.hidden_act = "gelu_pytorch_tanh"
-    check_training_kind(recipe, config)
+    check_training_kind(config, recipe.model_name)
     choose_attention(recipe, config)
     if recipe.use_peft:
         check_adapters(recipe, without_weights(recipe, config))
     return config
-
-
-def check_training_kind(recipe: Recipe, config: PretrainedConfig) -> None:
-    """Refuse what a config says of a training that is another one than is made here.
-
-    A router's auxiliary loss is one: it is no sum over tokens (over the experts, the share of the tokens that go to
-    each times its mean probability, of one forward pass: Mixtral's `load_balancing_loss_func`), so that it would depend
-    on how a step is cut into micro-batches and processes, which nothing else does here.
-    """
-    text, who = config.get_text_config(), f"model_name = {recipe.model_name}"
-    for size in ("num_hidden_layers", "hidden_size", "vocab_size"):
-        if not getattr(text, size, 0):
-            raise UserError(f"{who}: its config.json has no {size}, or 0: not a model that can be trained here")
-    weights = [value for key, value in text.to_dict().items() if re.fullmatch("(router_)?aux_loss_coef", key)]
-    if getattr(text, "output_router_logits", False) and any(weights or [1]):
-        raise UserError(
-            f"{who}: its config.json has output_router_logits = true, for the auxiliary loss of its router, which is "
-            "not computed here: give output_router_logits: false there, to train without it"
-        )
-    if getattr(text, "layerdrop", 0) and num_processes() > 1:
-        raise UserError(
-            f"{who}: its config.json has layerdrop = {text.layerdrop}, by which each process leaves out other layers, "
-            "and their gradients cannot be added: give layerdrop: 0.0 there, or one process"
-        )
-    if method := getattr(config, "quantization_config", None):
-        method = method.get("quant_method", "") if isinstance(method, dict) else method
-        raise UserError(
-            f"{who}: its weights are quantized ({method}), and cannot be trained: give the model in bf16 or fp32, "
-            "without the quantization_config in its config.json"
-        )
 
 
 def without_weights(recipe: Recipe, config: PretrainedConfig) -> PreTrainedModel:

@@ -66,8 +66,7 @@ def as_list(value: Any) -> Any:
 
 def target_modules(value: Any) -> Any:
     """lora_target_modules as `as_list`; null for `all-linear`, as peft and TRL call all linear layers of the body."""
-    names = as_list(value)
-    return None if names == ["all-linear"] else names
+    return None if value in (None, "all-linear", ["all-linear"]) else as_list(value)
 
 
 FolderPath = Annotated[Path, BeforeValidator(expand_home)]

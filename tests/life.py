@@ -110,6 +110,8 @@ class Life:
 class ForkedLife(Life):
     """The same of processes that `forking.py` starts, where it is not the launcher that matters."""
 
+    script = "scripts/sft.py"
+
     def __init__(self, arguments: list, output_dir: Path, launch: str, env: dict[str, str], log: Path):
         self.output_dir, self.log = output_dir, log
         self.started = time.monotonic()
@@ -118,7 +120,7 @@ class ForkedLife(Life):
         self._launcher = launcher_options(launch)
         arguments = [*map(str, arguments), "--output_dir", str(output_dir)]
         with open(log, "wb") as file:
-            self._forked = start_forked(self._launcher, "scripts/sft.py", arguments, ROOT, env, file, file)
+            self._forked = start_forked(self._launcher, self.script, arguments, ROOT, env, file, file)
         self._known = {psutil.Process(process.pid) for process in self._forked}
 
     def __exit__(self, *_) -> None:

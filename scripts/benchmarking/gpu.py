@@ -47,7 +47,7 @@ def all_parts(rehearse: bool) -> list[Part]:
     twos = replace(rows, batch=2, accumulation=2, moments="bf16")  # which do not fit beside moments in fp32
     layer = {"hidden_size": config["hidden_size"], "intermediate_size": 4 * config["hidden_size"]}
     layer |= {"num_attention_heads": config["num_attention_heads"], "num_hidden_layers": 2}
-    length, steps = (256, 6) if rehearse else (2048, 200)
+    length, steps = (256, 30) if rehearse else (2048, 200)
     fp16 = "bf16" if rehearse else "fp16"  # which a CPU does not have
 
     def run(name: str, *options: str) -> Part:

@@ -21,6 +21,7 @@ from utils.errors import UserError
 from utils.launch import has_gpu
 from utils.tables import counted
 
+LONGEST_WAIT = 0.2  # seconds
 HELD_BACK = "\N{REPLACEMENT CHARACTER}"  # what a part of a character's bytes is decoded as
 
 
@@ -127,7 +128,7 @@ class Talker:
         try:
             done = self._thread.submit(self._generate, prompt.ids, chosen, settings.seed, tokens, stops)
             done.add_done_callback(lambda _: tokens.put(None))
-            while (token := tokens.get()) is not None:
+            while (token := _next(tokens)) is not None:
                 ids.append(token)
                 if token in self.model.generation_config.eos_token_id:
                     break
@@ -168,6 +169,14 @@ class Talker:
             (self.tokenizer.decode(list(run), skip_special_tokens=False), is_control)
             for is_control, run in groupby(ids, key=controls.__contains__)
         ]
+
+
+def _next(tokens: queue.SimpleQueue) -> int | None:
+    """What the queue has next, when it has it. Python may miss a Ctrl-C that comes in the moment in which a wait
+    begins, and would hear it only when that is over: with a long prompt after minutes."""
+    while True:
+        with suppress(queue.Empty):
+            return tokens.get(timeout=LONGEST_WAIT)
 
 
 class _Tokens(BaseStreamer):

@@ -12,7 +12,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from conftest import ROOT
+from conftest import ROOT, free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol")
 PATH = os.pathsep.join([os.environ["PATH"], "/usr/sbin"])  # where Debian has the daemons
@@ -82,7 +82,12 @@ class Slurm:
         key.chmod(0o400)
         (folder / "gres.conf").write_text("NodeName=n[1-2] Name=gpu File=/dev/null\n")
         user = "root"
-        values = {"host": socket.gethostname(), "folder": folder, "user": user, "ports": _free_ports(3)}
+        values = {
+            "host": socket.gethostname(),
+            "folder": folder,
+            "user": user,
+            "ports": [free_port() for _ in range(3)],
+        }
         (folder / "slurm.conf").write_text(CONFIG.format(**values))
 
     def __enter__(self) -> "Slurm":
@@ -97,7 +102,7 @@ class Slurm:
         own = [f"--{what}={self.folder}/munge/{what.partition('-')[0]}" for what in ("socket", "key-file", "log-file")]
         own += [f"--{what}={self.folder}/munge/{what.partition('-')[0]}" for what in ("pid-file", "seed-file")]
         self._start("munged", "--foreground", "--force", "--num-threads=2", *own)
-        _wait(lambda: (self.folder / "munge" / "socket").exists(), 20, "munged")
+        _wait(lambda: (self.folder / "munge" / "socket").exists(), 60, "munged")
         self._start("slurmctld", "-D")
         for node in ("n1", "n2"):
             self._start("slurmd", "-D", "-N", node)
@@ -155,16 +160,6 @@ class Job:
     def starts(self) -> int:
         """How often it has been started."""
         return int(self.value("Restarts")) + 1
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 def _wait(condition, seconds: float, what: str) -> None:

@@ -46,6 +46,12 @@ for name, size in {"oasst_export": 8, "dolly15k": 8, "grade_school_math_instruct
 AT_START = ["SIGKILL all", "SIGTERM all"]  # a launcher killed alone there leaves a worker that has yet to hear of it
 
 
+class LingeringLife(ForkedLife):
+    """One that stays where it is to be disturbed."""
+
+    script = "tests/lingering.py"
+
+
 class Training:
     """A run to be disturbed and the same one untouched, both with caches of their own."""
 
@@ -63,8 +69,13 @@ class Training:
             self.start_seconds = life.age()
             assert life.wait() == 0, life.printed()[-3000:]
 
-    def start(self, *more, output_dir: Path | None = None) -> Life:
-        return self.kind([*self.arguments, *more], output_dir or self.output_dir, self.launch, self.env, self.log)
+    def start(self, *more, at: str = "", output_dir: Path | None = None) -> Life:
+        """
+        Args:
+            at: where a `LingeringLife` lingers, of tests/lingering.py.
+        """
+        env = self.env | {"LINGER_AT": at}
+        return self.kind([*self.arguments, *more], output_dir or self.output_dir, self.launch, env, self.log)
 
     def go_to_the_end(self) -> None:
         with self.start() as life:
@@ -111,7 +122,7 @@ def kill_over_and_over(training: Training, kills: list[tuple[str, str]], seed: i
     for place, way in kills:
         if place == "preparation":
             shutil.rmtree(training.cache / "prepared", ignore_errors=True)
-        with training.start() as life:
+        with training.start(at=place) as life:
             death = kill_at(life, place, where[place], way, rng)
         deaths.append(death)
         print(f"{len(deaths):2d} {death}", flush=True)
@@ -148,7 +159,7 @@ SHORT = {
 @pytest.mark.parametrize("launch", ["cpu", "zero2x2", pytest.param("zero3x2", marks=pytest.mark.soak)])
 def test_killed_a_few_times(tmp_path, launch):
     """What a launcher does when it is sent a signal is tests/run/test_stopping.py."""
-    training = Training(tmp_path, launch, max_steps=14, kind=ForkedLife)
+    training = Training(tmp_path, launch, max_steps=14, kind=LingeringLife)
     kill_over_and_over(training, SHORT[launch], int(os.environ.get("FAULT_SEED", 0)))
 
 
@@ -249,11 +260,11 @@ def saved(step: int):
 def test_a_failing_disk_is_one_line_and_the_run_goes_on_when_it_is_mended(tmp_path, disk, launch, every):
     """Two processes have `every` fault only in `make soak`, else those of what both write, and of what the first does
     while the other waits for it."""
-    training = Training(tmp_path, launch, max_steps=14, kind=ForkedLife)
+    training = Training(tmp_path, launch, max_steps=14, kind=LingeringLife)
     training.output_dir = disk.folder / "run"
 
-    def fails(where, how, *more) -> str:
-        with training.start(*more) as life:
+    def fails(where, how, *more, at: str = "") -> str:
+        with training.start(*more, at=at) as life:
             errors = fail_at(life, where, how)
             printed = life.printed()
         disk.mend()
@@ -262,7 +273,7 @@ def test_a_failing_disk_is_one_line_and_the_run_goes_on_when_it_is_mended(tmp_pa
         assert_whole(training.output_dir)
         return errors[0]
 
-    error = fails(saved(2), lambda: disk.fill(leave=10**6))
+    error = fails(saved(2), lambda: disk.fill(leave=10**6), at="saved")
     assert "checkpoint-4 could not be written" in error
     assert "No space left" in error
     assert newest_step(training.output_dir) == 2
@@ -274,7 +285,7 @@ def test_a_failing_disk_is_one_line_and_the_run_goes_on_when_it_is_mended(tmp_pa
     assert newest_step(training.output_dir) == 2
 
     if every:
-        error = fails(saved(4), disk.make_read_only)
+        error = fails(saved(4), disk.make_read_only, at="saved")
         assert "Read-only file system" in error
         assert newest_step(training.output_dir) >= 4
 
@@ -282,7 +293,8 @@ def test_a_failing_disk_is_one_line_and_the_run_goes_on_when_it_is_mended(tmp_pa
         assert f"output_dir = {training.output_dir}: cannot write there: Read-only file system" in error
 
         # No checkpoint any more, so that nothing large is written after the last step but the final model.
-        error = fails(lambda life: "14/14" in life.printed(), lambda: disk.fill(leave=10**6), "--save_steps", 1000)
+        last, full = lambda life: "14/14" in life.printed(), lambda: disk.fill(leave=10**6)
+        error = fails(last, full, "--save_steps", 1000, at="before the final model")
         assert "the final model could not be written" in error
         assert newest_step(training.output_dir) < 14
 

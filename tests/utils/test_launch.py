@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, SHARED, launch_command
 
-from utils.errors import UserError
-from utils.launch import meeting_by_gloo
 from utils.tables import counted
 
 RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.yaml"))
@@ -153,13 +151,3 @@ def test_waiting_threads_soon_sleep_in_every_script(script):
     environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment)
     assert run.returncode == 0 or script == "make_demo_data.py", run.stderr[-2000:]
-
-
-def test_processes_that_gloo_does_not_bring_together():
-    """By the word of an error that torch raised between two machines; any other is not ours to explain."""
-    said = "Gloo connectFullMesh failed with [pair.cc:152] timed out connecting: Connection refused, remote=[127.0.0.1]"
-    remedy = r"not reach each other by gloo: RuntimeError: Gloo .*: set GLOO_SOCKET_IFNAME"
-    with pytest.raises(UserError, match=remedy), meeting_by_gloo():
-        raise RuntimeError(said)
-    with pytest.raises(RuntimeError, match="CUDA out of memory"), meeting_by_gloo():
-        raise RuntimeError("CUDA out of memory")

@@ -108,11 +108,11 @@ def main(options, recipe: Recipe, stop: StopSignal) -> None:
 
     # ---- The end ----
     run.end(stopped, stop.name)
+    if accelerator.is_main_process and not stopped:
+        write_model_card(recipe.output_dir)
     engine.close()
     if stopped:
         raise SystemExit(EXIT_STOPPED)
-    if accelerator.is_main_process:
-        write_model_card(recipe.output_dir)
     if recipe.sample_replies and accelerator.is_main_process and not stop.name:
         show_replies(run.final_model(), tokenizer, mix, recipe)
 

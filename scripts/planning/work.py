@@ -131,20 +131,21 @@ class Traffic(NamedTuple):
 
 def traffic_of(layout: StateLayout, size: ModelSize, element: int) -> Traffic:
     """By the ZeRO paper (section 7: 2 for stages 1 and 2, 3 for stage 3, in numbers of the model) and what the engines
-    send when: DeepSpeed reduces at every micro-batch from stage 2 on, in the precision of the weights; FSDP2 as well,
-    in fp32, and gathers in half precision; DDP reduces fp32 once a step."""
+    send when: DeepSpeed reduces at every micro-batch from stage 2 on, in the precision of the weights, by default with
+    an all-reduce in stages 1 and 2, which makes 3 of the paper's 2; FSDP2 as well, in fp32, and gathers in half
+    precision; DDP reduces fp32 once a step. DDP and ZeRO-2 were measured so, between two machines."""
     share, again = 1 - 1 / layout.shards, 2 * (1 - 1 / layout.replicas)
     trained, weights = size.trained, size.trained * element + size.frozen_bytes
-    shard = trained / layout.shards
+    shard, gradients = trained / layout.shards, trained * element * (2 if layout.all_reduces else 1)
     micro_batch = step = replicas = from_host = host_step = 0.0
     if layout.engine == "plain":
         replicas = again * 4 * trained
     elif layout.engine == "zero1":
-        step = share * 2 * element * trained
+        step = share * (gradients + element * trained)
     elif layout.engine == "zero2":
-        micro_batch = step = share * element * trained
+        micro_batch, step = share * gradients, share * element * trained
     elif layout.engine == "zero3":
-        micro_batch = share * (2 * weights + element * trained)
+        micro_batch = share * (2 * weights + gradients)
     else:
         gathered = share * weights
         micro_batch = share * 4 * trained + 2 * gathered * layout.reshard

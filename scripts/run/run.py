@@ -172,6 +172,7 @@ class Run:
         self.log.progress.set_description("evaluating")
         with self.clock.spend("evaluation"):
             yield
+        self.watch.at("training")
         self.log.progress.set_description("training")
 
     def write_evaluation(self, results: dict[str, float]) -> None:

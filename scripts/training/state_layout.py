@@ -24,6 +24,8 @@ class StateLayout:
         optimizer_on_host, parameters_on_host: offloaded from a GPU; without one all is in the same memory anyway.
         bucket: gradients that DeepSpeed reduces at once (`reduce_bucket_size`); None: the square of the hidden size.
         buckets: of them, two where one is filled while the other is reduced (`overlap_comm`).
+        all_reduces: stages 1 and 2 give each process the sum of all gradients, of which it keeps its share: DeepSpeed's
+            default (`use_multi_rank_bucket_allreduce`), whatever `reduce_scatter` says.
         live: weights that ZeRO-3 leaves gathered (`stage3_max_live_parameters`).
         sub_group: weights that ZeRO-3 updates at once (`sub_group_size`).
         reshard: FSDP2's `reshard_after_forward`.
@@ -36,6 +38,7 @@ class StateLayout:
     parameters_on_host: bool = False
     bucket: int | None = None
     buckets: int = 1
+    all_reduces: bool = False
     live: int = 10**9
     sub_group: int = 10**9
     reshard: bool = True
@@ -74,6 +77,7 @@ def deepspeed_layout(zero: Mapping[str, Any], processes: int) -> StateLayout:
     stage = max(1, min(3, zero.get("stage", 0)))
     overlap = zero.get("overlap_comm")
     bucket = zero.get("reduce_bucket_size", 5e8)
+    all_reduces = zero.get("use_multi_rank_bucket_allreduce", True) or not zero.get("reduce_scatter", True)
     return StateLayout(
         engine=f"zero{stage}",
         shards=processes,
@@ -81,6 +85,7 @@ def deepspeed_layout(zero: Mapping[str, Any], processes: int) -> StateLayout:
         parameters_on_host=stage == 3 and (zero.get("offload_param") or {}).get("device", "none") != "none",
         bucket=None if bucket == "auto" else int(bucket),
         buckets=2 if overlap or (overlap is None and stage == 3) else 1,
+        all_reduces=stage < 3 and all_reduces,
         live=int(zero.get("stage3_max_live_parameters", 1e9)),
         sub_group=int(zero.get("sub_group_size", 1e9)),
     )

@@ -152,6 +152,43 @@ def test_an_error_is_not_tried_again(slurm, tmp_path, tiny_model):
 
 
 @LONG
+def test_an_error_at_a_later_start_is_not_tried_again(slurm, tmp_path, tiny_model):
+    """Though run.json still says of the start before that it was interrupted. With little of the environment, and a
+    recipe whose name has a space."""
+    trial = Trial(slurm, tmp_path, tiny_model, max_steps=MANY)
+    trial.recipe = trial.recipe.rename(tmp_path / "my recipe.yaml")
+    job = trial.submit("--nodes=1", "--export=NONE")
+    trial.wait(lambda: trial.steps() > 3, job)
+    slurm.ask("scancel", "--batch", "--signal=USR1", job.number)
+    trial.wait(lambda: "queued again" in trial.said(), job)
+    (tmp_path / "sums.jsonl").write_text("{")
+    trial.wait(job.is_over)
+    assert job.value("JobState") == "FAILED", trial.said()
+    assert job.starts() == 2
+    assert "is not queued again" in trial.said()
+    assert trial.record()["status"] == "interrupted"
+
+
+@LONG
+def test_jobs_of_an_array_are_queued_again_one_by_one(slurm, tmp_path, tiny_model):
+    """The number of one of them is that of the array: what is said to it is heard by all."""
+    trial = Trial(slurm, tmp_path, tiny_model, max_steps=MANY)
+    own = f'\nset -- "$@" --output_dir "{tmp_path}/$SLURM_ARRAY_TASK_ID"\nWARNING='
+    script = tmp_path / "mine.slurm"
+    script.write_text((ROOT / LAUNCH).read_text().replace("\nWARNING=", own, 1))
+    logs = [f"--output={tmp_path}/job-%a.log", f"--job-name={os.path.relpath(tmp_path / 'logs', ROOT)}"]
+    job = slurm.submit("--gpus-per-node=1", "--nodes=1", "--array=0-1", *logs, script, trial.recipe)
+    trained = [tmp_path / str(task) / "metrics.jsonl" for task in range(2)]
+    trial.wait(lambda: all(path.exists() for path in trained))
+    slurm.ask("scancel", "--batch", "--signal=USR1", f"{job.number}_1")
+    trial.wait(lambda: "start 1" in (tmp_path / "job-1.log").read_text())
+    assert "USR1" not in (tmp_path / "job-0.log").read_text()
+    assert "start 1" not in (tmp_path / "job-0.log").read_text()
+    slurm.ask("scancel", job.number)
+    trial.wait(lambda: not slurm.ask("squeue", "-h", "-o", "%A"))
+
+
+@LONG
 def test_starts_without_a_new_checkpoint_are_given_up(slurm, tmp_path, tiny_model):
     """Each is warned before it has trained a step: what is queued again three times stays where it is."""
     trial = Trial(slurm, tmp_path, tiny_model)

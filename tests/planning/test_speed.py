@@ -107,6 +107,7 @@ def test_a_share_of_the_peak_in_place_of_the_roofline():
 # ---- What travels ----
 
 WEIGHTS = pace_of().size.trained
+AS_IN_THE_PAPER = {"use_multi_rank_bucket_allreduce": False}  # which DeepSpeed is not by default
 
 
 @pytest.mark.parametrize(
@@ -114,8 +115,11 @@ WEIGHTS = pace_of().size.trained
     [
         (replicated(1), 0, 0, 0),
         (replicated(4), 0, 0, 2 * 0.75 * 4),
-        (deepspeed_layout({"stage": 1}, 4), 0, 0.75 * (2 + 2), 0),
-        (deepspeed_layout({"stage": 2}, 4), 0.75 * 2, 0.75 * 2, 0),
+        (deepspeed_layout({"stage": 1}, 4), 0, 0.75 * (2 * 2 + 2), 0),
+        (deepspeed_layout({"stage": 2}, 4), 0.75 * 2 * 2, 0.75 * 2, 0),
+        (deepspeed_layout(AS_IN_THE_PAPER | {"stage": 1}, 4), 0, 0.75 * (2 + 2), 0),
+        (deepspeed_layout(AS_IN_THE_PAPER | {"stage": 2}, 4), 0.75 * 2, 0.75 * 2, 0),
+        (deepspeed_layout(AS_IN_THE_PAPER | {"stage": 2, "reduce_scatter": False}, 4), 0.75 * 2 * 2, 0.75 * 2, 0),
         (deepspeed_layout({"stage": 3}, 4), 0.75 * (2 + 2 + 2), 0, 0),
         (fsdp2_layout(4), 0.75 * (2 + 2 + 4), 0, 0),
         (fsdp2_layout(4, reshard=False), 0.75 * 4, 0.75 * 2, 0),

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 from forking import call_forked
-from interruption import metrics, small_recipe
+from interruption import metrics, run_here, small_recipe
 from life import ForkedLife
 
 from recipe.load import load_recipe
@@ -158,3 +158,20 @@ def test_no_thread_of_the_watch_outlives_it():
     """One that comes back from within torch to an interpreter that is ending aborts it, and the launcher of another
     machine then stands still for 300 seconds."""
     assert call_forked(threads_left) == []
+
+
+def test_a_process_that_dies_as_all_leave_takes_nothing_along(tmp_path, tiny_model, monkeypatch):
+    """So it looks to the first process, whose model, card and record are whole by then."""
+
+    def lost(engine) -> None:
+        raise RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer [10.77.0.2]:4121")
+
+    recipe, output = small_recipe(tmp_path, tiny_model, max_steps=2), tmp_path / "output"
+    with monkeypatch.context() as patch:
+        patch.setattr("training.engine.Engine.close", lost)
+        assert run_here(recipe, output_dir=output).returncode == 2
+    assert json.loads((output / "run.json").read_text())["starts"][-1]["why"] == "finished"
+    assert (output / "README.md").exists()
+    again = run_here(recipe, output_dir=output)
+    assert again.returncode == 0
+    assert "is finished: nothing to do" in again.stdout

@@ -30,7 +30,8 @@ dropped, with the reason, and so is the end of a conversation after its last rep
 
 import re
 from dataclasses import replace
-from itertools import pairwise
+from functools import lru_cache
+from itertools import combinations
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, model_validator
@@ -104,10 +105,14 @@ def read_messages(record: Record, options: Any, remarks: Remarks, rng_seed: int)
     names = names_of(options.columns)
     if options.columns:
         check_named(record, names, remarks)
-    given = [name for name, value in record.values.items() if is_there(value)]
-    there = {name.lower(): name for name in given}
-    if len(there) < len(given):
-        _check_distinct(record, given, names)
+    there = {name.lower(): name for name, value in record.values.items() if is_there(value)}
+    for one, other in _alike(tuple(record.values)):
+        if (
+            is_there(record.values[one])
+            and is_there(record.values[other])
+            and other.lower() in fields_of(options.columns)
+        ):
+            raise record.error(f"fields {one!r} and {other!r} have one name: rename one")
     try:
         if not MEDIA.isdisjoint(there):
             raise Dropped(f"conversation with what is not text ({min(there.keys() & MEDIA)})")
@@ -122,19 +127,17 @@ def read_messages(record: Record, options: Any, remarks: Remarks, rng_seed: int)
     return [Conversation(messages)]
 
 
-def _check_distinct(record: Record, given: list[str], names: Names) -> None:
-    """UserError where a field that is used is there twice, in upper and in lower case."""
-    for name in given:
-        alike = [other for other in given if other.lower() == name.lower()]
-        if len(alike) > 1 and any(name.lower() in known for known in names):
-            raise record.error(f"fields {alike[0]!r} and {alike[1]!r} have one name: rename one")
+@lru_cache(1000)  # as the records of a file have the same names
+def _alike(names: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Those of a record's names that differ by upper and lower case alone."""
+    return [pair for pair in combinations(names, 2) if pair[0].lower() == pair[1].lower()]
 
 
 def _conversation(record: Record, there: dict[str, str], names: Names, remarks: Remarks) -> list[Message]:
     listed = _first(names.lists, there)
     if listed:
         remarks.used = (listed,)
-        messages = read_turns(record, listed, record.values[listed], remarks.unused, names.roles, names.contents)
+        messages = _turns(record, listed, record.values[listed], names, remarks)
     else:
         messages = _pair(record, there, names, remarks)
     messages = [message for message in messages if message.role != "system" or is_there(message.content)]
@@ -147,7 +150,7 @@ def _conversation(record: Record, there: dict[str, str], names: Names, remarks: 
         raise Dropped("conversation with a system message that is not the first")
     if not roles or roles[0] != "user":
         raise Dropped("conversation that does not start with a user's message")
-    if any(before == after for before, after in pairwise(roles)):
+    if "assistant" in roles[::2] or "user" in roles[1::2]:
         raise Dropped("conversation whose speakers do not take turns")
     if len(turns) < 2:
         raise Dropped("conversation without a reply")
@@ -163,7 +166,7 @@ def _pair(record: Record, there: dict[str, str], names: Names, remarks: Remarks)
     question, answer = _first(names.questions, there), _first(names.answers, there)
     if question is None and answer == there.get("chosen") and isinstance(record.values.get(answer), list | str):
         remarks.used = (answer,)  # a data set of preferences that repeats its prompts in both of its conversations
-        return read_turns(record, answer, record.values[answer], remarks.unused, names.roles, names.contents)
+        return _turns(record, answer, record.values[answer], names, remarks)
     if question is None or answer is None:
         known = {name.lower() for name in record.values}
         if known & {*names.questions} and known & {*names.answers}:
@@ -172,11 +175,8 @@ def _pair(record: Record, there: dict[str, str], names: Names, remarks: Remarks)
             return []
         raise no_form(record, names)
 
-    def turns(name: str, value: Any) -> list[Message]:
-        return read_turns(record, name, value, remarks.unused, names.roles, names.contents)
-
     asked, replied = record.values[question], record.values[answer]
-    if not (isinstance(asked, str) and isinstance(replied, str)) or "[{" in (asked[:2], replied[:2]):
+    if not isinstance(asked, str) or not isinstance(replied, str) or asked[0] == "[" or replied[0] == "[":
         asked, replied = or_listed(asked, names.roles), or_listed(replied, names.roles)
         for name, value in ((question, asked), (answer, replied)):
             if isinstance(value, list) and len(value) > 1 and isinstance(value[0], str):
@@ -195,16 +195,16 @@ def _pair(record: Record, there: dict[str, str], names: Names, remarks: Remarks)
         passage = None
     remarks.used = tuple([name for name in (question, passage, history, answer) if name])
     if listed:
-        prompt = [replace(message, train=False) for message in turns(question, asked)]
+        prompt = [replace(message, train=False) for message in _turns(record, question, asked, names, remarks)]
     else:
         text = record.get(question)
         prompt = [Message("user", f"{text}\n\n{record.get(passage)}" if passage else text)]
-    before = turns(history, record.values[history]) if history else []
+    before = _turns(record, history, record.values[history], names, remarks) if history else []
     if isinstance(replied, list) and len(replied) == 1 and isinstance(replied[0], str):
         return [*before, *prompt, Message("assistant", replied[0])]
     if not isinstance(replied, list | dict):
         return [*before, *prompt, Message("assistant", record.get(answer))]
-    reply = turns(answer, replied)
+    reply = _turns(record, answer, replied, names, remarks)
     if reply and reply[0].role != "assistant":  # the whole conversation once more, as in many data sets of preferences
         same = [
             message.role == earlier.role and message.content == earlier.content
@@ -213,6 +213,10 @@ def _pair(record: Record, there: dict[str, str], names: Names, remarks: Remarks)
         known = len(prompt) if all(same) and len(reply) > len(prompt) else 0
         return [*prompt[:known], *reply[known:]]
     return [*before, *prompt, *reply]
+
+
+def _turns(record: Record, name: str, value: Any, names: Names, remarks: Remarks) -> list[Message]:
+    return read_turns(record, name, value, remarks.unused, names.roles, names.contents)
 
 
 def _first(names: tuple[str, ...], there: dict[str, str]) -> str | None:

@@ -274,7 +274,8 @@ def test_an_adapter_is_exported_by_itself_without_a_path_of_this_machine(tmp_pat
 def test_a_base_model_of_the_hub_keeps_its_name(tmp_path, monkeypatch, base, named):
     """Of an adapter from elsewhere, whose config has the path as it was typed."""
     monkeypatch.chdir(tmp_path)
-    Path("folder/name").mkdir(parents=True)
+    for folder in ("folder/name", "name"):
+        Path(folder).mkdir(parents=True)
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps({"base_model_name_or_path": base, "r": 8}))
     assert name_base_for_others(tmp_path) == named

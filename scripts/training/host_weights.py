@@ -14,6 +14,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from recipe.keys import Recipe
 from training import model as whole
@@ -35,6 +36,7 @@ def load_model(
     if num_processes() == 1:
         return whole.load_model(recipe, config, tokenizer, dtype, checkpoint)
     model, told = None, ("", None)
+    _import_own_code(recipe, config, checkpoint)
     if process_index() == 0:
         try:
             model = whole.read_model(recipe, config, tokenizer, dtype, checkpoint)
@@ -48,6 +50,14 @@ def load_model(
         stop_all(problem)
     # Behind the journey: what it hooks to the embedding and compiles does not travel.
     return model or whole.ready_for_training(outline, recipe)
+
+
+def _import_own_code(recipe: Recipe, config: PretrainedConfig, checkpoint: Path | None) -> None:
+    """Of a model with code of its own, import that as transformers will, under the same name on each machine, so that
+    an outline finds its class."""
+    reference = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
+    if reference and recipe.trust_remote_code:
+        get_class_from_dynamic_module(reference, str(checkpoint or recipe.model_name))
 
 
 def outline_of(model: PreTrainedModel) -> PreTrainedModel:

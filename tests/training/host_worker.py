@@ -4,11 +4,12 @@
         FILE MODEL [MODEL...]
 
 Writes for each {"on_meta": of each process, whether no tensor had memory before it was received, "names", "same":
-whether all have the first's weights, buffers and logits in the end, "trained": names of the trained}. A model in a
-folder "... adapters" gets LoRA, one in a folder "... 4 bits" QLoRA.
+whether all have the first's weights, buffers and logits in the end, "trained": names of the trained}. The name
+of its folder may be one of KINDS.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -18,18 +19,24 @@ sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
 import torch
 from accelerate.utils import gather_object
 from mixes import make_recipe
+from transformers import dynamic_module_utils
 
 from training.engine import start_accelerator
 from training.host_weights import load_model, receive_weights, tensors_of
 from training.model import load_config, load_tokenizer
 
+KINDS = {
+    "adapters": {"use_peft": True},
+    "4 bits": {"use_peft": True, "load_in_4bit": True},
+    "own code": {"trust_remote_code": True},
+}
+
 
 def look_at(folder: str, accelerator) -> dict:
-    keys = (
-        {"use_peft": True, "load_in_4bit": folder.endswith("4 bits")} if folder.endswith(("adapters", "4 bits")) else {}
-    )
+    keys = KINDS.get(Path(folder).name, {})
     recipe = make_recipe(model_name=folder, dtype="bf16", max_length=64, **keys)
-    model = load_model(recipe, load_config(recipe), load_tokenizer(recipe), torch.float32)
+    parts = recipe, load_config(recipe), load_tokenizer(recipe), torch.float32
+    model = load_model(*parts, checkpoint=Path(folder) if recipe.trust_remote_code else None)
     on_meta = all(tensor.is_meta for tensor in tensors_of(model))
     receive_weights(model, accelerator.device)
     state = [tensor.double().sum().item() for tensor in tensors_of(model)]
@@ -52,6 +59,8 @@ def logits_of(model) -> list[float]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    # As on machines of their own: code that one has fetched is not there for the other.
+    dynamic_module_utils.HF_MODULES_CACHE = f"{sys.argv[1]}.{os.environ['RANK']}"
     accelerator = start_accelerator(make_recipe(), torch.float32, deepspeed=None)
     found = [look_at(folder, accelerator) for folder in sys.argv[2:]]
     if accelerator.is_main_process:

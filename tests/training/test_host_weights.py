@@ -23,6 +23,16 @@ def save_llama(folder, **keys):
     return folder
 
 
+def save_own_code(folder):
+    """A Llama whose class is in a file beside its weights."""
+    save_llama(folder)
+    (folder / "own.py").write_text("from transformers import LlamaForCausalLM\n\n\nclass Own(LlamaForCausalLM): ...\n")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"auto_map": {"AutoModelForCausalLM": "own.Own"}, "architectures": ["Own"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 def save_gemma(folder):
     """Whose config says bf16, in which one of its buffers is made then; trained in fp32 that one is fp32."""
     torch.manual_seed(0)
@@ -43,15 +53,16 @@ def save_gemma(folder):
 def test_the_others_receive_what_the_first_has_read(tmp_path):
     folders = [save_llama(tmp_path / "tied"), save_llama(tmp_path / "untied", tie_word_embeddings=False)]
     folders += [save_gemma(tmp_path / "gemma"), save_llama(tmp_path / "adapters"), save_llama(tmp_path / "4 bits")]
+    folders.insert(3, save_own_code(tmp_path / "own code"))
     worker = "tests/training/host_worker.py"
     run_script(tmp_path / "found.json", *folders, launch="ddp2", script=worker, output_dir=tmp_path)
     found = json.loads((tmp_path / "found.json").read_text())
     for each in found:
         assert each["on_meta"] == [False, True]
         assert each["same"]
-    for each in found[:3]:
+    for each in found[:4]:
         assert each["trained"] == each["names"]
-    for each in found[3:]:
+    for each in found[4:]:
         assert {name.split(".")[-3] for name in each["trained"]} == {"lora_A", "lora_B"}
     tied, untied = ({HEAD, EMBEDDING} & set(each["names"]) for each in found[:2])
     assert tied == {EMBEDDING}

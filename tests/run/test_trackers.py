@@ -73,17 +73,20 @@ def test_mlflow(resumed):
 
 
 def test_a_run_that_mlflow_no_longer_has_is_begun_anew(tmp_path, monkeypatch, capsys):
-    """As on a machine to which only the output folder was copied."""
+    """As on a machine to which only the output folder was copied, or when somebody has deleted it."""
     mlflow = pytest.importorskip("mlflow", reason=WHY)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    progress = make_progress(3, tracker_runs={"mlflow": "0" * 32})
-    log = RunLog(make_recipe(tmp_path, log_with=["mlflow"]), progress, main_process=True)
-    log.write(LINES[0])
-    log.close()
-    log.trackers.finish()
-    assert "mlflow: not the run that the checkpoint tells of (MlflowException: Run " in capsys.readouterr().out
-    assert mlflow.MlflowClient().get_run(progress.tracker_runs["mlflow"]).info.status == "FINISHED"
+    progress, client = make_progress(3, tracker_runs={"mlflow": "0" * 32}), mlflow.MlflowClient()
+    for _ in range(2):
+        before = progress.tracker_runs["mlflow"]
+        log = RunLog(make_recipe(tmp_path, log_with=["mlflow"]), progress, main_process=True)
+        log.write(LINES[0])
+        log.close()
+        log.trackers.finish()
+        assert f"mlflow: the run {before}, of which the checkpoint tells, is not there" in capsys.readouterr().out
+        assert client.get_run(progress.tracker_runs["mlflow"]).info.status == "FINISHED"
+        client.delete_run(progress.tracker_runs["mlflow"])
 
 
 def test_trackio(resumed, tmp_path):

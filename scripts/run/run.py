@@ -234,6 +234,7 @@ class Run:
             return
         report = end_report(self.recipe, self.progress, self.stats, self.health)
         status, why = ("interrupted", by or "a signal to another process") if stopped else ("finished", "finished")
+        self.watch.at("ending the run in its trackers", alive)
         self.log.trackers.finish()  # which may take its time: the model is written
         url = self.log.trackers.wandb_url
         end_start(self.record, status, why, self.progress.step, report=report, wandb=url)

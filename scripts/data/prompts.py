@@ -44,10 +44,8 @@ def _json_values(text: str, path: Path) -> list[tuple[int, Any]]:
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         return []
-    if not _is_json(lines[0][1]):  # a list or an object over several lines
-        if lines[0][1].lstrip()[:1] in ("[", "{"):
-            return _entries(parse_json(text, path))
-    elif len(lines) == 1:
+    first = lines[0][1].lstrip()
+    if len(lines) == 1 or (first[0] in "[{" and not _is_json(first)):  # a list or an object over several lines
         return _entries(parse_json(text, path))
     return [(number, parse_json(line, path, number)) for number, line in lines]
 

@@ -281,6 +281,7 @@ HI, YO = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo
         ({"messages": [HI], "system": "Be brief.", "id": 3}, "su"),
         ({"messages": [{"role": "prompter", "content": [{"type": "text", "text": "Hi"}]}]}, "u"),
         ([HI, YO, HI], "uau"),
+        ({"prompt": "Hi", "author": "me"}, "u"),
         ("Hi", "u"),
     ],
     ids=str,

@@ -44,10 +44,8 @@ def _json_values(text: str, path: Path) -> list[tuple[int, Any]]:
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         return []
-    if not _is_json(lines[0][1]):  # a list or an object over several lines
-        if lines[0][1].lstrip()[:1] in ("[", "{"):
-            return _entries(parse_json(text, path))
-    elif len(lines) == 1:
+    first = lines[0][1].lstrip()
+    if len(lines) == 1 or (first[0] in "[{" and not _is_json(first)):  # a list or an object over several lines
         return _entries(parse_json(text, path))
     return [(number, parse_json(line, path, number)) for number, line in lines]
 
@@ -61,16 +59,21 @@ def _is_json(text: str) -> bool:
 
 
 def _entries(value: Any) -> list[tuple[int, Any]]:
-    """Of {"prompts": [...]}, a list, or one prompt."""
-    if isinstance(value, dict) and len(value) == 1 and isinstance(entries := next(iter(value.values())), list):
-        value = value if {*map(str.lower, value)} & {*NAMES.lists, *NAMES.questions} else entries
-    is_list = isinstance(value, list) and not any(isinstance(entry, dict) and _speaks(entry) for entry in value)
-    return list(enumerate(value if is_list else [value], 1))
+    """Of {"prompts": [...]}, a list of prompts, or one."""
+    if isinstance(value, dict) and len(value) == 1 and not _asks(value):
+        (inner,) = value.values()
+        value = inner if isinstance(inner, list) else value
+    is_list = isinstance(value, list) and not all(isinstance(entry, dict) and _is_message(entry) for entry in value)
+    return list(enumerate(value if is_list else [value], 1)) if value != [] else []
 
 
-def _speaks(entry: dict[str, Any]) -> bool:
-    """Whether this is a message, in place of a prompt."""
-    return any(key in entry for key in ROLE_KEYS) and not {*map(str.lower, entry)} & {*NAMES.lists}
+def _asks(values: dict[str, Any]) -> bool:
+    """Whether an object has a field with a conversation or a question."""
+    return not {*map(str.lower, values)}.isdisjoint((*NAMES.lists, *NAMES.questions))
+
+
+def _is_message(values: dict[str, Any]) -> bool:
+    return any(key in values for key in ROLE_KEYS) and not _asks(values)
 
 
 def _as_messages(prompt: Any, path: Path, number: int) -> list[dict[str, str]]:

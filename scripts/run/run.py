@@ -250,7 +250,7 @@ class Run:
         url = self.log.trackers.wandb_url
         end_start(self.record, status, why, self.progress.step, report=report, wandb=url)
         self.begun = False
-        self.watch.at("ending the trackers")  # which may take their time: all is written
+        self.watch.at("ending the run in its trackers", alive)  # which may take their time: all is written
         self.log.trackers.finish()
         self.watch.at("leaving the others")
 

@@ -44,7 +44,10 @@ def check_prompts(recipe: Recipe) -> list[list[dict[str, str]]]:
     if bool(recipe.sample_every) != bool(recipe.sample_prompts):
         given, missing = ("sample_every", "sample_prompts")[:: 1 if recipe.sample_every else -1]
         raise UserError(f"{given} does nothing without {missing}: give both, or none")
-    return read_prompts(Path(recipe.sample_prompts)) if recipe.sample_prompts else []
+    try:
+        return read_prompts(Path(recipe.sample_prompts)) if recipe.sample_prompts else []
+    except UserError as problem:
+        raise UserError(f"sample_prompts: {problem}") from None
 
 
 def load_prompts(recipe: Recipe, tokenizer) -> list[Prompt]:

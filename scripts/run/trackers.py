@@ -199,23 +199,27 @@ def _start_trackio(recipe: Recipe, progress: Progress) -> GeneralTracker:
 
 
 def _start_mlflow(recipe: Recipe, progress: Progress) -> GeneralTracker:
-    from mlflow.exceptions import MlflowException
-
-    def start(run_id: str | None) -> GeneralTracker:
-        tracker = MLflowTracker(experiment_name=recipe.wandb_project, run_name=_name_of_run(recipe), run_id=run_id)
-        tracker.start()
-        return tracker
-
     known = progress.tracker_runs.get("mlflow")
-    try:
-        tracker = start(known)
-    except MlflowException as error:  # of another server, or deleted there
-        if known is None:
-            raise
-        say(f"mlflow: not the run that the checkpoint tells of ({reason(error)}): another one is begun")
-        tracker, known = start(None), None
+    if known and not _is_in_mlflow(known):
+        say(f"mlflow: the run {known}, of which the checkpoint tells, is not there: another one is begun")
+        known = None
+    tracker = MLflowTracker(experiment_name=recipe.wandb_project, run_name=_name_of_run(recipe), run_id=known)
+    tracker.start()
     progress.tracker_runs["mlflow"] = tracker.tracker.info.run_id
     if known is None:  # parameters cannot be changed
         tracker.store_init_configuration(redact(recipe.model_dump(mode="json")))
     say(f"mlflow: experiment {recipe.wandb_project}, run {tracker.tracker.info.run_id}")
     return tracker
+
+
+def _is_in_mlflow(run_id: str) -> bool:
+    """Not where it was deleted, or MLFLOW_TRACKING_URI is another by now."""
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return MlflowClient().get_run(run_id).info.lifecycle_stage == "active"
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return False

@@ -487,6 +487,7 @@ def test_refused(tmp_path, recipe, keys, message, dry):
     assert run.returncode == 2, run.stdout
     (error,) = run.errors
     assert message in error
+    assert any(key.rpartition(".")[2] in error for key in keys)
     assert not (tmp_path / "output" / "metrics.jsonl").exists()
 
 

@@ -11,7 +11,7 @@ from mixes import make_progress
 from test_log import LINES, make_recipe
 
 from recipe.refusals import problems_of
-from run import trackers
+from run import opening, trackers
 from run.checkpoint import read_checkpoint
 from run.log import RunLog
 from utils.errors import UserError
@@ -73,17 +73,20 @@ def test_mlflow(resumed):
 
 
 def test_a_run_that_mlflow_no_longer_has_is_begun_anew(tmp_path, monkeypatch, capsys):
-    """As on a machine to which only the output folder was copied."""
+    """As on a machine to which only the output folder was copied, or when somebody has deleted it."""
     mlflow = pytest.importorskip("mlflow", reason=WHY)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    progress = make_progress(3, tracker_runs={"mlflow": "0" * 32})
-    log = RunLog(make_recipe(tmp_path, log_with=["mlflow"]), progress, main_process=True)
-    log.write(LINES[0])
-    log.close()
-    log.trackers.finish()
-    assert "mlflow: not the run that the checkpoint tells of (MlflowException: Run " in capsys.readouterr().out
-    assert mlflow.MlflowClient().get_run(progress.tracker_runs["mlflow"]).info.status == "FINISHED"
+    progress, client = make_progress(3, tracker_runs={"mlflow": "0" * 32}), mlflow.MlflowClient()
+    for _ in range(2):
+        before = progress.tracker_runs["mlflow"]
+        log = RunLog(make_recipe(tmp_path, log_with=["mlflow"]), progress, main_process=True)
+        log.write(LINES[0])
+        log.close()
+        log.trackers.finish()
+        assert f"mlflow: the run {before}, of which the checkpoint tells, is not there" in capsys.readouterr().out
+        assert client.get_run(progress.tracker_runs["mlflow"]).info.status == "FINISHED"
+        client.delete_run(progress.tracker_runs["mlflow"])
 
 
 def test_trackio(resumed, tmp_path):
@@ -169,6 +172,20 @@ def test_no_step_waits_for_a_tracker(tmp_path, monkeypatch, capsys):
     hanging.set()
     log.trackers.finish()
     assert lines == [*(line["step"] for line in LINES), "the end"]
+
+
+def test_a_tracker_that_takes_its_time_at_the_end_is_no_stall(tmp_path, tiny_model, monkeypatch):
+    """By which `stall_minutes` would end the run, whose model is written, as one that failed."""
+    words = []
+
+    def slow(_):
+        words.extend(opening._OPENED[-1].watch._own_word()[1:] for _ in range(2))
+
+    monkeypatch.setattr(trackers.Trackers, "finish", slow)
+    run = run_here(small_recipe(tmp_path, tiny_model, max_steps=1, eval_steps=2), output_dir=tmp_path / "out")
+    assert run.returncode == 0, run.stderr
+    assert words[0] != words[1]  # it is told that the process comes further
+    assert words[0][1] == "ending the run in its trackers"
 
 
 def test_one_that_cannot_be_started_is_an_error(tmp_path, monkeypatch):

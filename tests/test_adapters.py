@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -323,6 +324,47 @@ def test_an_adapter_whose_base_is_gone_or_another(tmp_path, small, whole):
     shutil.rmtree(base)
     with pytest.raises(UserError, match="an adapter whose base model is gone: no folder"):
         load_pretrained(AutoModelForCausalLM, str(adapter))
+
+
+def write_foreign(folder, base, config):
+    """An adapter as peft saves it, with random weights."""
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    torch.manual_seed(3)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def foreign_lora(**keys):
+    return peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["dense", "query_key_value"], **keys)
+
+
+def test_an_adapter_of_anothers_making_is_merged_or_refused(tmp_path, bases):
+    base, folder, ids = bases["with spare rows"], tmp_path / "adapter", torch.arange(40)[None]
+    for config in (foreign_lora(), foreign_lora(bias="all", modules_to_save=["lm_head"])):
+        expected = write_foreign(folder, base, config)
+        merged = load_pretrained(AutoModelForCausalLM, str(folder), dtype=torch.float32).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(merged(ids).logits, expected(ids).logits, atol=1e-4, rtol=0)
+    write_foreign(folder, base, foreign_lora())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    name = min(tensors)
+    for damaged in (
+        {key: tensor for key, tensor in tensors.items() if key != name},
+        tensors | {name.replace("layers.0", "layers.9"): tensors[name].clone()},
+    ):
+        save_file(damaged, folder / "adapter_model.safetensors")
+        with pytest.raises(UserError, match="not of this base model: its weights and the model's do not meet in "):
+            load_pretrained(AutoModelForCausalLM, str(folder))
+    write_foreign(tmp_path / "prompt", base, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    with pytest.raises(UserError, match="an adapter of kind PROMPT_TUNING, which cannot be merged into weights"):
+        load_pretrained(AutoModelForCausalLM, str(tmp_path / "prompt"))
+    values = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(values | {"base_model_name_or_path": str(folder)}))
+    with pytest.raises(UserError, match="names itself as its base model"):
+        load_pretrained(AutoModelForCausalLM, str(folder))
 
 
 DAMAGES = {

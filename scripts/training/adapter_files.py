@@ -82,6 +82,8 @@ def read_base(folder: str | Path) -> BaseModel:
         base = BaseModel(name=name)
     if os.path.isabs(base.name) and not os.path.isdir(base.name):
         raise UserError(f"{folder}: an adapter whose base model is gone: no folder {base.name}")
+    if os.path.realpath(base.name) == os.path.realpath(folder):
+        raise UserError(f"{folder}: an adapter that names itself as its base model")
     if base.fingerprint:
         now = base_fingerprint(base.name)
         if now and now != base.fingerprint:

@@ -202,16 +202,22 @@ def merge(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
     Raises: UserError where the adapter's weights are damaged, or do not fit the model.
     """
-    from peft import PeftConfig, PeftModel, get_peft_model
+    from peft import PeftConfig, get_peft_model
 
-    ours = (folder / BASE_FILE).exists()  # one of another's making may hold what is not looked for here
+    ours, left_over = (folder / BASE_FILE).exists(), []
     try:
-        if ours:
-            wrapped = get_peft_model(model, PeftConfig.from_pretrained(folder))
-        else:
-            wrapped = PeftModel.from_pretrained(model, folder)
+        config = PeftConfig.from_pretrained(folder)
+        wrapped = get_peft_model(model, config)
+        in_weights = hasattr(wrapped.base_model, "merge_and_unload")
+        if in_weights and not ours:  # of another's making, which may hold what `read_adapter` does not look for
+            found = wrapped.load_adapter(folder, ADAPTER)
+            left_over = [*found.missing_keys, *found.unexpected_keys]
     except Exception as error:  # as many kinds as peft has
         raise UserError(f"{folder}: no usable adapter: {reason(error)}") from error
+    if not in_weights:
+        raise UserError(f"{folder}: an adapter of kind {config.peft_type.value}, which cannot be merged into weights")
+    if left_over:
+        raise UserError(f"{folder}: not of this base model: its weights and the model's do not meet in {left_over[0]}")
     if ours:
         take_over(wrapped.get_base_model(), folder)
     return wrapped.merge_and_unload()

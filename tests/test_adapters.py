@@ -1,5 +1,6 @@
 """sft.py with LoRA against an independent loop: PyTorch, with W + scale * B A and the learnt rows by hand."""
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -18,12 +19,13 @@ from interruption import SCRIPT as INTERRUPTION
 from interruption import metrics, run_here, small_recipe
 from safetensors.torch import load_file, save_file
 from test_training import EPSILON, LEARNING_RATE, MAX_NORM, WARMUP, conversations, recipe  # noqa: F401, a fixture
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma3Config, GPTNeoXConfig
 
 from recipe.load import load_recipe
 from training.adapter_files import ADAPTER_FILES
-from training.adapters import adapter_size
+from training.adapters import adapter_size, check_reached
 from training.deepspeed_config import fill_config
+from training.family import freeze_unreached
 from training.memory import estimate_memory
 from training.model import load_config, without_weights
 from training.pretrained import load_pretrained
@@ -281,6 +283,21 @@ def test_refuses_what_does_not_go_together(tmp_path, small, message):
 )
 def test_target_modules_as_recipes_of_peers_have_them(small, given, names):
     assert load_recipe(small, {"lora_target_modules": given}).lora_target_modules == names
+
+
+def test_target_modules_of_a_tower_that_no_text_reaches(small):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = sizes | {"vocab_size": 64, "num_key_value_heads": 1, "head_dim": 8}
+    tower = sizes | {"image_size": 28, "patch_size": 14}
+    model = AutoModelForCausalLM.from_config(Gemma3Config(text_config=text, vision_config=tower, mm_tokens_per_image=4))
+    left_out = freeze_unreached(model, "gemma")
+    for names, refused in (("[down_proj]", None), ("[q_proj]", None), ("[fc1]", "fc1"), ("[down_proj, fc2]", "fc2")):
+        loaded = load_recipe(small, {"lora_target_modules": names})
+        expected = pytest.raises(
+            UserError, match=f"{refused} is no layer of .* that a text reaches: it is of model.vis"
+        )
+        with expected if refused else contextlib.nullcontext():
+            check_reached(loaded, model, left_out)
 
 
 @pytest.mark.parametrize(("key", "value"), [("use_peft", False), ("lora_r", 8), ("lora_target_modules", "[dense]")])

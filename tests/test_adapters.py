@@ -1,5 +1,6 @@
 """sft.py with LoRA against an independent loop: PyTorch, with W + scale * B A and the learnt rows by hand."""
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,13 +20,14 @@ from interruption import SCRIPT as INTERRUPTION
 from interruption import metrics, run_here, small_recipe
 from safetensors.torch import load_file, save_file
 from test_training import EPSILON, LEARNING_RATE, MAX_NORM, WARMUP, conversations, recipe  # noqa: F401, a fixture
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma3Config, GPTNeoXConfig
 
 from publishing.adapter import name_base_for_others
 from recipe.load import load_recipe
 from training.adapter_files import ADAPTER_FILES
-from training.adapters import adapter_size
+from training.adapters import adapter_size, check_reached
 from training.deepspeed_config import fill_config
+from training.family import freeze_unreached
 from training.memory import estimate_memory
 from training.model import load_config, without_weights
 from training.pretrained import load_pretrained
@@ -316,6 +319,21 @@ def test_target_modules_as_recipes_of_peers_have_them(small, given, names):
     assert load_recipe(small, {"lora_target_modules": given}).lora_target_modules == names
 
 
+def test_target_modules_of_a_tower_that_no_text_reaches(small):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = sizes | {"vocab_size": 64, "num_key_value_heads": 1, "head_dim": 8}
+    tower = sizes | {"image_size": 28, "patch_size": 14}
+    model = AutoModelForCausalLM.from_config(Gemma3Config(text_config=text, vision_config=tower, mm_tokens_per_image=4))
+    left_out = freeze_unreached(model, "gemma")
+    for names, refused in (("[down_proj]", None), ("[q_proj]", None), ("[fc1]", "fc1"), ("[down_proj, fc2]", "fc2")):
+        loaded = load_recipe(small, {"lora_target_modules": names})
+        expected = pytest.raises(
+            UserError, match=f"{refused} is no layer of .* that a text reaches: it is of model.vis"
+        )
+        with expected if refused else contextlib.nullcontext():
+            check_reached(loaded, model, left_out)
+
+
 @pytest.mark.parametrize(("key", "value"), [("use_peft", False), ("lora_r", 8), ("lora_target_modules", "[dense]")])
 def test_a_run_cannot_go_on_with_another_adapter(small, tmp_path, whole, key, value):
     output = shutil.copytree(whole["of the model"].output_dir, tmp_path / "run")
@@ -357,6 +375,47 @@ def test_an_adapter_whose_base_is_gone_or_another(tmp_path, small, whole):
     shutil.rmtree(base)
     with pytest.raises(UserError, match="an adapter whose base model is gone: no folder"):
         load_pretrained(AutoModelForCausalLM, str(adapter))
+
+
+def write_foreign(folder, base, config):
+    """An adapter as peft saves it, with random weights."""
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    torch.manual_seed(3)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def foreign_lora(**keys):
+    return peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["dense", "query_key_value"], **keys)
+
+
+def test_an_adapter_of_anothers_making_is_merged_or_refused(tmp_path, bases):
+    base, folder, ids = bases["with spare rows"], tmp_path / "adapter", torch.arange(40)[None]
+    for config in (foreign_lora(), foreign_lora(bias="all", modules_to_save=["lm_head"])):
+        expected = write_foreign(folder, base, config)
+        merged = load_pretrained(AutoModelForCausalLM, str(folder), dtype=torch.float32).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(merged(ids).logits, expected(ids).logits, atol=1e-4, rtol=0)
+    write_foreign(folder, base, foreign_lora())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    name = min(tensors)
+    for damaged in (
+        {key: tensor for key, tensor in tensors.items() if key != name},
+        tensors | {name.replace("layers.0", "layers.9"): tensors[name].clone()},
+    ):
+        save_file(damaged, folder / "adapter_model.safetensors")
+        with pytest.raises(UserError, match="not of this base model: its weights and the model's do not meet in "):
+            load_pretrained(AutoModelForCausalLM, str(folder))
+    write_foreign(tmp_path / "prompt", base, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    with pytest.raises(UserError, match="an adapter of kind PROMPT_TUNING, which cannot be merged into weights"):
+        load_pretrained(AutoModelForCausalLM, str(tmp_path / "prompt"))
+    values = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(values | {"base_model_name_or_path": str(folder)}))
+    with pytest.raises(UserError, match="names itself as its base model"):
+        load_pretrained(AutoModelForCausalLM, str(folder))
 
 
 DAMAGES = {

@@ -83,6 +83,8 @@ def read_base(folder: str | Path) -> BaseModel:
     if base.name.startswith(("/", "./")) and not os.path.isdir(base.name):
         under = "" if os.path.isabs(base.name) else f" under {Path.cwd()}"
         raise UserError(f"{folder}: an adapter whose base model is gone: no folder {base.name}{under}")
+    if os.path.realpath(base.name) == os.path.realpath(folder):
+        raise UserError(f"{folder}: an adapter that names itself as its base model")
     if base.fingerprint:
         now = base_fingerprint(base.name)
         if now and now != base.fingerprint:

@@ -63,6 +63,20 @@ def linear_layers(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
     return {name: module for name, module in model.named_modules() if isinstance(module, kinds) and id(module) in body}
 
 
+def check_reached(recipe: Recipe, model: PreTrainedModel, left_out: list[str]) -> None:
+    """Refuse a name of lora_target_modules that fits only layers which no text reaches, as of a tower for images.
+
+    Args:
+        left_out: names of the modules and parameters that are not.
+    """
+    for name in recipe.lora_target_modules or ():
+        own = [layer for layer in linear_layers(model) if _is_named(layer, name)]
+        if own and all(_lies_in(layer, left_out) for layer in own):
+            raise UserError(
+                f"lora_target_modules: {name} is no layer of {recipe.model_name} that a text reaches: it is of {own[0]}"
+            )
+
+
 class AdapterSize(NamedTuple):
     """Of an adapter and of the model that it is put on."""
 
@@ -146,7 +160,7 @@ def put_on(
         left_out: names of modules and parameters that no text reaches.
         dtype: of what is trained: fp32 for autocast, the half precision for DeepSpeed's engine.
 
-    Raises: UserError where peft cannot.
+    Raises: UserError where peft cannot; as `check_reached`.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -156,7 +170,8 @@ def put_on(
     tied = head.weight is model.get_input_embeddings().weight
     places = {id(module): name for name, module in model.named_modules()}
     trained = [model.get_input_embeddings()] + [head] * (not tied)
-    layers = [name for name in _adapted(recipe, model) if not any(f"{name}.".startswith(f"{one}.") for one in left_out)]
+    check_reached(recipe, model, left_out)
+    layers = [name for name in _adapted(recipe, model) if not _lies_in(name, left_out)]
     base = _describe_base(recipe, model)
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -202,16 +217,22 @@ def merge(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
     Raises: UserError where the adapter's weights are damaged, or do not fit the model.
     """
-    from peft import PeftConfig, PeftModel, get_peft_model
+    from peft import PeftConfig, get_peft_model
 
-    ours = (folder / BASE_FILE).exists()  # one of another's making may hold what is not looked for here
+    ours, left_over = (folder / BASE_FILE).exists(), []
     try:
-        if ours:
-            wrapped = get_peft_model(model, PeftConfig.from_pretrained(folder))
-        else:
-            wrapped = PeftModel.from_pretrained(model, folder)
+        config = PeftConfig.from_pretrained(folder)
+        wrapped = get_peft_model(model, config)
+        in_weights = hasattr(wrapped.base_model, "merge_and_unload")
+        if in_weights and not ours:  # of another's making, which may hold what `read_adapter` does not look for
+            found = wrapped.load_adapter(folder, ADAPTER)
+            left_over = [*found.missing_keys, *found.unexpected_keys]
     except Exception as error:  # as many kinds as peft has
         raise UserError(f"{folder}: no usable adapter: {reason(error)}") from error
+    if not in_weights:
+        raise UserError(f"{folder}: an adapter of kind {config.peft_type.value}, which cannot be merged into weights")
+    if left_over:
+        raise UserError(f"{folder}: not of this base model: its weights and the model's do not meet in {left_over[0]}")
     if ours:
         take_over(wrapped.get_base_model(), folder)
     return wrapped.merge_and_unload()
@@ -254,3 +275,7 @@ def _describe_base(recipe: Recipe, model: PreTrainedModel) -> BaseModel:
 def _is_named(layer: str, name: str) -> bool:
     """As peft matches a name of its list of target modules."""
     return layer == name or layer.endswith(f".{name}")
+
+
+def _lies_in(layer: str, names: list[str]) -> bool:
+    return any(f"{layer}.".startswith(f"{name}.") for name in names)

@@ -20,7 +20,7 @@ from transformers import (
 from data.dialogue import prepare_tokenizer
 from recipe.keys import Recipe
 from training.adapter_files import is_adapter
-from training.adapters import check_adapters, grow, keep_exact, put_on, quantization_options, take_over
+from training.adapters import check_adapters, check_reached, grow, keep_exact, put_on, quantization_options, take_over
 from training.attention import attention_dropout, choose_attention, describe_attention, keep_attention
 from training.family import (
     check_output_layer,
@@ -207,6 +207,8 @@ def check_tiny(recipe: Recipe, config: PretrainedConfig) -> list[str] | None:
     if not logits.isfinite().all():
         return None
     left_out = check_family(tiny, recipe)
+    if recipe.use_peft:
+        check_reached(recipe, tiny, left_out)
     check_own_loss(tiny, recipe.model_name)
     ready_for_training(tiny, recipe)
     return left_out

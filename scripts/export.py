@@ -99,12 +99,8 @@ from utils.tables import counted
 
 
 def main(options) -> None:
-    set_up_process()
-    if options.adapter:
-        export_adapter(options)
-        return
-
     # ---- What can be refused before anything large is read ----
+    set_up_process()
     source, stored = open_source(options.checkpoint)
     run = find_run(source)
     dtype = options.dtype or (run and computed_in(run)) or stored.dtype
@@ -158,6 +154,7 @@ def main(options) -> None:
 
 def export_adapter(options) -> None:
     """--adapter: the files of an adapter are copied, and its base model named as others know it."""
+    set_up_process()
     source = find_folder(options.checkpoint)
     out = check_target(Path(options.out), source.folder, check_adapter(source.folder))
     repo = check_hub(options.push_to_hub, options.private) if options.push_to_hub else None
@@ -259,4 +256,4 @@ def named(name: str):
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what is half written is removed
     with one_line_errors():
-        main(OPTIONS)
+        export_adapter(OPTIONS) if OPTIONS.adapter else main(OPTIONS)

@@ -153,10 +153,12 @@ class Samples:
 
         Raises: UserError where the memory is too small.
         """
+        if not self.prompts:
+            return
         size, more = self.recipe.per_device_eval_batch_size, room_for_reply(self.recipe) - 1
         ids = [[*prompt.ids, *prompt.ids[-1:] * more] for prompt in self.prompts]
         batches = [ids[start : start + size] for start in range(0, len(ids), size)]
-        largest = max(batches, key=lambda batch: len(batch) * max(map(len, batch)), default=[])
+        largest = max(batches, key=lambda batch: len(batch) * max(map(len, batch)))
         self._replies(engine, largest, room=1)
 
     def _replies(self, engine: Engine, prompts: list[list[int]], room: int) -> list[Reply]:

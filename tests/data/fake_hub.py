@@ -70,7 +70,7 @@ def hub_of(repositories: dict[str, dict[str, bytes]]) -> Iterator[tuple[str, lis
     """Its address, and the names of the files that were fetched."""
     fetched: list[str] = []
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler_of(repositories, fetched))
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=[0.02], daemon=True)
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_port}", fetched

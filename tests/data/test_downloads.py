@@ -34,7 +34,7 @@ class Handler(SimpleHTTPRequestHandler):
 def served(folder):
     Handler.asked.clear()
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"
     finally:
@@ -153,7 +153,7 @@ def plain(monkeypatch):
     for name, value in (("bodies", {}), ("types", {}), ("redirects", {}), ("trouble", None)):
         monkeypatch.setattr(Plain, name, value)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Plain)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()

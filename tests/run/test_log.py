@@ -448,10 +448,18 @@ def test_wandb_logs_offline_and_says_where(tmp_path, capsys, monkeypatch, enviro
 
 
 def records(run: Path) -> list:
-    """What wandb has written down of an offline run, as it would upload it.
+    """What wandb has written down of an offline run, as it would upload it; its process does so a moment after the end
+    of the run, of which it writes last."""
+    deadline = time.monotonic() + 60
+    while not (found := written(run)) or not found[-1].HasField("exit"):
+        assert time.monotonic() < deadline, found
+        time.sleep(0.05)
+    return found
 
-    Seven bytes, then LevelDB's log format: blocks of 32 KiB, made of chunks, each a checksum, its length and its kind
-    (1: a whole record; 2, 3, 4: the first, a middle, the last part of one).
+
+def written(run: Path) -> list:
+    """Of a file in LevelDB's log format behind seven bytes: blocks of 32 KiB, made of chunks, each a checksum, its
+    length and its kind (1: a whole record; 2, 3, 4: the first, a middle, the last part of one).
     """
     from wandb.proto.wandb_internal_pb2 import Record
 

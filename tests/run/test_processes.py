@@ -1,4 +1,4 @@
-"""Processes that do not reach each other say so in one line; `tests/cluster/test_machines.py` has two machines do it."""
+"""Processes that do not reach each other say so in one line; tests/cluster/test_machines.py has two machines do it."""
 
 import pytest
 

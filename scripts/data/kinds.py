@@ -22,7 +22,7 @@ COMPRESSED = {
     b"\x04\x22\x4d\x18": "lz4",
 }
 UNPACK, DOWNLOAD, UTF8, EXPORT = "unpack it", "download it anew", "save it as UTF-8", "export it as JSON Lines"
-PAGE = "take the address of the file itself (/resolve/ for /blob/ on the hub, /raw/ on GitHub)"
+PAGE = "download it anew, from the address of the file itself (/resolve/ for /blob/ on the hub, /raw/ on GitHub)"
 # What files that are none of ours begin with, what they are, and the remedy.
 OTHER_KINDS = (
     (b"PK\x03\x04", "a zip archive", UNPACK),

@@ -890,8 +890,7 @@ def test_a_folder_that_cannot_be_made(recipe, tmp_path):
 def test_a_line_that_a_full_disk_cut_off(recipe, output, cut):
     quoted = json.dumps({"step": 2, "examples": "one\u2028line\x85of text"}, ensure_ascii=False) + "\n"
     (output / "bad_steps.jsonl").write_text(quoted)
-    *expected, of_the_stop = metrics(output)
-    assert of_the_stop["step"] == 7  # between two lines: going on makes it anew, where it is due
+    expected = metrics(output)
     with open(output / "metrics.jsonl", "ab") as file:
         file.write(cut if isinstance(cut, bytes) else cut.encode())
     values = make(recipe, output_dir=output)

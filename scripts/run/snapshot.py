@@ -1,6 +1,7 @@
 """What a checkpoint is written from: what a process holds at one moment, in place or copied to the host's memory."""
 
 import copy
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ from training.adapters import has_adapter
 from training.engine import Engine
 from training.fragments import Fragment, file_dtype, model_fragments
 from training.optimizer_state import optimizer_fragments, random_state
+from utils.launch import say
 
 
 @dataclass
@@ -54,6 +56,7 @@ class HostCopies:
 
     def __init__(self, device: torch.device):
         self.device, self.tensors = device, {}
+        self.pins = device.type == "cuda"
 
     def copy(self, snapshot: Snapshot) -> None:
         """Put copies in place of the tensors."""
@@ -69,12 +72,21 @@ class HostCopies:
 
     def _copied(self, key: tuple, tensor: torch.Tensor) -> torch.Tensor:
         if key not in self.tensors:
-            own = self.tensors[key] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-            if self.device.type == "cuda" and own.numel():
-                # Pinned as it is. Torch's own pinned memory comes in powers of two: 1.64 times a 7B's tensors. Where
-                # the system allows no more of it, the copy is slower.
-                torch.cuda.cudart().cudaHostRegister(own.data_ptr(), own.nbytes, 0)
+            self.tensors[key] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+            if self.pins and tensor.numel():
+                self._pin(self.tensors[key])
         return self.tensors[key].copy_(tensor.detach(), non_blocking=True)
+
+    def _pin(self, tensor: torch.Tensor) -> None:
+        """Have its memory pinned as it is (torch's own pinned memory comes in powers of two: 1.64 times a 7B's
+        tensors), so that a copy from the GPU is quick; where the system allows no more of it, it is not."""
+        cudart = torch.cuda.cudart()
+        if cudart.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0) == cudart.cudaError.success:
+            return
+        self.pins = False
+        say("save_in_background: the system pins no more memory: training waits longer for the copies of a checkpoint")
+        with suppress(RuntimeError):  # CUDA's last error, which the next kernel of the training would raise as its own
+            torch.ones(1, device=self.device)
 
 
 def trained_weights(engine: Engine) -> Weights:

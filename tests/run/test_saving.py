@@ -25,7 +25,7 @@ from run.folder import lock_output_dir
 from run.processes import Processes
 from run.retention import checkpoint_bytes
 from run.saving import Saver
-from run.snapshot import take_snapshot
+from run.snapshot import HostCopies, take_snapshot
 from run.stats import Clock, TrainingStats
 from training.checkpoint_files import state_file
 from training.engine import prepare_engine
@@ -256,3 +256,23 @@ def test_a_run_whose_checkpoint_fails_behind_it_stops_and_goes_on(tmp_path, tiny
     whole = tmp_path / "whole"
     run_here(recipe, output_dir=whole)
     assert metrics(output) == metrics(whole)
+
+
+def test_without_pinned_memory_copies_are_made_all_the_same(saver, stats, monkeypatch, capsys):
+    """No GPU is asked here: what CUDA's runtime answers where a system pins no more stands in for it."""
+    success, asked = object(), []
+    refusing = SimpleNamespace(
+        cudaError=SimpleNamespace(success=success), cudaHostRegister=lambda *arguments: asked.append(arguments)
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: refusing)
+    copies = HostCopies(torch.device("cpu"))
+    copies.pins = True
+    weights = {name: tensor.clone() for name, tensor in saver.engine.language_model.named_parameters()}
+    for _ in range(2):
+        snapshot = take_snapshot(saver.engine, saver.recipe, state_at(saver.recipe, 1), stats)
+        copies.copy(snapshot)
+        held = {each.name: each.tensors["model"] for each in snapshot.weights.held}
+        assert held.keys() <= weights.keys()
+        assert all(torch.equal(tensor, weights[name].flatten()) for name, tensor in held.items())
+    assert len(asked) == 1
+    assert capsys.readouterr().out.count("the system pins no more memory") == 1

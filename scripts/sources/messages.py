@@ -19,8 +19,9 @@ A record is taken for the first of these forms whose fields it has, in upper or 
                     `dialog`, `dialogue`, `chat`
     instruction     or `prompt`, `question`, `query`, ...: a text, or a list of messages, of which nothing is learnt;
                     with `output`, `response`, `completion`, `chosen`, `answer`, ...: a text or a list; `chosen`
-                    alone is a whole conversation. A passage in `input` or `context` goes below the question, after a
-                    blank line; a `history` of earlier turns before it
+                    alone is a whole conversation. Text that is JSON of messages, or a transcript, is taken for
+                    one in a prompt, in a reply where it goes on from the prompt. A passage in `input` or `context`
+                    goes below the question, after a blank line; a `history` of earlier turns before it
 
 A text in a field `system` or `system_prompt` becomes the system message where there is none. Every reply is learnt
 but one with `"train": false` or `"weight": 0` beside its text; a `weight` of the record is what its tokens count in the

@@ -116,14 +116,15 @@ def _pair(record: Record, there: dict[str, str], names: Names, remarks: Remarks)
     asked, replied = _asked(record, question, _one_text(record, answer), names)
     before, prompt = _prompt(record, there, question, asked, names, remarks)
     remarks.used += (answer,)
+    beginnings = ([*before, *prompt], prompt) if before else (prompt,)
     if isinstance(replied, str):
-        reply = _turns_in_text(record, answer, replied, isinstance(asked, list | dict), prompt, names, remarks)
+        reply = _turns_in_text(record, answer, replied, isinstance(asked, list | dict), beginnings, names, remarks)
     elif isinstance(replied, list | dict):
         reply = _turns(record, answer, replied, names, remarks)
     else:
         raise record.error(f"field {answer!r} is {kind_of(replied)}, not a string")
     if reply and reply[0].role != "assistant":  # the whole conversation once more, as in many data sets of preferences
-        for known in ([*before, *prompt], prompt):
+        for known in beginnings:
             if (rest := _after(reply, known)) is not None:
                 system = reply[:1] if reply[0].role == "system" and known[0].role != "system" else []
                 return [*system, *before, *prompt, *rest]
@@ -162,23 +163,30 @@ def _prompt(
     if listed:
         prompt = [replace(message, train=False) for message in _turns(record, question, asked, names, remarks)]
     else:
-        text = record.inside({question: asked}, "", question)
+        text = text_of(record, question, asked, remarks.unused)
         prompt = [Message("user", f"{text}\n\n{record.get(passage)}" if passage else text)]
     return _turns(record, history, record.values[history], names, remarks) if history else [], prompt
 
 
 def _turns_in_text(
-    record: Record, answer: str, text: str, listed: bool, prompt: list[Message], names: Names, remarks: Remarks
+    record: Record,
+    answer: str,
+    text: str,
+    listed: bool,
+    beginnings: tuple[list[Message], ...],
+    names: Names,
+    remarks: Remarks,
 ) -> list[Message]:
     """The turns of a reply that is text: one, unless it is JSON of a reply to a prompt that was `listed`, too, or a
-    whole conversation in JSON or in one text that begins with the prompt."""
+    whole conversation, in JSON or in one text, that has one of the `beginnings`: it is often JSON that is asked for."""
     value = or_listed(text, names.roles, names.contents)
     value = turns_of_text(text) if value is text else value
     if value:
         turns, unused = [], {*remarks.unused}
         with suppress(Dropped, UserError):  # it is text then
             turns = read_turns(record, answer, value, unused, names.roles, names.contents)
-        if turns and ((listed and turns[0].role == "assistant") or _after(turns, prompt) is not None):
+        begun = turns and any(_after(turns, known) is not None for known in beginnings)
+        if begun or (turns and listed and turns[0].role == "assistant"):
             remarks.unused |= unused
             return turns
     return [Message("assistant", text_of(record, answer, text, remarks.unused))]

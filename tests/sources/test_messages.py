@@ -466,6 +466,8 @@ def test_a_prompt_that_looks_like_messages_stays_text(tmp_path, text):
         ({"prompt": "q", "chosen": [SYSTEM, *chat("q", "a")]}, [("system", "s"), *PAIR]),
         ({"history": [["q", "a"]], "prompt": "r", "chosen": chat("r", "b")}, [*PAIR, *SECOND]),
         ({"history": [["q", "a"]], "prompt": "r", "chosen": chat("q", "a", "r", "b")}, [*PAIR, *SECOND]),
+        ({"history": [["q", "a"]], "prompt": "r", "chosen": str(chat("q", "a", "r", "b"))}, [*PAIR, *SECOND]),
+        ({"history": HH_OPEN + "a", "prompt": "r", "chosen": HH}, [*PAIR, *SECOND]),
         ({"prompt": str(chat("q")), "completion": json.dumps(chat("q", "a"), indent=1)}, PAIR),
         # One text with the speakers in it.
         ({"instruction": HH_LINES, "input": "", "output": "b"}, [*PAIR, *SECOND]),

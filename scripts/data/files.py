@@ -99,7 +99,8 @@ def _local_files(path: Path, hub: HubSource, download: bool) -> list[Path]:
         if (found := saved_files(path, hub.split)) is None:
             base, cards = path.resolve(), [path / name for name in CARDS if (path / name).is_file()]
             try:
-                files, others = files_of_splits(str(base), cards, hub.config, hub.split, None, str(path))
+                by = "a pattern in input_file_path"
+                files, others = files_of_splits(str(base), cards, hub.config, hub.split, None, str(path), by)
             except FileNotFoundError as error:
                 raise UserError(f"{path}: has no data file of this split: {error}") from None
             names, left_out = ([os.path.relpath(file, base) for file in some] for some in (files, others))

@@ -76,6 +76,10 @@ def fetch_split(hub: HubSource, revision: str | None, local_only: bool) -> tuple
         names, left_out = _names_of_split(hub, _cached_list(hub.repo, revision) or sorted(here), cards, called)
     except FileNotFoundError:
         names, left_out = [], []
+    except UserError:  # of a script, say, which `datasets` may have run when it still did
+        if paths := _from_datasets_cache(hub, revision):
+            return paths, ""
+        raise
     if not here & {*names}:
         return _from_datasets_cache(hub, revision), problem or NOT_THERE
     if missing := [name for name in names if name not in here]:
@@ -99,7 +103,8 @@ def _names_of_split(hub: HubSource, there: list[str], cards: list[Path], called:
         for path in (base / name for name in there if ".." not in name.split("/")):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
-        files, others = files_of_splits(str(base), cards, hub.config, hub.split, hub.data_files, called)
+        own = (hub.config, hub.split, hub.data_files)
+        files, others = files_of_splits(str(base), cards, *own, called, "`data_files`")
     if elsewhere := [file for file in files if not file.startswith(f"{base}/")]:
         raise UserError(f"{called}: {elsewhere[0]} is not in it: give it by input_file_path")
     names, left_out = ([file.removeprefix(f"{base}/") for file in some] for some in (files, others))

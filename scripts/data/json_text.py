@@ -6,10 +6,10 @@ Records are the objects of a file of lines, the elements of a list, or those of 
 
 import codecs
 import contextlib
+import itertools
 import json
 import re
 from collections.abc import Collection, Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
@@ -36,6 +36,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=_object)
+TO_ITS_END = json.JSONDecoder(parse_int=str)  # of a value that is JSON, and that the other refuses
 
 
 def read_lines(path: Path, file: IO[bytes]) -> Numbered:
@@ -59,7 +60,7 @@ def read_lines(path: Path, file: IO[bytes]) -> Numbered:
 
 
 def read_array(path: Path, file: IO[bytes]) -> Numbered:
-    """(place, element) of a JSON array; a UserError in the place of one with bytes that are not UTF-8."""
+    """(place, element) of a JSON array; a UserError in the place of one that is refused as `JsonText.value` says."""
     text = JsonText(path, file)
     yield from text.elements()
     text.expect_the_end("array")
@@ -73,23 +74,32 @@ def read_object(path: Path, file: IO[bytes], fields: Collection[str]) -> Numbere
     text, holder, whole = JsonText(path, file), None, {}
     for key in text.read_keys():
         if text.next_character() != "[":
-            whole[key] = text.value()
+            whole[key] = _sound(text.value())
             continue
-        elements = text.elements()
-        first = next(elements, None)
-        if first is None or not _holds_records(key, first[1], fields):
-            whole[key] = [value for _, value in ([first] if first else []) + list(elements)]
+        elements, seen = text.elements(), []
+        for element in elements:
+            seen.append(element)
+            if not isinstance(element[1], UserError):
+                break
+        if not seen or not _holds_records(key, seen[-1][1], fields):
+            whole[key] = [_sound(value) for _, value in itertools.chain(seen, elements)]
             continue
         if holder is not None:
             raise text.fail(f"holds records under {holder!r} and under {key!r}: make a file of each")
         holder = key
-        yield first
+        yield from seen
         yield from elements
     text.expect_the_end("object")
     if holder is None:
         yield 1, whole
     elif both := [key for key in whole if key.lower() in fields]:
         raise text.fail(f"has {both[0]!r}, as a record has, beside the records under {holder!r}: give each its own")
+
+
+def _sound(value: Any) -> Any:
+    if isinstance(value, UserError):
+        raise value
+    return value
 
 
 def _holds_records(key: str, first: Any, fields: Collection[str]) -> bool:
@@ -108,14 +118,14 @@ def is_one_object(head: str, whole: bool, fields: Collection[str]) -> bool:
     line, _, rest = head.partition("\n")
     if rest or whole:
         try:
-            only = json.loads(line)
+            only = TO_ITS_END.decode(line)
         except (ValueError, RecursionError):
             return bool(rest.strip()) and bool(UNFINISHED.search(line)) and not _lines_follow(rest)
         lists = {key: value[0] for key, value in only.items() if isinstance(value, list) and value}
         holders = [key for key, first in lists.items() if _holds_records(key, first, fields)]
         return not rest.strip() and bool(holders) and not any(key.lower() in fields for key in only.keys() - holders)
     # One line that is longer than what was looked at: of its keys, those that come before the first long list.
-    scan, at = json.JSONDecoder().raw_decode, head.index("{") + 1
+    scan, at = TO_ITS_END.raw_decode, head.index("{") + 1
     try:
         while True:
             key, at = scan(head, BLANK.match(head, at).end())
@@ -138,10 +148,10 @@ def _lines_follow(rest: str) -> bool:
     In a list that is laid out with a record a line each ends in a comma, or is followed by the end of the list.
     """
     lines = [line.strip() for line in rest.split("\n", LINES_LOOKED_AT)] + [""]
-    for line, following in pairwise(lines):
+    for line, following in itertools.pairwise(lines):
         if line.startswith("{") and line.endswith("}") and following[:1] in ("", "{"):
             with contextlib.suppress(ValueError, RecursionError):
-                json.loads(line)
+                TO_ITS_END.decode(line)
                 return True
     return False
 
@@ -153,12 +163,12 @@ class JsonText:
         self.path, self.file = path, file
         self.number = 0  # of the element that is read
         self._decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
-        self._scan = DECODER.raw_decode
         self._text, self._at, self._line, self._ended = "", 0, 1, False  # unread text, place, its first line, all seen
         self._bad_bytes = False  # seen anywhere yet
 
     def read_keys(self) -> Iterator[str]:
-        """The keys of an object; after each, its value is to be read."""
+        """The keys of an object; after each, its value is to be read.  Raises: UserError for one that stands twice."""
+        seen = set()
         self.next_character()
         self._at += 1  # the brace, seen by the caller
         if self._closed("}", first=True):
@@ -166,9 +176,10 @@ class JsonText:
         while True:
             if (found := self.next_character()) != '"':
                 raise self.fail("not valid JSON: expected a key in double quotes" if found else CUT_OFF)
-            key = self.value()
-            if isinstance(key, UserError):
-                raise key
+            key = _sound(self.value())
+            if key in seen:
+                raise self.fail(f"has the key {key!r} twice in one object")
+            seen.add(key)
             if self.next_character() != ":":
                 raise self.fail(f"not valid JSON: expected ':' after the key {key!r}")
             self._at += 1
@@ -213,11 +224,12 @@ class JsonText:
             self._more(CHUNK_BYTES)
 
     def value(self) -> Any:
-        """The value that begins here; a UserError, not raised, for one with bytes that are not UTF-8."""
-        size = CHUNK_BYTES
+        """The value that begins here; a UserError, not raised, for one with bytes that are not UTF-8, a key twice in
+        an object, or a whole number of more than 4,300 digits, behind which reading can go on."""
+        size, scan, refused = CHUNK_BYTES, DECODER.raw_decode, None
         while True:
             try:
-                value, end = self._scan(self._text, self._at)
+                value, end = scan(self._text, self._at)
                 if end < len(self._text) or self._ended or self._text[end - 1] in '"}]':
                     break  # a number goes on in the next chunk
                 self._more(size)
@@ -236,7 +248,9 @@ class JsonText:
                 self._more(size)
                 size *= 2  # so that one long value is not scanned from its start for every chunk of it
             except ValueError as error:  # a key twice, a whole number of more than 4,300 digits
-                raise self.fail(str(error)) from None
+                scan, refused = TO_ITS_END.raw_decode, str(error)
+        if refused:
+            value = self.fail(refused)
         if self._bad_bytes and (escaped := ESCAPED_BYTE.search(self._text, self._at, end)):
             value = self.fail(f"not UTF-8: {UTF8}", escaped.start())
         self._at = end

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from sources.messages_columns import names_of
-from sources.messages_forms import ROLE_KEYS, Dropped, is_there, read_turns
-from sources.source import Message, Record
+from sources.messages_forms import ROLE_KEYS, Dropped
+from sources.messages_records import read_prompt
+from sources.source import Record
 from utils.errors import UserError
 from utils.files import parse_json, read_text
 
@@ -15,6 +16,7 @@ FORMS = (
     'a text, {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}, '
     "or the like in another form of chat data"
 )
+HOLDERS = {"prompts", "questions", "instructions", "queries", "problems", "examples", "data"}  # of a list of them
 
 
 def read_prompts(path: Path) -> list[list[dict[str, str]]]:
@@ -29,25 +31,25 @@ def read_prompts(path: Path) -> list[list[dict[str, str]]]:
     text = read_text(path)
     start = text.lstrip()[:1]
     if path.suffix.lower() == ".txt" or (not path.suffix and start not in ("[", "{", '"')):
-        values = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        values = [("line", number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     elif path.suffix.lower() not in (".json", ".jsonl", ".ndjson", "") and start not in ("[", "{", '"', ""):
         raise UserError(f"{path}: neither JSON nor by its name text: name it .txt if it has a prompt a line")
     else:
         values = _json_values(text, path)
     if not values:
         raise UserError(f"{path}: it holds no prompts")
-    return [_as_messages(value, path, number) for number, value in values]
+    return [_as_messages(value, path, unit, number) for unit, number, value in values]
 
 
-def _json_values(text: str, path: Path) -> list[tuple[int, Any]]:
+def _json_values(text: str, path: Path) -> list[tuple[str, int, Any]]:
     """What stands in JSON Lines by its line, in JSON by its place."""
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         return []
     first = lines[0][1].lstrip()
     if len(lines) == 1 or (first[0] in "[{" and not _is_json(first)):  # a list or an object over several lines
-        return _entries(parse_json(text, path))
-    return [(number, parse_json(line, path, number)) for number, line in lines]
+        return [("record", number, value) for number, value in enumerate(_entries(parse_json(text, path)), 1)]
+    return [("line", number, parse_json(line, path, number)) for number, line in lines]
 
 
 def _is_json(text: str) -> bool:
@@ -58,13 +60,13 @@ def _is_json(text: str) -> bool:
     return True
 
 
-def _entries(value: Any) -> list[tuple[int, Any]]:
+def _entries(value: Any) -> list[Any]:
     """Of {"prompts": [...]}, a list of prompts, or one."""
     if isinstance(value, dict) and len(value) == 1 and not _asks(value):
-        (inner,) = value.values()
-        value = inner if isinstance(inner, list) else value
+        ((key, inner),) = value.items()
+        value = inner if isinstance(inner, list) and key.lower() in HOLDERS else value
     is_list = isinstance(value, list) and not all(isinstance(entry, dict) and _is_message(entry) for entry in value)
-    return list(enumerate(value if is_list else [value], 1)) if value != [] else []
+    return (value if is_list else [value]) if value != [] else []
 
 
 def _asks(values: dict[str, Any]) -> bool:
@@ -76,29 +78,15 @@ def _is_message(values: dict[str, Any]) -> bool:
     return any(key in values for key in ROLE_KEYS) and not _asks(values)
 
 
-def _as_messages(prompt: Any, path: Path, number: int) -> list[dict[str, str]]:
+def _as_messages(prompt: Any, path: Path, unit: str, number: int) -> list[dict[str, str]]:
     values = {str: {"prompt": prompt}, list: {"messages": prompt}, dict: prompt}.get(type(prompt), {})
-    record = Record(values, path, number, number)
-    there = {name.lower(): name for name, value in values.items() if is_there(value)}
-    listed = next((there[name] for name in (*NAMES.lists, *NAMES.questions) if name in there), None)
-    if listed is None:
-        raise record.error(f"neither {FORMS}")
+    record = Record(values, path, number, number, unit)
     try:
-        if isinstance(values[listed], str) and listed.lower() in NAMES.questions:
-            passages = [record.get(there[name]) for name in NAMES.passages if name in there and there[name] != listed]
-            messages = [Message("user", "\n\n".join([record.get(listed), *passages[:1]]))]
-        else:
-            messages = read_turns(record, listed, values[listed], set())
+        messages = read_prompt(record)
     except Dropped as dropped:
         raise record.error(f"{dropped}, which no prompt is") from None
-    system = next((record.get(there[name]) for name in NAMES.systems if name in there), None)
-    if system and messages and messages[0].role != "system":
-        messages = [Message("system", system), *messages]
-    for place, message in enumerate(messages, 1):
-        if message.role == "system" and place > 1:
-            raise record.error(f"message {place}: its role is system, which only the first can have")
-        if not is_there(message.content):
-            raise record.error(f"message {place}: its content is empty")
-    if not messages or messages[-1].role != "user":
+    if messages is None:
+        raise record.error(f"neither {FORMS}")
+    if messages[-1].role != "user":
         raise record.error("its last message is not the user's: leave out the reply that is asked for")
     return [{"role": message.role, "content": message.content} for message in messages]

@@ -46,7 +46,8 @@ def read_records(
         fields: those that are used, in lower case; None for all. Another column of parquet or Arrow is not read, and
             None in each record. They also tell what a record is in `{"data": [...]}`.
         skip: called with what is wrong with a record, in place of raising it. Reading then goes on after a bad line of
-            JSON Lines or CSV or bad bytes; a broken array, a parquet or Arrow file, or data cut off end there.
+            JSON Lines or CSV, bad bytes, a key twice or a row that cannot be read; a broken array, a parquet or Arrow
+            file that is no such file further on, or data cut off end there.
     Yields: (number from 1, record); the number is the line in JSON Lines, the place in the array or table elsewhere.
     Raises: UserError when the file is missing, empty, cut off, not UTF-8, of no kind that is read, or holds anything
         but objects; with `skip` only when it cannot be read, is damaged where it is unpacked, or no record is whole.

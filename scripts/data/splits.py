@@ -28,6 +28,13 @@ CHANGES_NO_TEXT = {
     *("version", "description", "features", "field", "chunksize", "batch_size", "block_size", "use_threads"),
     *("low_memory", "memory_map"),
 }
+# Values that say what is done anyway, beside those that `datasets` has without being told: the delimiter is found by
+# the first line, which is the header.
+DONE_ANYWAY = {
+    **dict.fromkeys(("sep", "delimiter"), (None, *DELIMITERS)),
+    "header": (0,),
+    "encoding": (None, "utf-8", "utf8", "utf-8-sig", "UTF-8", "UTF8"),
+}
 
 
 def slices(split: str, rows: int) -> list[tuple[int, int]]:
@@ -74,7 +81,7 @@ def _of_json(path: Path, name: str) -> Any:
 
 
 def files_of_splits(
-    base: str, cards: list[Path], config: str | None, split: str | None, data_files: Any, called: str
+    base: str, cards: list[Path], config: str | None, split: str | None, data_files: Any, called: str, remedy: str
 ) -> tuple[list[str], list[str]]:
     """The files of a folder that a split is, in the order in which `datasets` reads them.
 
@@ -83,6 +90,7 @@ def files_of_splits(
         cards: those of `CARDS` that there are, which may say what its configurations and splits are.
         data_files: patterns in place of what they say.
         called: what it is called in errors.
+        remedy: by what a recipe names its files instead.
     Returns: the files; and those that are left out since most are of another kind.
     Raises:
         UserError: there is no such configuration or split, or its files are none that are read, or not as it says.
@@ -93,7 +101,7 @@ def files_of_splits(
     from datasets.packaged_modules import _ALL_ALLOWED_EXTENSIONS, _MODULE_TO_EXTENSIONS
 
     folder = Path(base)
-    given = _configuration(cards, config, called) if data_files is None else {}
+    given, card = _configuration(cards, config, called) if data_files is None else ({}, "")
     base, patterns, guessed = _patterns(base, given, data_files)
     found: list[str] = []
     left_out: list[str] = []
@@ -112,30 +120,31 @@ def files_of_splits(
             shown = listed([file.rpartition("/")[2] for file in files])
             raise UserError(f"{called}: the split {name} is of no kind that is read: {shown}")
         kept = files.filter(extensions=_MODULE_TO_EXTENSIONS[module])
-        _check_arguments(given, module, called)
+        _check_arguments(given, module, f"{called}: its {card}", remedy)
         found += kept
         left_out += [file for file in files if file not in {*kept}]
     if guessed and split is None:
         kinds = dict.fromkeys(_stem(file.removeprefix(f"{base}/")) for file in found)
         if len(kinds) > 1:
             raise UserError(
-                f"{called}: its README names no splits, and its file names {len(kinds)}: {listed(list(kinds))}: "
-                "take one by `data_files`, or all by `split: train`"
+                f"{called}: {' and '.join(CARDS)} name no splits, and its file names {len(kinds)}: "
+                f"{listed(list(kinds))}: take one by {remedy}, or all by `split: train`"
             )
     return list(dict.fromkeys(found)), list(dict.fromkeys(left_out))
 
 
-def _configuration(cards: list[Path], config: str | None, called: str) -> dict[str, Any]:
-    """What is said of a configuration, or of the default one; nothing where nothing says what there are."""
+def _configuration(cards: list[Path], config: str | None, called: str) -> tuple[dict[str, Any], str]:
+    """What is said of a configuration, or of the default one, and by which card; nothing where none says any."""
     import yaml
     from datasets.info import DatasetInfosDict
     from datasets.utils.metadata import MetadataConfigs
     from huggingface_hub import metadata_load
 
-    said, names = {}, " or ".join(card.name for card in cards)
+    said, said_by, names = {}, "", " or ".join(card.name for card in cards)
     try:
         for card in cards:
-            said |= (metadata_load(card) if card.suffix == ".md" else yaml.safe_load(card.read_bytes())) or {}
+            own = (metadata_load(card) if card.suffix == ".md" else yaml.safe_load(card.read_bytes())) or {}
+            said, said_by = said | own, card.name if "configs" in own else said_by
         configs = MetadataConfigs.from_dataset_card_data(said)
         default = configs.get_default_config_name() if configs else "default"
         if default is None and len(described := DatasetInfosDict.from_dataset_card_data(said)) == 1:
@@ -149,10 +158,10 @@ def _configuration(cards: list[Path], config: str | None, called: str) -> dict[s
         what = f"no configuration {config!r}" if config else "several configurations"
         hint = nearest(config, configs, "") if config else f": give one by `config`: {', '.join(configs)}"
         raise UserError(f"{called}: has {what}{hint}")
-    return configs[config or default] if configs else {}
+    return (configs[config or default] if configs else {}), said_by
 
 
-def _check_arguments(given: dict[str, Any], module: str, called: str) -> None:
+def _check_arguments(given: dict[str, Any], module: str, card: str, remedy: str) -> None:
     """UserError where a configuration says how its files are to be read, and they are not read so here."""
     arguments = given.keys() - {"data_files", "data_dir", "default", *CHANGES_NO_TEXT}
     if not arguments:
@@ -161,12 +170,12 @@ def _check_arguments(given: dict[str, Any], module: str, called: str) -> None:
     from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 
     known = import_main_class(_PACKAGED_DATASETS_MODULES[module][0]).BUILDER_CONFIG_CLASS
-    for name in sorted(arguments):
-        is_found = name in ("sep", "delimiter") and given[name] in DELIMITERS  # by the first line
-        if hasattr(known, name) and not is_found:  # another one `datasets` ignores, too
+    for name in sorted(name for name in arguments if hasattr(known, name)):  # another one `datasets` ignores, too
+        done = (getattr(known, name), *DONE_ANYWAY.get(name, ()))
+        if not any(type(given[name]) is type(value) and given[name] == value for value in done):  # false is not 0
             raise UserError(
-                f"{called}: its README says that its files are to be read with {name}: {given[name]!r}, which they "
-                "are not here: name them themselves, by `data_files` or a pattern, and their fields by `columns`"
+                f"{card} says that its files are to be read with {name}: {given[name]!r}, which they are not here: "
+                f"name them themselves, by {remedy}, and their fields by `columns`"
             )
 
 

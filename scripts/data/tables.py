@@ -81,12 +81,12 @@ def read_parquet(path: Path, fields: Collection[str] | None) -> Iterator[tuple[i
         with pyarrow.parquet.ParquetFile(path, buffer_size=BUFFER_BYTES) as file:
             unread, maps = _unread(path, file.schema_arrow.names, fields), _maps(file.schema_arrow)
             for batch in file.iter_batches(batch_size=ROWS_AT_A_TIME, columns=_leaves(file, fields)):
-                for record in batch.to_pylist(maps_as_pydicts=maps) if batch.num_columns else [{}] * batch.num_rows:
+                for record in _rows(path, batch, maps, number):
                     number += 1
-                    yield number, unread | record
+                    yield number, record if isinstance(record, UserError) else unread | record
     except UserError:
         raise
-    except Exception as error:  # pyarrow's own, and whatever Python makes of its values: dates after the year 9999, ...
+    except Exception as error:  # pyarrow's own
         raise UserError(f"{path}: not readable as parquet after record {number}: {reason(error)}") from None
 
 
@@ -107,13 +107,26 @@ def read_arrow(path: Path, head: bytes, fields: Collection[str] | None) -> Itera
             for batch in batches:
                 for start in range(0, batch.num_rows, ROWS_AT_A_TIME):
                     part = batch.slice(start, ROWS_AT_A_TIME).select(used)
-                    for record in part.to_pylist(maps_as_pydicts=maps) if used else [{}] * part.num_rows:
+                    for record in _rows(path, part, maps, number):
                         number += 1
-                        yield number, unread | record
+                        yield number, record if isinstance(record, UserError) else unread | record
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"{path}: not readable as Arrow after record {number}: {reason(error)}") from None
+
+
+def _rows(path: Path, batch: Any, maps: str | None, before: int) -> list[dict[str, Any] | UserError]:
+    """The records of a batch, which `before` come before; a UserError in place of one that Python's values cannot be:
+    a map with a key twice, a date after the year 9999."""
+    if not batch.num_columns:
+        return [{}] * batch.num_rows
+    try:
+        return batch.to_pylist(maps_as_pydicts=maps)
+    except Exception as error:  # pyarrow's own, and whatever Python makes of its values
+        if batch.num_rows == 1:
+            return [UserError(f"{path}, record {before + 1}: cannot be read: {reason(error)}")]
+    return [row for place in range(batch.num_rows) for row in _rows(path, batch.slice(place, 1), maps, before + place)]
 
 
 def count_rows(path: Path) -> int:
@@ -140,8 +153,8 @@ def _maps(schema: Any) -> str | None:
 
 
 def _leaves(file: Any, fields: Collection[str] | None) -> list[str]:
-    """The paths of the leaves that are read; not those of times and decimals within lists and structs, of which some
-    values are none of Python's, nor the bytes of pictures and sounds (`datasets` keeps them so, beside their path)."""
+    """The paths of the leaves that are read; not those of times within lists and structs, of which some values are
+    none of Python's, nor the bytes of pictures and sounds (`datasets` keeps them so, beside their path)."""
     if fields is None:
         return file.schema_arrow.names
     # A leaf's path does not tell the column "a.b" from the field b of the column "a"; the Arrow schema does.

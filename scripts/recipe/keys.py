@@ -187,7 +187,9 @@ class Recipe(Schema):
     sample_every: PositiveInt | None = key(
         None, "greedy replies at the first evaluation after each so many steps, and at the end; null: none", ""
     )
-    sample_prompts: PathText | None = key(None, "to these prompts: .txt, one a line, or .jsonl", "")
+    sample_prompts: PathText | None = key(
+        None, "to these prompts: .txt, one a line, or .json or .jsonl of chat data", ""
+    )
     early_stopping_metric: str = key(
         "eval_loss", "of the evaluation's, what the best is by: eval_loss, eval_<dataset>_accuracy, ...", "training"
     )

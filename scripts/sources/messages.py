@@ -19,8 +19,9 @@ A record is taken for the first of these forms whose fields it has, in upper or 
                     `dialog`, `dialogue`, `chat`
     instruction     or `prompt`, `question`, `query`, ...: a text, or a list of messages, of which nothing is learnt;
                     with `output`, `response`, `completion`, `chosen`, `answer`, ...: a text or a list; `chosen`
-                    alone is a whole conversation. A passage in `input` or `context` goes below the question, after a
-                    blank line; a `history` of earlier turns before it
+                    alone is a whole conversation. Text that is JSON of messages, or a transcript, is taken for
+                    one in a prompt, in a reply where it goes on from the prompt. A passage in `input` or `context`
+                    goes below the question, after a blank line; a `history` of earlier turns before it
 
 A text in a field `system` or `system_prompt` becomes the system message where there is none. Every reply is learnt
 but one with `"train": false` or `"weight": 0` beside its text; a `weight` of the record is what its tokens count in the
@@ -29,16 +30,14 @@ dropped, with the reason, and so is the end of a conversation after its last rep
 """
 
 import re
-from dataclasses import replace
-from functools import lru_cache
-from itertools import combinations
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, model_validator
 
-from sources.messages_columns import UNUSED, Columns, Names, check_named, fields_of, names_of, no_form
-from sources.messages_forms import ANSWERS, MEDIA, Dropped, is_there, or_listed, read_turns, text_of, turns_of_text
-from sources.source import PREPARED, Conversation, DatasetOptions, HubSource, Message, Record, Remarks, Source, key
+from sources.messages_columns import UNUSED, Columns, check_named, fields_of, names_of
+from sources.messages_forms import Dropped, is_said
+from sources.messages_records import conversation_of, fields_there, refuse_media
+from sources.source import PREPARED, Conversation, DatasetOptions, HubSource, Record, Remarks, Source, key
 
 # In the language of `datasets`: a name, [from:to] in rows or percent, and how percents are rounded.
 SPLIT = r"(?:[\w.]+(?:\[(?:-?[\d_]+%?)?:(?:-?[\d_]+%?)?\](?:\((?:closest|pct1_dropremainder)\))?)?)"
@@ -105,125 +104,18 @@ def read_messages(record: Record, options: Any, remarks: Remarks, rng_seed: int)
     names = names_of(options.columns)
     if options.columns:
         check_named(record, names, remarks)
-    there = {name.lower(): name for name, value in record.values.items() if is_there(value)}
-    for one, other in _alike(tuple(record.values)):
-        if (
-            is_there(record.values[one])
-            and is_there(record.values[other])
-            and other.lower() in fields_of(options.columns)
-        ):
-            raise record.error(f"fields {one!r} and {other!r} have one name: rename one")
+    there = fields_there(record, options.columns)
     try:
-        if not MEDIA.isdisjoint(there):
-            raise Dropped(f"conversation with what is not text ({min(there.keys() & MEDIA)})")
-        messages = _conversation(record, there, names, remarks)
+        refuse_media(record, there)
+        messages = conversation_of(record, there, names, remarks)
     except Dropped as dropped:
         remarks[str(dropped)] += 1
         return None
     if not UNUSED.isdisjoint(there):
-        remarks.unused.update(there.keys() & UNUSED)
+        remarks.unused.update(name for name in there.keys() & UNUSED if is_said(record.values[there[name]]))
     if remarks.unused:
         remarks.unused.difference_update(map(str.lower, remarks.used))  # what `columns` names
     return [Conversation(messages)]
-
-
-@lru_cache(1000)  # as the records of a file have the same names
-def _alike(names: tuple[str, ...]) -> list[tuple[str, str]]:
-    """Those of a record's names that differ by upper and lower case alone."""
-    return [pair for pair in combinations(names, 2) if pair[0].lower() == pair[1].lower()]
-
-
-def _conversation(record: Record, there: dict[str, str], names: Names, remarks: Remarks) -> list[Message]:
-    listed = _first(names.lists, there)
-    if listed:
-        remarks.used = (listed,)
-        messages = _turns(record, listed, record.values[listed], names, remarks)
-    else:
-        messages = _pair(record, there, names, remarks)
-    messages = [message for message in messages if message.role != "system" or is_there(message.content)]
-    if (not messages or messages[0].role != "system") and (system := _first(names.systems, there)):
-        remarks.used += (system,)
-        messages = [Message("system", text_of(record, system, record.values[system], remarks.unused)), *messages]
-    turns = messages[1:] if messages and messages[0].role == "system" else messages
-    roles = [message.role for message in turns]
-    if "system" in roles:
-        raise Dropped("conversation with a system message that is not the first")
-    if not roles or roles[0] != "user":
-        raise Dropped("conversation that does not start with a user's message")
-    if "assistant" in roles[::2] or "user" in roles[1::2]:
-        raise Dropped("conversation whose speakers do not take turns")
-    if len(turns) < 2:
-        raise Dropped("conversation without a reply")
-    if turns[-1].role == "user":
-        messages, turns = messages[:-1], turns[:-1]
-    for message in turns:
-        if not is_there(message.content):
-            raise Dropped(f"conversation with an empty {'reply' if message.role == 'assistant' else 'prompt'}")
-    return messages
-
-
-def _pair(record: Record, there: dict[str, str], names: Names, remarks: Remarks) -> list[Message]:
-    question, answer = _first(names.questions, there), _first(names.answers, there)
-    if question is None and answer == there.get("chosen") and isinstance(record.values.get(answer), list | str):
-        remarks.used = (answer,)  # a data set of preferences that repeats its prompts in both of its conversations
-        return _turns(record, answer, record.values[answer], names, remarks)
-    if question is None or answer is None:
-        known = {name.lower() for name in record.values}
-        if known & {*names.questions} and known & {*names.answers}:
-            raise Dropped(f"conversation with an empty {'reply' if answer is None else 'prompt'}")
-        if known & {*names.lists}:
-            return []
-        raise no_form(record, names)
-
-    asked, replied = record.values[question], record.values[answer]
-    if not isinstance(asked, str) or not isinstance(replied, str) or asked[0] == "[" or replied[0] == "[":
-        asked, replied = or_listed(asked, names.roles), or_listed(replied, names.roles)
-        for name, value in ((question, asked), (answer, replied)):
-            if isinstance(value, list) and len(value) > 1 and isinstance(value[0], str):
-                raise record.error(f"field {name!r} is a list of texts, of which one would have to be chosen")
-
-    if len(there) > 2:
-        remarks.unused.update(name for name in ANSWERS if name in there and there[name] not in (answer, question))
-    passage, history = _first(names.passages, there), _first(names.histories, there)
-    if passage == question:
-        passage = _first(names.passages[1:], there)
-    if isinstance(asked, str) and asked.endswith("Assistant:"):  # HH-RLHF's, with all that was said before the reply
-        asked = turns_of_text(asked)[:-1] or asked
-    listed = isinstance(asked, list | dict)
-    if listed and passage:
-        remarks.unused.add(passage)
-        passage = None
-    remarks.used = tuple([name for name in (question, passage, history, answer) if name])
-    if listed:
-        prompt = [replace(message, train=False) for message in _turns(record, question, asked, names, remarks)]
-    else:
-        text = record.get(question)
-        prompt = [Message("user", f"{text}\n\n{record.get(passage)}" if passage else text)]
-    before = _turns(record, history, record.values[history], names, remarks) if history else []
-    if isinstance(replied, list) and len(replied) == 1 and isinstance(replied[0], str):
-        return [*before, *prompt, Message("assistant", replied[0])]
-    if not isinstance(replied, list | dict):
-        return [*before, *prompt, Message("assistant", record.get(answer))]
-    reply = _turns(record, answer, replied, names, remarks)
-    if reply and reply[0].role != "assistant":  # the whole conversation once more, as in many data sets of preferences
-        same = [
-            message.role == earlier.role and message.content == earlier.content
-            for message, earlier in zip(reply, prompt, strict=False)
-        ]
-        known = len(prompt) if all(same) and len(reply) > len(prompt) else 0
-        return [*prompt[:known], *reply[known:]]
-    return [*before, *prompt, *reply]
-
-
-def _turns(record: Record, name: str, value: Any, names: Names, remarks: Remarks) -> list[Message]:
-    return read_turns(record, name, value, remarks.unused, names.roles, names.contents)
-
-
-def _first(names: tuple[str, ...], there: dict[str, str]) -> str | None:
-    for name in names:  # a plain loop, as of every record: `next` over a generator takes four times as long
-        if name in there:
-            return there[name]
-    return None
 
 
 SOURCE = Source(

@@ -7,7 +7,7 @@ A list of messages is any of these, or JSON text of one:
     [["Hi", "Hello"], ...]                          questions with their replies
     ["Hi", "Hello", ...]                            the user speaks first
     {"role": ["user", ...], "content": ["Hi", ...]} as `datasets` keeps a sequence of structs
-    "\n\nHuman: Hi\n\nAssistant: Hello..."            all of it in one text, as in HH-RLHF; or with ### (Guanaco)
+    "\n\nHuman: Hi\n\nAssistant: Hello..."            all of it in one text, as `messages_transcripts.py` has it
 
 A content is a text, or a list of text parts, which are joined.
 """
@@ -17,6 +17,7 @@ import json
 import re
 from typing import Any
 
+from sources.messages_transcripts import turns_of_text
 from sources.source import Message, Record, kind_of
 
 ROLES = {
@@ -42,9 +43,8 @@ THOUGHTS = {"reasoning_content", "reasoning", "thinking", "thought", "thoughts",
 UNUSED_IN_MESSAGE = THOUGHTS | {"loss", "mask", "train_on_turn", "training", "train_detail"}
 CALLS = {"tool_calls", "function_call", "tool_call_id"}
 SAID_BESIDE = UNUSED_IN_MESSAGE | MEDIA | CALLS | {"weight", "train"}
-NOTHING = ("[]", "{}", "null")  # as tables keep it in text
-# Before each speaker of a conversation that is one text: of HH-RLHF, of Guanaco.
-SPEAKER_MARKS = (re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):"), re.compile(r"\s*### (Human|Assistant):"))
+NOTHING = ("[]", "{}", "null", "None", "[null]", "[None]")  # as tables keep it in text
+LIST_OF_OBJECTS = re.compile(r"\s*\[\s*\{")
 
 
 class Dropped(Exception):
@@ -66,6 +66,13 @@ def is_there(value: Any) -> bool:
     if isinstance(value, str):
         return value != "" and not value.isspace()
     return value is not None and value != [] and value != {}
+
+
+def is_said(value: Any) -> bool:
+    """Whether what stands beside a text is any of it: `[null]` and tables' text for null or an empty list is not."""
+    if isinstance(value, list | dict):
+        return any(one is not None for one in (value.values() if isinstance(value, dict) else value))
+    return is_there(value) and value not in NOTHING
 
 
 def read_turns(
@@ -115,23 +122,24 @@ def _entries(record: Record, where: str, value: Any, role_keys: tuple[str, ...])
     return value
 
 
-def or_listed(value: Any, role_keys: tuple[str, ...]) -> Any:
-    """The list of messages that a text is JSON of, as CSV keeps a prompt that is one; any other value as it is."""
-    if isinstance(value, str) and value.startswith("[{"):
+def or_listed(value: Any, role_keys: tuple[str, ...], content_keys: tuple[str, ...]) -> Any:
+    """The list of messages that a text is JSON of, as CSV keeps a prompt that is one; any other value as it is.
+
+    Any other list of objects is text: `[{"author": "Tolkien", "title": "The Hobbit"}]` is a reply like any.
+    """
+    if isinstance(value, str) and LIST_OF_OBJECTS.match(value):
         listed = _from_text(value)
-        if isinstance(listed, list) and all(isinstance(one, dict) and _first(role_keys, one) for one in listed):
+        if isinstance(listed, list) and all(_is_message(one, role_keys, content_keys) for one in listed):
             return listed
     return value
 
 
-def turns_of_text(text: str) -> list[dict[str, str]]:
-    """The turns of a conversation that is one text, as HH-RLHF and Guanaco have them; none where it is no such text."""
-    for mark in SPEAKER_MARKS:
-        before, *found = mark.split(text)
-        if not before and found[:1] == ["Human"]:
-            turns = zip(found[::2], found[1::2], strict=True)
-            return [{"role": speaker, "content": said.strip()} for speaker, said in turns]
-    return []
+def _is_message(entry: Any, role_keys: tuple[str, ...], content_keys: tuple[str, ...]) -> bool:
+    """Whether an object has a role that is known, and a key for its text."""
+    role = isinstance(entry, dict) and (key := _first(role_keys, entry)) and entry[key]
+    known = isinstance(role, str) and role.strip().lower() in ROLES.keys() | TOOLS
+    contents = [entry[key] for key in content_keys if key in entry] if known else []
+    return bool(contents) and all(isinstance(content, str | list | None) for content in contents)
 
 
 def _from_text(text: str) -> Any:
@@ -140,7 +148,7 @@ def _from_text(text: str) -> Any:
         try:
             value = parse(text.strip())
             return json.loads(value) if isinstance(value, str) else value
-        except (ValueError, SyntaxError, MemoryError, TypeError):
+        except (ValueError, SyntaxError, MemoryError, TypeError, RecursionError):
             continue
     return text
 
@@ -164,7 +172,7 @@ def _read_entry(
 ) -> list[Message]:
     role_key, content_key = _first(role_keys, entry), _first(content_keys, entry)
     if role_key is None or content_key is None:
-        lowered = {str(key).lower(): value for key, value in entry.items()}
+        lowered = _lowered(record, where, entry)
         if lowered.keys() != entry.keys() and not any(key in entry for key in (*role_keys, *content_keys)):
             return _read_entry(record, where, lowered, unused, role_keys, content_keys)
     if role_key is None:
@@ -207,8 +215,8 @@ def _of_speakers(
             speakers[SPEAKER_KEYS[key.lower()]] = key
         elif first != key and is_there(entry[key]):
             unused.add(key)
-    beside = {str(key).lower(): value for key, value in entry.items()}
-    if any(is_there(beside[name]) for name in beside.keys() & TOOLS):
+    beside = _lowered(record, where, entry)
+    if any(is_said(beside[name]) for name in beside.keys() & TOOLS):
         raise Dropped("conversation with a tool's turn")
     train = _is_learnt(record, where, beside, unused)
     return [
@@ -216,6 +224,17 @@ def _of_speakers(
         for role in ("system", "user", "assistant")
         if role in speakers
     ]
+
+
+def _lowered(record: Record, where: str, entry: dict[str, Any]) -> dict[str, Any]:
+    """An object with its keys in lower case; of two that are one then, the value that is not null."""
+    lowered: dict[str, Any] = {}
+    for key, value in entry.items():
+        name = str(key).lower()
+        if is_there(lowered.get(name)) and is_there(value):
+            raise record.error(f"an entry of {where!r} has the key {name!r} twice, in upper and lower case: rename one")
+        lowered[name] = value if is_there(value) else lowered.get(name, value)
+    return lowered
 
 
 def _first(keys: tuple[str, ...], entry: dict[str, Any]) -> str | None:
@@ -227,7 +246,7 @@ def _first(keys: tuple[str, ...], entry: dict[str, Any]) -> str | None:
 
 def _is_learnt(record: Record, where: str, entry: dict[str, Any], unused: set[str]) -> bool:
     """Whether a reply is, by what is said beside its text; what else is said there is counted.  Raises: Dropped."""
-    beside = {name for name in entry.keys() & SAID_BESIDE if is_there(entry[name]) and entry[name] not in NOTHING}
+    beside = {name for name in entry.keys() & SAID_BESIDE if is_said(entry[name])}
     if beside & CALLS:
         raise Dropped("conversation with a tool's turn")
     if media := sorted(beside & MEDIA):

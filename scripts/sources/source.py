@@ -110,6 +110,7 @@ class Record:
     path: Path
     number: int  # in its file
     index: int  # over all files, from 1
+    unit: str = "record"  # what is counted by `number`, in errors
 
     def get(self, name: str, kind: type = str, nullable: bool = False) -> Any:
         """A field of the record, as `inside`."""
@@ -162,7 +163,7 @@ class Record:
         return float(value)
 
     def error(self, what: str) -> UserError:
-        return UserError(f"{self.path}, record {self.number}: {what}")
+        return UserError(f"{self.path}, {self.unit} {self.number}: {what}")
 
 
 def kind_of(value: Any) -> str:

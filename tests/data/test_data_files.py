@@ -177,7 +177,7 @@ LATE = pyarrow.array([2**62 + 1], pyarrow.timestamp("us"))
         ({"used": pyarrow.nulls(1)}, {"used": None}),
         ({"other": ["x"]}, {"other": None}),
         ({"a.b": ["x"], "used": [True]}, {"a.b": None, "used": True}),
-        ({"used": LATE}, "not readable as parquet after record 0: OverflowError"),
+        ({"used": LATE}, "record 1: cannot be read: OverflowError"),
         ({"used": pyarrow.array([], pyarrow.string())}, "holds no records"),
         ({}, "holds no records"),
     ],

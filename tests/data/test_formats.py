@@ -217,6 +217,13 @@ def test_a_long_list_under_a_key_is_streamed(tmp_path):
     [
         ('{"prompt": "p", "prompt": "q"}\n{"prompt": "r"}\n', "x.json, line 1: has the key 'prompt' twice"),
         ('[{"prompt": "p"}, {"a": {"b": 1, "b": 2}}]', "x.json, record 2, line 1: has the key 'b' twice"),
+        ('{\n"prompt": "p",\n"prompt": "q"\n}', "x.json, record 1, line 3: has the key 'prompt' twice"),
+        ('{\n"prompt": "p",\n"a": [{"b": 1, "b": 2}]\n}', "x.json, record 1, line 3: has the key 'b' twice"),
+        ('{\n"data": [{"prompt": "p"}],\n"data": []\n}', "line 3: has the key 'data' twice"),
+        (
+            '{\n"data": [{"prompt": "p", "prompt": "q"}, {"prompt": "r"}]}',
+            "record 1, line 2: has the key 'prompt' twice",
+        ),
     ],
 )
 def test_a_key_given_twice(tmp_path, text, said):
@@ -224,6 +231,42 @@ def test_a_key_given_twice(tmp_path, text, said):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(UserError, match=said):
         list(read_records(tmp_path / "x.json", fields=FIELDS))
+
+
+@pytest.mark.parametrize(
+    "bad", ['{"prompt": "p", "prompt": "q"}', '{"prompt": {"a": 1, "a": 2}}', f'{{"prompt": {"9" * 4301}}}']
+)
+@pytest.mark.parametrize("layout", ["[%s]", '{"data": [%s]}', '{\n"version": 1, "data":\n[%s]}'])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_records_behind_a_refused_one_are_kept(tmp_path, bad, layout, place, monkeypatch):
+    """Also where it goes on in the next chunk of the file."""
+    monkeypatch.setattr("data.json_text.CHUNK_BYTES", 40)
+    texts = [json.dumps({"prompt": str(number), "response": "x" * 30}) for number in range(2)]
+    (tmp_path / "x.json").write_text(layout % ", ".join([*texts[:place], bad, *texts[place:]]))
+    skipped = []
+    kept = [record["prompt"] for _, record in read_records(tmp_path / "x.json", skipped.append, FIELDS)]
+    assert (kept, len(skipped)) == (["0", "1"], 1)
+    assert f"record {place + 1}, line" in str(skipped[0])
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "x.arrow"])
+def test_rows_beside_one_that_python_cannot_hold_are_kept(tmp_path, name):
+    """A map with a key twice, of which the last would count without a word."""
+    turns = [[("prompt", str(number)), ("prompt" if number == 2 else "response", "a")] for number in range(5)]
+    table = pyarrow.table({"prompt": pyarrow.array(turns, pyarrow.map_(pyarrow.string(), pyarrow.string()))})
+    if name == "x.parquet":
+        pyarrow.parquet.write_table(table, tmp_path / name)
+    else:
+        with pyarrow.ipc.new_file(tmp_path / name, table.schema) as file:
+            file.write_table(table)
+    with pytest.raises(UserError, match=rf"\A[^\n]*{name}, record 3: cannot be read: [^\n]*'prompt'[^\n]*\Z"):
+        list(read_records(tmp_path / name, fields=FIELDS))
+    skipped = []
+    kept = [
+        (number, record["prompt"]["prompt"]) for number, record in read_records(tmp_path / name, skipped.append, FIELDS)
+    ]
+    assert kept == [(number + 1, str(number)) for number in (0, 1, 3, 4)]
+    assert len(skipped) == 1
 
 
 # ---- CSV ----

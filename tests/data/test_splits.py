@@ -158,6 +158,8 @@ def test_the_rows_of_a_hub_data_set_are_those_of_datasets(tmp_path):
     assert rest[len(refused) : len(refused) + len(asked)] == rows
 
     (tmp_path / "hub" / "datasets--me--arrow").rename(tmp_path / "elsewhere")
+    # Cached by `datasets` when it still ran scripts.
+    write(tmp_path / "hub" / "datasets--me--arrow", {"refs/main": COMMIT.encode(), f"snapshots/{COMMIT}/arrow.py": b""})
     torn = tmp_path / "hub" / "datasets--me--torn"
     laid_out = {"refs/main": COMMIT.encode(), f"snapshots/{COMMIT}/data/train-1-of-3.parquet": parquet("b", 2)}
     write(torn, laid_out)
@@ -250,7 +252,7 @@ def test_the_rows_of_a_folder_are_those_of_datasets(tmp_path, files, options):
         (PLAIN, {"split": "validation"}, "has no split 'validation' (known: train, test)"),
         ({"test.jsonl": b"{}"}, {}, "has no split 'train': give one by `split`: test"),
         ({"main/train.jsonl": b"{}", "socratic/train.jsonl": b"{}"}, {}, "2: main/train, socratic/train: take one"),
-        ({"train_de.jsonl": b"{}", "train_en.jsonl": b"{}"}, {}, "2: train-de, train-en: take one by `data_files`"),
+        ({"train_de.jsonl": b"{}", "train_en.jsonl": b"{}"}, {}, "2: train-de, train-en: take one by a pattern in"),
         ({"a.txt": b"x"}, {}, "the split train is of no kind that is read: a.txt"),
         ({"picture.png": b"x"}, {}, "of no kind that is read: picture.png"),
         ({"x.zip": b"x"}, {}, "x.zip"),
@@ -260,7 +262,25 @@ def test_the_rows_of_a_folder_are_those_of_datasets(tmp_path, files, options):
         (
             {".huggingface.yaml": card("data_files: a.csv\n  names: [prompt, response]"), "a.csv": b"q,r\n"},
             {},
-            "its README says that its files are to be read with names: ['prompt', 'response'], which they are not",
+            "its .huggingface.yaml says that its files are to be read with names: ['prompt', 'response'], which they",
+        ),
+        (
+            {"README.md": b"---\n" + card("data_files: a.csv\n  skiprows: 1") + b"---\n", "a.csv": b"q,r\n"},
+            {},
+            "its README.md says that its files are to be read with skiprows: 1, which they are not here: name them "
+            "themselves, by a pattern in input_file_path, and their fields by `columns`",
+        ),
+        *(
+            ({".huggingface.yaml": card(f"data_files: a.csv\n  {said}"), "a.csv": b"q,r\n"}, {}, f"with {shown}, which")
+            for said, shown in [
+                ("sep: 1", "sep: 1"),
+                ("sep: ''", "sep: ''"),
+                ("sep: ';|'", "sep: ';|'"),
+                ("delimiter: [a]", "delimiter: ['a']"),
+                ("header: false", "header: False"),
+                ("header: 1", "header: 1"),
+                ("encoding: latin-1", "encoding: 'latin-1'"),
+            ]
         ),
         ({".huggingface.yaml": card("data_files: a.csv\n  sep: '::'"), "a.csv": b"q::r\n"}, {}, "with sep: '::'"),
         ({".huggingface.yaml": card("data_files: b.csv"), "a.csv": b"q,r\n"}, {}, "Unable to find 'b.csv'"),
@@ -275,6 +295,15 @@ def test_folders_refused(tmp_path, files, options, said):
     assert str(error.value).startswith(f"data set d: {tmp_path}/data")
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("said", ["sep: null", "encoding: utf-8", "header: 0", "quotechar: '\"'", "delimiter: '|'"])
+def test_what_a_card_says_of_what_is_done_anyway(tmp_path, said):
+    files = {
+        "README.md": b"---\n" + card(f"data_files: a.csv\n  {said}") + b"---\n",
+        "a.csv": b"prompt|response\np|r\n",
+    }
+    assert read(write(tmp_path, files)) == ["p"]
 
 
 def test_files_of_another_kind_are_named(tmp_path, capsys):

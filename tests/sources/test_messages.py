@@ -262,6 +262,7 @@ def test_tool_calls_that_are_null_are_none():
     [
         ({"messages": chat("q", "a"), "thinking": "x", "tools": [{"name": "f"}]}, {"thinking", "tools"}),
         ({"messages": chat("q", "a"), "thinking": None, "tools": [], "rejected": " "}, set()),
+        ({"messages": chat("q", "a"), "tools": "[]", "functions": "None", "label": False}, {"label"}),
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, {"rejected"}),
         ({"prompt": "q", "completion": "a", "label": False}, {"label"}),
         ({"question": "q", "solution": "a", "answer": "4", "cot": "x"}, {"solution", "cot"}),
@@ -413,6 +414,10 @@ def test_dropped_with_a_reason(tmp_path, messages, reason):
         ({"messages": [{"role": "user", "content": "q", "train": "no"}]}, "'messages.train' is a string"),
         ({"prompt": "q", "output": "\udc80"}, "'output' holds half of a surrogate pair"),
         ({"prompt": 3, "output": "a"}, "'prompt' is a number, not a string"),
+        ({"prompt": "q", "output": 3}, "'output' is a number, not a string"),
+        ({"prompt": "q", "output": ["\udc80"]}, "'output' holds half of a surrogate pair"),
+        ({"prompt": "Human: q Assistant:", "output": "a"}, "'prompt' begins with Human: .* does not split into turns"),
+        ({"messages": [{"Role": "user", "Content": "q", "CONTENT": "r"}]}, "the key 'content' twice"),
         ({"Prompt": "p", "prompt": "q", "output": "a"}, "fields 'Prompt' and 'prompt' have one name: rename one"),
         ({"question": "q", "answers": "a"}, "`columns` to name others, such as 'answers'; fields there: question"),
         ({"chosen": "a", "rejected": "b"}, "field 'chosen' is a string, not a list"),
@@ -421,6 +426,74 @@ def test_dropped_with_a_reason(tmp_path, messages, reason):
 def test_bad_records(tmp_path, row, part):
     with pytest.raises(UserError, match=rf"\A[^\n]*rows.jsonl, record 2: [^\n]*{part}[^\n]*\Z"):
         read(tmp_path, {"prompt": "q", "output": "a"}, row)
+
+
+CHAT_TEXT = '[{"role":"user","content":"hi"},{"role":"assistant","content":"ho"}]'
+HH_OPEN, HH_LINES = "\n\nHuman: q\n\nAssistant:", "Human:q\nAssistant:a\nHuman:r\nAssistant:"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        CHAT_TEXT,
+        '[{"author":"Tolkien","title":"Hobbit"}]',
+        '[{"role":"user","name":"Bob"}]',
+        '[{"role":"engineer","text":"x"}]',
+        '[{"from":"Paris","value":3}]',
+        '[{"role":"assistant","content":"ho"}, 3]',
+        '[{"a": ' * 5000,
+        "\n\nHuman: another\n\nAssistant: b",
+        "Human: Hello\nAssistant: Hi",
+    ],
+    ids=lambda text: text[:40],
+)
+def test_a_reply_that_looks_like_messages_stays_text(tmp_path, text):
+    assert read(tmp_path, {"prompt": "q", "completion": text}) == ([[PAIR[0], ("assistant", text)]], {})
+    if not text.startswith('[{"role":"assistant'):
+        listed = {"prompt": chat("q"), "completion": text}
+        assert read(tmp_path, listed) == ([[PAIR[0], ("assistant", text)]], {})
+
+
+@pytest.mark.parametrize("text", ['[{"author":"Tolkien","content":"Hobbit"}]', '[{"role":"user","name":"Bob"}]'])
+def test_a_prompt_that_looks_like_messages_stays_text(tmp_path, text):
+    assert read(tmp_path, {"prompt": text, "completion": "a"}) == ([[("user", text), PAIR[1]]], {})
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "q", "chosen": str(chat("q", "a"))}, PAIR),  # UltraFeedback, in CSV
+        ({"prompt": "q", "chosen": [SYSTEM, *chat("q", "a")]}, [("system", "s"), *PAIR]),
+        ({"history": [["q", "a"]], "prompt": "r", "chosen": chat("r", "b")}, [*PAIR, *SECOND]),
+        ({"history": [["q", "a"]], "prompt": "r", "chosen": chat("q", "a", "r", "b")}, [*PAIR, *SECOND]),
+        ({"history": [["q", "a"]], "prompt": "r", "chosen": str(chat("q", "a", "r", "b"))}, [*PAIR, *SECOND]),
+        ({"history": HH_OPEN + "a", "prompt": "r", "chosen": HH}, [*PAIR, *SECOND]),
+        ({"prompt": str(chat("q")), "completion": json.dumps(chat("q", "a"), indent=1)}, PAIR),
+        # One text with the speakers in it.
+        ({"instruction": HH_LINES, "input": "", "output": "b"}, [*PAIR, *SECOND]),
+        ({"instruction": HH_LINES + " \n", "output": " b\n"}, [*PAIR, *SECOND]),
+        ({"prompt": HH_OPEN + " ", "response": " a"}, PAIR),
+        ({"prompt": HH_OPEN, "response": [" a"]}, PAIR),
+        ({"prompt": HH_OPEN, "chosen": HH_OPEN + " a"}, PAIR),
+        ({"prompt": HH_OPEN, "chosen": chat("q", "a")}, PAIR),
+        ({"prompt": "q", "chosen": HH_OPEN + " a"}, PAIR),
+        ({"prompt": "\n\nHuman: q", "chosen": "\n\nAssistant: a"}, PAIR),
+        ({"prompt": "\n\nHuman: q", "chosen": HH_OPEN + " a"}, PAIR),
+        ({"prompt": HH_LINES, "chosen": HH_LINES + "b"}, [*PAIR, *SECOND]),
+        ({"prompt": "### Human: q### Assistant:", "response": "a "}, PAIR),
+        ({"prompt": "Human: q\nAssistant: a\n\nHuman: r\n\nAssistant:", "response": "b"}, [*PAIR, *SECOND]),
+        ({"messages": "Human: q\nAssistant: a"}, PAIR),
+        ({"prompt": "Human: q\nHuman: r", "response": "a"}, [("user", "Human: q\nHuman: r"), PAIR[1]]),
+        # What says nothing beside the texts.
+        ({"messages": chat("q", "a"), "images": [None], "image": {"bytes": None}}, PAIR),
+        ({"messages": [one | {"tool_calls": "None", "images": [None]} for one in chat("q", "a")]}, PAIR),
+        ({"messages": [{"User": "q", "user": None, "Assistant": "a"}]}, PAIR),
+        ({"messages": [{"Role": "user", "Content": "q", "CONTENT": None}, *chat("q", "a")[1:]]}, PAIR),
+    ],
+)
+def test_the_whole_conversation_in_a_reply_or_a_text(row, expected):
+    (conversation,) = read_messages(Record(row, Path("x"), 1, 1), OPTIONS, Remarks(), 1)
+    assert [(message.role, message.content) for message in conversation.messages] == expected
 
 
 # ---- In a recipe ----

@@ -11,7 +11,8 @@ CHECKPOINT is a run's checkpoint, a run's folder (its final model), or any folde
 an adapter is merged into its base model, or with --adapter written by itself, without the paths of this machine.
 OUT gets safetensors, tokenizer with chat template, generation config with the stop token, card, and nothing else; it is
 read by transformers 4 and 5, and by what takes their folders (vLLM, converters). It appears only when it is whole and
-was read back by a fresh process, with the ids of training and the logits of CHECKPOINT.
+was read back by a fresh process, with the ids of training and the logits of CHECKPOINT. (--adapter copies the adapter's
+weights as they are: they are not read back, and the base model is not loaded.)
 
 Weights are written in the precision that the run computed in: a run in bf16 or fp16 keeps fp32 weights, twice the size.
 The embedding's rows beyond the tokenizer's tokens, which trip converters and can be sampled, are removed; --vocab name
@@ -40,12 +41,8 @@ def arguments():
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a model")
     parser.add_argument("out", metavar="OUT", help="folder to write, a new one or an empty one")
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="precision of the weights (the run's)")
-    parser.add_argument(
-        "--max_shard_size", type=shard_size, default="5GB", metavar="SIZE", help="of a weights file (5GB)"
-    )
-    parser.add_argument(
-        "--vocab", choices=("trim", "name", "keep"), default="trim", help="rows that have no token (trim)"
-    )
+    parser.add_argument("--max_shard_size", type=shard_size, metavar="SIZE", help="of a weights file (5GB)")
+    parser.add_argument("--vocab", choices=("trim", "name", "keep"), help="rows that have no token (trim)")
     parser.add_argument("--adapter", action="store_true", help="write an adapter by itself, not merged")
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="write it as one file for llama.cpp, too")
     parser.add_argument("--gguf_dtype", choices=("f16", "q8_0"), help="precision of that file (f16)")
@@ -56,8 +53,10 @@ def arguments():
         raise UserError("command line: --private says how to publish: give --push_to_hub REPO too")
     if options.gguf_dtype and not options.gguf:
         raise UserError("command line: --gguf_dtype says how to write a GGUF file: give --gguf FILE too")
-    if options.adapter and (options.gguf or options.dtype):
-        raise UserError("command line: --adapter writes the adapter as it is: leave out --dtype and --gguf")
+    for name in ("dtype", "max_shard_size", "vocab", "gguf"):
+        if options.adapter and getattr(options, name):
+            raise UserError(f"command line: --adapter writes the adapter as it is: leave out --{name}")
+    options.max_shard_size, options.vocab = options.max_shard_size or "5GB", options.vocab or "trim"
     if options.gguf:
         require("gguf")
     return options
@@ -79,6 +78,7 @@ from transformers import AutoModelForCausalLM
 from evaluation.chat_model import load_chat_tokenizer
 from evaluation.model import EvaluatedModel
 from publishing.adapter import check_adapter, copy_adapter, name_base_for_others
+from publishing.foreign import clean_configs, shareable_card
 from publishing.hub import check_hub, push
 from publishing.model_card import model_card
 from publishing.prompting import describe_prompting
@@ -93,7 +93,7 @@ from run.saving import is_disk_error
 from training.adapter_files import is_adapter, read_base
 from training.pretrained import load_pretrained
 from training.weight_files import model_folder
-from utils.files import read_json
+from utils.files import read_json, read_text
 from utils.launch import DTYPES, say, set_up_process
 from utils.tables import counted
 
@@ -137,6 +137,7 @@ def main(options) -> None:
         del model
         gc.collect()
         write_beside(source, run, work, name=(repo or out.name).rpartition("/")[2], hub_name=repo)
+        clean_configs(work)
         with named(options.out):
             check_same(reference, logits, read_back(work, reference), dtype)
         written = read_weights(work)
@@ -163,6 +164,7 @@ def export_adapter(options) -> None:
         copy_adapter(source.folder, tokenizer, work)
         write_beside(source, run, work, name=(repo or out.name).rpartition("/")[2], hub_name=repo)
         base = name_base_for_others(work)  # last: the card is made of what can be loaded here
+        clean_configs(work)
     say(f"in {options.out}: {', '.join(sorted(path.name for path in out.iterdir()))}; its base model: {base}")
     if repo:
         push(out, repo, options.private)
@@ -232,10 +234,15 @@ def check_finite(model, dtype: str) -> None:
 def write_beside(source: EvaluatedModel, run: TrainedRun | None, folder: Path, name: str, hub_name: str | None) -> None:
     """What belongs to a model beside what it is loaded from: card, curves, licence.
 
-    A model that no run here has made keeps its own card.
+    A model that no run here has made keeps its own card, but for paths of this machine; an adapter's is not one of what
+    it was merged into.
     """
-    for path in [*source.folder.glob("LICENSE*"), *([] if run else source.folder.glob("README.md"))]:
+    for path in source.folder.glob("LICENSE*"):
         shutil.copyfile(path, folder / path.name)
+    adapter, card = is_adapter(source.name), source.folder / "README.md"
+    if not run and card.is_file() and adapter == is_adapter(str(folder)):
+        text = shareable_card(read_text(card, "card"), read_base(source.folder).name if adapter else None)
+        (folder / "README.md").write_text(text, encoding="utf-8")
     if run and (run.folder / "training.png").is_file():
         shutil.copyfile(run.folder / "training.png", folder / "training.png")
     if not (folder / "README.md").exists():

@@ -52,16 +52,22 @@ def run_forked(
 
 
 def call_forked(function: Callable, *arguments, **keywords):
-    """What a function of a module returns, called in a process of its own; RuntimeError with what it raised there."""
+    """What a function of a module returns, called in a process of its own; RuntimeError with what it raised there, or
+    the status that it died with. It has `SECONDS`."""
     _start_server()
     receiving, sending = CONTEXT.Pipe(duplex=False)
     process = CONTEXT.Process(target=_call, args=(sending, function, arguments, keywords))
     process.start()
     sending.close()
     try:
+        assert receiving.poll(SECONDS), f"{function.__name__} has not come to its end"
         result, error = receiving.recv()
     except EOFError:
-        result, error = None, "it died"
+        process.join()
+        result, error = None, f"it died with {process.exitcode}"
+    except BaseException:
+        process.kill()
+        raise
     process.join()
     if error:
         raise RuntimeError(error)

@@ -14,6 +14,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from adapters import BASES, write_base
 from conftest import ROOT, run_script
 from interruption import SCRIPT as INTERRUPTION
@@ -22,7 +23,9 @@ from safetensors.torch import load_file, save_file
 from test_training import EPSILON, LEARNING_RATE, MAX_NORM, WARMUP, conversations, recipe  # noqa: F401, a fixture
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma3Config, GPTNeoXConfig
 
+from data.dialogue import prepare_tokenizer
 from publishing.adapter import name_base_for_others
+from publishing.foreign import shareable_card
 from recipe.load import load_recipe
 from training.adapter_files import ADAPTER_FILES
 from training.adapters import adapter_size, check_reached
@@ -272,13 +275,34 @@ def test_an_adapter_is_exported_by_itself_without_a_path_of_this_machine(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("base", "named"), [("org/name", "org/name"), ("folder/name", "./name"), ("./name", "./name"), ("~/name", "./name")]
+    ("base", "named"),
+    [
+        *(("org/name", "org/name"), ("folder/name", "./name"), ("./name", "./name"), ("~/name", "./name")),
+        *(
+            (".", "./here"),
+            ("folder/..", "./here"),
+            ("folder/name/", "./name"),
+            ("linked", "org/name"),
+            ("gpt2", "gpt2"),
+        ),
+        ("cache/models--org--name/snapshots/0123abc", "org/name"),
+        ("cache/models--gpt2/snapshots/0123abc", "gpt2"),
+        ("cache/models--org--name/0123abc", "./0123abc"),
+    ],
 )
 def test_a_base_model_of_the_hub_keeps_its_name(tmp_path, monkeypatch, base, named):
     """Of an adapter from elsewhere, whose config has the path as it was typed."""
-    monkeypatch.chdir(tmp_path)
-    for folder in ("folder/name", "name"):
+    (here := tmp_path / "here").mkdir()
+    monkeypatch.chdir(here)
+    for folder in (
+        "folder/name",
+        "name",
+        *(f"cache/models--{name}" for name in ("gpt2/snapshots/0123abc", "org--name")),
+    ):
         Path(folder).mkdir(parents=True)
+    for folder in ("0123abc", "snapshots/0123abc"):
+        Path("cache/models--org--name", folder).mkdir(parents=True)
+    Path("linked").symlink_to("cache/models--org--name/snapshots/0123abc")
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps({"base_model_name_or_path": base, "r": 8}))
     assert name_base_for_others(tmp_path) == named
@@ -416,6 +440,65 @@ def test_an_adapter_of_anothers_making_is_merged_or_refused(tmp_path, bases):
     (folder / "adapter_config.json").write_text(json.dumps(values | {"base_model_name_or_path": str(folder)}))
     with pytest.raises(UserError, match="names itself as its base model"):
         load_pretrained(AutoModelForCausalLM, str(folder))
+
+
+CARD = """---
+base_model: {base}
+tags:
+- base_model:adapter:{base}
+- lora
+library_name: peft
+---
+# Ours
+
+A fine-tuned version of [{base}](https://huggingface.co/{base}), `{base}/config.json`, {elsewhere}.
+
+    curl localhost/v1/chat 2>/dev/null -d @/v1/models/x
+"""
+
+
+@pytest.mark.parametrize("way", ["--adapter", "merged", "of the hub", "a model"])
+def test_no_path_of_this_machine_is_in_what_was_made_elsewhere(tmp_path, bases, way):
+    """peft's own card has the base model's path twice; a Trainer's, and configs, in other places."""
+    base, folder, out = tmp_path / "hub/models--org--name/snapshots/0123abc", tmp_path / "adapter", tmp_path / "out"
+    base = base if way == "of the hub" else tmp_path / "my base"
+    shutil.copytree(bases["with spare rows"], base)
+    write_foreign(folder, base, foreign_lora())
+    assert str(base) in (folder / "README.md").read_text()
+    if way == "a model":
+        folder = shutil.copytree(base, tmp_path / "model")
+    prepare_tokenizer(AutoTokenizer.from_pretrained(base)).save_pretrained(folder)
+    if way != "merged":
+        card = CARD.format(base=base, elsewhere=tmp_path / "another/place")
+        (folder / "README.md").write_text(card)
+    for path in folder.glob("*config.json"):
+        more = {"cache_dir": str(tmp_path / "my cache")} if path.name != "adapter_config.json" else {}
+        path.write_text(json.dumps(json.loads(path.read_text()) | more))
+    given = [] if way in ("merged", "a model") else ["--adapter"]
+    run = run_script(folder, out, *given, script="scripts/export.py", output_dir=tmp_path)
+    for path in out.iterdir():
+        assert str(tmp_path).encode() not in path.read_bytes(), path
+    said = (out / "README.md").read_text()
+    head = yaml.safe_load(said.split("---")[1])
+    assert head.get("base_model") == ("org/name" if way == "of the hub" else None)
+    if way == "merged":
+        assert "peft" not in said
+        return
+    assert head["tags"] == ["base_model:adapter:org/name"] * (way == "of the hub") + ["lora"]
+    name = "org/name" if way == "of the hub" else "my base"
+    assert f"A fine-tuned version of [{name}](https://huggingface.co/{name}), `{name}/config.json`, place." in said
+    assert "curl localhost/v1/chat 2>/dev/null -d @/v1/models/x" in said
+    assert "its base model: " in run.stdout or way == "a model"
+
+
+def test_a_card_from_elsewhere_that_names_none_of_this_machine_stays_as_it_is():
+    for text in (
+        "# No front matter: /v1/chat/completions, and/or </div>\n",
+        "---\nbase_model:   org/name  # ours\ntags: [base_model:merge:org/name]\n---\n\n#!/usr/bin/env python\n",
+        "---\n: [damaged\n---\ntext\n",
+        "---\nbase_model:\n- org/one\n- gpt2\n---\n",
+    ):
+        assert shareable_card(text, "org/name") == text
 
 
 DAMAGES = {

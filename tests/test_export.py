@@ -325,6 +325,10 @@ def test_the_script(trained, tmp_path):
         (("a", "b", "--max_shard_size", "large"), "large is no size"),
         (("a", "b", "--vocab", "cut"), "--vocab"),
         (("a", "b", "--private"), "give --push_to_hub REPO too"),
+        (("a", "b", "--adapter", "--dtype", "fp32"), "leave out --dtype"),
+        (("a", "b", "--adapter", "--vocab", "trim"), "leave out --vocab"),
+        (("a", "b", "--adapter", "--max_shard_size", "5GB"), "leave out --max_shard_size"),
+        (("a", "b", "--adapter", "--gguf", "c"), "leave out --gguf"),
     ],
 )
 def test_what_the_command_line_refuses(monkeypatch, options, problem):

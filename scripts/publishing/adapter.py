@@ -1,11 +1,11 @@
 """An adapter by itself, for others: what its folder says, but for where this machine keeps its base model."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
-from publishing.provenance import is_hub_name
+from publishing.foreign import last_part, public_name
+from publishing.weights import read_weights
 from training.adapter_files import ADAPTER_CONFIG, ADAPTER_FILES, ADAPTER_WEIGHTS, BASE_FILE, is_adapter, read_base
 from training.tokenizer_files import save_tokenizer
 from utils.errors import UserError
@@ -18,14 +18,14 @@ def check_adapter(folder: Path) -> int:
     """The bytes of an adapter's weights.
 
     Raises: UserError where a folder holds no adapter, its base model is gone or another one, or its weights are not in
-        safetensors.
+        safetensors, or cut off.
     """
     if not is_adapter(str(folder)):
         raise UserError(f"--adapter: {folder} is no adapter: leave it out, to export the model that it is")
     read_base(folder)
-    if not (weights := folder / ADAPTER_WEIGHTS).is_file():
+    if not (folder / ADAPTER_WEIGHTS).is_file():
         raise UserError(f"--adapter: {folder} holds no {ADAPTER_WEIGHTS}, the weights")
-    return weights.stat().st_size
+    return read_weights(folder).size
 
 
 def copy_adapter(source: Path, tokenizer, folder: Path) -> None:
@@ -40,13 +40,14 @@ def copy_adapter(source: Path, tokenizer, folder: Path) -> None:
 
 
 def name_base_for_others(folder: Path) -> str:
-    """Have an adapter's files name its base model by its hub name, or where that is a folder of this machine as
-    ./<its last part>, which is no hub name: so a reader looks for it there and nowhere else.  Returns: that name.
+    """Have an adapter's files name its base model by its hub name (in the hub's cache, too), or where that is any other
+    folder of this machine as ./<its last part>, which is no hub name: so a reader looks for it there and nowhere else.
+    Returns: that name.
 
     Raises: OSError.
     """
     base = read_base(folder).name
-    name = base if is_hub_name(base) and not os.path.isdir(base) else f"./{Path(base).name}"
+    name = public_name(base) or f"./{last_part(base)}"
     for file, key in NAMES.items():
         if (folder / file).exists():
             values = read_json(folder / file) | {key: name}

@@ -70,7 +70,7 @@ def base_licence(run: TrainedRun) -> str | None:
     """The licence of the base model as its card names it, None where that is not to be had."""
     if run.recipe.from_scratch:
         return None
-    name = run.recipe.model_name
+    name = run.base_model or run.recipe.model_name
     if run.base_model in BASE_LICENCES:
         return BASE_LICENCES[name]
     card = try_to_load_from_cache(name, "README.md") if run.base_model else Path(name) / "README.md"

@@ -22,6 +22,7 @@ from recipe.secrets import redact_text
 from run.lines import metrics_lines
 from run.record_file import read_record
 from sources.registry import find_source
+from training.weight_files import cached_name
 from utils.errors import UserError
 from utils.launch import say
 
@@ -100,10 +101,13 @@ class TrainedRun:
 
     @property
     def base_model(self) -> str | None:
-        """The hub name of the model that was fine-tuned; None for a folder of this machine, and for random weights."""
+        """The hub name of the model that was fine-tuned, also of a folder of the hub's cache; None for any other
+        folder of this machine, and for random weights."""
+        if self.recipe.from_scratch:
+            return None
         name, recorded = self.recipe.model_name, self.record and self.record.model
         is_folder = recorded.files is not None if recorded else os.path.exists(name)
-        return None if self.recipe.from_scratch or is_folder or not is_hub_name(name) else name
+        return cached_name(Path(name)) if is_folder or not is_hub_name(name) else name
 
     def hub_data_set(self, name: str) -> str | None:
         """The hub name of a data set of the mix; None for data of one's own, which only this machine has."""
@@ -172,7 +176,9 @@ def shareable_recipe(recipe: Recipe, base_model: str | None) -> dict[str, Any]:
     """
     values = recipe.values()
     paths = {"cache_dir", "output_dir", "log_dir", "deepspeed_config", "sample_prompts"}
-    if not base_model:
+    if base_model:
+        values["model_name"] = base_model
+    else:
         paths.add("model_name")
     if recipe.resume_from_checkpoint not in ("auto", "never"):
         paths.add("resume_from_checkpoint")

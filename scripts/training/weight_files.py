@@ -34,12 +34,18 @@ def model_folder(name: str) -> Path | None:
 def hub_name(folder: Path) -> str | None:
     """The hub's name of a model whose folder is the one in the hub's cache (CACHE/models--org--name/snapshots/COMMIT)
     that this name stands for; None for any other folder."""
-    kind, *parts = folder.resolve().parent.parent.name.split("--")
-    name = "/".join(parts)
+    name = cached_name(folder)
     with contextlib.suppress(UserError):  # no name at all
-        found = model_folder(name) if kind == "models" else None
+        found = model_folder(name) if name else None
         return name if found and os.path.samefile(found, folder) else None
     return None
+
+
+def cached_name(folder: Path) -> str | None:
+    """The hub's name of a model whose folder is in a cache of the hub's, of whatever commit; None for any other."""
+    snapshots = folder.resolve().parent
+    kind, *parts = snapshots.parent.name.split("--")
+    return "/".join(parts) if kind == "models" and parts and snapshots.name == "snapshots" else None
 
 
 @functools.cache

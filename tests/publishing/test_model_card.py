@@ -290,6 +290,17 @@ def test_no_path_and_no_secret(run_folder, tmp_path):
     assert "input_file_path: chats.json" in card.text
 
 
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_base_model_in_the_hubs_cache_is_named_as_the_hub_names_it(run_folder, tmp_path, recorded):
+    base = tmp_path / "models--stabilityai--stablelm-base-alpha-7b" / "snapshots" / "0123abc"
+    base.mkdir(parents=True)
+    record = RECORD | {"model": {"name": str(base), "files": {}}} if recorded else None
+    card = card_of(run_folder(record, model_name=base))
+    assert card.data.base_model == "stabilityai/stablelm-base-alpha-7b"
+    assert card.data.license == "cc-by-sa-4.0"
+    assert "0123abc" not in str(card)
+
+
 def test_splits_of_one_hub_data_set_and_a_list_of_files(run_folder):
     own = {"source": "messages", "hub_name": "org/chats"}
     files = {"source": "messages", "input_file_path": ["/home/me/a.csv", "https://me:pw@host/b.jsonl"]}

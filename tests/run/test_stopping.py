@@ -23,10 +23,14 @@ from run.checkpoint import read_checkpoint
 from run.retention import list_checkpoints
 
 WAITS = """
-import os, signal, sys, time
+import os, sys, time
 sys.path.insert(0, "scripts")
 from run.stopping import StopSignal
-stop = StopSignal()
+class Heard(StopSignal):
+    def _hear(self, number, frame):
+        super()._hear(number, frame)
+        os.write(1, b"heard\\n")
+stop = Heard() if "told" in sys.argv else StopSignal()
 if "defer" in sys.argv:
     stop.defer()
 if "taken" in sys.argv:  # as LLVM does, within Triton's first compilation
@@ -38,13 +42,14 @@ if "taken" in sys.argv:  # as LLVM does, within Triton's first compilation
     time.sleep(0.5)
     print("agreed" if stop.agreed(SimpleNamespace(num_processes=1)) else "not heard", flush=True)
     raise SystemExit
-if "twice" in sys.argv:
-    stop.defer()
-    os.kill(os.getpid(), signal.SIGINT)  # a terminal's Ctrl-C reaches the process by itself,
-    os.kill(os.getpid(), signal.SIGTERM)  # and through its launcher
-    print("goes on", flush=True)
-    time.sleep(2.1)
-    os.kill(os.getpid(), signal.SIGTERM)
+if "told" in sys.argv:  # how much time goes by
+    from run import stopping
+    stopping.time = type("Clock", (), {"monotonic": lambda: now})
+    now = 100.0
+    print("ready", flush=True)
+    for line in sys.stdin:
+        now += float(line)
+        os.write(1, f"at {now:g}\\n".encode())
 if "finalizer" in sys.argv:
     class Slow:
         def __del__(self):
@@ -70,6 +75,7 @@ def start():
             list(map(str, command)),
             cwd=ROOT,
             env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", **environment},
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -119,10 +125,23 @@ def test_it_ends_too_where_python_drops_the_exit(start):
 
 
 def test_the_second_signal_ends_at_once_unless_it_is_the_same_request(start):
-    """By itself, so that it hears the first two in one moment, and the third when the two seconds are over."""
-    process = start(sys.executable, "-c", WAITS, "twice")
-    said = process.communicate(timeout=60)[0]
-    assert said == "\nSIGINT: saving after this step (a second signal ends at once)\ngoes on\n"
+    """Signals from outside; the seconds between them are those that the process is told, however busy the machine."""
+    process = waits(start, "defer", "told")
+
+    def after(seconds: float) -> str:
+        process.stdin.write(f"{seconds}\n")
+        process.stdin.flush()
+        return process.stdout.readline()
+
+    process.send_signal(signal.SIGINT)  # a terminal's Ctrl-C reaches the process by itself,
+    said = [process.stdout.readline() for _ in range(3)]
+    assert said == ["\n", "SIGINT: saving after this step (a second signal ends at once)\n", "heard\n"]
+    assert after(1.9) == "at 101.9\n"
+    process.send_signal(signal.SIGTERM)  # and through its launcher
+    assert process.stdout.readline() == "heard\n"
+    assert after(0.2) == "at 102.1\n"  # it goes on
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=60)[0] == ""
     assert process.returncode == 128 + signal.SIGTERM
 
 

@@ -250,9 +250,14 @@ class Run:
         url = self.log.trackers.wandb_url
         end_start(self.record, status, why, self.progress.step, report=report, wandb=url)
         self.begun = False
-        self.watch.at("ending the run in its trackers", alive)  # which may take their time: all is written
-        self.log.trackers.finish()
-        self.watch.at("leaving the others")
+
+    def end_trackers(self) -> None:
+        """End the run in its trackers, which may take minutes for what they have left to upload: last of all, so that
+        nothing is missing where somebody ends it meanwhile."""
+        if self.main_process:
+            self.watch.at("ending the run in its trackers", alive)
+            self.log.trackers.finish()
+            self.watch.at("leaving the others")
 
     def close(self) -> None:
         """This start is over, by whatever came: what is still written behind it ends first, while it is watched."""

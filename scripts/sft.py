@@ -33,7 +33,7 @@ from data.mix import prepare_mix
 from publishing.model_card import write_model_card
 from recipe.keys import Recipe
 from run.dry_run import dry_run
-from run.opening import open_run, recorded_end
+from run.opening import awaited_end, open_run, recorded_end
 from run.preflight import preflight
 from run.report import describe_rehearsal, describe_run, out_of_memory, show_first_batch, show_replies
 from run.run import Run
@@ -219,5 +219,5 @@ def evaluate_mix(engine: Engine, batches: Batches, run: Run, stop: StopSignal) -
 
 
 if __name__ == "__main__":
-    with one_line_errors(), recorded_end():
+    with awaited_end(), one_line_errors(), recorded_end():
         dry_run(RECIPE, OPTIONS.allow_changes) if OPTIONS.dry_run else main(OPTIONS, RECIPE, STOP)

@@ -1,8 +1,9 @@
 """A run from its folder to its end: the one owner of where it stands, what it counts, and what it leaves."""
 
 import socket
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -38,7 +39,8 @@ from training.model import load_merged
 from training.optimizer_state import loss_scale
 from training.plan import Position
 from training.pretrained import load_pretrained
-from utils.launch import process_index, share_cores, stop_all
+from utils.errors import UserError, reason
+from utils.launch import process_index, say, share_cores, stop_all
 
 
 class Run:
@@ -260,11 +262,19 @@ class Run:
             self.watch.at("leaving the others")
 
     def close(self) -> None:
-        """This start is over, by whatever came: what is still written behind it ends first, while it is watched."""
+        """This start is over, by whatever came, and why is said: what is still written behind it ends first, while it
+        is watched. Where that fails too, a line says so."""
         if self.saver:
-            self.watch.at("ending a checkpoint", bytes_moved)
-            with suppress(Exception, SystemExit):  # the first error has been said
+            if not self.saver.is_idle:
+                self.watch.at("ending a checkpoint", bytes_moved)
+            try:
                 self.saver.wait()
+            except UserError as error:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            except SystemExit:  # of a process that leaves it to the first to say
+                pass
+            except Exception as error:  # another process is gone, most likely
+                say(f"the checkpoint that was being written is not: {reason(error)}")
         self.watch.close()
 
     def final_model(self) -> PreTrainedModel:

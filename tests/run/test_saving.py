@@ -3,6 +3,7 @@ silence. (The whole of a run that is killed while one is written is tests/run/te
 """
 
 import json
+import sys
 import threading
 import time
 from pathlib import Path
@@ -22,6 +23,7 @@ from recipe.keys import Recipe
 from run import saving
 from run.checkpoint import read_checkpoint
 from run.folder import lock_output_dir
+from run.log import RunLog
 from run.processes import Processes
 from run.retention import checkpoint_bytes
 from run.saving import Saver
@@ -256,3 +258,27 @@ def test_a_run_whose_checkpoint_fails_behind_it_stops_and_goes_on(tmp_path, tiny
     whole = tmp_path / "whole"
     run_here(recipe, output_dir=whole)
     assert metrics(output) == metrics(whole)
+
+
+def test_an_error_is_said_before_the_checkpoint_behind_it_is_waited_for(tmp_path, tiny_model, monkeypatch):
+    output, write = tmp_path / "run", RunLog.write
+
+    def fail_after_5(log, line):
+        if line["step"] > 5:
+            raise UserError("no more lines")
+        write(log, line)
+
+    def fail_when_that_is_said(*_):
+        until = time.monotonic() + 60
+        while "error: no more lines" not in sys.stderr.getvalue() and time.monotonic() < until:
+            time.sleep(0.01)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RunLog, "write", fail_after_5)
+    monkeypatch.setattr(saving, "save_optimizer", fail_when_that_is_said)
+    run = run_here(small_recipe(tmp_path, tiny_model), output_dir=output)
+    assert run.returncode == 2
+    said, too = run.errors
+    assert said == "error: no more lines"
+    assert "checkpoint-5 could not be written: [Errno 28]" in too
+    assert json.loads((output / "run.json").read_text())["starts"][-1]["why"] == "no more lines"

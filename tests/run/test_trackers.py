@@ -241,6 +241,7 @@ def test_others_are_unknown(tmp_path):
     with pytest.raises(ValueError, match="'wandb', 'tensorboard', 'trackio' or 'mlflow'"):
         make_recipe(tmp_path, log_with=["comet"])
 
+
 def test_all_is_written_before_the_trackers_take_their_time(tmp_path, tiny_model, monkeypatch):
     output, there = tmp_path / "out", []
 

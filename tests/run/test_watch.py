@@ -106,7 +106,7 @@ def watched_run(stall_minutes: float):
 
 def ends_while_a_checkpoint_hangs() -> None:
     run = watched_run(0.01)
-    run.saver = SimpleNamespace(wait=lambda: time.sleep(60))
+    run.saver = SimpleNamespace(is_idle=False, wait=lambda: time.sleep(60))
     run.close()
 
 

@@ -102,7 +102,7 @@ def main(options, recipe: Recipe, stop: StopSignal) -> None:
         # With every step and evaluation made, the final model is less to write than the checkpoint of a stop would be.
         stopped = stop.agreed(accelerator, run.save_failed) and not progress.is_complete
         if due.save or stopped:
-            run.save()
+            run.save(stopped)
         if stopped or progress.is_complete:  # with early_stopping_patience before the last step
             break
 

@@ -73,12 +73,13 @@ class Saver:
         if writing:
             writing.result()
 
-    def save(self, state: dict[str, Any], stats: TrainingStats) -> None:
+    def save(self, state: dict[str, Any], stats: TrainingStats, behind: bool = True) -> None:
         """Begin to write a checkpoint, when the one before is written; or write it.
 
         Args:
             state: where the run stands, the same on every process; its `step` names the checkpoint.
             stats: this process's.
+            behind: whether there is more to do meanwhile; the same on every process.
 
         Raises:
             UserError: it, or the one before, cannot be written (a full disk); those before stay as they were. On every
@@ -86,10 +87,10 @@ class Saver:
         """
         self.wait()
         snapshot = take_snapshot(self.engine, self.recipe, state, stats)
-        if self._behind is None:
+        if behind and self._behind is None:
             self._behind = self._fits(snapshot)
         parts = self.engine.outline, self.tokenizer, self.recipe, snapshot, self.processes, self._lock
-        if not self._behind:
+        if not (behind and self._behind):
             write_checkpoint(*parts)
             return
         self._copies.copy(snapshot)

@@ -27,7 +27,7 @@ from run.log import RunLog
 from run.processes import Processes
 from run.retention import checkpoint_bytes
 from run.saving import Saver
-from run.snapshot import take_snapshot
+from run.snapshot import HostCopies, take_snapshot
 from run.stats import Clock, TrainingStats
 from training.checkpoint_files import state_file
 from training.engine import prepare_engine
@@ -282,3 +282,21 @@ def test_an_error_is_said_before_the_checkpoint_behind_it_is_waited_for(tmp_path
     assert said == "error: no more lines"
     assert "checkpoint-5 could not be written: [Errno 28]" in too
     assert json.loads((output / "run.json").read_text())["starts"][-1]["why"] == "no more lines"
+
+
+@pytest.mark.parametrize(
+    ("keys", "moment", "saved"),
+    [
+        ({"save_steps": 5}, {"steps": 3}, ["checkpoint-3"]),  # a stop before the first regular one
+        ({"save_strategy": "no"}, {"steps": 6}, ["checkpoint-6"]),
+        ({"save_steps": 20}, {}, ["checkpoint-20"]),  # the last step
+    ],
+    ids=str,
+)
+def test_no_copies_are_made_where_nothing_is_trained_meanwhile(tmp_path, tiny_model, monkeypatch, keys, moment, saved):
+    monkeypatch.setattr(HostCopies, "copy", lambda *_: pytest.fail("copied"))
+    output = tmp_path / "run"
+    run = run_here(small_recipe(tmp_path, tiny_model, **keys), output_dir=output, **moment)
+    assert run.returncode == (75 if moment else 0), run.stderr
+    assert [path.name for path in output.glob("checkpoint-*")] == saved
+    assert read_checkpoint(output / saved[0]).step == int(saved[0].partition("-")[2])

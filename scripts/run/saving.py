@@ -104,16 +104,17 @@ class Saver:
 
     def _fits(self, snapshot: Snapshot) -> bool:
         """Whether the copies of all processes fit into each machine's memory; the same on every process."""
-        sizes = self.processes.gather((os.uname().nodename, snapshot.bytes))
-        here = sum(size for machine, size in sizes if machine == os.uname().nodename)
-        free = free_memory()
-        fits = all(self.processes.gather(copies_fit(here, free)))
-        if not fits:
-            say(
-                f"save_in_background: the {show_bytes(here)} of a checkpoint's copies do not fit into the "
-                f"{show_bytes(free)} of memory that are free: training waits for each save"
-            )
-        return fits
+        found = self.processes.gather((os.uname().nodename, snapshot.bytes, free_memory()))
+        for machine in dict.fromkeys(name for name, *_ in found):
+            size = sum(size for name, size, _ in found if name == machine)
+            free = min(free for name, _, free in found if name == machine)
+            if not copies_fit(size, free):
+                say(
+                    f"save_in_background: the {show_bytes(size)} of a checkpoint's copies do not fit into the "
+                    f"{show_bytes(free)} of memory that are free on {machine}: training waits for each save"
+                )
+                return False
+        return True
 
 
 def write_checkpoint(

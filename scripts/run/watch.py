@@ -9,7 +9,6 @@ Times are of each machine's own monotonic clock, by when it heard a thing: clock
 process itself (SIGSTOP, a laptop asleep) does not count.
 """
 
-import atexit
 import faulthandler
 import json
 import os
@@ -150,7 +149,7 @@ class Watch:
             thread.join(2 * STORE_PATIENCE.total_seconds())
         self._server = None
         if self._threads:
-            atexit.register(faulthandler.dump_traceback_later, max(SHORTEST_END, 60 * self.minutes), exit=True, file=2)
+            faulthandler.dump_traceback_later(max(SHORTEST_END, 60 * self.minutes), exit=True, file=2)
 
     def _in_background(self, work: Callable[[], None]) -> None:
         self._threads.append(threading.Thread(target=work, name=work.__name__, daemon=True))

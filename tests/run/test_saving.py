@@ -216,6 +216,15 @@ def test_without_memory_for_the_copies_training_waits(saver, stats, monkeypatch,
     assert "of a checkpoint's copies do not fit into the 0.000954 MiB" in capsys.readouterr().out
 
 
+def test_the_machine_that_has_no_room_is_named(saver, stats, monkeypatch, capsys):
+    others = [("node2", 3 * 2**30, 5 * 2**30), ("node2", 3 * 2**30, 6 * 2**30)]  # 6 of 5 GiB
+    monkeypatch.setattr(saver.processes, "gather", lambda value: [value, *others])
+    assert not saver._fits(take_snapshot(saver.engine, saver.recipe, state_at(saver.recipe, 1), stats))
+    assert "the 6 GiB of a checkpoint's copies do not fit into the 5 GiB of memory that are free on node2" in (
+        capsys.readouterr().out
+    )
+
+
 def test_what_is_kept_of_the_process_is_of_that_moment_too(saver, stats, held_up):
     """The clock goes on while the model's files are written."""
     saver.save(state_at(saver.recipe, 1), stats)

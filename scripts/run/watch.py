@@ -143,7 +143,7 @@ class Watch:
     def close(self) -> None:
         """The run is over. The threads end before the interpreter does: one that comes back from within torch to an
         interpreter that is ending aborts the process (exit status -6), and the launchers of other machines wait 300
-        seconds for this one's. What hangs while the process ends is ended by a thread that needs no interpreter."""
+        seconds for this one's. What hangs from here on is ended by a thread that needs no interpreter."""
         self._closed.set()
         for thread in self._threads:
             thread.join(2 * STORE_PATIENCE.total_seconds())

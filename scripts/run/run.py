@@ -96,12 +96,14 @@ class Run:
         return self.progress
 
     def meet(self, accelerator: Accelerator) -> None:
-        """The processes have found each other: note where they are, and watch each other. Every process calls this.
+        """The processes have found each other: they note where they are and stand at one point, by what the first has
+        read, and watch each other. Every process calls this.
 
         Raises: UserError as `Processes`.
         """
         self.processes = Processes(accelerator)
         hosts = gather_object([socket.gethostname()])
+        self.progress.best = gather_object([self.progress.best])[0]
         if process_index() == 0:
             begin_start(self.record, self.progress.step, hosts)
             self.begun = True

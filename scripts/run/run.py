@@ -123,7 +123,7 @@ class Run:
         """What makes its steps from now on, counts them, and saves what they come to. Every process calls this."""
         self.watch.at("about to begin")
         self.engine, self.batches = engine, batches
-        self.saver = Saver(engine, self.tokenizer, self.recipe, self.processes, self.lock)
+        self.saver = Saver(engine, self.tokenizer, self.recipe, self.processes, self.check_folder)
         self.main_process = engine.accelerator.is_main_process
         self.device, flops = engine.accelerator.device, ModelFlops(engine.language_model)
         self.stats = TrainingStats(self.mix, self.device, self.clock, flops, peak_flops(self.device, dtype))
@@ -198,6 +198,7 @@ class Run:
                 replies = self.samples.take(self.engine)
             self.log.progress.set_description("training")
             self.log.write_samples(self.progress.step, self.samples, replies)
+            self.watch.at("training")
         if self.main_process and self.saver.is_idle:  # which else links when it is done
             link_checkpoints(self.recipe, self.progress.best)  # one of this very step may be there, of a stop
         if is_best and self.recipe.keep_best:

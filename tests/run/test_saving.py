@@ -26,6 +26,7 @@ from run.folder import lock_output_dir
 from run.log import RunLog
 from run.processes import Processes
 from run.retention import checkpoint_bytes
+from run.run import Run
 from run.saving import Saver
 from run.snapshot import HostCopies, take_snapshot
 from run.stats import Clock, TrainingStats
@@ -184,7 +185,8 @@ def test_the_copies_are_as_large_as_is_foretold(saver, stats, keys):
 def test_a_folder_that_is_taken_away_meanwhile_gets_no_checkpoint(saver, stats, monkeypatch, held_up, begun, how):
     """Before it is begun, or when it is all but whole."""
     folder = saver.recipe.output_dir
-    saver = Saver(saver.engine, saver.tokenizer, saver.recipe, saver.processes, lock_output_dir(saver.recipe))
+    run = Run(saver.recipe, None, lock_output_dir(saver.recipe))
+    saver = Saver(saver.engine, saver.tokenizer, saver.recipe, saver.processes, run.check_folder)
     (folder / "recipe.yaml").write_text("ours")
     read, seen = saving.read_checkpoint, []
 

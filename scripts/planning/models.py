@@ -41,6 +41,7 @@ def find_config(recipe: Recipe) -> PretrainedConfig:
 
     Raises: UserError where neither is, or the recipe cannot train it.
     """
+    recipe = as_here(recipe)
     name, who = recipe.model_name, f"model_name = {recipe.model_name}"
     if model_folder(name):
         return ready_config(recipe, load_pretrained(AutoConfig, name, who, recipe.trust_remote_code))
@@ -50,3 +51,8 @@ def find_config(recipe: Recipe) -> PretrainedConfig:
             f"{name} config.json` fetches it (no weights are needed)"
         )
     return ready_config(recipe, AutoConfig.for_model(**CONFIGS[name]))
+
+
+def as_here(recipe: Recipe) -> Recipe:
+    """For what is checked on this machine: which attention can run is a matter of the cards that are planned for."""
+    return recipe.model_copy(update={"attn_implementation": None})

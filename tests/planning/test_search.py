@@ -207,3 +207,14 @@ def test_a_plan_of_adapters_needs_none_of_their_packages(tiny_model, monkeypatch
     recipe = recipe.model_copy(update={"max_length": 256})
     subject = make_subject(recipe, find_config(recipe), find_mix(recipe)[0])
     assert plan_run(subject, next(launchers(recipe, 1)), find_card("h100")).fits
+
+
+def test_a_plan_is_made_with_the_attention_that_the_recipe_asks_for():
+    """Also with one that cannot run here. SDPA is given a mask where batches are padded, flash-attn is not."""
+    peaks = {}
+    for attention in ("sdpa", "flash_attention_2"):
+        keys = {"attn_implementation": attention, "padding_free": "false", "micro_batch_tokens": "null"}
+        recipe = load_recipe(ROOT / "recipes/stablelm3b_oasst.yaml", keys)
+        subject = make_subject(recipe, find_config(recipe), find_mix(recipe)[0])
+        peaks[attention] = plan_run(subject, next(launchers(recipe, 1)), find_card("h100")).parts["activations"]
+    assert peaks["sdpa"] > peaks["flash_attention_2"]

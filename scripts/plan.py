@@ -96,8 +96,6 @@ from utils.tables import make_console, make_table
 
 
 def main(options: argparse.Namespace, recipe: Recipe, recipe_file: str, overrides: dict[str, str]) -> None:
-    # Which attention runs is a matter of those cards, not of this machine.
-    recipe = recipe.model_copy(update={"attn_implementation": None})
     card, config = options.gpu, find_config(recipe)
     mix, data = find_mix(recipe, options.tokens)
     subject = make_subject(recipe, config, mix, options.mfu)

@@ -33,7 +33,7 @@ from data.mix import prepare_mix
 from publishing.model_card import write_model_card
 from recipe.keys import Recipe
 from run.dry_run import dry_run
-from run.opening import open_run, recorded_end
+from run.opening import awaited_end, open_run, recorded_end
 from run.preflight import preflight
 from run.report import describe_rehearsal, describe_run, out_of_memory, show_first_batch, show_replies
 from run.run import Run
@@ -102,7 +102,7 @@ def main(options, recipe: Recipe, stop: StopSignal) -> None:
         # With every step and evaluation made, the final model is less to write than the checkpoint of a stop would be.
         stopped = stop.agreed(accelerator, run.save_failed) and not progress.is_complete
         if due.save or stopped:
-            run.save()
+            run.save(stopped)
         if stopped or progress.is_complete:  # with early_stopping_patience before the last step
             break
 
@@ -110,6 +110,7 @@ def main(options, recipe: Recipe, stop: StopSignal) -> None:
     run.end(stopped, stop.name)
     if accelerator.is_main_process and not stopped:
         write_model_card(recipe.output_dir)
+    run.end_trackers()
     engine.close()
     if stopped:
         raise SystemExit(EXIT_STOPPED)
@@ -218,5 +219,5 @@ def evaluate_mix(engine: Engine, batches: Batches, run: Run, stop: StopSignal) -
 
 
 if __name__ == "__main__":
-    with one_line_errors(), recorded_end():
+    with awaited_end(), one_line_errors(), recorded_end():
         dry_run(RECIPE, OPTIONS.allow_changes) if OPTIONS.dry_run else main(OPTIONS, RECIPE, STOP)

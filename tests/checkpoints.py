@@ -1,5 +1,6 @@
 """A checkpoint to evaluate, without training one."""
 
+import json
 from pathlib import Path
 
 
@@ -19,6 +20,15 @@ def save_chat_model(tiny_model: Path, folder: Path, seed: int = 0) -> Path:
         parameter.data = torch.randn_like(parameter) * (0.3 if parameter.ndim > 1 else 0.1)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def give_own_code(folder: Path) -> Path:
+    """Make of a Llama's folder that of a model whose class is in a file beside its weights."""
+    (folder / "own.py").write_text("from transformers import LlamaForCausalLM\n\n\nclass Own(LlamaForCausalLM): ...\n")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"auto_map": {"AutoModelForCausalLM": "own.Own"}, "architectures": ["Own"]}
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 

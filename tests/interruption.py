@@ -7,6 +7,7 @@ A run within the test's process takes a second where a process of its own takes 
 """
 
 import contextlib
+import faulthandler
 import io
 import json
 import os
@@ -151,6 +152,7 @@ def run_here(*arguments, output_dir: Path, **moment):
         os.chdir(folder)
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        faulthandler.cancel_dump_traceback_later()  # which ends a process that does not end by itself
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         if (output_dir / ".lock").exists():

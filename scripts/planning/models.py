@@ -3,7 +3,8 @@
 from transformers import AutoConfig, PretrainedConfig
 
 from recipe.keys import Recipe
-from training.model import load_config, ready_config
+from training.model import ready_config
+from training.pretrained import load_pretrained
 from training.weight_files import model_folder
 from utils.errors import UserError
 
@@ -35,15 +36,23 @@ CONFIGS = {
 
 
 def find_config(recipe: Recipe) -> PretrainedConfig:
-    """The model's own config where it is here, else what is known of it.
+    """The model's own config where it is here, else what is known of it. Neither weights nor packages are needed that
+    only training needs.
 
     Raises: UserError where neither is, or the recipe cannot train it.
     """
-    if model_folder(recipe.model_name):
-        return load_config(recipe)
-    if recipe.model_name not in CONFIGS:
+    recipe = as_here(recipe)
+    name, who = recipe.model_name, f"model_name = {recipe.model_name}"
+    if model_folder(name):
+        return ready_config(recipe, load_pretrained(AutoConfig, name, who, recipe.trust_remote_code))
+    if name not in CONFIGS:
         raise UserError(
-            f"model_name = {recipe.model_name}: its config.json is not on this machine: `hf download "
-            f"{recipe.model_name} config.json` fetches it (no weights are needed)"
+            f"{who}: its config.json is not on this machine: `hf download "
+            f"{name} config.json` fetches it (no weights are needed)"
         )
-    return ready_config(recipe, AutoConfig.for_model(**CONFIGS[recipe.model_name]))
+    return ready_config(recipe, AutoConfig.for_model(**CONFIGS[name]))
+
+
+def as_here(recipe: Recipe) -> Recipe:
+    """For what is checked on this machine: which attention can run is a matter of the cards that are planned for."""
+    return recipe.model_copy(update={"attn_implementation": None})

@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from data.mix import Mix
 from planning.cards import GIB, PER_MACHINE, Card
 from planning.launchers import Launcher
+from planning.models import as_here
 from planning.speed import Pace
 from planning.work import Load, load_of, loads_of_steps, traffic_of, work_of
 from recipe.keys import Recipe
@@ -84,7 +85,7 @@ class Subject:
 
 def make_subject(recipe: Recipe, config: PretrainedConfig, mix: Mix, mfu: float | None = None) -> Subject:
     """Raises: UserError where no model can be made of the config, or none that is trained here."""
-    frozen = count_parameters(recipe, config, within=check_tiny(recipe, config) or [])
+    frozen = count_parameters(recipe, config, within=check_tiny(as_here(recipe), config) or [])
     return Subject(recipe, config, without_weights(recipe, config), mix, frozen, mfu)
 
 

@@ -107,10 +107,10 @@ def best_checkpoint(folder: Path, metric: str, best: Best | None) -> Path | None
 
 
 def best_and_last(recipe: Recipe, best: Best | None) -> dict[str, Path | None]:
-    """The checkpoints that the links of a run lead to, by their names."""
-    newest = list_checkpoints(recipe.output_dir)[-1:]
-    found = best_checkpoint(recipe.output_dir, recipe.early_stopping_metric, best), (newest or [None])[0]
-    return dict(zip(LINKS, found, strict=True))
+    """The checkpoints that the links of a run lead to, by their names; without what is somebody else's."""
+    folder, newest = recipe.output_dir, list_checkpoints(recipe.output_dir)[-1:]
+    found = best_checkpoint(folder, recipe.early_stopping_metric, best), (newest or [None])[0]
+    return {name: path for name, path in zip(LINKS, found, strict=True) if not is_others(folder / name)}
 
 
 def link_checkpoints(recipe: Recipe, best: Best | None) -> None:
@@ -123,8 +123,6 @@ def link_checkpoints(recipe: Recipe, best: Best | None) -> None:
     folder = recipe.output_dir
     for name, path in best_and_last(recipe, best).items():
         link = folder / name
-        if is_others(link):
-            continue
         if (path.name if path else None) == (os.readlink(link) if link.is_symlink() else None):
             continue
         try:

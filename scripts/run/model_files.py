@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save
 
 from recipe.keys import Recipe
 from run.model_parts import save_weights
@@ -92,10 +93,8 @@ def check_savable(recipe: Recipe, config: PretrainedConfig, tokenizer, fetch: bo
                         recipe.model_name, local_files_only=not fetch
                     )
             fit_to_tokenizer(model, tokenizer, mean_resizing=False)
-            model.config.save_pretrained(folder)
             model.generation_config.save_pretrained(folder)
-            _rewrite(Path(folder) / "config.json", with_older_rope)
-            without_weights(recipe, AutoConfig.from_pretrained(folder, trust_remote_code=recipe.trust_remote_code))
+            without_weights(recipe, _saved_config(model, folder, recipe))
         except Exception as error:  # as many kinds as transformers has
             raise UserError(
                 f"model_name = {recipe.model_name}: what a run saves of it could not be read back: {reason(error)}"
@@ -108,9 +107,16 @@ def config_of_run(recipe: Recipe, config: PretrainedConfig, tokenizer) -> Pretra
     model = without_weights(recipe, copy.deepcopy(config))
     fit_to_tokenizer(model, tokenizer, mean_resizing=False)
     with tempfile.TemporaryDirectory() as folder:
-        model.config.save_pretrained(folder)
-        _rewrite(Path(folder) / "config.json", with_older_rope)
-        return AutoConfig.from_pretrained(folder, trust_remote_code=recipe.trust_remote_code)
+        return _saved_config(model, folder, recipe)
+
+
+def _saved_config(model: PreTrainedModel, folder: str, recipe: Recipe) -> PretrainedConfig:
+    """A model's config, saved in a folder as `save_pretrained` of the model would, and read back."""
+    if model._auto_class:  # a class of the model's own code, which goes into each folder that names it
+        custom_object_save(model, folder, config=model.config)
+    model.config.save_pretrained(folder)
+    _rewrite(Path(folder) / "config.json", with_older_rope)
+    return AutoConfig.from_pretrained(folder, trust_remote_code=recipe.trust_remote_code)
 
 
 def config_changes(then: PretrainedConfig, now: PretrainedConfig) -> list[str]:

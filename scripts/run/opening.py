@@ -45,9 +45,20 @@ def open_run(recipe: Recipe, allow_changes: bool) -> Run | None:
 
 
 @contextmanager
+def awaited_end() -> Iterator[None]:
+    """Around what says why a start ended (`one_line_errors`), so that nobody waits for that until what is still written
+    behind it is: minutes."""
+    _OPENED.clear()
+    try:
+        yield
+    finally:
+        for run in _OPENED:
+            run.close()
+
+
+@contextmanager
 def recorded_end() -> Iterator[None]:
     """Around all of a start: where it ends by an error, or before its first step, run.json says so."""
-    _OPENED.clear()
     try:
         yield
     except (Exception, SystemExit) as error:
@@ -60,6 +71,3 @@ def recorded_end() -> Iterator[None]:
             with suppress(UserError):  # a disk that is full, of which the first error speaks
                 end_start(run.record, status, why, run.progress.step)
         raise
-    finally:
-        for run in _OPENED:
-            run.close()

@@ -29,7 +29,7 @@ from training.optimizer_state import load_loss_scale, load_optimizer, load_rando
 from training.plan import Position, packs_per_step, steps_left, training_rows
 from training.pretrained import load_pretrained
 from utils.errors import UserError
-from utils.launch import num_processes, say
+from utils.launch import num_processes, process_index, say
 from utils.schemas import checked
 from utils.tables import counted
 
@@ -213,14 +213,20 @@ def check_config(checkpoint: Checkpoint, config: PretrainedConfig, recipe: Recip
 
 
 def starting_point(checkpoint: Checkpoint | None, mix: Mix, recipe: Recipe) -> Progress:
-    """Where the run begins or goes on, and where it ends."""
+    """Where the run begins or goes on, and where it ends.
+
+    The best evaluation by another metric than the checkpoint's the first process alone has, by its metrics.jsonl.
+    """
     plan = {"epoch_conversations": len(training_rows(mix, recipe, 0)), "held_out": len(mix.validation) > 0}
     plan["patience"] = recipe.early_stopping_patience
     stood = {"step": 0, "position": Position()}
     if checkpoint:
         stood = {name: getattr(checkpoint.state, name) for name in KEPT} | {"position": checkpoint.position}
-        metric, last = recipe.early_stopping_metric, checkpoint.step - checkpoint.state.evaluation_due
-        stood["best"] = checkpoint.best(metric) or best_until(recipe.output_dir / "metrics.jsonl", metric, last)
+        metric = recipe.early_stopping_metric
+        stood["best"] = checkpoint.best(metric)
+        if stood["best"] is None and process_index() == 0:
+            last = checkpoint.step - 1 if checkpoint.state.evaluation_due else checkpoint.step
+            stood["best"] = best_until(recipe.output_dir / "metrics.jsonl", metric, last)
         if checkpoint.position.conversations >= len(training_rows(mix, recipe, checkpoint.position.epoch)):
             stood["position"] = Position(checkpoint.position.epoch + 1)  # of a mix that was made smaller
     end = recipe.max_steps or stood["step"] + steps_left(mix, recipe, num_processes(), stood["position"])

@@ -1,8 +1,9 @@
 """A run from its folder to its end: the one owner of where it stands, what it counts, and what it leaves."""
 
 import socket
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -38,7 +39,8 @@ from training.model import load_merged
 from training.optimizer_state import loss_scale
 from training.plan import Position
 from training.pretrained import load_pretrained
-from utils.launch import process_index, share_cores, stop_all
+from utils.errors import UserError, reason
+from utils.launch import process_index, say, share_cores, stop_all
 
 
 class Run:
@@ -94,12 +96,14 @@ class Run:
         return self.progress
 
     def meet(self, accelerator: Accelerator) -> None:
-        """The processes have found each other: note where they are, and watch each other. Every process calls this.
+        """The processes have found each other: they note where they are and stand at one point, by what the first has
+        read, and watch each other. Every process calls this.
 
         Raises: UserError as `Processes`.
         """
         self.processes = Processes(accelerator)
         hosts = gather_object([socket.gethostname()])
+        self.progress.best = gather_object([self.progress.best])[0]
         if process_index() == 0:
             begin_start(self.record, self.progress.step, hosts)
             self.begun = True
@@ -119,7 +123,7 @@ class Run:
         """What makes its steps from now on, counts them, and saves what they come to. Every process calls this."""
         self.watch.at("about to begin")
         self.engine, self.batches = engine, batches
-        self.saver = Saver(engine, self.tokenizer, self.recipe, self.processes, self.lock)
+        self.saver = Saver(engine, self.tokenizer, self.recipe, self.processes, self.check_folder)
         self.main_process = engine.accelerator.is_main_process
         self.device, flops = engine.accelerator.device, ModelFlops(engine.language_model)
         self.stats = TrainingStats(self.mix, self.device, self.clock, flops, peak_flops(self.device, dtype))
@@ -194,6 +198,7 @@ class Run:
                 replies = self.samples.take(self.engine)
             self.log.progress.set_description("training")
             self.log.write_samples(self.progress.step, self.samples, replies)
+            self.watch.at("training")
         if self.main_process and self.saver.is_idle:  # which else links when it is done
             link_checkpoints(self.recipe, self.progress.best)  # one of this very step may be there, of a stop
         if is_best and self.recipe.keep_best:
@@ -205,16 +210,21 @@ class Run:
         if self.progress.unlogged:
             self.write_metrics()
 
-    def save(self) -> None:
+    def save(self, stopped: bool = False) -> None:
         """Write a checkpoint, or begin to, unless this step has one since its evaluation was the best. Every process
-        calls this."""
+        calls this.
+
+        Args:
+            stopped: whether this is the last that the start does. As after the last step nothing is trained meanwhile,
+                so that no copies are made: over 100 GB for a 7B, in the 30 seconds that Slurm gives.
+        """
         if self.saved_step == self.progress.step:
             return
         self.check_folder()
         self.watch.at("saving", bytes_moved)
         with self.clock.spend("saving"):
             state = run_state(self.recipe, self.mix, self.engine, self.progress, self.health)
-            self.saver.save(state, self.stats)
+            self.saver.save(state, self.stats, behind=not (stopped or self.progress.is_complete))
         self.saved_step = self.progress.step
         self.watch.at("saved")
 
@@ -250,16 +260,29 @@ class Run:
         url = self.log.trackers.wandb_url
         end_start(self.record, status, why, self.progress.step, report=report, wandb=url)
         self.begun = False
-        self.watch.at("ending the run in its trackers", alive)  # which may take their time: all is written
-        self.log.trackers.finish()
-        self.watch.at("leaving the others")
+
+    def end_trackers(self) -> None:
+        """End the run in its trackers, which may take minutes for what they have left to upload: last of all, so that
+        nothing is missing where somebody ends it meanwhile."""
+        if self.main_process:
+            self.watch.at("ending the run in its trackers", alive)
+            self.log.trackers.finish()
+            self.watch.at("leaving the others")
 
     def close(self) -> None:
-        """This start is over, by whatever came: what is still written behind it ends first, while it is watched."""
+        """This start is over, by whatever came, and why is said: what is still written behind it ends first, while it
+        is watched. Where that fails too, a line says so."""
         if self.saver:
-            self.watch.at("ending a checkpoint", bytes_moved)
-            with suppress(Exception, SystemExit):  # the first error has been said
+            if not self.saver.is_idle:
+                self.watch.at("ending a checkpoint", bytes_moved)
+            try:
                 self.saver.wait()
+            except UserError as error:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            except SystemExit:  # of a process that leaves it to the first to say
+                pass
+            except Exception as error:  # another process is gone, most likely
+                say(f"the checkpoint that was being written is not: {reason(error)}")
         self.watch.close()
 
     def final_model(self) -> PreTrainedModel:

@@ -24,7 +24,6 @@ from recipe.keys import Recipe
 from run.best import Best, keep_checkpoints
 from run.checkpoint import read_checkpoint
 from run.checkpoint_state import FORMAT, process_file, sealed
-from run.folder import check_still_ours
 from run.model_files import as_readable_as_others, save_model, save_trained
 from run.processes import Processes
 from run.snapshot import HostCopies, Snapshot, Weights, take_snapshot, trained_weights
@@ -42,12 +41,19 @@ from utils.launch import say, stop_all
 class Saver:
     """Writes the checkpoints of a run, one at a time. Made and called by every process at once."""
 
-    def __init__(self, engine: Engine, tokenizer, recipe: Recipe, processes: Processes, lock: int | None = None):
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer,
+        recipe: Recipe,
+        processes: Processes,
+        check_folder: Callable[[], None] = lambda: None,
+    ):
         """
         Args:
-            lock: of the output folder, as `lock_output_dir` gives it, on the first process.
+            check_folder: called by the first process before it writes; raises UserError where that is not to be.
         """
-        self.engine, self.recipe, self.processes, self._lock = engine, recipe, processes, lock
+        self.engine, self.recipe, self.processes, self._check_folder = engine, recipe, processes, check_folder
         self.tokenizer = copy.deepcopy(tokenizer)  # whose padding and truncation a call of the run's own may change
         self._behind = None if recipe.save_in_background else False  # not known before there is something to copy
         device = engine.accelerator.device
@@ -73,12 +79,13 @@ class Saver:
         if writing:
             writing.result()
 
-    def save(self, state: dict[str, Any], stats: TrainingStats) -> None:
+    def save(self, state: dict[str, Any], stats: TrainingStats, behind: bool = True) -> None:
         """Begin to write a checkpoint, when the one before is written; or write it.
 
         Args:
             state: where the run stands, the same on every process; its `step` names the checkpoint.
             stats: this process's.
+            behind: whether there is more to do meanwhile; the same on every process.
 
         Raises:
             UserError: it, or the one before, cannot be written (a full disk); those before stay as they were. On every
@@ -86,10 +93,10 @@ class Saver:
         """
         self.wait()
         snapshot = take_snapshot(self.engine, self.recipe, state, stats)
-        if self._behind is None:
+        if behind and self._behind is None:
             self._behind = self._fits(snapshot)
-        parts = self.engine.outline, self.tokenizer, self.recipe, snapshot, self.processes, self._lock
-        if not self._behind:
+        parts = self.engine.outline, self.tokenizer, self.recipe, snapshot, self.processes, self._check_folder
+        if not (behind and self._behind):
             write_checkpoint(*parts)
             return
         self._copies.copy(snapshot)
@@ -103,16 +110,17 @@ class Saver:
 
     def _fits(self, snapshot: Snapshot) -> bool:
         """Whether the copies of all processes fit into each machine's memory; the same on every process."""
-        sizes = self.processes.gather((os.uname().nodename, snapshot.bytes))
-        here = sum(size for machine, size in sizes if machine == os.uname().nodename)
-        free = free_memory()
-        fits = all(self.processes.gather(copies_fit(here, free)))
-        if not fits:
-            say(
-                f"save_in_background: the {show_bytes(here)} of a checkpoint's copies do not fit into the "
-                f"{show_bytes(free)} of memory that are free: training waits for each save"
-            )
-        return fits
+        found = self.processes.gather((os.uname().nodename, snapshot.bytes, free_memory()))
+        for machine in dict.fromkeys(name for name, *_ in found):
+            size = sum(size for name, size, _ in found if name == machine)
+            free = min(free for name, _, free in found if name == machine)
+            if not copies_fit(size, free):
+                say(
+                    f"save_in_background: the {show_bytes(size)} of a checkpoint's copies do not fit into the "
+                    f"{show_bytes(free)} of memory that are free on {machine}: training waits for each save"
+                )
+                return False
+        return True
 
 
 def write_checkpoint(
@@ -121,23 +129,19 @@ def write_checkpoint(
     recipe: Recipe,
     snapshot: Snapshot,
     processes: Processes,
-    lock: int | None = None,
+    check_folder: Callable[[], None],
 ) -> None:
     """Write checkpoint-<step> of what each process has in its snapshot, then remove what is over save_total_limit.
 
     Args:
         model: for its names and its configs, an `Engine.outline`: in a thread, none that is trained meanwhile.
-        lock: as of `Saver`: a folder that is another by now gets no checkpoint.
+        check_folder: as of `Saver`: a folder that is another by now gets no checkpoint.
 
     Raises: UserError as `Saver.save`.
     """
     name = f"checkpoint-{snapshot.state['step']}"
     work, whole = recipe.output_dir / f".{name}", recipe.output_dir / name
     written: dict[str, dict[str, Any]] = {}  # by this process, as state.json lists it
-
-    def check_folder() -> None:
-        if lock is not None:
-            check_still_ours(recipe, lock)
 
     def make_folder() -> None:
         if processes.is_first:

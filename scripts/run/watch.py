@@ -9,7 +9,6 @@ Times are of each machine's own monotonic clock, by when it heard a thing: clock
 process itself (SIGSTOP, a laptop asleep) does not count.
 """
 
-import atexit
 import faulthandler
 import json
 import os
@@ -144,13 +143,13 @@ class Watch:
     def close(self) -> None:
         """The run is over. The threads end before the interpreter does: one that comes back from within torch to an
         interpreter that is ending aborts the process (exit status -6), and the launchers of other machines wait 300
-        seconds for this one's. What hangs while the process ends is ended by a thread that needs no interpreter."""
+        seconds for this one's. What hangs from here on is ended by a thread that needs no interpreter."""
         self._closed.set()
         for thread in self._threads:
             thread.join(2 * STORE_PATIENCE.total_seconds())
         self._server = None
         if self._threads:
-            atexit.register(faulthandler.dump_traceback_later, max(SHORTEST_END, 60 * self.minutes), exit=True, file=2)
+            faulthandler.dump_traceback_later(max(SHORTEST_END, 60 * self.minutes), exit=True, file=2)
 
     def _in_background(self, work: Callable[[], None]) -> None:
         self._threads.append(threading.Thread(target=work, name=work.__name__, daemon=True))

@@ -26,7 +26,6 @@ from training.adapter_files import (
     adapter_tensors,
     base_fingerprint,
     read_adapter,
-    require_packages,
 )
 from training.weight_files import hub_name
 from utils.errors import UserError, reason
@@ -39,10 +38,9 @@ def check_adapters(recipe: Recipe, model: PreTrainedModel) -> None:
     Args:
         model: without weights in memory.
 
-    Raises: UserError where a package is missing, 4 bits are not for this model, or a name of lora_target_modules fits
-        no linear layer of the body.
+    Raises: UserError where 4 bits are not for this model, or a name of lora_target_modules fits no linear layer of the
+        body.
     """
-    require_packages(recipe.load_in_4bit)
     linear = linear_layers(model)
     if recipe.load_in_4bit and any(isinstance(layer, Conv1D) for layer in linear.values()):
         # bitsandbytes holds them turned round, and merged they would be written like that (transformers 5.23).

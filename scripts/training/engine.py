@@ -172,8 +172,8 @@ def prepare_engine(
         model, optimizer = accelerator.prepare(model, optimizer)
     autocast = half and not deepspeed and not sharding
     half_weights = for_autocast(language_model, optimizer.optimizer, half) if autocast else None
-    # All have drawn alike until now, what they load included. What they draw while training is each one's own: else
-    # NEFTune's noise and dropout would be the same on all of them.
+    # The first goes on from where it stands after drawing what weights are new. What the others draw while training is
+    # each one's own: else NEFTune's noise and dropout would be the same on all of them.
     if accelerator.process_index:
         set_seed((recipe.rng_seed + accelerator.process_index) % 2**32)
     return Engine(accelerator, model, language_model, outline, optimizer, scheduler, half_weights)

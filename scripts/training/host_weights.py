@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -19,7 +19,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from recipe.keys import Recipe
 from training import model as whole
 from training.attention import describe_attention
-from utils.errors import UserError
+from utils.errors import UserError, reason
 from utils.launch import num_processes, process_index, say, stop_all
 
 
@@ -35,8 +35,8 @@ def load_model(
     """
     if num_processes() == 1:
         return whole.load_model(recipe, config, tokenizer, dtype, checkpoint)
-    model, told = None, ("", None)
     _import_own_code(recipe, config, checkpoint)
+    model, told = None, ("", None)
     if process_index() == 0:
         try:
             model = whole.read_model(recipe, config, tokenizer, dtype, checkpoint)
@@ -54,17 +54,26 @@ def load_model(
 
 def _import_own_code(recipe: Recipe, config: PretrainedConfig, checkpoint: Path | None) -> None:
     """Of a model with code of its own, import that as transformers will, under the same name on each machine, so that
-    an outline finds its class."""
+    an outline finds its class. Every process calls this.
+
+    Raises: UserError, on the first process, where one of them cannot; the others end in silence.
+    """
     reference = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
+    folder = checkpoint if checkpoint and not recipe.use_peft else recipe.model_name  # as `read_model` chooses
+    problem = None
     if reference and recipe.trust_remote_code:
-        get_class_from_dynamic_module(reference, str(checkpoint or recipe.model_name))
+        try:
+            get_class_from_dynamic_module(reference, str(folder))
+        except Exception as error:  # as many kinds as there is code
+            problem = f"{folder}: its own code ({reference}) cannot be imported: {reason(error)}"
+    if problems := [each for each in gather_object([problem]) if each]:
+        stop_all(problems[0])
 
 
 def outline_of(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of a model whose tensors have no memory: they are on the device `meta`."""
-    memo: dict[int, Any] = {}
     tensors = [*tensors_of(model)]
-    memo |= {id(tensor): _empty_like(tensor, "meta") for tensor in tensors}
+    memo: dict[int, Any] = {id(tensor): _empty_like(tensor, "meta") for tensor in tensors}
     for tensor in tensors:
         vars(memo[id(tensor)]).update(copy.deepcopy(vars(tensor), memo))  # of 4 bits: how they are to be read
     return copy.deepcopy(model, memo)

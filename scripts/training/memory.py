@@ -128,7 +128,8 @@ def _activations_per_token(
     autocast = element == 2 and not layout.keeps_half_weights and not recipe.use_peft
     stream = 4 if autocast else element  # the residual stream, which autocast leaves in fp32
     rms = hasattr(text, "rms_norm_eps")  # in transformers in single steps, computed in fp32
-    masked = not recipe.padding_free and choose_attention(recipe, config)[0] == "sdpa"
+    attention = recipe.attn_implementation or choose_attention(recipe, config)[0]
+    masked = not recipe.padding_free and attention == "sdpa"
     layer = (
         2 * hidden * (4 if rms else stream)  # inputs of the two norms
         + (2 * hidden * stream if rms else 0)  # before they are scaled

@@ -19,7 +19,7 @@ from transformers import (
 
 from data.dialogue import prepare_tokenizer
 from recipe.keys import Recipe
-from training.adapter_files import is_adapter
+from training.adapter_files import is_adapter, require_packages
 from training.adapters import check_adapters, check_reached, grow, keep_exact, put_on, quantization_options, take_over
 from training.attention import attention_dropout, choose_attention, describe_attention, keep_attention
 from training.family import (
@@ -58,7 +58,12 @@ def load_tokenizer(recipe: Recipe):
 
 
 def load_config(recipe: Recipe) -> PretrainedConfig:
-    """The model's config, as `ready_config` has it.  Raises: UserError also where it or whole weights are missing."""
+    """The model's config, as `ready_config` has it.
+
+    Raises: UserError also where it, whole weights, or what trains adapters is missing.
+    """
+    if recipe.use_peft:
+        require_packages(recipe.load_in_4bit)
     config = ready_config(recipe, _load(AutoConfig, recipe))
     folder = model_folder(recipe.model_name)
     if folder and not recipe.from_scratch:

@@ -25,7 +25,7 @@ class StateLayout:
         bucket: gradients that DeepSpeed reduces at once (`reduce_bucket_size`); None: the square of the hidden size.
         buckets: of them, two where one is filled while the other is reduced (`overlap_comm`).
         all_reduces: stages 1 and 2 give each process the sum of all gradients, of which it keeps its share: DeepSpeed's
-            default (`use_multi_rank_bucket_allreduce`), whatever `reduce_scatter` says.
+            default (`use_multi_rank_bucket_allreduce`), and without that where `reduce_scatter` is false.
         live: weights that ZeRO-3 leaves gathered (`stage3_max_live_parameters`).
         sub_group: weights that ZeRO-3 updates at once (`sub_group_size`).
         reshard: FSDP2's `reshard_after_forward`.

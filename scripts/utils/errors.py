@@ -47,8 +47,7 @@ def one_line_errors():
     except KeyboardInterrupt:  # sft.py, which has something to save, hears the signal itself
         line, status = "\ninterrupted", 128 + 2
     except RuntimeError as error:
-        # In gloo's words: another process is gone. It has said why itself, or the launcher does.
-        if "Connection closed by peer" not in str(error) and "Connection reset by peer" not in str(error):
+        if not another_is_gone(error):  # which has said why itself, or the launcher does
             raise
         line = f"process {rank} ends, since another one has"
     tqdm = sys.modules.get("tqdm")
@@ -70,6 +69,11 @@ def let_the_first_speak() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)  # at once, and in silence
     time.sleep(PATIENCE)
+
+
+def another_is_gone(error: RuntimeError) -> bool:
+    """Whether torch says, in gloo's words, that another process has ended."""
+    return any(words in str(error) for words in ("Connection closed by peer", "Connection reset by peer"))
 
 
 def reason(error: Exception) -> str:

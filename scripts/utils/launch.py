@@ -17,7 +17,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, KwargsHandler, gather_object
 
-from utils.errors import UserError, reason
+from utils.errors import UserError, another_is_gone, reason
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 # While the first process writes a checkpoint the others wait: 31 GB to a slow disk take longer than NCCL's ten minutes.
@@ -128,11 +128,12 @@ def process_group_options(deepspeed: bool) -> list[KwargsHandler]:
 
 @contextmanager
 def meeting_by_gloo() -> Iterator[None]:
-    """Around what makes a process group.  Raises: UserError where gloo's processes do not reach each other."""
+    """Around what makes a process group.  Raises: UserError where gloo's processes do not reach each other; not where
+    one of them has ended, which says why itself."""
     try:
         yield
     except RuntimeError as error:
-        if "gloo" not in str(error).lower():
+        if "gloo" not in str(error).lower() or another_is_gone(error):
             raise
         raise UserError(
             f"the processes do not reach each other by gloo: {reason(error)}: set GLOO_SOCKET_IFNAME to the network "

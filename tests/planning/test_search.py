@@ -1,5 +1,6 @@
 """The fastest setting that fits, of which data, for which models: what grows with what, and the documents' tables."""
 
+import importlib.util
 import json
 
 import numpy as np
@@ -195,3 +196,25 @@ def test_what_a_run_refuses_is_not_planned(tmp_path, config, keys, problem):
         keys = {"model_name": str(tmp_path), "max_length": "512", "fuse_gelu": "false"}
     with pytest.raises(UserError, match=problem):
         subject_of(keys)
+
+
+@pytest.mark.parametrize("here", [False, True])
+def test_a_plan_of_adapters_needs_none_of_their_packages(tiny_model, monkeypatch, here):
+    found = importlib.util.find_spec
+    gone = ("peft", "bitsandbytes")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in gone else found(name, *rest))
+    recipe = load_recipe(ROOT / "recipes/stablelm7b_oasst_qlora.yaml", {"model_name": str(tiny_model)} if here else {})
+    recipe = recipe.model_copy(update={"max_length": 256})
+    subject = make_subject(recipe, find_config(recipe), find_mix(recipe)[0])
+    assert plan_run(subject, next(launchers(recipe, 1)), find_card("h100")).fits
+
+
+def test_a_plan_is_made_with_the_attention_that_the_recipe_asks_for():
+    """Also with one that cannot run here. SDPA is given a mask where batches are padded, flash-attn is not."""
+    peaks = {}
+    for attention in ("sdpa", "flash_attention_2"):
+        keys = {"attn_implementation": attention, "padding_free": "false", "micro_batch_tokens": "null"}
+        recipe = load_recipe(ROOT / "recipes/stablelm3b_oasst.yaml", keys)
+        subject = make_subject(recipe, find_config(recipe), find_mix(recipe)[0])
+        peaks[attention] = plan_run(subject, next(launchers(recipe, 1)), find_card("h100")).parts["activations"]
+    assert peaks["sdpa"] > peaks["flash_attention_2"]

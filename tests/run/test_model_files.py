@@ -10,13 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import give_own_code
 from conftest import ROOT, TRANSFORMERS_4, run_script
+from mixes import make_recipe
 from read_elsewhere import read
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
 
 from data.dialogue import prepare_tokenizer
-from run.model_files import save_model, with_older_rope
+from run.model_files import check_savable, config_changes, config_of_run, save_model, with_older_rope
+from training.model import load_config, load_tokenizer, read_model, without_weights
 from training.tokenizer_files import as_older_tokenizer
 
 DEMO = ROOT / "recipes" / "demo_data" / "model"
@@ -235,3 +238,19 @@ def test_a_model_without_attention_trains_padded(tmp_path):
     run = run_of(tmp_path / "base", tmp_path, "--padding_free", "false")
     assert run.returncode == 0, run.stderr
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.model_type == "mamba"
+
+
+def test_code_of_its_own_is_saved_with_a_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = tmp_path / "with_own_code"
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(DEMO).save_pretrained(folder)
+    give_own_code(folder)
+    recipe = make_recipe(model_name=folder, max_length=64, trust_remote_code=True)
+    config, tokenizer = load_config(recipe), load_tokenizer(recipe)
+    check_savable(recipe, config, tokenizer)
+    model = read_model(recipe, config, tokenizer, torch.float32)
+    save_model(model, tokenizer, tmp_path / "saved")
+    saved = AutoConfig.from_pretrained(tmp_path / "saved", trust_remote_code=True)
+    assert config_changes(saved, config_of_run(recipe, config, tokenizer)) == []
+    assert type(without_weights(recipe, saved)).__name__ == type(model).__name__ == "Own"

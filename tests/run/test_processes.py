@@ -2,7 +2,7 @@
 
 import pytest
 
-from utils.errors import UserError
+from utils.errors import UserError, one_line_errors
 from utils.launch import meeting_by_gloo
 
 
@@ -17,3 +17,11 @@ def test_processes_that_gloo_does_not_bring_together():
 def test_any_other_error_is_left_as_it_is():
     with pytest.raises(RuntimeError, match="CUDA out of memory"), meeting_by_gloo():
         raise RuntimeError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("how", ["closed", "reset"])
+def test_one_that_has_died_is_no_wrong_network(monkeypatch, capsys, how):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit), one_line_errors(), meeting_by_gloo():
+        raise RuntimeError(f"[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection {how} by peer [::1]")
+    assert capsys.readouterr().err == "process 1 ends, since another one has\n"

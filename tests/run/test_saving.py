@@ -3,6 +3,7 @@ silence. (The whole of a run that is killed while one is written is tests/run/te
 """
 
 import json
+import sys
 import threading
 import time
 from pathlib import Path
@@ -22,8 +23,10 @@ from recipe.keys import Recipe
 from run import saving
 from run.checkpoint import read_checkpoint
 from run.folder import lock_output_dir
+from run.log import RunLog
 from run.processes import Processes
 from run.retention import checkpoint_bytes
+from run.run import Run
 from run.saving import Saver
 from run.snapshot import HostCopies, take_snapshot
 from run.stats import Clock, TrainingStats
@@ -182,7 +185,8 @@ def test_the_copies_are_as_large_as_is_foretold(saver, stats, keys):
 def test_a_folder_that_is_taken_away_meanwhile_gets_no_checkpoint(saver, stats, monkeypatch, held_up, begun, how):
     """Before it is begun, or when it is all but whole."""
     folder = saver.recipe.output_dir
-    saver = Saver(saver.engine, saver.tokenizer, saver.recipe, saver.processes, lock_output_dir(saver.recipe))
+    run = Run(saver.recipe, None, lock_output_dir(saver.recipe))
+    saver = Saver(saver.engine, saver.tokenizer, saver.recipe, saver.processes, run.check_folder)
     (folder / "recipe.yaml").write_text("ours")
     read, seen = saving.read_checkpoint, []
 
@@ -212,6 +216,15 @@ def test_without_memory_for_the_copies_training_waits(saver, stats, monkeypatch,
     assert (saver.recipe.output_dir / "checkpoint-1").exists()
     assert saver.is_idle
     assert "of a checkpoint's copies do not fit into the 0.000954 MiB" in capsys.readouterr().out
+
+
+def test_the_machine_that_has_no_room_is_named(saver, stats, monkeypatch, capsys):
+    others = [("node2", 3 * 2**30, 5 * 2**30), ("node2", 3 * 2**30, 6 * 2**30)]  # 6 of 5 GiB
+    monkeypatch.setattr(saver.processes, "gather", lambda value: [value, *others])
+    assert not saver._fits(take_snapshot(saver.engine, saver.recipe, state_at(saver.recipe, 1), stats))
+    assert "the 6 GiB of a checkpoint's copies do not fit into the 5 GiB of memory that are free on node2" in (
+        capsys.readouterr().out
+    )
 
 
 def test_what_is_kept_of_the_process_is_of_that_moment_too(saver, stats, held_up):
@@ -276,3 +289,45 @@ def test_without_pinned_memory_copies_are_made_all_the_same(saver, stats, monkey
         assert all(torch.equal(tensor, weights[name].flatten()) for name, tensor in held.items())
     assert len(asked) == 1
     assert capsys.readouterr().out.count("the system pins no more memory") == 1
+
+
+def test_an_error_is_said_before_the_checkpoint_behind_it_is_waited_for(tmp_path, tiny_model, monkeypatch):
+    output, write = tmp_path / "run", RunLog.write
+
+    def fail_after_5(log, line):
+        if line["step"] > 5:
+            raise UserError("no more lines")
+        write(log, line)
+
+    def fail_when_that_is_said(*_):
+        until = time.monotonic() + 60
+        while "error: no more lines" not in sys.stderr.getvalue() and time.monotonic() < until:
+            time.sleep(0.01)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RunLog, "write", fail_after_5)
+    monkeypatch.setattr(saving, "save_optimizer", fail_when_that_is_said)
+    run = run_here(small_recipe(tmp_path, tiny_model), output_dir=output)
+    assert run.returncode == 2
+    said, too = run.errors
+    assert said == "error: no more lines"
+    assert "checkpoint-5 could not be written: [Errno 28]" in too
+    assert json.loads((output / "run.json").read_text())["starts"][-1]["why"] == "no more lines"
+
+
+@pytest.mark.parametrize(
+    ("keys", "moment", "saved"),
+    [
+        ({"save_steps": 5}, {"steps": 3}, ["checkpoint-3"]),  # a stop before the first regular one
+        ({"save_strategy": "no"}, {"steps": 6}, ["checkpoint-6"]),
+        ({"save_steps": 20}, {}, ["checkpoint-20"]),  # the last step
+    ],
+    ids=str,
+)
+def test_no_copies_are_made_where_nothing_is_trained_meanwhile(tmp_path, tiny_model, monkeypatch, keys, moment, saved):
+    monkeypatch.setattr(HostCopies, "copy", lambda *_: pytest.fail("copied"))
+    output = tmp_path / "run"
+    run = run_here(small_recipe(tmp_path, tiny_model, **keys), output_dir=output, **moment)
+    assert run.returncode == (75 if moment else 0), run.stderr
+    assert [path.name for path in output.glob("checkpoint-*")] == saved
+    assert read_checkpoint(output / saved[0]).step == int(saved[0].partition("-")[2])

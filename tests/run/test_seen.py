@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from checkpoints import save_chat_model
 from conftest import run_script
 from export import open_source
@@ -400,7 +401,7 @@ def test_the_best_is_the_first_of_the_extremes(metric, values):
     assert best == Best(metric, step, extreme, len(values) - step)
 
 
-def test_another_metric_is_judged_from_the_beginning(tmp_path, recipe, whole):
+def test_another_metric_is_judged_from_the_beginning(tmp_path, recipe, whole, monkeypatch):
     """Which evaluation was the best by it, and how many came since, stands in metrics.jsonl."""
     output = shutil.copytree(whole.output_dir, tmp_path / "output", symlinks=True)
     lines = [line for line in whole.metrics() if "eval_words_loss" in line and line["step"] <= 30]
@@ -410,6 +411,14 @@ def test_another_metric_is_judged_from_the_beginning(tmp_path, recipe, whole):
     losses = [line["eval_words_loss"] for line in lines]
     step = lines[losses.index(min(losses))]["step"]
     assert best == Best("eval_words_loss", step, min(losses), sum(line["step"] > step for line in lines))
+    with monkeypatch.context() as patch:  # another process may see another file: it takes what the first has read
+        patch.setenv("RANK", "1")
+        other = Run(chosen, None, None)
+        other.progress = starting_point(read_checkpoint(output / "last"), mix, chosen)
+        assert other.progress.best is None
+        patch.setattr("run.run.gather_object", lambda values: [best if values == [None] else "node1", *values])
+        other.meet(Accelerator(cpu=True))
+        assert other.progress.best == best
     (output / "metrics.jsonl").unlink()
     assert starting_point(read_checkpoint(output / "last"), mix, chosen).best is None
 
@@ -511,6 +520,8 @@ def test_a_link_or_a_file_of_somebody_elses_is_left_alone(tmp_path, recipe):
     run = run_here(recipe, "--max_steps", 4, output_dir=tmp_path)
     assert run.returncode == 0, run.stderr
     assert os.readlink(tmp_path / "best") == "mine"
+    assert "best is checkpoint" not in run.stdout
+    assert "    last is checkpoint-" in run.stdout
     other = tmp_path / "other"
     other.mkdir()
     (other / "samples.jsonl").write_text("mine\n")

@@ -241,3 +241,16 @@ def test_what_is_refused_of_log_with(tmp_path, monkeypatch, keys, message):
 def test_others_are_unknown(tmp_path):
     with pytest.raises(ValueError, match="'wandb', 'tensorboard', 'trackio' or 'mlflow'"):
         make_recipe(tmp_path, log_with=["comet"])
+
+
+def test_all_is_written_before_the_trackers_take_their_time(tmp_path, tiny_model, monkeypatch):
+    output, there = tmp_path / "out", []
+
+    def finish(_):
+        there.extend(path.name for path in output.iterdir())
+        there.append(json.loads((output / "run.json").read_text())["status"])
+
+    monkeypatch.setattr(trackers.Trackers, "finish", finish)
+    run = run_here(small_recipe(tmp_path, tiny_model, max_steps=2, sample_replies=0), output_dir=output)
+    assert run.returncode == 0, run.stderr
+    assert {"model.safetensors", "README.md", "finished"} <= set(there)

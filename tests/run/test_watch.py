@@ -1,6 +1,5 @@
 """A run that stands still is ended within the recipe's time; one that goes on, however slowly, is not."""
 
-import atexit
 import json
 import os
 import re
@@ -107,17 +106,17 @@ def watched_run(stall_minutes: float):
 
 def ends_while_a_checkpoint_hangs() -> None:
     run = watched_run(0.01)
-    run.saver = SimpleNamespace(wait=lambda: time.sleep(60))
+    run.saver = SimpleNamespace(is_idle=False, wait=lambda: time.sleep(60))
     run.close()
 
 
 def hangs_as_it_ends() -> None:
-    """The interpreter calls what is registered, and then tears the libraries down."""
+    """The interpreter joins the threads that are left (of a drawing, say), calls what is registered, and then tears the
+    libraries down."""
     from run import watch
 
     watch.SHORTEST_END = 0.5
     watched_run(1 / 60).close()
-    atexit._run_exitfuncs()
     time.sleep(60)
 
 

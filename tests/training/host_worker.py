@@ -21,14 +21,17 @@ from accelerate.utils import gather_object
 from mixes import make_recipe
 from transformers import dynamic_module_utils
 
+from training.adapter_files import adapter_tensors, save_adapter
 from training.engine import start_accelerator
 from training.host_weights import load_model, receive_weights, tensors_of
 from training.model import load_config, load_tokenizer
+from utils.launch import process_index
 
 KINDS = {
     "adapters": {"use_peft": True},
     "4 bits": {"use_peft": True, "load_in_4bit": True},
     "own code": {"trust_remote_code": True},
+    "adapters of own code": {"use_peft": True, "trust_remote_code": True},
 }
 
 
@@ -36,7 +39,7 @@ def look_at(folder: str, accelerator) -> dict:
     keys = KINDS.get(Path(folder).name, {})
     recipe = make_recipe(model_name=folder, dtype="bf16", max_length=64, **keys)
     parts = recipe, load_config(recipe), load_tokenizer(recipe), torch.float32
-    model = load_model(*parts, checkpoint=Path(folder) if recipe.trust_remote_code else None)
+    model = load_model(*parts, checkpoint=write_checkpoint(folder, parts) if recipe.trust_remote_code else None)
     on_meta = all(tensor.is_meta for tensor in tensors_of(model))
     receive_weights(model, accelerator.device)
     state = [tensor.double().sum().item() for tensor in tensors_of(model)]
@@ -50,6 +53,17 @@ def look_at(folder: str, accelerator) -> dict:
         "same": all(each[1:] == everyone[0][1:] for each in everyone),
         "trained": trained,
     }
+
+
+def write_checkpoint(folder: str, parts: tuple) -> Path:
+    """What the run goes on from: a whole model, which is that of the folder, or the adapter alone."""
+    if not parts[0].use_peft:
+        return Path(folder)
+    model, checkpoint = load_model(*parts), Path(folder) / "checkpoint"
+    if process_index() == 0:
+        save_adapter(model, adapter_tensors(model), checkpoint)
+    gather_object([None])  # wait for it
+    return checkpoint
 
 
 @torch.no_grad()

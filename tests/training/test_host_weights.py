@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from checkpoints import give_own_code
 from conftest import ROOT, run_script
 from safetensors.torch import load_file, save_file
 from test_loss import SIZES
@@ -20,16 +21,6 @@ def save_llama(folder, **keys):
     model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(DEMO).save_pretrained(folder)
-    return folder
-
-
-def save_own_code(folder):
-    """A Llama whose class is in a file beside its weights."""
-    save_llama(folder)
-    (folder / "own.py").write_text("from transformers import LlamaForCausalLM\n\n\nclass Own(LlamaForCausalLM): ...\n")
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"auto_map": {"AutoModelForCausalLM": "own.Own"}, "architectures": ["Own"]}
-    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
@@ -53,7 +44,8 @@ def save_gemma(folder):
 def test_the_others_receive_what_the_first_has_read(tmp_path):
     folders = [save_llama(tmp_path / "tied"), save_llama(tmp_path / "untied", tie_word_embeddings=False)]
     folders += [save_gemma(tmp_path / "gemma"), save_llama(tmp_path / "adapters"), save_llama(tmp_path / "4 bits")]
-    folders.insert(3, save_own_code(tmp_path / "own code"))
+    folders.insert(3, give_own_code(save_llama(tmp_path / "own code")))
+    folders.append(give_own_code(save_llama(tmp_path / "adapters of own code")))
     worker = "tests/training/host_worker.py"
     run_script(tmp_path / "found.json", *folders, launch="ddp2", script=worker, output_dir=tmp_path)
     found = json.loads((tmp_path / "found.json").read_text())

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from data.kinds import UTF8
+from sources.messages_forms import is_message
 from utils.errors import UserError
 
 CHUNK_BYTES = 1 << 20
@@ -105,7 +106,9 @@ def _sound(value: Any) -> Any:
 def _holds_records(key: str, first: Any, fields: Collection[str]) -> bool:
     """Whether a list with this first element holds records under this key, and is not itself a field of one."""
     known = [name for name in first if name.lower() in fields] if isinstance(first, dict) else []
-    return bool(known) and (key.lower() not in fields or any(isinstance(first[name], list) for name in known))
+    if key.lower() not in fields:
+        return bool(known)
+    return any(isinstance(first[name], list) for name in known) and not is_message(first)  # which may have `images`
 
 
 def is_one_object(head: str, whole: bool, fields: Collection[str]) -> bool:

@@ -43,7 +43,7 @@ THOUGHTS = {"reasoning_content", "reasoning", "thinking", "thought", "thoughts",
 UNUSED_IN_MESSAGE = THOUGHTS | {"loss", "mask", "train_on_turn", "training", "train_detail"}
 CALLS = {"tool_calls", "function_call", "tool_call_id"}
 SAID_BESIDE = UNUSED_IN_MESSAGE | MEDIA | CALLS | {"weight", "train"}
-NOTHING = ("[]", "{}", "null", "None", "[null]", "[None]")  # as tables keep it in text
+NOTHING = ("[]", "{}", "null", "None", "nan", "[null]", "[None]")  # as tables keep it in text
 LIST_OF_OBJECTS = re.compile(r"\s*\[\s*\{")
 
 
@@ -129,12 +129,14 @@ def or_listed(value: Any, role_keys: tuple[str, ...], content_keys: tuple[str, .
     """
     if isinstance(value, str) and LIST_OF_OBJECTS.match(value):
         listed = _from_text(value)
-        if isinstance(listed, list) and all(_is_message(one, role_keys, content_keys) for one in listed):
+        if isinstance(listed, list) and all(is_message(one, role_keys, content_keys) for one in listed):
             return listed
     return value
 
 
-def _is_message(entry: Any, role_keys: tuple[str, ...], content_keys: tuple[str, ...]) -> bool:
+def is_message(
+    entry: Any, role_keys: tuple[str, ...] = ROLE_KEYS, content_keys: tuple[str, ...] = CONTENT_KEYS
+) -> bool:
     """Whether an object has a role that is known, and a key for its text."""
     role = isinstance(entry, dict) and (key := _first(role_keys, entry)) and entry[key]
     known = isinstance(role, str) and role.strip().lower() in ROLES.keys() | TOOLS

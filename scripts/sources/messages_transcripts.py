@@ -45,15 +45,19 @@ def turns_of_text(text: str) -> list[dict[str, str]]:
 def split_prompt(record: Record, where: str, prompt: str, reply: Any) -> tuple[Any, Any]:
     """The turns of a prompt that is such a text, and the reply, without blanks around it; any other as they are.
 
-    It is where it begins with `Human:` and ends with `Assistant:`, or its reply begins with a speaker.
+    It is one where it begins with `Human:`, and ends with `Assistant:` or a question after a reply; or the reply begins
+    with a speaker.
     Raises: UserError where it has the beginning and the end, and no line begins with a speaker in between.
     """
     opening = OPENING.match(prompt)
     named = OPENING.match(reply) if isinstance(reply, str) else None
     is_ended = prompt.rstrip().endswith(ENDING)
-    if not opening or opening[1] != "Human" or not (is_ended or named):
+    if not opening or opening[1] != "Human":
         return prompt, reply
     turns = turns_of_text(prompt)
+    has_replies = [turn["role"] for turn in turns[-2:]] == ["Assistant", "Human"]
+    if not (is_ended or named or has_replies):
+        return prompt, reply
     if is_ended and (not turns or turns.pop() != {"role": "Assistant", "content": ""}):
         raise record.error(
             f"field {where!r} begins with Human: and ends with {ENDING}, as a conversation in one text, but does not "

@@ -103,6 +103,7 @@ HH = "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant: b"
         ({"messages": chat("q r", [{"type": "thinking", "thinking": "x"}, {"type": "text", "text": "ab"}])}, JOINED),
         ({"messages": [message | {"tool_calls": "[]", "images": "null"} for message in chat("q", "a")]}, PAIR),
         ({"messages": chat("q", "a"), "system": [{"text": "s"}]}, [("system", "s"), *PAIR]),
+        ({"messages": [message | {"images": [], "tools": [None]} for message in chat("q", "a")]}, PAIR),
         ({"messages": chat("q", "a"), "system": {"type": "text", "text": "s"}}, [("system", "s"), *PAIR]),
         # A prompt and a reply.
         ({"prompt": HH.removesuffix(" b"), "response": "b"}, [*PAIR, *SECOND]),
@@ -483,6 +484,7 @@ def test_a_prompt_that_looks_like_messages_stays_text(tmp_path, text):
         ({"prompt": "### Human: q### Assistant:", "response": "a "}, PAIR),
         ({"prompt": "Human: q\nAssistant: a\n\nHuman: r\n\nAssistant:", "response": "b"}, [*PAIR, *SECOND]),
         ({"messages": "Human: q\nAssistant: a"}, PAIR),
+        ({"prompt": "\n\nHuman: q\n\nAssistant: a\n\nHuman: r", "response": " b"}, [*PAIR, *SECOND]),
         ({"prompt": "Human: q\nHuman: r", "response": "a"}, [("user", "Human: q\nHuman: r"), PAIR[1]]),
         # What says nothing beside the texts.
         ({"messages": chat("q", "a"), "images": [None], "image": {"bytes": None}}, PAIR),

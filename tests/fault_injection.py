@@ -2,7 +2,8 @@
 
 A run is watched from outside, by its output folder and by what it prints. Where a kill is aimed at a place (inside a
 save, say), all its processes are first frozen with SIGSTOP, a random moment after the run got there; only if it is
-still there is it killed, else it goes on to the next such place. So every kill is where the table says it was.
+still there is it killed, else it goes on to the next such place. So every kill is where the table says it was. Within
+the writing of a file a run is killed by the kernel, which allows none so large (RLIMIT_FSIZE).
 """
 
 import os
@@ -126,6 +127,9 @@ WAYS: dict[str, Callable[[Life, random.Random], None]] = {
 }
 
 
+IN_A_WRITE = "within a write"  # by itself: tests/lingering.py
+
+
 @dataclass
 class Death:
     """What a kill did: where and how, after how many seconds, from which checkpoint to which, and what it left over."""
@@ -165,8 +169,13 @@ def kill_at(life: Life, name: str, place: Place, way: str, rng: random.Random) -
         life.go_on()
     after = life.age()
     WAYS[way](life, rng)
+    return await_death(life, name, way, after)
+
+
+def await_death(life: Life, name: str, way: str, after: float | None = None) -> Death:
+    """Wait until nothing is left of a life that has been killed `after` some seconds, or that dies by itself there."""
     returncode = life.wait()
-    folder = life.output_dir
+    after, folder = after or life.age(), life.output_dir
     leftovers = [path.name for path in [*folder.glob(".checkpoint-*"), *folder.glob(".final")]]
     return Death(name, way, after, returncode, life.checkpoint, newest_step(folder), sorted(leftovers), life.printed())
 

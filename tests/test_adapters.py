@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -24,7 +25,7 @@ from test_training import EPSILON, LEARNING_RATE, MAX_NORM, WARMUP, conversation
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma3Config, GPTNeoXConfig
 
 from data.dialogue import prepare_tokenizer
-from publishing.adapter import name_base_for_others
+from publishing.adapter import check_adapter, name_base_for_others
 from publishing.foreign import shareable_card
 from recipe.load import load_recipe
 from training.adapter_files import ADAPTER_FILES
@@ -489,6 +490,16 @@ def test_no_path_of_this_machine_is_in_what_was_made_elsewhere(tmp_path, bases, 
     assert f"A fine-tuned version of [{name}](https://huggingface.co/{name}), `{name}/config.json`, place." in said
     assert "curl localhost/v1/chat 2>/dev/null -d @/v1/models/x" in said
     assert "its base model: " in run.stdout or way == "a model"
+
+
+def test_an_adapter_whose_weights_are_cut_off_is_not_exported(tmp_path, bases):
+    write_foreign(tmp_path, bases["with spare rows"], foreign_lora())
+    size = check_adapter(tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    assert size == weights.stat().st_size
+    os.truncate(weights, size - 1)
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors: cut off or damaged"):
+        check_adapter(tmp_path)
 
 
 def test_a_card_from_elsewhere_that_names_none_of_this_machine_stays_as_it_is():

@@ -20,7 +20,18 @@ import torch
 from accelerate import Accelerator
 from checkpoints import save_now, state_at
 from conftest import ROOT
-from fault_injection import WAYS, CutOff, SmallDisk, cut_off_at, fail_at, has_begun, kill_at, places
+from fault_injection import (
+    IN_A_WRITE,
+    WAYS,
+    CutOff,
+    SmallDisk,
+    await_death,
+    cut_off_at,
+    fail_at,
+    has_begun,
+    kill_at,
+    places,
+)
 from interruption import metrics
 from life import ForkedLife, Life, newest_step
 from safetensors.torch import load_file
@@ -69,12 +80,13 @@ class Training:
             self.start_seconds = life.age()
             assert life.wait() == 0, life.printed()[-3000:]
 
-    def start(self, *more, at: str = "", output_dir: Path | None = None) -> Life:
+    def start(self, *more, at: str = "", dies_of: int | None = None, output_dir: Path | None = None) -> Life:
         """
         Args:
             at: where a `LingeringLife` lingers, of tests/lingering.py.
+            dies_of: a file of more bytes than this that it writes there, instead.
         """
-        env = self.env | {"LINGER_AT": at}
+        env = self.env | {"LINGER_AT": at, "DIES_OF": str(dies_of or "")}
         return self.kind([*self.arguments, *more], output_dir or self.output_dir, self.launch, env, self.log)
 
     def go_to_the_end(self) -> None:
@@ -122,8 +134,9 @@ def kill_over_and_over(training: Training, kills: list[tuple[str, str]], seed: i
     for place, way in kills:
         if place == "preparation":
             shutil.rmtree(training.cache / "prepared", ignore_errors=True)
-        with training.start(at=place) as life:
-            death = kill_at(life, place, where[place], way, rng)
+        within = way == IN_A_WRITE
+        with training.start(at=place, dies_of=LARGE if within else None) as life:
+            death = await_death(life, place, way) if within else kill_at(life, place, where[place], way, rng)
         deaths.append(death)
         print(f"{len(deaths):2d} {death}", flush=True)
         assert death.returncode != 0
@@ -133,6 +146,8 @@ def kill_over_and_over(training: Training, kills: list[tuple[str, str]], seed: i
         if way == "SIGTERM launcher":  # one signal to each worker, and not before it trains
             assert heard
             assert death.leftovers == []
+        if within:
+            assert len([*training.output_dir.glob(BEGUN[place])]) == 1
         if way == "SIGKILL all":
             assert not heard
             if place.startswith("save: ") and where[place].exactly:
@@ -145,10 +160,20 @@ def kill_over_and_over(training: Training, kills: list[tuple[str, str]], seed: i
     print(f"identical after {len(deaths)} kills: {dict(Counter(death.way for death in deaths))}")
 
 
+# A death within a write is that of the first file over so many bytes, a quarter of the model. It leaves the name under
+# which safetensors begins to write.
+LARGE = 1_000_000
+BEGUN = {"save: optimizer": ".checkpoint-*/trainer_state/.tmp*", "the final model": ".final/**/.tmp*"}
+
 # A checkpoint that leaves an evaluation to do, which is done, but no other checkpoint comes of it.
 CUT_SHORT = [("evaluation", "SIGTERM all"), ("evaluated", "SIGKILL all")]
 SHORT = {
-    "cpu": [("save: optimizer", "SIGKILL all"), *CUT_SHORT, ("final", "SIGKILL all")],
+    "cpu": [
+        ("save: optimizer", IN_A_WRITE),
+        ("save: model", "SIGKILL all"),
+        *CUT_SHORT,
+        ("the final model", IN_A_WRITE),
+    ],
     "zero2x2": [("save: optimizer", "SIGKILL worker"), ("training", "SIGTERM all")],
     "zero3x2": [("save: model", "SIGKILL worker")],
     "fsdp2x2": [("save: model", "SIGKILL worker")],
@@ -294,7 +319,7 @@ def test_a_failing_disk_is_one_line_and_the_run_goes_on_when_it_is_mended(tmp_pa
 
         # No checkpoint any more, so that nothing large is written after the last step but the final model.
         last, full = lambda life: "14/14" in life.printed(), lambda: disk.fill(leave=10**6)
-        error = fails(last, full, "--save_steps", 1000, at="before the final model")
+        error = fails(last, full, "--save_steps", 1000, at="the final model")
         assert "the final model could not be written" in error
         assert newest_step(training.output_dir) < 14
 

@@ -23,12 +23,18 @@ def save_chat_model(tiny_model: Path, folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def give_own_code(folder: Path) -> Path:
-    """Make of a Llama's folder that of a model whose class is in a file beside its weights."""
-    (folder / "own.py").write_text("from transformers import LlamaForCausalLM\n\n\nclass Own(LlamaForCausalLM): ...\n")
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"auto_map": {"AutoModelForCausalLM": "own.Own"}, "architectures": ["Own"]}
-    (folder / "config.json").write_text(json.dumps(config))
+def give_own_code(folder: Path, own_config: bool = False) -> Path:
+    """Make of a Llama's folder that of a model whose class lies beside its weights, and if asked that of its config."""
+    values = json.loads((folder / "config.json").read_text())
+    values |= {"auto_map": {"AutoModelForCausalLM": "own.Own"}, "architectures": ["Own"]}
+    code = "from transformers import LlamaForCausalLM\n\n\nclass Own(LlamaForCausalLM):\n    pass\n"
+    if own_config:
+        text = "from transformers import LlamaConfig\n\n\nclass OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        (folder / "own_config.py").write_text(text)
+        code = f"from .own_config import OwnConfig\n{code}    config_class = OwnConfig\n"
+        values |= {"auto_map": {**values["auto_map"], "AutoConfig": "own_config.OwnConfig"}, "model_type": "own"}
+    (folder / "own.py").write_text(code)
+    (folder / "config.json").write_text(json.dumps(values))
     return folder
 
 

@@ -74,7 +74,8 @@ def model_card(
     described = described or model.folder
     results = find_results(model)
     tokenizer = load_chat_tokenizer(EvaluatedModel(str(described)))
-    config = load_pretrained(AutoConfig, str(described)).get_text_config()
+    trust = run is not None and run.recipe.trust_remote_code
+    config = load_pretrained(AutoConfig, str(described), trust_remote_code=trust).get_text_config()
     name = shareable_text(" ".join((name or _run_name(model, run)).split()))
     prompting = describe_prompting(tokenizer)
     positions = getattr(config, "max_position_embeddings", None)

@@ -12,14 +12,13 @@ import pytest
 import torch
 from checkpoints import give_own_code
 from conftest import ROOT, TRANSFORMERS_4, run_script
-from mixes import make_recipe
+from interruption import run_here, small_recipe
 from read_elsewhere import read
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
 
 from data.dialogue import prepare_tokenizer
-from run.model_files import check_savable, config_changes, config_of_run, save_model, with_older_rope
-from training.model import load_config, load_tokenizer, read_model, without_weights
+from run.model_files import save_model, with_older_rope
 from training.tokenizer_files import as_older_tokenizer
 
 DEMO = ROOT / "recipes" / "demo_data" / "model"
@@ -240,17 +239,24 @@ def test_a_model_without_attention_trains_padded(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.model_type == "mamba"
 
 
-def test_code_of_its_own_is_saved_with_a_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    folder = tmp_path / "with_own_code"
+@pytest.mark.parametrize("own_config", [False, True])
+def test_a_model_with_code_of_its_own_is_trained_gone_on_with_and_loaded(
+    tmp_path, tmp_path_factory, monkeypatch, own_config
+):
+    modules = tmp_path_factory.getbasetemp() / "modules"  # one for all, as a process imports from one
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(modules))
+    folder, output = tmp_path / f"with_own_code_{own_config}", tmp_path / "out"
     AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES)).save_pretrained(folder)
     AutoTokenizer.from_pretrained(DEMO).save_pretrained(folder)
-    give_own_code(folder)
-    recipe = make_recipe(model_name=folder, max_length=64, trust_remote_code=True)
-    config, tokenizer = load_config(recipe), load_tokenizer(recipe)
-    check_savable(recipe, config, tokenizer)
-    model = read_model(recipe, config, tokenizer, torch.float32)
-    save_model(model, tokenizer, tmp_path / "saved")
-    saved = AutoConfig.from_pretrained(tmp_path / "saved", trust_remote_code=True)
-    assert config_changes(saved, config_of_run(recipe, config, tokenizer)) == []
-    assert type(without_weights(recipe, saved)).__name__ == type(model).__name__ == "Own"
+    keys = {"trust_remote_code": True, "max_steps": 4, "fuse_gelu": False, "sample_replies": 0}
+    recipe = small_recipe(tmp_path, give_own_code(folder, own_config), **keys)
+    run = run_here(recipe, output_dir=output, steps=2)
+    assert run.returncode == 75, run.stderr
+    run = run_here(recipe, output_dir=output)
+    assert run.returncode == 0, run.stderr
+    assert "going on from" in run.stdout
+    assert (output / "README.md").exists()
+    for saved in (output, output / "checkpoint-2"):
+        assert {"own.py", "config.json"} <= {path.name for path in saved.iterdir()}
+        model = AutoModelForCausalLM.from_pretrained(saved, trust_remote_code=True)
+        assert type(model).__name__ == "Own"

@@ -13,8 +13,8 @@ from run.resume import find_checkpoint, is_finished
 from run.samples import check_prompts, load_prompts, room_for_reply
 from sources.registry import find_source
 from training.deepspeed_config import fill_config, find_config
-from training.fsdp_config import find_sharding
-from training.model import check_tiny, check_weights, count_parameters, load_config, load_tokenizer
+from training.fsdp_config import find_sharding, sharded_layers
+from training.model import check_tiny, check_weights, count_parameters, load_config, load_tokenizer, without_weights
 from training.plan import describe_step
 from training.weight_files import model_folder, weights_are_here
 from utils.errors import UserError
@@ -65,6 +65,8 @@ def dry_run(recipe: Recipe, allow_changes: bool) -> None:
         fill_config(*found, recipe, total_steps=recipe.max_steps, dtype=dtype)
         say(f"{found[1]}: agrees with the recipe")
     if sharding := find_sharding(recipe, dtype):
+        if model_folder(recipe.model_name):
+            sharded_layers(without_weights(recipe, load_config(recipe)), sharding)  # are there
         say(f"the accelerate config: {sharding}: agrees with the recipe")
     processes = "process" if num_processes() == 1 else "processes"
     say(f"{describe_step(recipe, num_processes())} with {num_processes()} {processes}")

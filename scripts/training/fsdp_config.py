@@ -99,8 +99,9 @@ def find_sharding(recipe: Recipe, dtype: torch.dtype) -> Sharding | None:
     if on_host and has_gpu() and dtype == torch.float16:
         # torch's fused AdamW on the host would read there, not waited for, whether a gradient on the GPU overflowed.
         raise UserError(f"dtype = fp16: {CONFIG}: fsdp_offload_params = true needs bf16 or fp32")
-    layers = plugin.transformer_cls_names_to_wrap
-    return Sharding(replicas, plugin.reshard_after_forward, on_host, tuple(layers) if layers else None)
+    # Of fsdp_transformer_layer_cls_to_wrap, which the plugin passes over where no fsdp_auto_wrap_policy is named.
+    layers = tuple(filter(None, map(str.strip, os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "").split(","))))
+    return Sharding(replicas, plugin.reshard_after_forward, on_host, layers or None)
 
 
 def sharding_of(accelerator: Accelerator) -> Sharding | None:
@@ -116,10 +117,16 @@ def sharded_layers(model: PreTrainedModel, sharding: Sharding) -> list[torch.nn.
     """
     names = sharding.layers or tuple(model._no_split_modules or ())
     layers = [module for module in model.modules() if type(module).__name__ in names]
+    key, missing = "fsdp_transformer_layer_cls_to_wrap", {*names} - {type(layer).__name__ for layer in layers}
+    if missing and (sharding.layers or not layers):
+        raise UserError(f"{CONFIG}: {key} = {','.join(names)}: the model has no layer {min(missing)}")
     if not layers:
-        key = "fsdp_transformer_layer_cls_to_wrap"
-        told = (
-            f"{key} = {','.join(names)}: the model has no such layer" if names else f"give {key}: transformers has none"
-        )
-        raise UserError(f"{CONFIG}: {told}")
+        raise UserError(f"{CONFIG}: give {key}: transformers has none")
+    head = {id(parameter) for parameter in model.get_output_embeddings().parameters()}  # and a tied embedding's
+    for layer in layers:
+        if any(id(parameter) in head for parameter in layer.parameters()):
+            raise UserError(
+                f"{CONFIG}: {key} = {','.join(names)}: {type(layer).__name__} holds the output layer, with which the "
+                "loss computes outside of it: name the decoder layers, or remove the key"
+            )
     return layers[::-1]

@@ -91,6 +91,7 @@ def launched(monkeypatch, tmp_path):
     return launch
 
 
+LAYERS = ("GPTNeoXLayer", "Other")
 ASKED = [
     ("fsdp2", 4, {}, Sharding(1, True, False)),
     ("fsdp2", 2, {"fsdp_reshard_after_forward": False}, Sharding(1, False, False)),
@@ -103,6 +104,7 @@ ASKED = [
         {"fsdp_transformer_layer_cls_to_wrap": "GPTNeoXLayer", "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP"},
         Sharding(1, True, False, ("GPTNeoXLayer",)),
     ),
+    ("fsdp2", 4, {"fsdp_transformer_layer_cls_to_wrap": "GPTNeoXLayer, Other"}, Sharding(1, True, False, LAYERS)),
     ("fsdp2", 4, {"fsdp_cpu_ram_efficient_loading": False}, Sharding(1, True, False)),
     ("hsdp", 4, {}, Sharding(2, True, False)),
 ]
@@ -166,8 +168,14 @@ def test_what_fsdp_does_not_train_is_refused(launched, monkeypatch):
 
 def test_a_layer_that_the_model_lacks_is_named():
     model = make_model("llama_tied")
-    with pytest.raises(UserError, match="cls_to_wrap = BloomBlock: the model has no such layer"):
+    with pytest.raises(UserError, match="cls_to_wrap = BloomBlock: the model has no layer BloomBlock"):
         sharded_layers(model, Sharding(1, True, False, ("BloomBlock",)))
+    with pytest.raises(UserError, match="the model has no layer BloomBlock"):
+        sharded_layers(model, Sharding(1, True, False, ("LlamaDecoderLayer", "BloomBlock")))
+    for name in ("Linear", "Embedding", "LlamaModel", "LlamaForCausalLM"):  # it is tied
+        with pytest.raises(UserError, match=f"cls_to_wrap = {name}: {name} holds the output layer"):
+            sharded_layers(model, Sharding(1, True, False, (name,)))
+    assert sharded_layers(model, Sharding(1, True, False, ("LlamaMLP", "LlamaDecoderLayer")))
     model._no_split_modules = None
     with pytest.raises(UserError, match="give fsdp_transformer_layer_cls_to_wrap: transformers has none"):
         sharded_layers(model, Sharding(1, True, False))

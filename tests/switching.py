@@ -32,9 +32,9 @@ def observed() -> Iterator[None]:
         restore(checkpoint, recipe, engine, *others)
         write_state(engine, recipe.output_dir / "restored")
 
-    def look_and_save(saver, *others):
+    def look_and_save(saver, *others, **options):
         write_state(saver.engine, saver.recipe.output_dir / "saved")
-        save(saver, *others)
+        save(saver, *others, **options)
 
     run.restore, Saver.save = restore_and_look, look_and_save
     try:

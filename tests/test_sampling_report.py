@@ -225,7 +225,6 @@ def test_the_settings_of_published_reports():
         ("a.json", '["a", 3]', "record 2: neither a text, "),
         ("a.json", '["a", ""]', "record 2: neither a text, "),
         ("a.jsonl", '"a"\n\n{"messages": []}\n', "line 3: neither a text, "),
-        ("a.txt", "one\n\nHuman: two Assistant:\n", "line 3: field 'prompt' begins with Human: and ends"),
         ("a.jsonl", '"a"\nplain text\n', "a.jsonl line 2, column 1: JSON does not parse: Expecting value"),
         ("a.jsonl", '{"text": "a"}\n', "record 1: neither a text, "),
         ("a.jsonl", '{"prompt": 5}\n', "field 'prompt' is a number"),

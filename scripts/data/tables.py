@@ -123,6 +123,8 @@ def _rows(path: Path, batch: Any, maps: str | None, before: int) -> list[dict[st
         return [{}] * batch.num_rows
     try:
         return batch.to_pylist(maps_as_pydicts=maps)
+    except MemoryError:
+        raise
     except Exception as error:  # pyarrow's own, and whatever Python makes of its values
         if batch.num_rows == 1:
             return [UserError(f"{path}, record {before + 1}: cannot be read: {reason(error)}")]

@@ -66,6 +66,7 @@ def recorded_end() -> Iterator[None]:
         if isinstance(error, SystemExit):
             status, why = "interrupted", "a signal before the first step"
         for run in _OPENED:
+            run.why = why
             if not run.begun:
                 continue
             with suppress(UserError):  # a disk that is full, of which the first error speaks

@@ -48,6 +48,7 @@ class Run:
 
     Attributes:
         begun: whether run.json is still to say how this start ended; False on all processes but the first.
+        why: the error that it ended by, once there is one.
         checkpoint: that it goes on from; None from its beginning.
         progress: where it stands.
         clock, stats, health: what its time goes into, what its steps add up to, and what went wrong in them.
@@ -60,7 +61,7 @@ class Run:
         """
         self.recipe, self.checkpoint, self.lock = recipe, checkpoint, lock
         self.record = recipe.output_dir / "run.json"
-        self.begun = False
+        self.begun, self.why = False, ""
         self.saver: Saver | None = None  # before there is an engine
         self.clock = Clock()
         self.saved_step: int | None = None  # of the last checkpoint of this start
@@ -277,10 +278,9 @@ class Run:
                 self.watch.at("ending a checkpoint", bytes_moved)
             try:
                 self.saver.wait()
-            except UserError as error:
-                print(f"error: {error}", file=sys.stderr, flush=True)
-            except SystemExit:  # of a process that leaves it to the first to say
-                pass
+            except (UserError, SystemExit) as error:  # the latter of a process that leaves it to the first to say
+                if isinstance(error, UserError) and not (self.why and self.why in str(error)):
+                    print(f"error: {error}", file=sys.stderr, flush=True)
             except Exception as error:  # another process is gone, most likely
                 say(f"the checkpoint that was being written is not: {reason(error)}")
         self.watch.close()

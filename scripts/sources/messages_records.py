@@ -24,7 +24,7 @@ def read_prompt(record: Record) -> list[Message] | None:
     if listed := _first(names.lists, there):
         messages = _turns(record, listed, record.values[listed], names, remarks)
     elif question := _first(names.questions, there):
-        asked, _ = _asked(record, question, None, names)
+        asked, _ = _asked(record, there, question, None, names)
         before, prompt = _prompt(record, there, question, asked, names, remarks)
         messages = [*before, *prompt]
     else:
@@ -113,7 +113,7 @@ def _pair(record: Record, there: dict[str, str], names: Names, remarks: Remarks)
         raise no_form(record, names)
     if len(there) > 2:
         remarks.unused.update(name for name in ANSWERS if name in there and there[name] not in (answer, question))
-    asked, replied = _asked(record, question, _one_text(record, answer), names)
+    asked, replied = _asked(record, there, question, _one_text(record, answer), names)
     before, prompt = _prompt(record, there, question, asked, names, remarks)
     remarks.used += (answer,)
     beginnings = ([*before, *prompt], prompt) if before else (prompt,)
@@ -142,19 +142,25 @@ def _one_text(record: Record, name: str) -> Any:
     return value
 
 
-def _asked(record: Record, question: str, replied: Any, names: Names) -> tuple[Any, Any]:
+def _asked(record: Record, there: dict[str, str], question: str, replied: Any, names: Names) -> tuple[Any, Any]:
     """A prompt, as a list of messages where its text holds one, and the reply to it."""
     asked = or_listed(_one_text(record, question), names.roles, names.contents)
-    return split_prompt(record, question, asked, replied) if isinstance(asked, str) else (asked, replied)
+    if not isinstance(asked, str) or _passage(there, question, names):  # that is of one question
+        return asked, replied
+    return split_prompt(asked, replied)
+
+
+def _passage(there: dict[str, str], question: str, names: Names) -> str | None:
+    """The field of what a question is about."""
+    passage = _first(names.passages, there)
+    return _first(names.passages[1:], there) if passage == question else passage
 
 
 def _prompt(
     record: Record, there: dict[str, str], question: str, asked: Any, names: Names, remarks: Remarks
 ) -> tuple[list[Message], list[Message]]:
     """The earlier turns in a field of their own, and the messages of a prompt, of which nothing is learnt."""
-    passage, history = _first(names.passages, there), _first(names.histories, there)
-    if passage == question:
-        passage = _first(names.passages[1:], there)
+    passage, history = _passage(there, question, names), _first(names.histories, there)
     listed = isinstance(asked, list | dict)
     if listed and passage:
         remarks.unused.add(passage)

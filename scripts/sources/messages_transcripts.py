@@ -7,8 +7,6 @@ r"""A conversation that is one text, in which its speakers' names stand: of HH-R
 import re
 from typing import Any
 
-from sources.source import Record
-
 # Before each speaker: an empty line (HH-RLHF), a new line (BELLE), ### (Guanaco).
 MARKS = (
     re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):"),
@@ -42,27 +40,21 @@ def turns_of_text(text: str) -> list[dict[str, str]]:
     return otherwise
 
 
-def split_prompt(record: Record, where: str, prompt: str, reply: Any) -> tuple[Any, Any]:
+def split_prompt(prompt: str, reply: Any) -> tuple[Any, Any]:
     """The turns of a prompt that is such a text, and the reply, without blanks around it; any other as they are.
 
-    It is one where it begins with `Human:`, and ends with `Assistant:` or a question after a reply; or the reply begins
-    with a speaker.
-    Raises: UserError where it has the beginning and the end, and no line begins with a speaker in between.
+    It is one where it begins with `Human:` and ends with `Assistant:`, or the reply begins with that, or with the
+    prompt. Else it may be a text that somebody has a question about.
     """
     opening = OPENING.match(prompt)
     named = OPENING.match(reply) if isinstance(reply, str) else None
-    is_ended = prompt.rstrip().endswith(ENDING)
-    if not opening or opening[1] != "Human":
+    is_ended, is_named = prompt.rstrip().endswith(ENDING), named is not None and named[1] == "Assistant"
+    is_repeated = named is not None and reply.strip().startswith(prompt.strip())
+    if not opening or opening[1] != "Human" or not (is_ended or is_named or is_repeated):
         return prompt, reply
     turns = turns_of_text(prompt)
-    has_replies = [turn["role"] for turn in turns[-2:]] == ["Assistant", "Human"]
-    if not (is_ended or named or has_replies):
-        return prompt, reply
     if is_ended and (not turns or turns.pop() != {"role": "Assistant", "content": ""}):
-        raise record.error(
-            f"field {where!r} begins with Human: and ends with {ENDING}, as a conversation in one text, but does not "
-            "split into turns: begin a line with each speaker"
-        )
+        return prompt, reply
     if isinstance(reply, str):
-        reply = (reply[named.end() :] if named and named[1] == "Assistant" else reply).strip()
+        reply = (reply[named.end() :] if is_named else reply).strip()
     return turns, reply

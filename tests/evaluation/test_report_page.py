@@ -172,12 +172,18 @@ def page(browser, page_file):
     page.on("console", lambda message: said.append(message.text))
     page.on("pageerror", lambda error: said.append(str(error)))
     page.on("request", lambda request: requests.append(request.url))
-    page.goto(page_file.as_uri())
+    load(page, page_file.as_uri())
     yield page
     assert page.evaluate("window.ran") is None
     assert said == []
     assert set(requests) <= {page_file.as_uri()} | {url for url in requests if url.startswith("blob:")}
     context.close()
+
+
+def load(page, address=None):
+    """Open an address, or the page once more, until it is drawn: before that the browser drops keys."""
+    page.goto(address) if address else page.reload()
+    page.evaluate("() => new Promise(drawn => requestAnimationFrame(() => requestAnimationFrame(drawn)))")
 
 
 def cards(page):
@@ -211,7 +217,7 @@ def test_every_text_stays_text(page):
 def test_the_policy_of_the_page(browser, page_file):
     """Even if a text became HTML, it could not run, load or send anything."""
     page = browser.new_page()
-    page.goto(page_file.as_uri())
+    load(page, page_file.as_uri())
     refused = []
     page.on("console", lambda message: refused.append(message.text))
     page.evaluate("document.body.insertAdjacentHTML('beforeend', `<i id=x onclick='window.ran = 4'>x</i>`)")
@@ -319,7 +325,7 @@ def test_blind_mode_hides_and_shuffles(page):
     page.keyboard.press("k")
     orders = blind_order(page)
     assert {tuple(order) for order in orders} == {("a", "b"), ("b", "a")}
-    page.reload()
+    load(page)
     assert blind_order(page) == orders
     page.fill("#seed", "7")
     page.locator("#seed").blur()
@@ -355,7 +361,7 @@ def test_votes_are_tallied_and_saved(page):
     page.keyboard.press("u")  # taken back
     assert page.locator("#votes [aria-pressed=true]").count() == 0
     assert page.locator("#tally").is_hidden()  # it would tell which letter is which
-    page.reload()
+    load(page)
     assert page.locator("#list [data-voted]").count() == 5
     page.keyboard.press("b")
     better = [expected.count(model) for model in MODELS]
@@ -413,7 +419,7 @@ def test_a_large_page_stays_quick(browser, tmp_path):
     path = tmp_path / "large.html"
     path.write_text(make_page([make_report(f"m{n}", prompts) for n in range(3)]), encoding="utf-8")
     page = browser.new_page()
-    page.goto(path.as_uri())
+    load(page, path.as_uri())
     timed = (
         "() => { const start = performance.now(); NAME; document.body.offsetHeight; return performance.now() - start }"
     )

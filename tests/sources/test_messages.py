@@ -417,7 +417,6 @@ def test_dropped_with_a_reason(tmp_path, messages, reason):
         ({"prompt": 3, "output": "a"}, "'prompt' is a number, not a string"),
         ({"prompt": "q", "output": 3}, "'output' is a number, not a string"),
         ({"prompt": "q", "output": ["\udc80"]}, "'output' holds half of a surrogate pair"),
-        ({"prompt": "Human: q Assistant:", "output": "a"}, "'prompt' begins with Human: .* does not split into turns"),
         ({"messages": [{"Role": "user", "Content": "q", "CONTENT": "r"}]}, "the key 'content' twice"),
         ({"Prompt": "p", "prompt": "q", "output": "a"}, "fields 'Prompt' and 'prompt' have one name: rename one"),
         ({"question": "q", "answers": "a"}, "`columns` to name others, such as 'answers'; fields there: question"),
@@ -461,6 +460,22 @@ def test_a_prompt_that_looks_like_messages_stays_text(tmp_path, text):
 
 
 @pytest.mark.parametrize(
+    ("prompt", "passage", "reply"),
+    [
+        ("Human: Hello\nAssistant: Hi\nHuman: how are you", "Summarise the conversation above.", "They greet."),
+        ("Human: What is x?\nAssistant:", "x is 3.", "3"),
+        ("Human: A\nAssistant: B\nHuman: C\nQ: What did Human say last?", "", "  code\n    x"),
+        ("Human: Write a script", "", "Human: Hi\nAssistant: Yo"),
+        ("Human: speak Assistant:", "", "42"),
+    ],
+)
+def test_a_text_with_speakers_that_a_question_is_about_stays_text(tmp_path, prompt, passage, reply):
+    asked = f"{prompt}\n\n{passage}" if passage else prompt
+    row = {"instruction": prompt, "input": passage, "output": reply}
+    assert read(tmp_path, row) == ([[("user", asked), ("assistant", reply)]], {})
+
+
+@pytest.mark.parametrize(
     ("row", "expected"),
     [
         ({"prompt": "q", "chosen": str(chat("q", "a"))}, PAIR),  # UltraFeedback, in CSV
@@ -484,7 +499,6 @@ def test_a_prompt_that_looks_like_messages_stays_text(tmp_path, text):
         ({"prompt": "### Human: q### Assistant:", "response": "a "}, PAIR),
         ({"prompt": "Human: q\nAssistant: a\n\nHuman: r\n\nAssistant:", "response": "b"}, [*PAIR, *SECOND]),
         ({"messages": "Human: q\nAssistant: a"}, PAIR),
-        ({"prompt": "\n\nHuman: q\n\nAssistant: a\n\nHuman: r", "response": " b"}, [*PAIR, *SECOND]),
         ({"prompt": "Human: q\nHuman: r", "response": "a"}, [("user", "Human: q\nHuman: r"), PAIR[1]]),
         # What says nothing beside the texts.
         ({"messages": chat("q", "a"), "images": [None], "image": {"bytes": None}}, PAIR),

@@ -241,8 +241,9 @@ def write_beside(source: EvaluatedModel, run: TrainedRun | None, folder: Path, n
         shutil.copyfile(path, folder / path.name)
     adapter, card = is_adapter(source.name), source.folder / "README.md"
     if not run and card.is_file() and adapter == is_adapter(str(folder)):
-        text = shareable_card(read_text(card, "card"), read_base(source.folder).name if adapter else None)
-        (folder / "README.md").write_text(text, encoding="utf-8")
+        given = read_text(card, "card", errors="surrogateescape")  # in any encoding: its bytes stay as they are
+        text = shareable_card(given, read_base(source.folder).name if adapter else None)
+        (folder / "README.md").write_text(text, encoding="utf-8", errors="surrogateescape")
     if run and (run.folder / "training.png").is_file():
         shutil.copyfile(run.folder / "training.png", folder / "training.png")
     if not (folder / "README.md").exists():

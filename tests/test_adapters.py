@@ -465,13 +465,13 @@ def test_no_path_of_this_machine_is_in_what_was_made_elsewhere(tmp_path, bases, 
     base = base if way == "of the hub" else tmp_path / "my base"
     shutil.copytree(bases["with spare rows"], base)
     write_foreign(folder, base, foreign_lora())
-    assert str(base) in (folder / "README.md").read_text()
+    assert str(base) in " ".join((folder / "README.md").read_text().split())  # YAML folds a long line at a blank
     if way == "a model":
         folder = shutil.copytree(base, tmp_path / "model")
     prepare_tokenizer(AutoTokenizer.from_pretrained(base)).save_pretrained(folder)
     if way != "merged":
         card = CARD.format(base=base, elsewhere=tmp_path / "another/place")
-        (folder / "README.md").write_text(card)
+        (folder / "README.md").write_bytes(card.encode() + b"caf\xe9\n")
     for path in folder.glob("*config.json"):
         more = {"cache_dir": str(tmp_path / "my cache")} if path.name != "adapter_config.json" else {}
         path.write_text(json.dumps(json.loads(path.read_text()) | more))
@@ -479,7 +479,7 @@ def test_no_path_of_this_machine_is_in_what_was_made_elsewhere(tmp_path, bases, 
     run = run_script(folder, out, *given, script="scripts/export.py", output_dir=tmp_path)
     for path in out.iterdir():
         assert str(tmp_path).encode() not in path.read_bytes(), path
-    said = (out / "README.md").read_text()
+    said = (out / "README.md").read_text(errors="surrogateescape")
     head = yaml.safe_load(said.split("---")[1])
     assert head.get("base_model") == ("org/name" if way == "of the hub" else None)
     if way == "merged":
@@ -489,6 +489,7 @@ def test_no_path_of_this_machine_is_in_what_was_made_elsewhere(tmp_path, bases, 
     name = "org/name" if way == "of the hub" else "my base"
     assert f"A fine-tuned version of [{name}](https://huggingface.co/{name}), `{name}/config.json`, place." in said
     assert "curl localhost/v1/chat 2>/dev/null -d @/v1/models/x" in said
+    assert said.endswith("caf\udce9\n")
     assert "its base model: " in run.stdout or way == "a model"
 
 
@@ -502,14 +503,35 @@ def test_an_adapter_whose_weights_are_cut_off_is_not_exported(tmp_path, bases):
         check_adapter(tmp_path)
 
 
-def test_a_card_from_elsewhere_that_names_none_of_this_machine_stays_as_it_is():
+def test_a_card_from_elsewhere_that_names_none_of_this_machine_stays_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("gpt2", "org/name"):  # what happens to be in the working directory
+        (tmp_path / name).mkdir(parents=True)
     for text in (
         "# No front matter: /v1/chat/completions, and/or </div>\n",
         "---\nbase_model:   org/name  # ours\ntags: [base_model:merge:org/name]\n---\n\n#!/usr/bin/env python\n",
         "---\n: [damaged\n---\ntext\n",
         "---\nbase_model:\n- org/one\n- gpt2\n---\n",
+        "---\nbase_model: gpt2\ntags:\n- base_model:adapter:gpt2\n---\nof org/name\n",
+        "docker run -v /opt/no-such/model:/mnt/no-such vllm --model /mnt/no-such/x, file:///home/no-such/x\n",
+        "---\nwidget: /tmp/no-such/folder with a text\n---\n",
     ):
         assert shareable_card(text, "org/name") == text
+
+
+def test_a_path_of_this_machine_in_a_card_from_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = tmp_path / "my base"
+    base.mkdir()
+    assert shareable_card("---\nbase_model: my base\n---\n# Ours\n") == "# Ours\n"
+    folded = str(base).replace(" ", "\n  ")  # as YAML writes a long line
+    head = f"base_model: {folded}\ntags:\n- base_model:adapter:{folded}\n"
+    assert shareable_card(f"---\n{head}---\n# Ours\n") == "# Ours\n"
+    assert shareable_card(f"---\n{head}- lora\n---\n# Ours\n") == "---\ntags:\n- lora\n---\n# Ours\n"
+    assert shareable_card(f"see {tmp_path}/gone/x, file://{tmp_path}/y, file://localhost{tmp_path}/a%20b/z") == (
+        "see x, y, z"
+    )
+    assert shareable_card(f"---\n{head}---\nof file://{base}/x\n") == "of my base/x\n"
 
 
 DAMAGES = {

@@ -8,6 +8,7 @@ import os
 import re
 from pathlib import Path, PurePath
 from typing import Any
+from urllib.parse import unquote
 
 import yaml
 from huggingface_hub.errors import HFValidationError
@@ -20,17 +21,14 @@ from utils.files import read_json
 
 CONFIGS = "config.json", "generation_config.json", "tokenizer_config.json", "adapter_config.json"
 SYSTEM = {"bin", "dev", "etc", "lib", "proc", "sys", "usr"}  # where paths are alike on all machines: /dev/null
+FILE_URL = re.compile(r"(?<![\w-])file://+(?:localhost)?(/[^\s'\",;:()|`<>]+)")
 
 
 def public_name(model: str) -> str | None:
     """What a model is called on the hub, also one whose folder is in the hub's cache; None for any other folder."""
     if os.path.isdir(folder := os.path.expanduser(model)):
         return cached_name(Path(folder))
-    try:
-        validate_repo_id(model)
-    except HFValidationError:
-        return None
-    return model
+    return _hub_name(model)
 
 
 def last_part(path: str) -> str:
@@ -46,9 +44,9 @@ def without_folders(value: Any) -> Any:
         return [without_folders(entry) for entry in value]
     if not isinstance(value, str):
         return value
-    if _is_of_this_machine(value) and "\n" not in value:  # with blanks, too
+    if _is_of_this_machine(value) and os.path.lexists(value):  # with blanks, too
         return PurePath(value).name
-    return ABSOLUTE_PATH.sub(lambda path: PurePath(path[0]).name if _is_of_this_machine(path[0]) else path[0], value)
+    return ABSOLUTE_PATH.sub(_without_folder, FILE_URL.sub(_without_folder, value))
 
 
 def clean_configs(folder: Path) -> None:
@@ -76,18 +74,35 @@ def shareable_card(text: str, base: str | None = None) -> str:
     tags = values.get("tags")
     cleaned = without_folders(values)
     if isinstance(given, str | list):
-        cleaned["base_model"] = [name for name in map(public_name, bases) if name]
+        cleaned["base_model"] = [name for name in map(_name_in_card, bases) if name]
         if isinstance(given, str):
             cleaned["base_model"] = next(iter(cleaned["base_model"]), None)
         if not cleaned["base_model"]:
             del cleaned["base_model"]
     if isinstance(tags, list):
         cleaned["tags"] = without_folders([tag for tag in map(_public_tag, tags) if tag is not None])
+        if tags and not cleaned["tags"]:
+            del cleaned["tags"]
     body = without_folders(_with_public_names(text[block.end() :], [*bases, *([base] if base else [])]))
     if cleaned == values:
         return block[0] + body
+    if not cleaned:
+        return body
     head = yaml.safe_dump(cleaned, sort_keys=False, allow_unicode=True, width=120)
     return f"---\n{head}---\n{body}"
+
+
+def _name_in_card(name: str) -> str | None:
+    """`public_name`, where `org/name` is of the hub also if the working directory happens to have such a folder."""
+    return public_name(name) if name.startswith(("/", ".", "~")) else _hub_name(name)
+
+
+def _hub_name(name: str) -> str | None:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
 
 
 def _public_tag(tag: Any) -> Any:
@@ -95,20 +110,25 @@ def _public_tag(tag: Any) -> Any:
     found = re.fullmatch(r"(base_model:(?:[a-z_]+:)?)(.+)", tag) if isinstance(tag, str) else None
     if not found:
         return tag
-    name = public_name(found[2])
+    name = _name_in_card(found[2])
     return name and found[1] + name
 
 
 def _with_public_names(text: str, models: list[str]) -> str:
     """A text in which these models are called as others know them."""
     for model in models:
-        if (name := public_name(model)) != model and "/" in model:
-            parts = re.split(rf"(?<![\w.~]){re.escape(model)}(?![\w-])", text)
+        if (name := _name_in_card(model)) != model and "/" in model:
+            parts = re.split(rf"(?<![\w.~])(?:file://)?{re.escape(model)}(?![\w-])", text)
             text = (name or last_part(model)).join(parts)
     return text
 
 
+def _without_folder(found: re.Match) -> str:
+    path = found[found.lastindex or 0]
+    return PurePath(path).name if _is_of_this_machine(unquote(path)) else found[0]
+
+
 def _is_of_this_machine(text: str) -> bool:
-    """Whether it is an absolute path below a folder that users have here."""
+    """Whether it is an absolute path whose first two parts are here; the first alone (/opt, /home) is everywhere."""
     parts = PurePath(text).parts
-    return len(parts) > 2 and parts[0] == "/" and parts[1] not in SYSTEM and os.path.isdir(f"/{parts[1]}")
+    return len(parts) > 2 and parts[0] == "/" and parts[1] not in SYSTEM and os.path.lexists(f"/{parts[1]}/{parts[2]}")

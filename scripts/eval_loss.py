@@ -46,6 +46,7 @@ if __name__ == "__main__":
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -61,6 +62,7 @@ from evaluation.chat_model import load_chat_tokenizer
 from evaluation.intervals import RESAMPLES, interval, item_columns, resampled_sums
 from evaluation.results import Evaluation, digest, metric, start_processes
 from recipe.keys import Recipe
+from run.record_file import read_record
 from sources.source import keys_that_change
 from training.batches import Batches
 from training.collate import cut
@@ -105,6 +107,12 @@ def main(options, checkpoint, recipe: Recipe) -> None:
         lacks = " ".join(missing)
         evaluation.warn(f"it lacks {lacks}: added with embeddings that were never trained, as sft.py starts")
 
+    if not options.recipe and (changed := changed_data(checkpoint.recipe_file.with_name("run.json"), mix)):
+        evaluation.warn(
+            f"the data of {', '.join(changed)} are not those that the run had: other conversations are held out, and "
+            "it may have been trained on some of them"
+        )
+
     conversations = describe_conversations(mix, recipe)
     rows = [conversation["row"] for key, conversation in conversations.items() if key not in evaluation.done]
     measure(evaluation, ScoredLoss(model, recipe).eval(), mix, recipe, tokenizer, rows)
@@ -118,6 +126,16 @@ def main(options, checkpoint, recipe: Recipe) -> None:
 
 
 # ---- The conversations ----
+
+
+def changed_data(record: Path, mix: Mix) -> list[str]:
+    """Names of the data sets that are other ones than a run's, by its run.json; none where that does not say."""
+    try:
+        data = read_record(record)["data"] or {}
+    except (UserError, KeyError):
+        return []
+    then = {name: described.get("fingerprint") for name, described in data.items()}
+    return [name for name, now in mix.fingerprints.items() if then.get(name, now) != now]
 
 
 def describe_conversations(mix: Mix, recipe: Recipe) -> dict[str, dict]:

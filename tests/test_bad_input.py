@@ -204,6 +204,7 @@ def test_cut_off_data_file(tmp_path, refused, kind, dry):
         ("dolly15k", "", ("the file is empty",)),
         ("dolly15k", "[]", ("holds no records",)),
         ("dolly15k", "instruction,response\nWhat?,That.\n", ("line 1", "not valid JSON")),
+        ("dolly15k", '{"instruction": "a"\n{"instruction": "b"}\n', ("line 1", "not valid JSON", "at column 20")),
         ("dolly15k", bytes(range(128, 256)), ("line 1", "not UTF-8")),
         ("dolly15k", "<!DOCTYPE html>\n<p>Not found</p>\n", ("web page", "download it anew")),
         ("dolly15k", '{"instruction": "a", "context": ""}\n', ("record 1", "response")),

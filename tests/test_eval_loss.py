@@ -122,6 +122,13 @@ def test_two_processes_and_other_batches_give_the_same(run, result, tmp_path, cu
     assert list(tmp_path.iterdir()) == [tmp_path / "two.json"]
 
 
+def test_other_data_than_the_runs_are_warned_of(run, result, tmp_path):
+    assert not any("data of" in warning for warning in result["warnings"])
+    found = evaluate(run.output_dir, "--datasets.vicuna.max_val_set", 11, "--output", tmp_path / "loss.json")
+    assert "warning: the data of vicuna are not those that the run had" in found.stdout
+    assert values(json.loads((tmp_path / "loss.json").read_text()))["loss"] != values(result)["loss"]
+
+
 def test_an_interrupted_evaluation_goes_on(run, result, tmp_path):
     """What is done is not done again: the losses that it is told here are no model's."""
     checkpoint = find_model(str(run.output_dir))

@@ -51,7 +51,8 @@ def read_lines(path: Path, file: IO[bytes]) -> Numbered:
         except json.JSONDecodeError as error:
             # A writer that was stopped leaves a last line without its newline.
             what = "not valid JSON" if raw.endswith(b"\n") else "cut off or not valid JSON"
-            record = UserError(f"{path}, line {number}: {what}: {error.msg} at column {error.colno}")
+            column = min(error.pos, len(line.rstrip())) + 1  # error.colno counts from the newline on
+            record = UserError(f"{path}, line {number}: {what}: {error.msg} at column {column}")
         except RecursionError:
             record = UserError(f"{path}, line {number}: nested too deeply")
         except ValueError as error:  # a key twice, a whole number of more than 4,300 digits

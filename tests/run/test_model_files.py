@@ -239,12 +239,26 @@ def test_a_model_without_attention_trains_padded(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.model_type == "mamba"
 
 
+def of_models() -> list[str]:
+    """Modules that came with models."""
+    return [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]
+
+
+@pytest.fixture
+def own_modules(tmp_path, monkeypatch):
+    """An empty cache of what comes with models; a process imports from the first that it finds, for good."""
+    for name in of_models():
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if not Path(path, "transformers_modules").exists()])
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    yield
+    for name in of_models():
+        del sys.modules[name]
+
+
 @pytest.mark.parametrize("own_config", [False, True])
-def test_a_model_with_code_of_its_own_is_trained_gone_on_with_and_loaded(
-    tmp_path, tmp_path_factory, monkeypatch, own_config
-):
-    modules = tmp_path_factory.getbasetemp() / "modules"  # one for all, as a process imports from one
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(modules))
+@pytest.mark.usefixtures("own_modules")
+def test_a_model_with_code_of_its_own_is_trained_gone_on_with_and_loaded(tmp_path, own_config):
     folder, output = tmp_path / f"with_own_code_{own_config}", tmp_path / "out"
     AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES)).save_pretrained(folder)
     AutoTokenizer.from_pretrained(DEMO).save_pretrained(folder)

@@ -94,6 +94,7 @@ class Run:
         if process_index() == 0:
             earlier = reproduced or (self.record if self.checkpoint and self.record.exists() else None)
             begin_record(self.record, self.recipe, mix, dtype, earlier)
+            self.begun = True
         return self.progress
 
     def meet(self, accelerator: Accelerator) -> None:
@@ -107,7 +108,6 @@ class Run:
         self.progress.best = gather_object([self.progress.best])[0]
         if process_index() == 0:
             begin_start(self.record, self.progress.step, hosts)
-            self.begun = True
         self.watch.connect()
 
     def load_model(self, config: PretrainedConfig, tokenizer, dtype: torch.dtype) -> PreTrainedModel:

@@ -49,6 +49,6 @@ def end_start(
     if record["status"] != "running":
         return  # those that ended it have said why, and this process has lost them; or all was done, and its end hung
     starts = record.get("starts") or []
-    if starts:
+    if starts and not starts[-1].get("why"):  # else an earlier one, and this one has not come so far
         starts[-1] |= {"step": step, "ended": utc_now(), "why": why}
     update_status(path, status, starts=starts, **more)

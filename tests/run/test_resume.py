@@ -395,6 +395,21 @@ def test_a_changed_recipe_is_refused_and_its_keys_are_named(recipe, output, whol
     assert [line["step"] for line in lines] == sorted(line["step"] for line in lines)
 
 
+def test_a_start_that_is_refused_is_none_that_runs(recipe, output, tmp_path, monkeypatch):
+    """Nor is what ended the start before it written over."""
+
+    def refuse(*_):
+        raise UserError("no room")
+
+    earlier = json.loads((output / "run.json").read_text())["starts"]
+    monkeypatch.setattr("run.preflight.preflight", refuse)
+    for folder, starts in ((output, earlier), (tmp_path / "new", [])):
+        run = run_here(recipe, output_dir=folder)
+        assert (run.returncode, run.errors) == (2, ["error: no room"])
+        record = json.loads((folder / "run.json").read_text())
+        assert (record["status"], record["starts"]) == ("failed", starts)
+
+
 def test_changed_data_are_refused(recipe, output, tmp_path, folder):
     data = tmp_path / "sums.jsonl"
     data.write_text((folder / "sums.jsonl").read_text())

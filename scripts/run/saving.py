@@ -188,6 +188,14 @@ def write_checkpoint(
             remove_tree(replaced)
         keep_checkpoints(recipe, whole, snapshot.state.get("best") and Best(**snapshot.state["best"]))
 
+    def reason_of(error: Exception) -> Exception:
+        """Where the folder was taken away, that: it is why a file is not found there."""
+        try:
+            check_folder()
+        except UserError as taken_away:
+            return taken_away
+        return error
+
     def as_one(action: Callable[[], None]) -> None:
         """Do a part of the work; where it fails on any process, all stop, the first with the reason."""
         problem = None
@@ -196,7 +204,7 @@ def write_checkpoint(
         except Exception as error:
             if not is_disk_error(error) and not isinstance(error, UserError):
                 raise
-            problem = f"{error} (process {processes.index})"
+            problem = f"{reason_of(error)} (process {processes.index})"
         problems = [problem for problem in processes.gather(problem) if problem]
         if not problems:
             return

@@ -55,7 +55,7 @@ class Tracker:
             try:
                 action(tracker)
             except Exception as error:  # as many kinds as there are trackers
-                say(f"\n{self.name}: no longer logged to, metrics.jsonl has all: {reason(error)}")
+                _say_left(self.name, error)
                 return
 
     def do(self, action: Callable[[GeneralTracker], None]) -> None:
@@ -130,7 +130,11 @@ class Trackers:
             action(self.wandb)
         except Exception as error:
             self.wandb = None
-            say(f"\nwandb: no longer logged to, metrics.jsonl has all: {reason(error)}")
+            _say_left("wandb", error)
+
+
+def _say_left(name: str, error: Exception) -> None:
+    say(f"\n{name}: no longer logged to, metrics.jsonl has all: {reason(error)}")
 
 
 def _started(what: str, start: Callable, *arguments: Any) -> Any:

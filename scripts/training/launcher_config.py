@@ -68,8 +68,10 @@ def check_beside_file(config: dict[str, Any], file: str) -> None:
 
     Raises: UserError, with both.
     """
+    if launcher_plugin() != "deepspeed":
+        return
     for key, (variable, place) in DEEPSPEED.items():
-        if launcher_plugin() != "deepspeed" or (given := os.environ.get(variable)) is None:
+        if (given := os.environ.get(variable)) is None:
             continue
         value: Any = config
         for name in place.split("."):

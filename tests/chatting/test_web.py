@@ -74,8 +74,13 @@ class Visitor:
         self.page, self.field = page, page.locator("#message textarea")
 
     def say(self, text: str) -> None:
-        self.field.fill(text)
+        self.fill(self.field, text)
         self.page.keyboard.press("Enter")
+
+    def fill(self, field, text: str) -> None:
+        """As who writes slower than the page is made: it shows a field and then gives it its value, by which 5 of 62
+        settings filled in at once were lost."""
+        self.wait(lambda: field.fill(text) or self.page.wait_for_timeout(200) or field.input_value() == text)
 
     def shown(self, panel: int) -> list[str]:
         """The texts of a panel, user and model in turn."""
@@ -102,7 +107,7 @@ class Visitor:
         if not self.page.locator("#settings input, #settings textarea").first.is_visible():
             self.page.locator("#settings").get_by_text("Settings").click()
         field = self.page.locator(f"#{name} input, #{name} textarea")
-        field.fill(str(value))
+        self.fill(field, str(value))
         field.press("Tab")
 
     def note(self) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from aiohttp import ClientOSError
+from aiohttp import ClientOSError, ClientTimeout
 
 from data.files import find_data_file
 from data.reading import Reading
@@ -259,6 +259,26 @@ def test_a_cache_that_cannot_be_written(tmp_path, capsys):
     path.unlink()
     with pytest.raises(UserError, match=r"\Adata set d: [^\n]*\.lock: [^\n]*give a cache_dir on another file system\Z"):
         find("memory://read/x.jsonl", tmp_path)
+
+
+def _by_a_new_client(monkeypatch, **timeout) -> None:
+    """Have fsspec make a client of its own for http, with this limit where none is asked for."""
+    fsspec.get_filesystem_class("http").clear_instance_cache()
+    monkeypatch.setattr("aiohttp.client.DEFAULT_TIMEOUT", ClientTimeout(**timeout))
+
+
+def test_a_file_may_take_longer_than_a_client_waits_by_itself(tmp_path, plain, monkeypatch):
+    _by_a_new_client(monkeypatch, total=0.001)
+    Plain.bodies["/a.jsonl"] = ROW.encode()
+    assert find(f"{plain}/a.jsonl", tmp_path)[0].read_text() == ROW
+
+
+def test_by_the_proxy_of_the_environment(tmp_path, plain, monkeypatch):
+    _by_a_new_client(monkeypatch)
+    url = "http://nowhere.invalid/chats.jsonl"
+    Plain.bodies[url] = ROW.encode()  # a proxy is asked for the whole address
+    monkeypatch.setenv("http_proxy", plain)
+    assert find(url, tmp_path)[0].read_text() == ROW
 
 
 @pytest.mark.parametrize(

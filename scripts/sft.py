@@ -110,7 +110,6 @@ def main(options, recipe: Recipe, stop: StopSignal) -> None:
     run.end(stopped, stop.name)
     if accelerator.is_main_process and not stopped:
         write_model_card(recipe.output_dir)
-    run.end_trackers()
     engine.close()
     if stopped:
         raise SystemExit(EXIT_STOPPED)

@@ -66,9 +66,9 @@ def recorded_end() -> Iterator[None]:
         if isinstance(error, SystemExit):
             status, why = "interrupted", "a signal before the first step"
         for run in _OPENED:
-            run.why = why
             if not run.begun:
                 continue
+            run.why = why
             with suppress(UserError):  # a disk that is full, of which the first error speaks
                 end_start(run.record, status, why, run.progress.step)
         raise

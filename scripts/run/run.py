@@ -63,6 +63,7 @@ class Run:
         self.record = recipe.output_dir / "run.json"
         self.begun, self.why = False, ""
         self.saver: Saver | None = None  # before there is an engine
+        self.log: RunLog | None = None  # before `start`
         self.clock = Clock()
         self.saved_step: int | None = None  # of the last checkpoint of this start
         self.watch = Watch(recipe.stall_minutes, self.record)
@@ -262,17 +263,10 @@ class Run:
         end_start(self.record, status, why, self.progress.step, report=report, wandb=url)
         self.begun = False
 
-    def end_trackers(self) -> None:
-        """End the run in its trackers, which may take minutes for what they have left to upload: last of all, so that
-        nothing is missing where somebody ends it meanwhile."""
-        if self.main_process:
-            self.watch.at("ending the run in its trackers", alive)
-            self.log.trackers.finish()
-            self.watch.at("leaving the others")
-
     def close(self) -> None:
         """This start is over, by whatever came, and why is said: what is still written behind it ends first, while it
-        is watched. Where that fails too, a line says so."""
+        is watched; where that fails too, a line says so. Last of all it ends in its trackers, which may take minutes
+        for what they have left to upload."""
         if self.saver:
             if not self.saver.is_idle:
                 self.watch.at("ending a checkpoint", bytes_moved)
@@ -283,6 +277,9 @@ class Run:
                     print(f"error: {error}", file=sys.stderr, flush=True)
             except Exception as error:  # another process is gone, most likely
                 say(f"the checkpoint that was being written is not: {reason(error)}")
+        if self.log and self.main_process:
+            self.watch.at("ending the run in its trackers", alive)
+            self.log.trackers.finish(failed=bool(self.why))
         self.watch.close()
 
     def final_model(self) -> PreTrainedModel:

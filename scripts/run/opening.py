@@ -66,6 +66,10 @@ def recorded_end() -> Iterator[None]:
         if isinstance(error, SystemExit):
             status, why = "interrupted", "a signal before the first step"
         for run in _OPENED:
+            if process_index() and isinstance(error, SystemExit):
+                # It leaves it to the first to say why: from then on a SIGTERM, also the user's, ends it at once
+                # (`let_the_first_speak`), and with it a checkpoint of which it still writes its part.
+                run.close()
             if not run.begun:
                 continue
             run.why = why

@@ -39,7 +39,7 @@ def make_recipe(folder: Path, **keys) -> Recipe:
 def log(tmp_path):
     log = RunLog(make_recipe(tmp_path), make_progress(3), main_process=True)
     yield log
-    log.progress.close()
+    log.progress_bar.close()
 
 
 def micro_batch(datasets: list[int], lengths: list[int]) -> Batch:

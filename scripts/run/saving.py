@@ -55,7 +55,8 @@ class Saver:
         """
         self.engine, self.recipe, self.processes, self._check_folder = engine, recipe, processes, check_folder
         self.tokenizer = copy.deepcopy(tokenizer)  # whose padding and truncation a call of the run's own may change
-        self._behind = None if recipe.save_in_background else False  # not known before there is something to copy
+        # Whether the training goes on meanwhile; None: not known before there is something to copy.
+        self._in_background: bool | None = None if recipe.save_in_background else False
         device = engine.accelerator.device
         # Else it would begin on the first GPU, where it would take memory for each of the processes.
         initializer = partial(torch.cuda.set_device, torch.cuda.current_device()) if device.type == "cuda" else None
@@ -93,20 +94,20 @@ class Saver:
         """
         self.wait()
         snapshot = take_snapshot(self.engine, self.recipe, state, stats)
-        if behind and self._behind is None:
-            self._behind = self._fits(snapshot)
+        if behind and self._in_background is None:
+            self._in_background = self._fits(snapshot)
         parts = self.engine.outline, self.tokenizer, self.recipe, snapshot, self.processes, self._check_folder
-        if not (behind and self._behind):
+        if not (behind and self._in_background):
             write_checkpoint(*parts)
             return
         self._copies.copy(snapshot)
         self._writing = self._thread.submit(write_checkpoint, *parts)
 
-    def save_final_model(self, merge: Callable | None = None) -> None:
-        """Wait for the last checkpoint, then write the final model.  Args, Raises: as `save_final_model`."""
+    def save_final_model(self, merge: Callable[[Path, Any], PreTrainedModel] | None = None) -> None:
+        """Wait for the last checkpoint, then write the final model.  Args, Raises: as `write_final_model`."""
         self.wait()
         weights, folder = trained_weights(self.engine), self.recipe.output_dir
-        save_final_model(self.engine.outline, self.tokenizer, folder, weights, self.processes, merge)
+        write_final_model(self.engine.outline, self.tokenizer, folder, weights, self.processes, merge)
 
     def _fits(self, snapshot: Snapshot) -> bool:
         """Whether the copies of all processes fit into each machine's memory; the same on every process."""
@@ -220,20 +221,20 @@ def write_checkpoint(
     as_one(publish)
 
 
-def save_final_model(
+def write_final_model(
     model: PreTrainedModel,
     tokenizer,
     folder: Path,
     weights: Weights,
     processes: Processes,
-    merge: Callable | None = None,
+    merge: Callable[[Path, Any], PreTrainedModel] | None = None,
 ) -> None:
     """Write the final model into the output folder itself, its files appearing only when all of them are whole. Every
     process calls this.
 
     Args:
-        merge: what makes of a folder with an adapter the whole model that is to be written; None writes what was
-            trained.
+        merge: what makes of a folder with an adapter, and the tokenizer, the whole model that is to be written; None
+            writes what was trained.
 
     Raises:
         UserError: it cannot be written (a full disk). On the first process.

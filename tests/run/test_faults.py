@@ -38,10 +38,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipe.keys import Recipe
-from run.checkpoint import read_checkpoint, remove_leftovers
+from run.checkpoint import read_checkpoint
+from run.folder import remove_leftovers
 from run.processes import Processes
 from run.retention import list_checkpoints
-from run.saving import save_final_model
+from run.saving import write_final_model
 from run.snapshot import trained_weights
 from run.stats import Clock, TrainingStats
 from training.engine import Engine
@@ -222,7 +223,7 @@ def test_a_save_cut_off_at_any_operation_on_files(tmp_path, tiny_model):
         save_now(engine, tokenizer, recipe(folder), state_at(recipe(folder), step), stats)
 
     def save_final(folder: Path) -> None:
-        save_final_model(model, tokenizer, folder, trained_weights(engine), Processes(accelerator))
+        write_final_model(model, tokenizer, folder, trained_weights(engine), Processes(accelerator))
 
     optimizer = accelerator.prepare(make_optimizer(model, recipe(tmp_path), 10, deepspeed=False)[0])
     engine = Engine(accelerator, model, model, model, optimizer, None)

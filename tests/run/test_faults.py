@@ -1,7 +1,7 @@
 """A run that is killed over and over, or whose disk is full or read-only for a while, ends as the untouched run does.
 
-CI runs a short form, in forked processes; `make soak` kills a plain and a ZeRO-2 run 20 times each, started by the
-user's own command, the launcher among the victims. FAULT_SEED=N repeats the choices of a failed soak, which it prints;
+CI runs a short form, in forked processes; `make soak` kills a run under each launcher of SHORT 20 times, started by the
+user's own command, itself among the victims. FAULT_SEED=N repeats the choices of a failed soak, which it prints;
 the moments themselves also depend on the machine.
 """
 

@@ -27,7 +27,7 @@ from run.log import RunLog
 from run.processes import Processes
 from run.retention import checkpoint_bytes
 from run.run import Run
-from run.saving import Saver
+from run.saving import CheckpointWriter, Saver
 from run.snapshot import HostCopies, take_snapshot
 from run.stats import Clock, TrainingStats
 from training.checkpoint_files import state_file
@@ -65,13 +65,13 @@ def stats():
 @pytest.fixture
 def held_up(monkeypatch):
     """Keeps what is written from being written until it is set."""
-    go_on, write = threading.Event(), saving.write_checkpoint
+    go_on, write = threading.Event(), CheckpointWriter.write
 
-    def wait_and_write(*parts):
+    def wait_and_write(writer):
         assert go_on.wait(60)
-        write(*parts)
+        write(writer)
 
-    monkeypatch.setattr(saving, "write_checkpoint", wait_and_write)
+    monkeypatch.setattr(CheckpointWriter, "write", wait_and_write)
     return go_on
 
 

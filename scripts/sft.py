@@ -110,7 +110,6 @@ def main(options, recipe: Recipe, stop: StopSignal) -> None:
     run.end(stopped, stop.name)
     if accelerator.is_main_process and not stopped:
         write_model_card(recipe.output_dir)
-    run.end_trackers()
     engine.close()
     if stopped:
         raise SystemExit(EXIT_STOPPED)
@@ -126,24 +125,28 @@ def train_step(engine: Engine, micro_batches, recipe: Recipe, stats, rehearsal=F
     weights, each loss is multiplied by its own, and the mean divided by the mean of the weights, made in the same way.
     A micro-batch or a process without a scored token adds exactly nothing.
 
+    Args:
+        micro_batches: this process's, a list of `Batch` on the CPU.
+        stats: the run's `TrainingStats`, to which the losses, tokens and times are added.
+
     Returns:
         The gradient norm before clipping, and whether the weights were updated: not where the norm is no finite number.
     """
     accelerator, model, optimizer = engine.accelerator, engine.model, engine.optimizer
     by_tokens = recipe.loss_normalization == "tokens"
-    # By what a micro-batch's sum is divided itself, before all of them are by what they weigh together.
-    sizes = [1 if by_tokens else max(1, len(batch.targets)) for batch in micro_batches]
-    weight = sum(batch.total_weight / size for batch, size in zip(micro_batches, sizes, strict=True))
-    weight = torch.tensor(weight, dtype=torch.double).to(accelerator.device, non_blocking=True)
-    weight = accelerator.reduce(weight).float()
-    weight += weight == 0  # of a step that teaches nothing
+    # What a micro-batch's sum of losses is divided by, before the step's is divided by the weight of all its tokens.
+    divisors = [1 if by_tokens else max(1, len(batch.targets)) for batch in micro_batches]
+    step_weight = sum(batch.total_weight / divisor for batch, divisor in zip(micro_batches, divisors, strict=True))
+    step_weight = torch.tensor(step_weight, dtype=torch.double).to(accelerator.device, non_blocking=True)
+    step_weight = accelerator.reduce(step_weight).float()
+    step_weight += step_weight == 0  # of a step that teaches nothing
 
-    for number, (batch, size) in enumerate(zip(micro_batches, sizes, strict=True), 1):
+    for number, (batch, divisor) in enumerate(zip(micro_batches, divisors, strict=True), 1):
         batch = batch.to(accelerator.device)
         with engine.micro_batch(last=number == len(micro_batches)):
             with stats.pace.spend("forward"):
                 total, losses, _ = model(batch)
-            loss = total / size / weight
+            loss = total / divisor / step_weight
             # A loss that is no finite number makes NaN of every gradient, on every process: the norm tells all of it.
             finite = math.nan if rehearsal else 1 + 0 * loss.detach()
             # DDP and DeepSpeed average over processes and DeepSpeed divides by the accumulation steps: undo both.
@@ -165,7 +168,12 @@ def train_step(engine: Engine, micro_batches, recipe: Recipe, stats, rehearsal=F
 def rehearse(engine: Engine, batches: Batches, largest_batches, stats) -> float:
     """Run the plan's largest micro-batches, so that memory runs out now and not six hours in; nothing is changed.
 
-    Returns the seconds of a training micro-batch. Raises UserError where the GPU's memory is too small.
+    Args:
+        largest_batches: the `MicroBatch` of training and the one of evaluation that `preflight` has found, or None.
+        stats: as in `train_step`; nothing of the rehearsal counts in them.
+
+    Returns: the seconds of a training micro-batch.
+    Raises: UserError where the GPU's memory is too small.
     """
     train, held_out = largest_batches
     # Twice where gradients accumulate: the second time they are in memory while it runs.
@@ -189,7 +197,7 @@ def rehearse(engine: Engine, batches: Batches, largest_batches, stats) -> float:
 
 @torch.no_grad()
 def evaluate_mix(engine: Engine, batches: Batches, run: Run, stop: StopSignal) -> None:
-    """Write down loss and accuracy of each data set and of all, over every scored token of the validation split.
+    """Write down loss and token accuracy of each data set and of all, over every scored token of the validation split.
 
     The loss is the cross-entropy alone, and no token has a weight: runs that are trained in other ways are compared.
     Sums are added over the processes and divided once, so that the result depends neither on their number nor on the

@@ -56,7 +56,7 @@ if __name__ == "__main__":
         "save: model": (saving, "save_trained", "after"),
         "save: optimizer": (saving, "save_optimizer", "after"),
         "saved": (saving, "keep_checkpoints", "after"),
-        "the final model": (saving, "save_final_model", "before"),
+        "the final model": (saving, "write_final_model", "before"),
         "final": (saving, "save_trained", "after"),
     }
     if place := places.get(os.environ.get("LINGER_AT")):

@@ -32,7 +32,7 @@ from publishing.weights import read_weights
 from sources.registry import find_source
 from training.adapter_files import is_adapter
 from training.pretrained import load_pretrained
-from utils.errors import UserError
+from utils.errors import UserError, reason
 from utils.files import write_whole
 from utils.launch import say
 from utils.tables import counted
@@ -49,8 +49,8 @@ def write_model_card(folder: Path) -> None:
     try:
         model = find_model(str(folder))
         write_whole(path, str(model_card(model, find_run(model))))
-    except (OSError, UserError) as error:
-        problem = error.strerror if isinstance(error, OSError) else error
+    except Exception as error:  # as many kinds as transformers, Jinja and huggingface_hub have
+        problem = error if isinstance(error, UserError) else getattr(error, "strerror", None) or reason(error)
         say(f"warning: {path}: the model's card could not be written: {problem}")
 
 

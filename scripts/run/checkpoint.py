@@ -16,17 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from run.best import Best
-from run.checkpoint_state import (
-    ProcessState,
-    State,
-    read_process_states,
-    read_state,
-)
+from run.checkpoint_state import ProcessState, State, read_process_states, read_state
 from run.retention import NUMBERED
 from training.checkpoint_files import TRAINER_STATE, check_file, state_file
 from training.plan import Position
 from utils.errors import UserError
-from utils.files import UNFINISHED, remove_tree
 
 
 @dataclass
@@ -99,14 +93,3 @@ def read_checkpoint(path: Path, contents: bool = True) -> Checkpoint:
                 f"{path}: {name} holds the state after step {state.step}: its name has to be checkpoint-{state.step}"
             )
     return Checkpoint(path, state, processes)
-
-
-def remove_leftovers(folder: Path) -> list[str]:
-    """Remove what a killed run had half written or half removed; returns the names."""
-    leftovers = [*folder.glob(".checkpoint-*"), *folder.glob(".final"), *folder.glob("checkpoint-*/.trainer_state")]
-    for path in leftovers:
-        remove_tree(path)
-    files = [*folder.glob(f".*{UNFINISHED}")]
-    for path in files:
-        path.unlink()
-    return [path.relative_to(folder).as_posix() for path in leftovers + files]

@@ -16,7 +16,7 @@ from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
 from recipe.keys import Recipe
 from run.health import WINDOW
-from run.record_file import still_keys
+from run.record_file import without_former_keys
 from training.adapter_files import ADAPTER_CONFIG
 from training.checkpoint_files import TRAINER_STATE, File, is_model_file, state_file
 from utils.errors import UserError
@@ -37,7 +37,7 @@ class Exact(Schema):
     model_config = ConfigDict(extra="forbid")
 
 
-class Place(Exact):
+class PositionState(Exact):
     """A `training.plan.Position`."""
 
     epoch: Count
@@ -99,7 +99,7 @@ class State(Exact):
 
     format: Annotated[int, Field(ge=1, le=FORMAT)]
     step: Count
-    position: Place
+    position: PositionState
     num_processes: Annotated[int, Field(ge=1, le=2**20)]
     recipe: Recipe
     data: dict[str, str]
@@ -249,7 +249,7 @@ def read_state(path: Path) -> State:
         raise UserError(f"{path}: of a later version of this collection (format {number})")
     known = values
     if isinstance(values, dict) and isinstance(values.get("recipe"), dict):
-        known = known | {"recipe": still_keys(values["recipe"])}
+        known = known | {"recipe": without_former_keys(values["recipe"])}
     state = checked(State, known, file, "the state of a run")
     if number != 1 and (state.checksum is None or any(listed.checksum is None for listed in state.files.values())):
         raise UserError(f"{file}: not the state of a run: a checksum is missing")

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from recipe.keys import Recipe
 from run.best import LINKS, is_others, link_checkpoints
-from run.checkpoint import Checkpoint, remove_leftovers
+from run.checkpoint import Checkpoint
 from run.lines import lines_up_to
 from run.retention import SET_ASIDE, list_checkpoints, list_set_aside, step_of
 from run.samples import SAMPLES
 from training.adapter_files import ADAPTER_CONFIG, ADAPTER_FILES
 from utils.errors import UserError
-from utils.files import read_text, remove_tree, write_whole
+from utils.files import UNFINISHED, read_text, remove_tree, write_whole
 from utils.launch import say
 
 # The first line of OUTPUT_DIR/recipe.yaml, by which it is known from a file of the user's.
@@ -156,6 +156,17 @@ def claim_output_dir(recipe: Recipe, checkpoint: Checkpoint | None) -> None:
         link_checkpoints(recipe, checkpoint.best(recipe.early_stopping_metric) if checkpoint else None)
     except OSError as error:
         raise UserError(f"output_dir = {folder}: cannot write there: {error.strerror}") from error
+
+
+def remove_leftovers(folder: Path) -> list[str]:
+    """Remove what a killed run had half written or half removed; returns the names."""
+    leftovers = [*folder.glob(".checkpoint-*"), *folder.glob(".final"), *folder.glob("checkpoint-*/.trainer_state")]
+    for path in leftovers:
+        remove_tree(path)
+    files = [*folder.glob(f".*{UNFINISHED}")]
+    for path in files:
+        path.unlink()
+    return [path.relative_to(folder).as_posix() for path in leftovers + files]
 
 
 def _passed_over(folder: Path, checkpoint: Checkpoint) -> list[Path]:

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from data.mix import Mix
+from run.lines import append_lines
 from run.progress import Progress
 from run.stats import TrainingStats
 from training.batches import Batches
 from training.engine import Engine
 from training.optimizer_state import loss_scale
-from utils.errors import UserError
 from utils.launch import stop_all
 
 WINDOW = 100  # steps whose median gradient norm is the usual one, and lines of metrics likewise for the loss
@@ -49,18 +49,23 @@ class StepHealth:
         self.losses: deque[float] = deque(maxlen=WINDOW)
 
     def judge(
-        self, made: tuple[float, bool], progress: Progress, stats: TrainingStats, engine: Engine, batches: Batches
+        self,
+        grad_norm: float,
+        updated: bool,
+        progress: Progress,
+        stats: TrainingStats,
+        engine: Engine,
+        batches: Batches,
     ) -> None:
         """Count the step that was just made, or left out. Every process calls this.
 
         Args:
-            made: its gradient norm and whether the weights were updated, as `train_step` of sft.py returns them.
+            grad_norm, updated: as `train_step` of sft.py returns them.
             progress: before the step.
 
         Raises:
             UserError: on the first process (SystemExit on the others): too many steps went wrong.
         """
-        grad_norm, updated = made
         if updated:
             stats.end_step()
             self.good_step(grad_norm)
@@ -113,11 +118,7 @@ class StepHealth:
                 for row in rows
             ]
             line = {"step": step, "loss": str(loss), "grad_norm": str(grad_norm), "examples": examples}
-            try:
-                with open(self.file, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            except OSError as error:
-                raise UserError(f"{self.file}: cannot write: {error.strerror}; the checkpoints are whole") from error
+            append_lines(self.file, [json.dumps(line, ensure_ascii=False)])
             print(f"\nstep {step:,} left out: loss {loss}, gradient norm {grad_norm}; see {self.file}", flush=True)
         if self.bad_in_a_row >= self.max_bad_steps:  # over it where a resumed run has a lower limit
             stop_all(

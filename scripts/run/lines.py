@@ -1,12 +1,13 @@
-"""metrics.jsonl, bad_steps.jsonl and samples.jsonl, read back: what is no line of theirs does not count."""
+"""metrics.jsonl, bad_steps.jsonl and samples.jsonl: lines are added, and read back; what is none does not count."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, ValidationError
 
+from utils.errors import UserError
 from utils.launch import say
 from utils.schemas import Schema
 
@@ -22,6 +23,15 @@ class MetricsLine(Line):
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, float | None]
+
+
+def append_lines(path: Path, lines: Iterable[str]) -> None:
+    """Add lines to one of these files.  Raises: UserError where the disk is full."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write("".join(f"{line}\n" for line in lines))
+    except OSError as error:
+        raise UserError(f"{path}: cannot write: {error.strerror}; the checkpoints are whole") from error
 
 
 def parse_line(text: str | bytes, schema: type[Line]) -> dict[str, Any] | None:

@@ -7,11 +7,12 @@ from typing import Any
 
 from recipe.keys import Recipe
 from run.curves import Curves
+from run.lines import append_lines
 from run.progress import Progress
 from run.samples import Samples
 from run.trackers import Trackers
 from training.replies import Reply, shown
-from utils.errors import UserError, reason
+from utils.errors import reason
 from utils.launch import say
 from utils.tables import progress_bar
 
@@ -33,10 +34,10 @@ class RunLog:
         self.path = recipe.output_dir / "metrics.jsonl"
         self.curves = Curves(self.path)
         self.main_process = main_process
-        self.artist = ThreadPoolExecutor(max_workers=1)
-        self.drawing: Future | None = None
+        self._drawer = ThreadPoolExecutor(max_workers=1)
+        self._drawing: Future | None = None
         self.trackers = Trackers(recipe, progress) if main_process else None
-        self.progress = progress_bar(
+        self.progress_bar = progress_bar(
             total=progress.total_steps,
             initial=progress.step,
             desc="training",
@@ -55,16 +56,12 @@ class RunLog:
             return
         # JSON knows no infinity, which the gradient norm is where fp16 overflows.
         line = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
-        try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line, allow_nan=False) + "\n")
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot write: {error.strerror}; the checkpoints are whole") from error
+        append_lines(self.path, [json.dumps(line, allow_nan=False)])
         self.trackers.log(metrics)
         shown = {"loss": "loss", "learning_rate": "rate", "tokens_per_second": "tok/s", "mfu": "MFU"}
         postfix = {label: f"{metrics[key]:.4g}" for key, label in shown.items() if key in metrics}
         if postfix:
-            self.progress.set_postfix(postfix, refresh=False)  # with the next step
+            self.progress_bar.set_postfix(postfix, refresh=False)  # with the next step
 
     def show_evaluation(self, step: int, results: dict[str, float]) -> None:
         """Print an evaluation under the progress bar: a line for each data set, and one for all."""
@@ -73,7 +70,7 @@ class RunLog:
         losses = [key.removesuffix("_loss") for key in results if key.endswith("_loss")]
         names = [key.removeprefix("eval").removeprefix("_") for key in losses]
         width = max((len(name) for name in names), default=0)
-        with self.progress.external_write_mode():
+        with self.progress_bar.external_write_mode():
             print(f"\nvalidation after step {step:,}")
             for name in names:
                 key = f"eval_{name}" if name else "eval"
@@ -89,7 +86,7 @@ class RunLog:
         if not self.main_process:
             return
         samples.write(step, replies)
-        with self.progress.external_write_mode():
+        with self.progress_bar.external_write_mode():
             print(f"replies after step {step:,}")
             for prompt, reply in zip(samples.prompts, replies, strict=True):
                 question, end = prompt.messages[-1]["content"], "" if reply.ended else " ..."
@@ -102,13 +99,13 @@ class RunLog:
         At 100,000 lines a drawing takes 0.7 s of a core, and the first of a start 1.4 more to read them. Where
         evaluations come faster than that some are passed over; the end draws all.
         """
-        if self.main_process and (self.drawing is None or self.drawing.done()):
+        if self.main_process and (self._drawing is None or self._drawing.done()):
             self.wait_for_drawing()
-            self.drawing = self.artist.submit(self.curves.draw, self.path.with_name("training.png"))
+            self._drawing = self._drawer.submit(self.curves.draw, self.path.with_name("training.png"))
 
     def wait_for_drawing(self) -> None:
         """Wait for a drawing that is on its way, and say why where there is none."""
-        drawing, self.drawing = self.drawing, None
+        drawing, self._drawing = self._drawing, None
         try:
             if drawing:
                 drawing.result()
@@ -117,9 +114,9 @@ class RunLog:
 
     def close(self) -> None:
         """Draw the curves for the last time; the trackers go on until their own `finish`."""
-        self.progress.close()
+        self.progress_bar.close()
         if self.main_process:
             self.wait_for_drawing()
             self.draw()
             self.wait_for_drawing()
-            self.artist.shutdown()
+            self._drawer.shutdown()

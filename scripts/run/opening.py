@@ -66,9 +66,13 @@ def recorded_end() -> Iterator[None]:
         if isinstance(error, SystemExit):
             status, why = "interrupted", "a signal before the first step"
         for run in _OPENED:
-            run.why = why
-            if not run.begun:
+            if process_index() and isinstance(error, SystemExit):
+                # It leaves it to the first to say why: from then on a SIGTERM, also the user's, ends it at once
+                # (`let_the_first_speak`), and with it a checkpoint of which it still writes its part.
+                run.close()
+            if not run.runs_in_record:
                 continue
+            run.failure = why
             with suppress(UserError):  # a disk that is full, of which the first error speaks
                 end_start(run.record, status, why, run.progress.step)
         raise

@@ -47,15 +47,15 @@ def begin_record(path: Path, recipe: Recipe, mix: Mix, dtype: torch.dtype, earli
 
     Raises: UserError when the earlier one cannot be read, or this one not be written.
     """
-    record = start_record(recipe, mix, num_processes(), dtype)
+    record = describe_start(recipe, mix, num_processes(), dtype)
     record["starts"] = earlier_starts(path)
     for line in differences(read_record(earlier), record) if earlier else []:
         say(f"differs from {earlier}: {line}")
     write_record(record, path)
 
 
-def start_record(recipe: Recipe, mix: Mix, num_processes: int, dtype: torch.dtype) -> dict[str, Any]:
-    """The record of a run that is about to start; every secret in it is replaced. For the first process.
+def describe_start(recipe: Recipe, mix: Mix, num_processes: int, dtype: torch.dtype) -> dict[str, Any]:
+    """The record of a run that is about to start, as JSON takes it; every secret is replaced. For the first process.
 
     Call it where the data are prepared and the Accelerator is not built yet: DeepSpeed and Accelerate then change the
     launcher's variables. The hardware is this machine's, the first of several.

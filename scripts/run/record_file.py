@@ -22,6 +22,7 @@ from utils.files import read_json, write_whole
 from utils.schemas import Schema, checked
 
 FORMAT = 1  # of the record; a newer one is refused
+Ending = Literal["interrupted", "finished", "failed", "stalled"]  # how a start has ended, of run.json's `status`
 MOST_DEPTH = 20  # of mappings and lists within each other; a run's has 5, Python's own limit is at 1,000
 
 
@@ -53,7 +54,7 @@ class Record(Schema):
     """What stands in run.json, as far as it is read back; `run/record.py` has more of it."""
 
     format: Annotated[int, Field(ge=1)]
-    status: Literal["running", "interrupted", "finished", "failed", "stalled"]
+    status: Literal["running", Ending]
     recipe: dict[str, Any]
     starts: list[dict[str, Any]] | None = None
     num_processes: Annotated[int, Field(ge=1, le=2**20)]
@@ -93,17 +94,9 @@ def _inside(value: Any) -> Iterable[Any]:
     return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
-def still_keys(values: dict[str, Any]) -> dict[str, Any]:
-    """A recipe that a run has written down, without keys that are no more."""
+def without_former_keys(values: dict[str, Any]) -> dict[str, Any]:
+    """A recipe that a run has written down, without the keys that recipes no longer have."""
     return {key: value for key, value in values.items() if key in Recipe.model_fields}
-
-
-def update_status(path: Path, status: Literal["interrupted", "finished", "failed", "stalled"], **more: Any) -> None:
-    """Say in a record how its run ended, and when; `more` are further keys, as its `report` at its end.
-
-    Raises: UserError as `read_record` and `write_record`.
-    """
-    write_record({**read_record(path), "status": status, "ended": utc_now(), **redact(more)}, path)
 
 
 def recorded_recipe(path: Path, overrides: Mapping[str, str]) -> Recipe:

@@ -17,7 +17,7 @@ from run.folder import is_ours, refuse_other_run
 from run.health import StepHealth
 from run.model_files import config_changes
 from run.progress import KEPT, Progress
-from run.record_file import read_record, still_keys
+from run.record_file import read_record, without_former_keys
 from run.retention import list_checkpoints, list_set_aside, step_of
 from run.stats import TrainingStats
 from sources.source import keys_that_change
@@ -50,7 +50,7 @@ def find_checkpoint(recipe: Recipe, allow_changes: bool) -> Checkpoint | None:
         is_own = os.path.realpath(folder) in (os.path.realpath(path.parent), os.path.dirname(real))
         if is_own or not own:
             if not is_own and not _same_run_without_checkpoint(recipe):
-                _refuse_other_run(recipe)
+                _refuse_with_what_differs(recipe)
             checkpoint = read_checkpoint(path)
             others = [other for other in own if is_own and os.path.realpath(other) != real]
             if newer := [other.name for other in others if step_of(other) > checkpoint.step]:
@@ -60,7 +60,7 @@ def find_checkpoint(recipe: Recipe, allow_changes: bool) -> Checkpoint | None:
                 )
             return _checked(checkpoint, recipe, allow_changes)
     if asked == "never":
-        _refuse_other_run(recipe)
+        _refuse_with_what_differs(recipe)
         return None
     problems = []
     for path in reversed(own):
@@ -72,11 +72,11 @@ def find_checkpoint(recipe: Recipe, allow_changes: bool) -> Checkpoint | None:
             continue
         return _checked(checkpoint, recipe, allow_changes)
     if own or not _same_run_without_checkpoint(recipe):
-        _refuse_other_run(recipe, problems)
+        _refuse_with_what_differs(recipe, problems)
     return None
 
 
-def _refuse_other_run(recipe: Recipe, problems: Sequence[UserError] = ()) -> None:
+def _refuse_with_what_differs(recipe: Recipe, problems: Sequence[UserError] = ()) -> None:
     """As `refuse_other_run`; where the folder's record tells what is another in its recipe, the message does too."""
     try:
         refuse_other_run(recipe, problems)
@@ -157,7 +157,7 @@ def is_finished(recipe: Recipe) -> bool:
 def _changes_of_record(record: Path, recipe: Recipe) -> list[str]:
     """What a recipe changes of that of the run in a run.json, as `changed_keys`."""
     run = read_record(record)
-    then = checked(Recipe, still_keys(run["recipe"]), record, "the record of a run, for its recipe")
+    then = checked(Recipe, without_former_keys(run["recipe"]), record, "the record of a run, for its recipe")
     return changed_keys(then, recipe, run["num_processes"])
 
 

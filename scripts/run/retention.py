@@ -36,7 +36,7 @@ def step_of(checkpoint: Path) -> int:
     return int(number) if number.isdecimal() else 0
 
 
-def kept(recipe: Recipe) -> tuple[float, float]:
+def keep_limits(recipe: Recipe) -> tuple[float, float]:
     """How many checkpoints are kept, and how many of the newest with what resuming needs."""
     most = recipe.save_total_limit or math.inf
     return most, min(most, recipe.keep_trainer_state or math.inf)
@@ -47,7 +47,7 @@ def prune(recipe: Recipe, newest: Path, spared: Path | None = None) -> None:
     which was verified, nor what has a number that no run writes (checkpoint-0009)."""
     written = [path for path in list_checkpoints(recipe.output_dir) if path.name == f"checkpoint-{step_of(path)}"]
     checkpoints = [newest, *(path for path in reversed(written) if path != newest)]
-    most, most_states = kept(recipe)
+    most, most_states = keep_limits(recipe)
     for age, path in reversed([*enumerate(checkpoints)]):
         if age >= most and path != spared:
             remove_folder(path)
@@ -86,7 +86,7 @@ def disk_peak(recipe: Recipe, model: int, state: int, epoch_steps: int, total_st
         states.append(_folder_bytes(path / "trainer_state"))
         models.append(_folder_bytes(path) - states[-1])
     every = steps_between_checkpoints(recipe, epoch_steps)
-    most, most_states = kept(recipe)
+    most, most_states = keep_limits(recipe)
     used = peak = 0
     saves = int(total_steps // every - start_step // every)
     if recipe.keep_best:

@@ -47,8 +47,8 @@ class Run:
     """One start of a run.
 
     Attributes:
-        begun: whether run.json is still to say how this start ended; False on all processes but the first.
-        why: the error that it ended by, once there is one.
+        runs_in_record: whether run.json still says that this start runs; False on all processes but the first.
+        failure: why it ended where that was no end of its own, as run.json has it; else empty.
         checkpoint: that it goes on from; None from its beginning.
         progress: where it stands.
         clock, stats, health: what its time goes into, what its steps add up to, and what went wrong in them.
@@ -61,8 +61,9 @@ class Run:
         """
         self.recipe, self.checkpoint, self.lock = recipe, checkpoint, lock
         self.record = recipe.output_dir / "run.json"
-        self.begun, self.why = False, ""
+        self.runs_in_record, self.failure = False, ""
         self.saver: Saver | None = None  # before there is an engine
+        self.log: RunLog | None = None  # before `start`
         self.clock = Clock()
         self.saved_step: int | None = None  # of the last checkpoint of this start
         self.watch = Watch(recipe.stall_minutes, self.record)
@@ -94,7 +95,7 @@ class Run:
         if process_index() == 0:
             earlier = reproduced or (self.record if self.checkpoint and self.record.exists() else None)
             begin_record(self.record, self.recipe, mix, dtype, earlier)
-            self.begun = True
+            self.runs_in_record = True
         return self.progress
 
     def meet(self, accelerator: Accelerator) -> None:
@@ -158,9 +159,9 @@ class Run:
             UserError: on the first process (SystemExit on the others): too many steps went wrong.
         """
         self.check_folder()
-        self.health.judge((grad_norm, updated), self.progress, self.stats, self.engine, self.batches)
+        self.health.judge(grad_norm, updated, self.progress, self.stats, self.engine, self.batches)
         self.progress.advance(position, learning_rate, grad_norm)
-        self.log.progress.update()
+        self.log.progress_bar.update()
 
     def write_metrics(self) -> None:
         """A line of metrics.jsonl for the steps since the last one. Every process calls this."""
@@ -174,11 +175,11 @@ class Run:
         """Around an evaluation, which is due until `write_evaluation` has its results."""
         self.watch.at("evaluating")
         self.progress.evaluation_due = True
-        self.log.progress.set_description("evaluating")
+        self.log.progress_bar.set_description("evaluating")
         with self.clock.spend("evaluation"):
             yield
         self.watch.at("training")
-        self.log.progress.set_description("training")
+        self.log.progress_bar.set_description("training")
 
     def write_evaluation(self, results: dict[str, float]) -> None:
         """The results of an evaluation, for metrics.jsonl, the curves, the screen and the model card; then what hangs
@@ -194,10 +195,10 @@ class Run:
         self.log.show_evaluation(self.progress.step, results)
         if self.samples.due(self.progress):
             self.watch.at("replying", lambda: self.samples.passes)
-            self.log.progress.set_description("replying")
+            self.log.progress_bar.set_description("replying")
             with self.clock.spend("samples"):
                 replies = self.samples.take(self.engine)
-            self.log.progress.set_description("training")
+            self.log.progress_bar.set_description("training")
             self.log.write_samples(self.progress.step, self.samples, replies)
             self.watch.at("training")
         if self.main_process and self.saver.is_idle:  # which else links when it is done
@@ -260,29 +261,25 @@ class Run:
         status, why = ("interrupted", by or "a signal to another process") if stopped else ("finished", "finished")
         url = self.log.trackers.wandb_url
         end_start(self.record, status, why, self.progress.step, report=report, wandb=url)
-        self.begun = False
-
-    def end_trackers(self) -> None:
-        """End the run in its trackers, which may take minutes for what they have left to upload: last of all, so that
-        nothing is missing where somebody ends it meanwhile."""
-        if self.main_process:
-            self.watch.at("ending the run in its trackers", alive)
-            self.log.trackers.finish()
-            self.watch.at("leaving the others")
+        self.runs_in_record = False
 
     def close(self) -> None:
         """This start is over, by whatever came, and why is said: what is still written behind it ends first, while it
-        is watched. Where that fails too, a line says so."""
+        is watched; where that fails too, a line says so. Last of all it ends in its trackers, which may take minutes
+        for what they have left to upload."""
         if self.saver:
             if not self.saver.is_idle:
                 self.watch.at("ending a checkpoint", bytes_moved)
             try:
                 self.saver.wait()
             except (UserError, SystemExit) as error:  # the latter of a process that leaves it to the first to say
-                if isinstance(error, UserError) and not (self.why and self.why in str(error)):
+                if isinstance(error, UserError) and not (self.failure and self.failure in str(error)):
                     print(f"error: {error}", file=sys.stderr, flush=True)
             except Exception as error:  # another process is gone, most likely
                 say(f"the checkpoint that was being written is not: {reason(error)}")
+        if self.log and self.main_process:
+            self.watch.at("ending the run in its trackers", alive)
+            self.log.trackers.finish(failed=bool(self.failure))
         self.watch.close()
 
     def final_model(self) -> PreTrainedModel:

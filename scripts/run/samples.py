@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from data.dialogue import ASSISTANT, encode
 from data.prompts import read_prompts
 from recipe.keys import Recipe
+from run.lines import append_lines
 from run.progress import Progress
 from sources.source import Conversation, Message
 from training.engine import Engine
@@ -91,15 +92,15 @@ def greedy_replies(
         max_new_tokens=room, do_sample=False, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id
     )
     batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
-    with _as_if_alone(model, config):
+    with _generating(model, config):
         replies = [reply_to(model, tokenizer, batch, config, synced_gpus=together) for batch in batches]
     return [reply for batch in replies for reply in batch]
 
 
 @contextmanager
-def _as_if_alone(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Have a model that is being trained generate: without dropout, layers not compiled (each length would be compiled
-    anew), by an attention that knows padding, and with no default of its own for a reply."""
+def _generating(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Around the replies of a model that is being trained: without dropout, layers not compiled (each length would be
+    compiled anew), by an attention that knows padding, and with no default of its own for a reply."""
     was_training, attention, own = model.training, model.config._attn_implementation, model.generation_config
     model.eval()
     model.generation_config = config
@@ -182,17 +183,13 @@ class Samples:
             handle.remove()
 
     def write(self, step: int, replies: list[Reply]) -> None:
-        """Add a line for each reply to samples.jsonl, and print it.  Raises: UserError where the disk is full."""
+        """Add a line for each reply to samples.jsonl.  Raises: UserError where the disk is full."""
         lines = [
             {"step": step, "prompt": number, "messages": prompt.messages, "reply": reply.text}
             | {"tokens": reply.tokens, "ended": reply.ended}
             for number, (prompt, reply) in enumerate(zip(self.prompts, replies, strict=True), 1)
         ]
-        try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot write: {error.strerror}; the checkpoints are whole") from error
+        append_lines(self.path, [json.dumps(line, ensure_ascii=False) for line in lines])
 
     def table(self, step: int, replies: list[Reply]) -> list[list]:
         """Rows for a tracker: step, prompt, reply, and whether that ended by itself."""

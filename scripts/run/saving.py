@@ -55,7 +55,8 @@ class Saver:
         """
         self.engine, self.recipe, self.processes, self._check_folder = engine, recipe, processes, check_folder
         self.tokenizer = copy.deepcopy(tokenizer)  # whose padding and truncation a call of the run's own may change
-        self._behind = None if recipe.save_in_background else False  # not known before there is something to copy
+        # Whether the training goes on meanwhile; None: not known before there is something to copy.
+        self._in_background: bool | None = None if recipe.save_in_background else False
         device = engine.accelerator.device
         # Else it would begin on the first GPU, where it would take memory for each of the processes.
         initializer = partial(torch.cuda.set_device, torch.cuda.current_device()) if device.type == "cuda" else None
@@ -93,20 +94,21 @@ class Saver:
         """
         self.wait()
         snapshot = take_snapshot(self.engine, self.recipe, state, stats)
-        if behind and self._behind is None:
-            self._behind = self._fits(snapshot)
-        parts = self.engine.outline, self.tokenizer, self.recipe, snapshot, self.processes, self._check_folder
-        if not (behind and self._behind):
-            write_checkpoint(*parts)
+        if behind and self._in_background is None:
+            self._in_background = self._fits(snapshot)
+        own = self.engine.outline, self.tokenizer, self.recipe, snapshot, self.processes, self._check_folder
+        writer = CheckpointWriter(*own)
+        if not (behind and self._in_background):
+            writer.write()
             return
         self._copies.copy(snapshot)
-        self._writing = self._thread.submit(write_checkpoint, *parts)
+        self._writing = self._thread.submit(writer.write)
 
-    def save_final_model(self, merge: Callable | None = None) -> None:
-        """Wait for the last checkpoint, then write the final model.  Args, Raises: as `save_final_model`."""
+    def save_final_model(self, merge: Callable[[Path, Any], PreTrainedModel] | None = None) -> None:
+        """Wait for the last checkpoint, then write the final model.  Args, Raises: as `write_final_model`."""
         self.wait()
         weights, folder = trained_weights(self.engine), self.recipe.output_dir
-        save_final_model(self.engine.outline, self.tokenizer, folder, weights, self.processes, merge)
+        write_final_model(self.engine.outline, self.tokenizer, folder, weights, self.processes, merge)
 
     def _fits(self, snapshot: Snapshot) -> bool:
         """Whether the copies of all processes fit into each machine's memory; the same on every process."""
@@ -123,80 +125,42 @@ class Saver:
         return True
 
 
-def write_checkpoint(
-    model: PreTrainedModel,
-    tokenizer,
-    recipe: Recipe,
-    snapshot: Snapshot,
-    processes: Processes,
-    check_folder: Callable[[], None],
-) -> None:
-    """Write checkpoint-<step> of what each process has in its snapshot, then remove what is over save_total_limit.
+class CheckpointWriter:
+    """Writes checkpoint-<step> of what each process has in its snapshot, then removes what is over save_total_limit.
 
-    Args:
-        model: for its names and its configs, an `Engine.outline`: in a thread, none that is trained meanwhile.
-        check_folder: as of `Saver`: a folder that is another by now gets no checkpoint.
-
-    Raises: UserError as `Saver.save`.
+    Made and called by every process at once, also in a thread.
     """
-    name = f"checkpoint-{snapshot.state['step']}"
-    work, whole = recipe.output_dir / f".{name}", recipe.output_dir / name
-    written: dict[str, dict[str, Any]] = {}  # by this process, as state.json lists it
 
-    def make_folder() -> None:
-        if processes.is_first:
-            check_folder()
-            shutil.rmtree(work, ignore_errors=True)
-            work.mkdir()  # not its parents: an output_dir that is gone was taken away from this run
-            (work / TRAINER_STATE).mkdir()
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer,
+        recipe: Recipe,
+        snapshot: Snapshot,
+        processes: Processes,
+        check_folder: Callable[[], None],
+    ):
+        """
+        Args:
+            model: for its names and its configs, an `Engine.outline`: in a thread, none that is trained meanwhile.
+            check_folder: as of `Saver`: a folder that is another by now gets no checkpoint.
+        """
+        self.model, self.tokenizer, self.recipe, self.snapshot = model, tokenizer, recipe, snapshot
+        self.processes, self.check_folder = processes, check_folder
+        self.whole = recipe.output_dir / f"checkpoint-{snapshot.state['step']}"
+        self.work = self.whole.with_name(f".{self.whole.name}")
+        self.written: dict[str, dict[str, Any]] = {}  # by this process, as state.json lists it
 
-    def write_model() -> None:
-        save_trained(model, tokenizer, work, snapshot.weights, processes)
-        if processes.is_first:
-            take_note(path for path in work.rglob("*") if path.is_file())
+    def write(self) -> None:
+        """Raises: UserError as `Saver.save`."""
+        self._as_one(self._make_folder)
+        self._as_one(self._write_model)
+        if not self.recipe.save_only_model:
+            self._as_one(self._write_trainer_state)
+        parts = self.processes.gather(self.written)
+        self._as_one(lambda: self._publish(parts))
 
-    def write_state() -> None:
-        own = work / process_file(processes.index)
-        own.write_text(json.dumps(snapshot.process), encoding="utf-8")
-        take_note([own, *save_optimizer(work / TRAINER_STATE, processes.index, snapshot.optimizer)])
-
-    def take_note(paths: Iterable[Path]) -> None:
-        for path in paths:
-            listed = {"bytes": path.stat().st_size, "checksum": checksum(path)}
-            written[path.relative_to(work).as_posix()] = listed
-
-    def publish() -> None:
-        if not processes.is_first:
-            return
-        if recipe.save_only_model:
-            (work / TRAINER_STATE).rmdir()
-        else:
-            files = {name: listed for part in parts for name, listed in part.items()}
-            values = sealed({"format": FORMAT, **snapshot.state, "files": dict(sorted(files.items()))})
-            state_file(work).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-            read_checkpoint(work, contents=False)
-        as_readable_as_others(work)
-        flush(work, *work.rglob("*"))
-        check_folder()
-        replaced = work.with_name(f"{work.name}.replaced")
-        if was_there := os.path.lexists(whole):  # a run taken back to an earlier step, or a stop before an evaluation
-            shutil.rmtree(replaced, ignore_errors=True)
-            whole.rename(replaced)
-        os.replace(work, whole)  # at once: no moment without this step, but for the one between two renames
-        flush(recipe.output_dir)
-        if was_there:
-            remove_tree(replaced)
-        keep_checkpoints(recipe, whole, snapshot.state.get("best") and Best(**snapshot.state["best"]))
-
-    def reason_of(error: Exception) -> Exception:
-        """Where the folder was taken away, that: it is why a file is not found there."""
-        try:
-            check_folder()
-        except UserError as taken_away:
-            return taken_away
-        return error
-
-    def as_one(action: Callable[[], None]) -> None:
+    def _as_one(self, action: Callable[[], None]) -> None:
         """Do a part of the work; where it fails on any process, all stop, the first with the reason."""
         problem = None
         try:
@@ -204,36 +168,85 @@ def write_checkpoint(
         except Exception as error:
             if not is_disk_error(error) and not isinstance(error, UserError):
                 raise
-            problem = f"{reason_of(error)} (process {processes.index})"
-        problems = [problem for problem in processes.gather(problem) if problem]
+            problem = f"{self._reason_of(error)} (process {self.processes.index})"
+        problems = [problem for problem in self.processes.gather(problem) if problem]
         if not problems:
             return
-        if processes.is_first:
-            shutil.rmtree(work, ignore_errors=True)  # and so gives its room back
-        stop_all(f"{whole} could not be written: {problems[0]}; the checkpoints before it are whole")
+        if self.processes.is_first:
+            shutil.rmtree(self.work, ignore_errors=True)  # and so gives its room back
+        stop_all(f"{self.whole} could not be written: {problems[0]}; the checkpoints before it are whole")
 
-    as_one(make_folder)
-    as_one(write_model)
-    if not recipe.save_only_model:
-        as_one(write_state)
-    parts = processes.gather(written)
-    as_one(publish)
+    def _reason_of(self, error: Exception) -> Exception:
+        """Where the folder was taken away, that: it is why a file is not found there."""
+        try:
+            self.check_folder()
+        except UserError as taken_away:
+            return taken_away
+        return error
+
+    def _make_folder(self) -> None:
+        if self.processes.is_first:
+            self.check_folder()
+            shutil.rmtree(self.work, ignore_errors=True)
+            self.work.mkdir()  # not its parents: an output_dir that is gone was taken away from this run
+            (self.work / TRAINER_STATE).mkdir()
+
+    def _write_model(self) -> None:
+        save_trained(self.model, self.tokenizer, self.work, self.snapshot.weights, self.processes)
+        if self.processes.is_first:
+            self._take_note(path for path in self.work.rglob("*") if path.is_file())
+
+    def _write_trainer_state(self) -> None:
+        own = self.work / process_file(self.processes.index)
+        own.write_text(json.dumps(self.snapshot.process), encoding="utf-8")
+        folder = self.work / TRAINER_STATE
+        self._take_note([own, *save_optimizer(folder, self.processes.index, self.snapshot.optimizer)])
+
+    def _take_note(self, paths: Iterable[Path]) -> None:
+        for path in paths:
+            listed = {"bytes": path.stat().st_size, "checksum": checksum(path)}
+            self.written[path.relative_to(self.work).as_posix()] = listed
+
+    def _publish(self, parts: list[dict[str, dict[str, Any]]]) -> None:
+        """Give it its name, now that all processes have `written` their parts."""
+        if not self.processes.is_first:
+            return
+        work, whole, state = self.work, self.whole, self.snapshot.state
+        if self.recipe.save_only_model:
+            (work / TRAINER_STATE).rmdir()
+        else:
+            files = {name: listed for part in parts for name, listed in part.items()}
+            values = sealed({"format": FORMAT, **state, "files": dict(sorted(files.items()))})
+            state_file(work).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+            read_checkpoint(work, contents=False)
+        as_readable_as_others(work)
+        flush(work, *work.rglob("*"))
+        self.check_folder()
+        replaced = work.with_name(f"{work.name}.replaced")
+        if was_there := os.path.lexists(whole):  # a run taken back to an earlier step, or a stop before an evaluation
+            shutil.rmtree(replaced, ignore_errors=True)
+            whole.rename(replaced)
+        os.replace(work, whole)  # at once: no moment without this step, but for the one between two renames
+        flush(self.recipe.output_dir)
+        if was_there:
+            remove_tree(replaced)
+        keep_checkpoints(self.recipe, whole, state.get("best") and Best(**state["best"]))
 
 
-def save_final_model(
+def write_final_model(
     model: PreTrainedModel,
     tokenizer,
     folder: Path,
     weights: Weights,
     processes: Processes,
-    merge: Callable | None = None,
+    merge: Callable[[Path, Any], PreTrainedModel] | None = None,
 ) -> None:
     """Write the final model into the output folder itself, its files appearing only when all of them are whole. Every
     process calls this.
 
     Args:
-        merge: what makes of a folder with an adapter the whole model that is to be written; None writes what was
-            trained.
+        merge: what makes of a folder with an adapter, and the tokenizer, the whole model that is to be written; None
+            writes what was trained.
 
     Raises:
         UserError: it cannot be written (a full disk). On the first process.

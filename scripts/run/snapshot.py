@@ -106,7 +106,7 @@ def saved_buffers(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 def take_snapshot(engine: Engine, recipe: Recipe, state: dict[str, Any], stats: TrainingStats) -> Snapshot:
     """What this process has to write of a checkpoint, its tensors in place, not copied, all else as it is now."""
-    process, held = {"stats": stats.state_dict(), "random": random_state()}, []
+    process, optimizer = {"stats": stats.state_dict(), "random": random_state()}, []
     if not recipe.save_only_model:
-        held = optimizer_fragments(engine.accelerator, engine.language_model, engine.optimizer)
-    return Snapshot(copy.deepcopy(state), process, trained_weights(engine), held)
+        optimizer = optimizer_fragments(engine.accelerator, engine.language_model, engine.optimizer)
+    return Snapshot(copy.deepcopy(state), process, trained_weights(engine), optimizer)

@@ -2,9 +2,9 @@
 ended."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from run.record_file import read_record, update_status, utc_now, write_record
+from run.record_file import Ending, read_record, redact, utc_now, write_record
 
 UNKNOWN = "it did not say: killed, or its machine went down"
 
@@ -30,14 +30,8 @@ def begin_start(path: Path, step: int, hosts: list[str]) -> None:
     write_record({**record, "starts": [*(record.get("starts") or []), start]}, path)
 
 
-def end_start(
-    path: Path,
-    status: Literal["interrupted", "finished", "failed", "stalled"],
-    why: str,
-    step: int | None = None,
-    **more: Any,
-) -> None:
-    """Say in the record how a run's last start ended, and why; the first to say it is right.
+def end_start(path: Path, status: Ending, why: str, step: int | None = None, **more: Any) -> None:
+    """Say in the record how a run's last start ended, when and why; the first to say it is right.
 
     Args:
         step: how far it came; None where that is not known.
@@ -51,4 +45,4 @@ def end_start(
     starts = record.get("starts") or []
     if starts and not starts[-1].get("why"):  # else an earlier one, and this one has not come so far
         starts[-1] |= {"step": step, "ended": utc_now(), "why": why}
-    update_status(path, status, starts=starts, **more)
+    write_record({**record, "status": status, "ended": utc_now(), **redact({"starts": starts, **more})}, path)

@@ -51,15 +51,21 @@ class TrainingStats:
     """
 
     def __init__(
-        self, mix: Mix, device: torch.device, clock: Clock, flops: ModelFlops | None = None, peak: float | None = None
+        self,
+        mix: Mix,
+        device: torch.device,
+        clock: Clock,
+        model_flops: ModelFlops | None = None,
+        peak_flops: float | None = None,
     ):
         """
         Args:
-            flops, peak: the model's, and the FLOP/s that the device can reach; without them there is no `mfu`.
+            model_flops: what the model's batches take.
+            peak_flops: FLOP/s that the device can reach; without both there is no `mfu`.
         """
         self.names = mix.names
         self.clock, self.device = clock, device
-        self.model_flops, self.peak = flops, peak
+        self.model_flops, self.peak_flops = model_flops, peak_flops
         self.flops = self.flops_of_step = 0.0  # of this process
         # Of each data set the sum of its losses, and of its scored tokens' weights (without weights their number); then
         # the loss and the real tokens. In fp64: a count by ones stands still at 16.8 million in fp32.
@@ -116,8 +122,8 @@ class TrainingStats:
             "peak_memory_gib": peak_memory(self.device) / 2**30,
         }
         metrics |= self.pace.close(accelerator, passed)
-        if self.peak:
-            metrics["mfu"] = flops / passed / (self.peak * devices)
+        if self.peak_flops:
+            metrics["mfu"] = flops / passed / (self.peak_flops * devices)
         self.sums.zero_()
         self.flops, self.steps, self.seconds, self.waited = 0.0, 0, seconds, waited
         return metrics

@@ -27,11 +27,14 @@ from utils.launch import say
 LONGEST_END = 300  # seconds that a run which has ended waits for a tracker to upload what it has left
 
 
-class Tracker:
-    """One of Accelerate's, in a thread of its own.
+class TrackerThread:
+    """A tracker in a thread of its own.
 
     MLflow tries a request 8 times, up to 120 s each: a server that hangs would hold up the steps until the other
     processes give up. It knows its run by the thread, so that all is done in this one.
+
+    Attributes:
+        tracker: what the thread works on.
     """
 
     def __init__(self, name: str, start: Callable[[], GeneralTracker]):
@@ -42,7 +45,7 @@ class Tracker:
         # A daemon, which no process waits for that ends by an error.
         self._thread = Thread(target=self._work, args=(start, started), name=name, daemon=True)
         self._thread.start()
-        started.result()
+        self.tracker: GeneralTracker = started.result()
 
     def _work(self, start: Callable[[], GeneralTracker], started: Future) -> None:
         try:
@@ -50,12 +53,12 @@ class Tracker:
         except BaseException as error:  # the other thread's to raise
             started.set_exception(error)
             return
-        started.set_result(None)
+        started.set_result(tracker)
         while action := self._actions.get():
             try:
                 action(tracker)
             except Exception as error:  # as many kinds as there are trackers
-                _say_left(self.name, error)
+                say(f"\n{self.name}: no longer logged to, metrics.jsonl has all: {reason(error)}")
                 return
 
     def do(self, action: Callable[[GeneralTracker], None]) -> None:
@@ -63,9 +66,9 @@ class Tracker:
         if self._thread.is_alive():
             self._actions.put(action)
 
-    def finish(self) -> None:
+    def finish(self, failed: bool) -> None:
         """End the run there, when all that is to be done is."""
-        self.do(lambda tracker: tracker.finish())
+        self.do(lambda tracker: _end(self.name, tracker, failed))
         self._actions.put(None)
         self._thread.join(LONGEST_END)
         if self._thread.is_alive():
@@ -87,65 +90,73 @@ class Trackers:
         Raises:
             UserError: one could not be started (an MLflow server that is not there).
         """
-        self.wandb = self.wandb_url = None
-        if recipe.log_wandb:
-            self.wandb = _started("log_wandb: wandb", start_wandb, recipe, progress.wandb_id)
-            progress.wandb_id = self.wandb.id
-            self.wandb_url = None if self.wandb.offline or self.wandb.disabled else self.wandb.url
         starts = {"tensorboard": _start_tensorboard, "trackio": _start_trackio, "mlflow": _start_mlflow}
-        self.others = [
-            _started(f"log_with: {name}", Tracker, name, functools.partial(start, recipe, progress))
-            for name, start in starts.items()
-            if name in recipe.log_with
-        ]
+        starts = {name: start for name, start in starts.items() if name in recipe.log_with}
+        if recipe.log_wandb:
+            starts = {"wandb": _start_wandb, **starts}
+        self.threads: dict[str, TrackerThread] = {}
+        for name, start in starts.items():
+            try:
+                self.threads[name] = TrackerThread(name, functools.partial(start, recipe, progress))
+            except Exception as error:  # as many kinds as there are trackers, and their settings in the environment
+                key = "log_wandb" if name == "wandb" else "log_with"
+                raise UserError(f"{key}: {name} could not be started: {reason(error)}") from error
+        run = self.threads["wandb"].tracker.tracker if recipe.log_wandb else None
+        self.wandb_url = None if run is None or run.offline or run.disabled else run.url
 
     def log(self, metrics: dict[str, Any]) -> None:
         """A line of metrics.jsonl."""
-        # The step as a metric of its own: wandb drops rows whose `step=` lies behind what it has seen.
-        self._of_wandb(lambda run: run.log(metrics))
         values = {name: value for name, value in metrics.items() if name != "step"}
-        for tracker in self.others:
-            tracker.do(lambda own: own.log(values, step=metrics["step"]))
+        for thread in self.threads.values():
+            thread.do(lambda tracker: tracker.log(values, step=metrics["step"]))
 
     def log_table(self, name: str, step: int, columns: list[str], rows: list[list]) -> None:
         """A table, which of the trackers wandb has."""
+        if thread := self.threads.get("wandb"):
+            thread.do(lambda tracker: tracker.log_table(name, columns, rows, step=step))
 
-        def log(run) -> None:
-            import wandb
+    def finish(self, failed: bool = False) -> None:
+        """End the run in all of them, as one that `failed` where they tell that."""
+        for thread in self.threads.values():
+            thread.finish(failed)
 
-            run.log({"step": step, name: wandb.Table(columns, rows)})
 
-        self._of_wandb(log)
+def _end(name: str, tracker: GeneralTracker, failed: bool) -> None:
+    """TensorBoard and trackio have no word for a run that failed."""
+    if failed and name == "wandb":
+        tracker.tracker.finish(exit_code=1)
+    elif failed and name == "mlflow":
+        import mlflow
+
+        mlflow.end_run("FAILED")
+    else:
+        tracker.finish()
+
+
+class _WandbTracker(GeneralTracker):
+    """A run of wandb's as a tracker of Accelerate's (whose own gives wandb the step)."""
+
+    name, requires_logging_directory, main_process_only = "wandb", False, False
+
+    def __init__(self, run: Any):
+        self.tracker = run
+        super().__init__()
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        # The step as a metric of its own: wandb drops rows whose `step=` lies behind what it has seen.
+        self.tracker.log({"step": step, **values})
+
+    def log_table(self, name: str, columns: list[str], rows: list[list], step: int) -> None:
+        import wandb
+
+        self.log({name: wandb.Table(columns, rows)}, step)
 
     def finish(self) -> None:
-        """End the run in all of them."""
-        for tracker in self.others:
-            tracker.finish()
-        self._of_wandb(lambda run: run.finish())
-
-    def _of_wandb(self, action: Callable[[Any], None]) -> None:
-        if not self.wandb:
-            return
-        try:
-            action(self.wandb)
-        except Exception as error:
-            self.wandb = None
-            _say_left("wandb", error)
+        self.tracker.finish()
 
 
-def _say_left(name: str, error: Exception) -> None:
-    say(f"\n{name}: no longer logged to, metrics.jsonl has all: {reason(error)}")
-
-
-def _started(what: str, start: Callable, *arguments: Any) -> Any:
-    try:
-        return start(*arguments)
-    except Exception as error:  # as many kinds as there are trackers, and their settings in the environment
-        raise UserError(f"{what} could not be started: {reason(error)}") from error
-
-
-def start_wandb(recipe: Recipe, run_id: str | None):
-    """A run of wandb, the one of this id where there is one; offline where nobody is logged in."""
+def _start_wandb(recipe: Recipe, progress: Progress) -> GeneralTracker:
+    """The run of the progress's wandb_id where there is one; offline where nobody is logged in."""
     import wandb
 
     folder = recipe.output_dir / recipe.log_dir
@@ -154,11 +165,12 @@ def start_wandb(recipe: Recipe, run_id: str | None):
         wandb.init,
         project=recipe.wandb_project,
         name=_name_of_run(recipe),
-        id=run_id,
+        id=progress.wandb_id,
         resume="allow",
         dir=folder,
         config=redact(recipe.model_dump(mode="json")),
-        settings=wandb.Settings(silent=True, finish_timeout=LONGEST_END),  # by default it waits for ever
+        # By default it waits for ever. Not as long as LONGEST_END, so that it is wandb that gives up.
+        settings=wandb.Settings(silent=True, finish_timeout=0.9 * LONGEST_END),
     )
     why = ""
     try:
@@ -169,13 +181,14 @@ def start_wandb(recipe: Recipe, run_id: str | None):
     except wandb.Error as error:  # that, a node without the internet, or a key that the server refuses
         why = f"{str(error).splitlines()[0]}, "
         run = start(mode="offline")
+    progress.wandb_id = run.id
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
     if run.offline:
         say(f"wandb: {why}logging offline to {Path(run.dir).parent} (wandb sync uploads it)")
     elif not run.disabled:
         say(f"wandb: {run.url}")
-    return run
+    return _WandbTracker(run)
 
 
 def _name_of_run(recipe: Recipe) -> str:

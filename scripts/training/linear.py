@@ -84,10 +84,10 @@ class _Product(torch.autograd.Function):
         (input, half), layer = ctx.saved_tensors, ctx.layer
         rows = gradient.reshape(-1, gradient.shape[-1])
         wanted = ctx.needs_input_grad
-        of_input = (rows @ half).view(input.shape) if wanted[0] else None
-        of_weight = _weight_gradient(layer.weight, rows.T, input.reshape(-1, input.shape[-1])) if wanted[1] else None
-        of_bias = rows.sum(0, dtype=torch.float32) if wanted[2] else None
-        return of_input, of_weight, of_bias, None
+        grad_input = (rows @ half).view(input.shape) if wanted[0] else None
+        grad_weight = _weight_gradient(layer.weight, rows.T, input.reshape(-1, input.shape[-1])) if wanted[1] else None
+        grad_bias = rows.sum(0, dtype=torch.float32) if wanted[2] else None
+        return grad_input, grad_weight, grad_bias, None
 
 
 def _weight_gradient(weight: torch.nn.Parameter, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor | None:

@@ -15,6 +15,7 @@ gives the sum or the losses, not both (0.8.5).
 """
 
 import importlib.metadata
+from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
@@ -105,23 +106,23 @@ class OutputLoss(torch.nn.Module):
         if not self.training:
             return _evaluate(head, hidden, batch.targets, rows)
         if dtype == torch.float16 or not isinstance(layer, torch.nn.Linear):
-            return _made_twice(head, hidden, batch, rows, self.terms)
-        half = layer.half_weight if isinstance(layer, HalfLinear) else layer.weight.detach().to(dtype)
+            return _with_logits_recomputed(head, hidden, batch, rows, self.terms)
+        cast_weight = layer.half_weight if isinstance(layer, HalfLinear) else layer.weight.detach().to(dtype)
         weight = layer.weight
         if learnt is not None:
-            half, weight = half.index_copy(0, ids, learnt.detach().to(dtype)), learnt
+            cast_weight, weight = cast_weight.index_copy(0, ids, learnt.detach().to(dtype)), learnt
         of_tokens = batch.targets, batch.weights, rows, ids, self.terms
-        total, losses = _MadeOnce.apply(hidden.to(dtype), weight, half, layer.bias, *of_tokens)
+        total, losses = _FusedLinearCrossEntropy.apply(hidden.to(dtype), weight, cast_weight, layer.bias, *of_tokens)
         return total, losses, None
 
 
-def rows_of_a_chunk(vocabulary: int, element: int) -> int:
-    """Rows of logits, of so many bytes a logit, that are made at a time: in half precision in whole tiles of a product.
+def rows_of_a_chunk(vocabulary: int, logit_bytes: int) -> int:
+    """Rows of logits that are made at a time, within LOGITS_BUDGET: in half precision in whole tiles of a product.
 
     (On an H100 the head took 8.5 ms for 4,096 rows of StableLM's in chunks of 2,048, in chunks of 1,334 10.2.)
     """
-    rows = max(1, LOGITS_BUDGET // (element * vocabulary))
-    return rows if element == 4 or rows < 128 else rows // 128 * 128
+    rows = max(1, LOGITS_BUDGET // (logit_bytes * vocabulary))
+    return rows if logit_bytes == 4 or rows < 128 else rows // 128 * 128
 
 
 # ---- The paths from hidden states to losses ----
@@ -137,9 +138,9 @@ def _evaluate(head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor
     return losses.sum(), losses, torch.cat(predictions)
 
 
-def _made_twice(head: torch.nn.Module, hidden: torch.Tensor, batch: Batch, rows: int, terms: Terms):
+def _with_logits_recomputed(head: torch.nn.Module, hidden: torch.Tensor, batch: Batch, rows: int, terms: Terms):
     def losses_of(chunk: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return _OfLogits.apply(head.forward(chunk), target, terms)
+        return _CrossEntropy.apply(head.forward(chunk), target, terms)
 
     chunks = zip(hidden.split(rows), batch.targets.split(rows), strict=True)
     losses = torch.cat([checkpoint(losses_of, *chunk, use_reentrant=False) for chunk in chunks])
@@ -150,7 +151,7 @@ def _weighted_sum(losses: torch.Tensor, weights: torch.Tensor | None) -> torch.T
     return losses.sum() if weights is None else (losses * weights).sum()
 
 
-class _OfLogits(torch.autograd.Function):
+class _CrossEntropy(torch.autograd.Function):
     """The loss of each row, fp32, of logits from any output layer."""
 
     @staticmethod
@@ -167,35 +168,35 @@ class _OfLogits(torch.autograd.Function):
         return gradient, None, None
 
 
-class _MadeOnce(torch.autograd.Function):
+class _FusedLinearCrossEntropy(torch.autograd.Function):
     """The sum of the losses of hidden @ weight.T + bias, each times its row's of `weights`, and each of them.
 
     Only the sum can be differentiated: its gradients are ready after the forward pass, up to the one factor that the
-    backward pass brings. The losses and the weight's gradient are summed in fp32, whatever the dtype. `half` is the
-    weight in the dtype of the products. Where only its rows `ids` are trained, `weight` is these; a frozen one gets no
-    gradient.
+    backward pass brings. The losses and the weight's gradient are summed in fp32, whatever the dtype. `cast_weight` is
+    the weight in the dtype of the products. Where only its rows `ids` are trained, `weight` is these; a frozen one gets
+    no gradient.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, half, bias, targets, weights, rows, ids, terms):
+    def forward(ctx, hidden, weight, cast_weight, bias, targets, weights, rows, ids, terms):
         losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         trained, bias_trained = ctx.needs_input_grad[1], ctx.needs_input_grad[3]
-        of_hidden = torch.empty_like(hidden)
-        of_weight = torch.zeros_like(weight, dtype=torch.float32) if trained else None
-        of_bias = torch.zeros_like(bias, dtype=torch.float32) if bias_trained else None
-        product_bias = None if bias is None else bias.to(half.dtype)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if trained else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias_trained else None
+        cast_bias = None if bias is None else bias.to(cast_weight.dtype)
         for start in range(0, len(targets), rows):
             part = slice(start, start + rows)
-            of_logits = F.linear(hidden[part], half, product_bias)  # logits, until the next line
-            losses[part] = cross_entropy(of_logits, targets[part], 1.0 if weights is None else weights[part], terms)
+            grad_logits = F.linear(hidden[part], cast_weight, cast_bias)  # logits, until the next line
+            losses[part] = cross_entropy(grad_logits, targets[part], 1.0 if weights is None else weights[part], terms)
             if bias_trained:
-                of_bias += of_logits.sum(0, dtype=torch.float32)
-            of_hidden[part] = of_logits @ half
+                grad_bias += grad_logits.sum(0, dtype=torch.float32)
+            grad_hidden[part] = grad_logits @ cast_weight
             if trained:
                 # Under no name, which would keep this chunk's logits beside the next one's: 256 MiB.
-                add_product(of_weight, (of_logits if ids is None else of_logits[:, ids]).T, hidden[part])
-        of_weight = of_weight.to(weight.dtype) if trained else None
-        ctx.save_for_backward(of_hidden, of_weight, of_bias.to(bias.dtype) if bias_trained else None)
+                add_product(grad_weight, (grad_logits if ids is None else grad_logits[:, ids]).T, hidden[part])
+        grad_weight = grad_weight.to(weight.dtype) if trained else None
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias.to(bias.dtype) if bias_trained else None)
         ctx.mark_non_differentiable(losses)
         return _weighted_sum(losses, weights), losses
 
@@ -203,18 +204,15 @@ class _MadeOnce(torch.autograd.Function):
     def backward(ctx, factor, _):
         # In place: a second backward pass over the same forward would find them changed, and says so.
         gradients = [gradient if gradient is None else gradient.mul_(factor) for gradient in ctx.saved_tensors]
-        of_hidden, of_weight, of_bias = gradients
-        return of_hidden, of_weight, None, of_bias, None, None, None, None, None
+        grad_hidden, grad_weight, grad_bias = gradients
+        return grad_hidden, grad_weight, None, grad_bias, None, None, None, None, None
 
 
 # ---- From logits to losses and gradients ----
 
 
 def cross_entropy(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    factors: torch.Tensor | float | None = None,
-    terms: Terms = NO_TERMS,
+    logits: torch.Tensor, targets: torch.Tensor, factors: torch.Tensor | float | None = None, terms: Terms = NO_TERMS
 ) -> torch.Tensor:
     """The cross-entropy of each row with its other terms, and in the memory of the logits its gradient.
 
@@ -232,7 +230,7 @@ def cross_entropy(
 
 
 @cache
-def choose_kernel(device: str) -> tuple:
+def choose_kernel(device: str) -> tuple[Callable[..., torch.Tensor], str]:
     """What does the above on a device of this type, and its name, for CUDA with the reason where it is not Liger's."""
     if device != "cuda":
         return with_pytorch, "PyTorch's operations"
@@ -247,10 +245,7 @@ def choose_kernel(device: str) -> tuple:
 
 
 def with_pytorch(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    factors: torch.Tensor | float | None = 1.0,
-    terms: Terms = NO_TERMS,
+    logits: torch.Tensor, targets: torch.Tensor, factors: torch.Tensor | float | None = 1.0, terms: Terms = NO_TERMS
 ) -> torch.Tensor:
     """`cross_entropy` anywhere."""
     smoothing, z_loss = terms

@@ -17,11 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from data.dialogue import CHAT_TOKENS, prepare_tokenizer
 from recipe.keys import Recipe
 from run import model_parts, retention, saving
-from run.checkpoint import read_checkpoint, remove_leftovers
+from run.checkpoint import read_checkpoint
 from run.checkpoint_state import FORMAT
+from run.folder import remove_leftovers
 from run.processes import Processes
 from run.retention import list_checkpoints
-from run.saving import save_final_model
+from run.saving import write_final_model
 from run.snapshot import trained_weights
 from run.stats import Clock, TrainingStats
 from training.engine import Engine
@@ -65,7 +66,7 @@ def engine(tmp_path, model):
 def save_final(engine, tokenizer):
     """Save the final model into a folder."""
     processes = Processes(engine.accelerator)
-    return lambda folder: save_final_model(engine.model, tokenizer, folder, trained_weights(engine), processes)
+    return lambda folder: write_final_model(engine.model, tokenizer, folder, trained_weights(engine), processes)
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """A run that is killed over and over, or whose disk is full or read-only for a while, ends as the untouched run does.
 
-CI runs a short form, in forked processes; `make soak` kills a plain and a ZeRO-2 run 20 times each, started by the
-user's own command, the launcher among the victims. FAULT_SEED=N repeats the choices of a failed soak, which it prints;
+CI runs a short form, in forked processes; `make soak` kills a run under each launcher of SHORT 20 times, started by the
+user's own command, itself among the victims. FAULT_SEED=N repeats the choices of a failed soak, which it prints;
 the moments themselves also depend on the machine.
 """
 
@@ -38,10 +38,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipe.keys import Recipe
-from run.checkpoint import read_checkpoint, remove_leftovers
+from run.checkpoint import read_checkpoint
+from run.folder import remove_leftovers
 from run.processes import Processes
 from run.retention import list_checkpoints
-from run.saving import save_final_model
+from run.saving import write_final_model
 from run.snapshot import trained_weights
 from run.stats import Clock, TrainingStats
 from training.engine import Engine
@@ -222,7 +223,7 @@ def test_a_save_cut_off_at_any_operation_on_files(tmp_path, tiny_model):
         save_now(engine, tokenizer, recipe(folder), state_at(recipe(folder), step), stats)
 
     def save_final(folder: Path) -> None:
-        save_final_model(model, tokenizer, folder, trained_weights(engine), Processes(accelerator))
+        write_final_model(model, tokenizer, folder, trained_weights(engine), Processes(accelerator))
 
     optimizer = accelerator.prepare(make_optimizer(model, recipe(tmp_path), 10, deepspeed=False)[0])
     engine = Engine(accelerator, model, model, model, optimizer, None)

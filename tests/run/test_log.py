@@ -39,7 +39,7 @@ def make_recipe(folder: Path, **keys) -> Recipe:
 def log(tmp_path):
     log = RunLog(make_recipe(tmp_path), make_progress(3), main_process=True)
     yield log
-    log.progress.close()
+    log.progress_bar.close()
 
 
 def micro_batch(datasets: list[int], lengths: list[int]) -> Batch:
@@ -503,6 +503,7 @@ def test_a_resumed_run_is_the_same_run_of_wandb(tmp_path, tiny_model, monkeypatc
     for run in runs:
         found = records(run)
         assert {record.run.run_id for record in found if record.HasField("run")} == {wandb_id}
+        assert [record.exit.exit_code for record in found if record.HasField("exit")] == [0]  # also of the stop
         defined = [record.metric for record in found if record.HasField("metric")]
         assert {(metric.name or metric.glob_name, metric.step_metric) for metric in defined} >= {
             ("step", ""),

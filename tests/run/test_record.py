@@ -32,8 +32,8 @@ from recipe.load import load_recipe
 from recipe.refusals import problems_of, secrets_of
 from recipe.secrets import REDACTED
 from run.command_line import read_command_line
-from run.record import describe_git, differences, start_record
-from run.record_file import FORMAT, read_record, redact, update_status, write_record
+from run.record import describe_git, describe_start, differences
+from run.record_file import FORMAT, read_record, redact, write_record
 from run.starts import begin_start, end_start
 from utils.errors import UserError
 from utils.files import fingerprint
@@ -62,7 +62,7 @@ def mix(recipe) -> Mix:
 
 @pytest.fixture(scope="module")
 def record(recipe, mix) -> dict:
-    return start_record(recipe, mix, num_processes=2, dtype=torch.float32)
+    return describe_start(recipe, mix, num_processes=2, dtype=torch.float32)
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_only_the_launchers_variables(recipe, mix, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "swordfish")
     monkeypatch.setenv("WANDB_API_KEY", "swordfish")
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    record = start_record(recipe, mix, 2, torch.float32)
+    record = describe_start(recipe, mix, 2, torch.float32)
     assert record["command"].keys() == {"folder", "launcher"}
     assert record["command"]["launcher"] == {
         "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(ROOT / "ds_configs/zero2.json"),
@@ -132,7 +132,7 @@ def test_the_commit_of_a_hub_model(recipe, mix, tmp_path, monkeypatch):
     (folder / "snapshots" / COMMIT).mkdir(parents=True)
     (folder / "snapshots" / COMMIT / "config.json").write_text("{}")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    model = start_record(recipe.model_copy(update={"model_name": "org/model"}), mix, 1, torch.float32)["model"]
+    model = describe_start(recipe.model_copy(update={"model_name": "org/model"}), mix, 1, torch.float32)["model"]
     assert model == {"name": "org/model", "commit": COMMIT}
 
 
@@ -242,9 +242,9 @@ def test_no_secret_is_recorded(recipe, mix, tmp_path, keys, in_data, arguments, 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", command)
         patch.setenv("ACCELERATE_LOG_LEVEL", variable[1])
-        record = start_record(Recipe.model_validate(values), mix, 1, torch.float32)
+        record = describe_start(Recipe.model_validate(values), mix, 1, torch.float32)
     write_record(record, tmp_path / "run.json")
-    update_status(tmp_path / "run.json", "failed", error=f"no {variable[1]}", report={variable[1]: [variable[1]]})
+    end_start(tmp_path / "run.json", "failed", "why", error=f"no {variable[1]}", report={variable[1]: [variable[1]]})
     text = (tmp_path / "run.json").read_text()
     for secret in secrets:
         assert secret not in text
@@ -312,16 +312,14 @@ def test_refuses_what_is_no_record(tmp_path):
         read_record(path)
 
 
-def test_update_status(written, record):
+def test_how_a_start_ended(written, record):
     report = {"tokens": 12, "best_loss": float("inf"), "folder": Path("/x"), "note": f"hf_{'x' * 34}"}
-    update_status(written, "finished", report=report)
+    end_start(written, "finished", "all is done", report=report)
     now = read_record(written)
     ended = now.pop("ended")
     assert datetime.fromisoformat(ended) >= datetime.fromisoformat(record["started"])
     assert now.pop("report") == {"tokens": 12, "best_loss": None, "folder": "/x", "note": REDACTED}
-    assert now == record | {"status": "finished"}
-    update_status(written, "interrupted")
-    assert read_record(written)["status"] == "interrupted"
+    assert now == record | {"status": "finished", "starts": []}
 
 
 @pytest.mark.parametrize("first", ["finished", "interrupted", "stalled"])
@@ -344,9 +342,9 @@ def test_a_failed_write_leaves_the_old_record(written, record):
     """The disk runs full: here a limit on the size of a file."""
     code = (
         "import resource, sys\nfrom pathlib import Path\n"
-        "from run.record_file import update_status\nfrom utils.errors import one_line_errors\n"
+        "from run.starts import end_start\nfrom utils.errors import one_line_errors\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-        "with one_line_errors(): update_status(Path(sys.argv[1]), 'finished')\n"
+        "with one_line_errors(): end_start(Path(sys.argv[1]), 'finished', 'all is done')\n"
     )
     process = subprocess.run(
         [sys.executable, "-c", code, written], cwd=ROOT / "scripts", capture_output=True, text=True, timeout=60
@@ -361,7 +359,7 @@ def test_a_failed_write_leaves_the_old_record(written, record):
 
 def test_a_reader_keeps_the_old_record(written, record):
     with open(written, encoding="utf-8") as reader:
-        update_status(written, "finished")
+        end_start(written, "finished", "all is done")
         assert json.load(reader) == record
 
 
@@ -410,9 +408,9 @@ def change(record: dict, *where, value) -> dict:
 
 def test_nothing_differs(recipe, mix, record, written, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["elsewhere/sft.py", "--reproduce", "x"])
-    update_status(written, "finished", report={"tokens": 3})
+    end_start(written, "finished", "all is done", report={"tokens": 3})
     again = recipe.model_copy(update={"output_dir": tmp_path / "other"})
-    now = start_record(again, mix, 2, torch.float32)
+    now = describe_start(again, mix, 2, torch.float32)
     now["started"] = "2000-01-01T00:00:00+00:00"
     now["data"]["vicuna"]["files"][0]["path"] = "moved.json"
     now["hardware"] |= {"platform": "other", "memory_bytes": 1}
@@ -475,7 +473,7 @@ def test_the_datas_content_comes_first(record):
 
 
 def test_a_real_change_is_seen(recipe, record, tmp_path):
-    """Other data, other weights, another number of processes: through the whole of start_record."""
+    """Other data, other weights, another number of processes: through the whole of describe_start."""
     data = tmp_path / "dolly.jsonl"
     text = Path(recipe.datasets.dolly15k.input_file_path).read_text()
     data.write_text(text.replace("color", "colour").replace("colou", "shade"))
@@ -491,7 +489,7 @@ def test_a_real_change_is_seen(recipe, record, tmp_path):
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
     other = load_recipe(tmp_path / "recipe.yaml", overrides)
     mix = prepare_mix(other, prepare_tokenizer(AutoTokenizer.from_pretrained(model)))
-    labels = [line.split(":")[0] for line in differences(record, start_record(other, mix, 1, torch.float32))]
+    labels = [line.split(":")[0] for line in differences(record, describe_start(other, mix, 1, torch.float32))]
     assert labels == [
         "data set dolly15k fingerprint",
         "model files model.safetensors fingerprint",
@@ -555,7 +553,7 @@ def test_reproduce_refuses(written, recipe, tmp_path):
 
 def test_reproduce_asks_for_what_was_left_out(tmp_path, recipe, mix):
     secret = recipe.model_copy(update={"wandb_project": f"hf_{'x' * 34}"})
-    write_record(start_record(secret, mix, 1, torch.float32), tmp_path / "run.json")
+    write_record(describe_start(secret, mix, 1, torch.float32), tmp_path / "run.json")
     arguments = ["--reproduce", str(tmp_path / "run.json")]
     with refuse("run.json: wandb_project", "looks like a secret: give it as an option"):
         read_command_line("", arguments)
@@ -570,7 +568,7 @@ def test_any_recorded_recipe_loads_as_it_was(tmp_path, values):
     values = values | {"datasets": [{name: block} for name, block in values["datasets"].items()]}
     recipe = Recipe.model_validate(values)
     assume(not secrets_of(recipe.values()) and not problems_of(recipe, recipe.values()))  # as sft.py has begun it
-    record = start_record(recipe, Mix([], None, None), 1, torch.float32)
+    record = describe_start(recipe, Mix([], None, None), 1, torch.float32)
     assume(REDACTED not in json.dumps(record["recipe"]))
     write_record(record, tmp_path / "run.json")
     arguments = ["--reproduce", str(tmp_path / "run.json"), "--output_dir", "there"]

@@ -20,14 +20,14 @@ from test_damage import taken_away
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from recipe.keys import Recipe
-from run import saving
+from run import opening, saving
 from run.checkpoint import read_checkpoint
 from run.folder import lock_output_dir
 from run.log import RunLog
 from run.processes import Processes
 from run.retention import checkpoint_bytes
 from run.run import Run
-from run.saving import Saver
+from run.saving import CheckpointWriter, Saver
 from run.snapshot import HostCopies, take_snapshot
 from run.stats import Clock, TrainingStats
 from training.checkpoint_files import state_file
@@ -35,7 +35,9 @@ from training.engine import prepare_engine
 from training.memory import copies_in_memory
 from training.optimizer import make_optimizer
 from training.state_layout import replicated
+from utils import errors
 from utils.errors import UserError
+from utils.launch import stop_all
 
 
 @pytest.fixture
@@ -63,13 +65,13 @@ def stats():
 @pytest.fixture
 def held_up(monkeypatch):
     """Keeps what is written from being written until it is set."""
-    go_on, write = threading.Event(), saving.write_checkpoint
+    go_on, write = threading.Event(), CheckpointWriter.write
 
-    def wait_and_write(*parts):
+    def wait_and_write(writer):
         assert go_on.wait(60)
-        write(*parts)
+        write(writer)
 
-    monkeypatch.setattr(saving, "write_checkpoint", wait_and_write)
+    monkeypatch.setattr(CheckpointWriter, "write", wait_and_write)
     return go_on
 
 
@@ -313,6 +315,20 @@ def test_an_error_is_said_before_the_checkpoint_behind_it_is_waited_for(tmp_path
     assert said == "error: no more lines"
     assert "checkpoint-5 could not be written: [Errno 28]" in too
     assert json.loads((output / "run.json").read_text())["starts"][-1]["why"] == "no more lines"
+
+
+def test_another_process_has_written_its_part_before_it_waits_for_the_first(saver, stats, monkeypatch, held_up):
+    """Which says why all of them end: while it is waited for a SIGTERM ends the other at once."""
+    run = Run(saver.recipe, None, None)
+    run.saver, checkpoint, whole = saver, saver.recipe.output_dir / "checkpoint-1", []
+    monkeypatch.setattr(opening, "_OPENED", [run])
+    monkeypatch.setattr(errors, "let_the_first_speak", lambda: whole.append(checkpoint.exists()))
+    saver.save(state_at(saver.recipe, 1), stats)
+    threading.Timer(0.5, held_up.set).start()
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit), errors.one_line_errors(), opening.recorded_end():
+        stop_all("too many bad steps")
+    assert whole == [True]
 
 
 @pytest.mark.parametrize(

@@ -4,15 +4,18 @@ import importlib
 import json
 import sqlite3
 from threading import Event
+from types import SimpleNamespace
 
 import pytest
 from interruption import metrics, run_here, small_recipe
 from mixes import make_progress
-from test_log import LINES, make_recipe
+from test_log import LINES, make_recipe, nobody, records  # noqa: F401, a fixture
 
+from publishing import model_card
 from recipe.refusals import problems_of
 from run import opening, trackers
 from run.checkpoint import read_checkpoint
+from run.health import StepHealth
 from run.log import RunLog
 from utils.errors import UserError
 
@@ -102,6 +105,8 @@ def test_trackio(resumed, tmp_path):
 class Failing:
     """A tracker whose server goes away after the first line."""
 
+    tracker = SimpleNamespace(offline=True)  # of wandb's the run
+
     def __init__(self):
         self.lines = []
 
@@ -114,36 +119,18 @@ class Failing:
         raise AssertionError("it was left")
 
 
-def test_wandb_that_fails_is_left_too(tmp_path, monkeypatch, capsys):
-    class FailingRun:
-        id, offline, disabled, url = "1", True, False, None
-
-        def log(self, _):
-            raise ConnectionError("no route to host")
-
-        def finish(self):
-            raise AssertionError("it was left")
-
-    monkeypatch.setattr(trackers, "start_wandb", lambda *_: FailingRun())
-    log = RunLog(make_recipe(tmp_path, log_wandb=True), make_progress(3), main_process=True)
-    for line in LINES:
-        log.write(line)
-    log.close()
-    log.trackers.finish()
-    said = "wandb: no longer logged to, metrics.jsonl has all: ConnectionError: no route to host"
-    assert capsys.readouterr().out.count(said) == 1
-
-
-def test_a_tracker_that_fails_is_left_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name", ["mlflow", "wandb"])
+def test_a_tracker_that_fails_is_left_and_the_run_goes_on(tmp_path, monkeypatch, capsys, name):
     failing = Failing()
-    monkeypatch.setattr(trackers, "_start_mlflow", lambda *_: failing)
-    log = RunLog(make_recipe(tmp_path, log_with=["mlflow"]), make_progress(3), main_process=True)
+    monkeypatch.setattr(trackers, f"_start_{name}", lambda *_: failing)
+    recipe = make_recipe(tmp_path, log_with=[name], log_wandb=name == "wandb")
+    log = RunLog(recipe, make_progress(3), main_process=True)
     for line in LINES:
         log.write(line)
     log.close()
     log.trackers.finish()
     assert failing.lines == [(1, {name: value for name, value in LINES[0].items() if name != "step"})]
-    said = "mlflow: no longer logged to, metrics.jsonl has all: ConnectionError: nobody there"
+    said = f"{name}: no longer logged to, metrics.jsonl has all: ConnectionError: nobody there"
     assert capsys.readouterr().out.count(said) == 1
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
 
@@ -179,7 +166,7 @@ def test_a_tracker_that_takes_its_time_at_the_end_is_no_stall(tmp_path, tiny_mod
     """By which `stall_minutes` would end the run, whose model is written, as one that failed."""
     words = []
 
-    def slow(_):
+    def slow(*_, **__):
         words.extend(opening._OPENED[-1].watch._own_word()[1:] for _ in range(2))
 
     monkeypatch.setattr(trackers.Trackers, "finish", slow)
@@ -246,7 +233,7 @@ def test_others_are_unknown(tmp_path):
 def test_all_is_written_before_the_trackers_take_their_time(tmp_path, tiny_model, monkeypatch):
     output, there = tmp_path / "out", []
 
-    def finish(_):
+    def finish(*_, **__):
         there.extend(path.name for path in output.iterdir())
         there.append(json.loads((output / "run.json").read_text())["status"])
 
@@ -254,3 +241,30 @@ def test_all_is_written_before_the_trackers_take_their_time(tmp_path, tiny_model
     run = run_here(small_recipe(tmp_path, tiny_model, max_steps=2, sample_replies=0), output_dir=output)
     assert run.returncode == 0, run.stderr
     assert {"model.safetensors", "README.md", "finished"} <= set(there)
+
+
+@pytest.mark.usefixtures("nobody")
+def test_a_run_that_fails_ends_as_such_in_its_trackers(tmp_path, tiny_model, monkeypatch):
+    """Else what they still hold is lost, and they show it as one that goes on."""
+
+    def fail(*_):
+        raise UserError("no more")
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(StepHealth, "judge", fail)
+    run = run_here(small_recipe(tmp_path, tiny_model, log_wandb=True), output_dir=tmp_path / "out")
+    assert run.errors == ["error: no more"]
+    (folder,) = (tmp_path / "out" / "base" / "wandb").glob("offline-run-*")
+    assert [record.exit.exit_code for record in records(folder) if record.HasField("exit")] == [1]
+
+
+def test_a_card_that_fails_holds_up_no_tracker(tmp_path, tiny_model, monkeypatch):
+    def fail(_):
+        raise ValueError("as a template may")
+
+    ended = []
+    monkeypatch.setattr(trackers.Trackers, "finish", lambda _, failed: ended.append(failed))
+    monkeypatch.setattr(model_card, "find_run", fail)
+    run = run_here(small_recipe(tmp_path, tiny_model, max_steps=1, eval_steps=2), output_dir=tmp_path / "out")
+    assert (run.returncode, ended) == (0, [False])
+    assert "the model's card could not be written: ValueError: as a template may" in run.stdout

@@ -13,7 +13,7 @@ you trust it. Of checkpoints of one run it holds recipe.yaml and run.json, by wh
 
 from pathlib import Path
 
-from evaluation.model import EvaluatedModel, find_model
+from evaluation.model import EvaluatedModel, find_model, trust_option
 from utils.command_line import OneLineParser
 from utils.errors import UserError, one_line_errors
 
@@ -22,6 +22,7 @@ def arguments():
     parser = OneLineParser(__doc__)
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="folder of a model; two or more")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write, a new or an empty one")
+    trust_option(parser)
     options = parser.parse_args()
     if len({Path(name).resolve() for name in options.checkpoints}) < len(options.checkpoints):
         raise UserError("command line: a checkpoint is given twice, as itself or by a link: give each once")
@@ -71,11 +72,11 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 def main(options) -> None:
     set_up_process()
-    found = [find_model(name) for name in options.checkpoints]
+    found = [find_model(name, options.trust_remote_code) for name in options.checkpoints]
     models = [Weights(model.folder, name) for model, name in zip(found, options.checkpoints, strict=True)]
     first = models[0]
     for other in models[1:]:
-        check_same_model(first, other)
+        check_same_model(first, other, options.trust_remote_code)
     for model in models:
         size = sum(shape.numel() * first.dtypes[name].itemsize for name, shape in first.shapes.items())
         out = check_target(options.out, model.folder, size)
@@ -150,10 +151,10 @@ class Weights:
         return self.open[self.file_of[name]].get_tensor(name)
 
 
-def check_same_model(first: Weights, other: Weights) -> None:
+def check_same_model(first: Weights, other: Weights, trust_remote_code: bool = False) -> None:
     """Raises: UserError with the first thing in which two models differ but in the numbers."""
     who = f"{other.name} and {first.name} are not checkpoints of one model"
-    configs = [load_pretrained(AutoConfig, str(model.folder), model.name) for model in (first, other)]
+    configs = [load_pretrained(AutoConfig, str(each.folder), each.name, trust_remote_code) for each in (first, other)]
     if changed := config_changes(*configs):
         raise UserError(f"{who}: config.json: {changed[0].replace(' then,', ' in the first,').replace(' now', '')}")
     here, there = reading_of(first.folder), reading_of(other.folder)
@@ -167,12 +168,14 @@ def check_same_model(first: Weights, other: Weights) -> None:
 
 
 def reading_of(folder: Path) -> dict[str, object]:
-    """By what a model's texts have their ids."""
+    """By what a model's texts have their ids, and what it computes of them where that is code of its own."""
     names = ("tokenizer.json", "tokenizer_config.json")
     tokenizer, config = (read_json(path) if (path := folder / name).exists() else {} for name in names)
     template = folder / "chat_template.jinja"
     own = config.get("chat_template") if isinstance(config, dict) else None
-    return {"tokenizer.json": tokenizer, "their chat templates": read_text(template) if template.exists() else own}
+    code = {path.name: path.read_bytes() for path in folder.glob("*.py")}
+    template = read_text(template) if template.exists() else own
+    return {"tokenizer.json": tokenizer, "their chat templates": template, "their own code (*.py)": code}
 
 
 def copy_run(models: list[EvaluatedModel], folder: Path) -> None:

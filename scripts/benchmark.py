@@ -8,8 +8,8 @@
     python scripts/benchmark.py attention [--gpu 3b] [--layers 16] [--json FILE]
     python scripts/benchmark.py gpu --out DIR [--minutes 8] [--rehearse]
     python scripts/benchmark.py roofline --gpu 3b [--tokens 4096] [--layers 16] [--json FILE]
-    python scripts/benchmark.py chat CHECKPOINT [--rounds 3] [--json FILE]
-    python scripts/benchmark.py checkpoint MODEL [--rounds 3] [--json FILE]
+    python scripts/benchmark.py chat CHECKPOINT [--rounds 3] [--json FILE] [--trust_remote_code]
+    python scripts/benchmark.py checkpoint MODEL [--rounds 3] [--json FILE] [--trust_remote_code]
     [accelerate launch ...] scripts/benchmark.py balance RECIPE [--json FILE] [--key value ...]
 
 `data`: tokens and conversations a second of a cold preparation, and the seconds of a start that finds it done, next to
@@ -96,8 +96,8 @@ def main() -> None:
     recipe = None
     if options.what in ("data", "balance") or (options.what == "train" and not options.gpu):
         recipe = load_recipe(recipe_file, overrides)
-    elif options.what in OF_A_MODEL and recipe_file and not overrides:
-        options.model = find_model(recipe_file).name
+    elif options.what in OF_A_MODEL and recipe_file and overrides in ({}, {"trust_remote_code": "true"}):
+        options.model, options.trust_remote_code = find_model(recipe_file).name, bool(overrides)
     elif options.what not in OF_A_MODEL and (recipe_file or overrides):
         raise UserError(f"command line: {options.what} takes no {recipe_file or '--' + next(iter(overrides))}")
     check_options(options)
@@ -119,7 +119,8 @@ def check_options(options: argparse.Namespace) -> None:
     if options.what == "roofline" and not options.gpu:
         raise UserError("command line: roofline needs --gpu 3b or 7b")
     if options.what in OF_A_MODEL and not hasattr(options, "model"):
-        raise UserError(f"command line: {options.what} needs a {OF_A_MODEL[options.what]}, and takes no keys")
+        takes = f"{options.what} needs a {OF_A_MODEL[options.what]}, and takes no key but --trust_remote_code"
+        raise UserError(f"command line: {takes}")
     if options.what == "gpu" and not options.out:
         raise UserError("command line: gpu needs --out DIR")
     for name, value in DEFAULTS.items():
@@ -200,14 +201,14 @@ def roofline(options: argparse.Namespace, _):
 def chat(options: argparse.Namespace, _):
     from benchmarking.chat import benchmark_chat, chat_table
 
-    figures = benchmark_chat(options.model, options.rounds)
+    figures = benchmark_chat(options.model, options.rounds, options.trust_remote_code)
     return chat_table(figures), {"figures": figures}
 
 
 def checkpoint(options: argparse.Namespace, _):
     from benchmarking.checkpoint import benchmark_checkpoint, checkpoint_table
 
-    figures = benchmark_checkpoint(options.model, options.rounds)
+    figures = benchmark_checkpoint(options.model, options.rounds, options.trust_remote_code)
     return checkpoint_table(figures), {"figures": figures}
 
 

@@ -24,7 +24,7 @@ import socket
 import sys
 
 from chatting.settings import Settings
-from evaluation.model import find_model
+from evaluation.model import find_model, trust_option
 from utils.command_line import OneLineParser, positive
 from utils.errors import UserError, one_line_errors
 from utils.requirements import require
@@ -36,6 +36,7 @@ def arguments():
     parser = OneLineParser(__doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a model (a run's checkpoint), or hub name")
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="precision of the model")
+    trust_option(parser)
     parser.add_argument("--system", metavar="TEXT", default="", help="what the model is told before all else")
     for name, field in Settings.model_fields.items():
         default = "off" if field.default is None else field.default
@@ -74,7 +75,8 @@ if __name__ == "__main__":
     with one_line_errors():
         OPTIONS = arguments()
         require("prompt_toolkit")
-        CHECKPOINTS = [find_model(name) for name in (OPTIONS.checkpoint, OPTIONS.other) if name is not None]
+        NAMES = [name for name in (OPTIONS.checkpoint, OPTIONS.other) if name is not None]
+        CHECKPOINTS = [find_model(name, OPTIONS.trust_remote_code) for name in NAMES]
         if OPTIONS.web:
             require("gradio", "requirements-web.txt")
             SOCKET = bind(OPTIONS.host or "127.0.0.1", OPTIONS.port or PORT)  # before a model is loaded

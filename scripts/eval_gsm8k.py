@@ -14,7 +14,7 @@ warning says so, here and in the result, and the score on the others stands besi
 CHECKPOINT/eval/gsm8k.json with every reply; an evaluation that was interrupted goes on where it stopped.
 """
 
-from evaluation.model import evaluation_parser, find_model
+from evaluation.model import evaluation_parser, find_model, trust_option
 from recipe.load import load_recipe
 from utils.command_line import positive
 from utils.errors import UserError, one_line_errors
@@ -24,6 +24,7 @@ from utils.requirements import require
 def arguments():
     """The options, the checkpoint, and the recipe beside it or None."""
     parser = evaluation_parser(__doc__)
+    trust_option(parser)
     parser.add_argument("--data", metavar="FILE", help="the problems")
     parser.add_argument("--limit", type=positive, metavar="N", help="only the first N problems")
     parser.add_argument("--max_new_tokens", type=positive, default=512, metavar="N", help="of a reply (512)")
@@ -33,7 +34,7 @@ def arguments():
     if (options.few_shot is None) != (options.examples is None):
         raise UserError("command line: --few_shot N and --examples FILE go together")
     require("evaluate")
-    checkpoint = find_model(options.checkpoint)
+    checkpoint = find_model(options.checkpoint, options.trust_remote_code)
     return options, checkpoint, load_recipe(checkpoint.recipe_file) if checkpoint.recipe_file else None
 
 
@@ -168,7 +169,8 @@ def find_contamination(recipe: Recipe | None, checkpoint, problems: list[dict[st
             if not source_files(name, recipe, download=False):
                 raise UserError(f"{name} is not on this machine")
         say("looking for these problems in the training mix")
-        mix = prepare_mix(recipe, load_tokenizer(recipe.model_copy(update={"model_name": checkpoint.name})))
+        own = {"model_name": checkpoint.name, "trust_remote_code": checkpoint.trust_remote_code}
+        mix = prepare_mix(recipe, load_tokenizer(recipe.model_copy(update=own)))
         mix = without_contamination(mix, recipe)
         found = contaminated_rows(mix.train, [problem["question"] for problem in problems])
     except UserError as error:

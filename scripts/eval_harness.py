@@ -18,7 +18,7 @@ first prompt of each task as text and as ids. An evaluation that was interrupted
 
 import os
 
-from evaluation.model import evaluation_parser, find_model
+from evaluation.model import evaluation_parser, find_model, trust_option
 from utils.command_line import positive
 from utils.errors import UserError, one_line_errors, reason
 from utils.requirements import require
@@ -28,6 +28,7 @@ MODES = {"on": ["chat"], "off": ["plain"], "both": ["chat", "plain"]}
 
 def arguments():
     parser = evaluation_parser(__doc__, batch_size=lambda text: text if text == "auto" else positive(text))
+    trust_option(parser)
     parser.add_argument("--tasks", nargs="+", required=True, metavar="TASK", help="names, YAML files, folders of them")
     parser.add_argument("--chat_template", choices=MODES, default="on", help="on unless given")
     parser.add_argument("--num_fewshot", type=int, metavar="N", help="examples shown; else the task's own")
@@ -37,7 +38,7 @@ def arguments():
     if (options.num_fewshot or 0) < 0:
         raise UserError("command line: --num_fewshot is 0 or more (--help shows how)")
     require("lm_eval", "requirements-eval.txt")
-    return options, find_model(options.checkpoint)
+    return options, find_model(options.checkpoint, options.trust_remote_code)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ A model without the chat tokens (with --recipe) gets them as sft.py gives them, 
 became. The result is CHECKPOINT/eval/loss.json; an evaluation that was interrupted goes on where it stopped.
 """
 
+from dataclasses import replace
+
 from evaluation.model import evaluation_parser, find_model
 from recipe.command_line import describe_keys, parse_with_recipe
 from recipe.load import load_recipe
@@ -37,7 +39,8 @@ def arguments():
         overrides["dtype"] = options.dtype
     if options.batch_size:
         overrides |= {"per_device_eval_batch_size": str(options.batch_size), "micro_batch_tokens": "null"}
-    return options, checkpoint, load_recipe(recipe_file, overrides)
+    recipe = load_recipe(recipe_file, {"trust_remote_code": "false"} | overrides)
+    return options, replace(checkpoint, trust_remote_code=recipe.trust_remote_code), recipe
 
 
 if __name__ == "__main__":
@@ -45,7 +48,6 @@ if __name__ == "__main__":
         OPTIONS, CHECKPOINT, RECIPE = arguments()
 
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +70,7 @@ from training.batches import Batches
 from training.collate import cut
 from training.loss import ScoredLoss
 from training.model import load_config, load_model, load_tokenizer
+from training.pretrained import load_pretrained
 from utils.launch import set_up_process, training_dtype
 from utils.tables import make_console, make_table, progress_bar
 
@@ -102,7 +105,7 @@ def main(options, checkpoint, recipe: Recipe) -> None:
     }
     settings |= {"data": mix.fingerprints, "resamples": RESAMPLES}
     evaluation = Evaluation(accelerator, checkpoint, "loss", settings, options.output)
-    own_tokens = AutoTokenizer.from_pretrained(checkpoint.name).get_vocab()
+    own_tokens = load_pretrained(AutoTokenizer, checkpoint.name, "", recipe.trust_remote_code).get_vocab()
     if missing := [token for token in CHAT_TOKENS if token not in own_tokens]:
         lacks = " ".join(missing)
         evaluation.warn(f"it lacks {lacks}: added with embeddings that were never trained, as sft.py starts")

@@ -23,7 +23,7 @@ import argparse
 import re
 from pathlib import Path
 
-from evaluation.model import find_model
+from evaluation.model import find_model, trust_option
 from utils.command_line import OneLineParser
 from utils.errors import UserError, one_line_errors, reason
 from utils.requirements import require
@@ -40,6 +40,7 @@ def arguments():
     parser = OneLineParser(__doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a model")
     parser.add_argument("out", metavar="OUT", help="folder to write, a new one or an empty one")
+    trust_option(parser)
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="precision of the weights (the run's)")
     parser.add_argument("--max_shard_size", type=shard_size, metavar="SIZE", help="of a weights file (5GB)")
     parser.add_argument("--vocab", choices=("trim", "name", "keep"), help="rows that have no token (trim)")
@@ -101,7 +102,7 @@ from utils.tables import counted
 def main(options) -> None:
     # ---- What can be refused before anything large is read ----
     set_up_process()
-    source, stored = open_source(options.checkpoint)
+    source, stored = open_source(options.checkpoint, options.trust_remote_code)
     run = find_run(source)
     dtype = options.dtype or (run and computed_in(run)) or stored.dtype
     out = check_target(Path(options.out), source.folder, stored.count * DTYPES[dtype].itemsize)
@@ -139,7 +140,7 @@ def main(options) -> None:
         write_beside(source, run, work, name=(repo or out.name).rpartition("/")[2], hub_name=repo)
         clean_configs(work)
         with named(options.out):
-            check_same(reference, logits, read_back(work, reference), dtype)
+            check_same(reference, logits, read_back(work, reference, options.trust_remote_code), dtype)
         written = read_weights(work)
     say(f"weights: {stored.dtype}, {decimal_bytes(stored.size)} in {source.name}")
     say(f"         {written.dtype}, {decimal_bytes(written.size)} in {options.out}, {counted(written.files, 'file')}")
@@ -156,7 +157,7 @@ def main(options) -> None:
 def export_adapter(options) -> None:
     """--adapter: the files of an adapter are copied, and its base model named as others know it."""
     set_up_process()
-    source = find_folder(options.checkpoint)
+    source = find_folder(options.checkpoint, options.trust_remote_code)
     out = check_target(Path(options.out), source.folder, check_adapter(source.folder))
     repo = check_hub(options.push_to_hub, options.private) if options.push_to_hub else None
     tokenizer, run = load_chat_tokenizer(source), find_run(source)
@@ -170,20 +171,20 @@ def export_adapter(options) -> None:
         push(out, repo, options.private)
 
 
-def find_folder(name: str) -> EvaluatedModel:
+def find_folder(name: str, trust_remote_code: bool = False) -> EvaluatedModel:
     """`find_model` of what is a folder.  Raises: UserError."""
     if not Path(name).is_dir():
         raise UserError(f"{name}: no such folder under {Path.cwd()}")
-    return find_model(name)
+    return find_model(name, trust_remote_code)
 
 
-def open_source(name: str) -> tuple[EvaluatedModel, Weights]:
+def open_source(name: str, trust_remote_code: bool = False) -> tuple[EvaluatedModel, Weights]:
     """The model to export, and what its weights files hold.
 
     Of an adapter those of its base model.
     Raises: UserError for what is no folder with a model, an adapter without its base, or quantized weights.
     """
-    source = find_folder(name)
+    source = find_folder(name, trust_remote_code)
     name, folder = source.name, source.folder
     if is_adapter(name):
         base = read_base(folder)
@@ -208,9 +209,9 @@ def computed_in(run: TrainedRun) -> str:
 
 def load(source: EvaluatedModel, dtype: str):
     """On the CPU, where there is room for a model that a GPU cannot hold in fp32."""
-    if is_adapter(source.name):  # which half precision would round before it is added
-        return load_pretrained(AutoModelForCausalLM, source.name, dtype=torch.float32).to(DTYPES[dtype])
-    return load_pretrained(AutoModelForCausalLM, source.name, dtype=DTYPES[dtype])
+    loaded = torch.float32 if is_adapter(source.name) else DTYPES[dtype]  # half would round an adapter before the sum
+    model = load_pretrained(AutoModelForCausalLM, source.name, "", source.trust_remote_code, dtype=loaded)
+    return model.to(DTYPES[dtype])
 
 
 def save(model, tokenizer, folder: Path, name: str, max_shard_size: str) -> None:

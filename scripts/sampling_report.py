@@ -25,7 +25,7 @@ import sys
 from pathlib import Path
 
 from data.prompts import read_prompts
-from evaluation.model import evaluation_parser, find_model
+from evaluation.model import evaluation_parser, find_model, trust_option
 from evaluation.report_files import SamplingReport, read_configs, read_report
 from evaluation.report_page import check_can_write, write_page
 from utils.command_line import positive
@@ -36,6 +36,7 @@ SHIPPED = Path(__file__).parent / "sampling"
 
 def arguments():
     parser = evaluation_parser(__doc__)
+    trust_option(parser)
     parser.add_argument("--prompts", metavar="FILE", default=str(SHIPPED / "prompts.jsonl"), help="what is asked")
     parser.add_argument("--config", metavar="FILE", default=str(SHIPPED / "default.json"), help="sampling settings")
     parser.add_argument("--num_samples", type=positive, default=2, metavar="N", help="of each prompt and setting (2)")
@@ -59,7 +60,7 @@ if __name__ == "__main__":
                 raise UserError(f"command line: --html {PAGE}: give reports after it, or a CHECKPOINT before it")
             write_page(Path(PAGE), REPORTS)
             sys.exit()
-        CHECKPOINT = find_model(OPTIONS.checkpoint)
+        CHECKPOINT = find_model(OPTIONS.checkpoint, OPTIONS.trust_remote_code)
         PROMPTS = read_prompts(Path(OPTIONS.prompts))[: OPTIONS.limit]
         CONFIGS = read_configs(Path(OPTIONS.config))
 

@@ -109,7 +109,7 @@ def main(options, recipe: Recipe, stop: StopSignal) -> None:
     # ---- The end ----
     run.end(stopped, stop.name)
     if accelerator.is_main_process and not stopped:
-        write_model_card(recipe.output_dir)
+        write_model_card(recipe.output_dir, recipe.trust_remote_code)
     engine.close()
     if stopped:
         raise SystemExit(EXIT_STOPPED)

@@ -86,6 +86,7 @@ def run_export(monkeypatch, tmp_path):
             "vocab": "trim",
             "push_to_hub": None,
             "private": False,
+            "trust_remote_code": False,
         }
         out = tmp_path / "out" if out is None else Path(out)
         export.main(argparse.Namespace(checkpoint=str(checkpoint), out=str(out), **(given | options)))

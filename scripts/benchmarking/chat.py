@@ -12,7 +12,7 @@ PROMPTS = {"a question": 1, "a conversation": 30}
 SENTENCE = "A fish swims in the sea, a bird flies in the sky, and a horse runs in the field. Why? "
 
 
-def measure_chat(checkpoint: str, rounds: int) -> dict:
+def measure_chat(checkpoint: str, rounds: int, trust_remote_code: bool = False) -> dict:
     """Seconds to the first token, and tokens a second after it, of both in turn: the medians, and of their ratios.
 
     A bare call gives its tokens together: its first token comes after the seconds of a call for one token.
@@ -26,7 +26,7 @@ def measure_chat(checkpoint: str, rounds: int) -> dict:
     from utils.launch import set_up_process
 
     set_up_process()
-    talker = load_talker(find_model(checkpoint), None)
+    talker = load_talker(find_model(checkpoint, trust_remote_code), None)
     settings = Settings(temperature=0, max_new_tokens=REPLY_TOKENS, min_new_tokens=REPLY_TOKENS)
     figures = {}
     for name, sentences in PROMPTS.items():
@@ -73,9 +73,9 @@ def measure_chat(checkpoint: str, rounds: int) -> dict:
     return figures
 
 
-def benchmark_chat(checkpoint: str, rounds: int) -> dict:
+def benchmark_chat(checkpoint: str, rounds: int, trust_remote_code: bool = False) -> dict:
     """`measure_chat` in a process of its own.  Raises: UserError where the checkpoint cannot be talked to."""
-    return in_a_process(measure_chat, checkpoint, rounds)
+    return in_a_process(measure_chat, checkpoint, rounds, trust_remote_code)
 
 
 def chat_table(figures: dict) -> str:

@@ -10,7 +10,7 @@ from benchmarking.measuring import in_a_process
 LENGTH, SAVES = 256, 3  # tokens of a step; checkpoints measured of each kind, after one whose memory is new
 
 
-def measure_saving(model: str, background: bool) -> dict:
+def measure_saving(model: str, background: bool, trust_remote_code: bool = False) -> dict:
     """Train a model on random tokens, plain, and save it now and then.
 
     Returns: seconds of a step between two saves, of each save's stall, of a step while one is written, and from a save
@@ -38,6 +38,7 @@ def measure_saving(model: str, background: bool) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         values = {
             "model_name": model,
+            "trust_remote_code": trust_remote_code,
             "output_dir": folder,
             "datasets": ["vicuna"],
             "dtype": "bf16" if has_gpu() else "fp32",
@@ -90,12 +91,12 @@ def measure_saving(model: str, background: bool) -> dict:
         }
 
 
-def benchmark_checkpoint(model: str, rounds: int) -> dict[str, list[dict]]:
+def benchmark_checkpoint(model: str, rounds: int, trust_remote_code: bool = False) -> dict[str, list[dict]]:
     """Both kinds in turn, each in a process of its own."""
     figures: dict[str, list[dict]] = {"waited for": [], "behind": []}
     for _ in range(rounds):
         for kind, found in figures.items():
-            found.append(in_a_process(measure_saving, model, kind == "behind"))
+            found.append(in_a_process(measure_saving, model, kind == "behind", trust_remote_code))
     return figures
 
 

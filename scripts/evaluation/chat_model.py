@@ -19,13 +19,13 @@ CHAT_MARK = re.compile(r"<\|\w+\|>")  # how a chat template writes a control tok
 
 
 def fingerprint(checkpoint: EvaluatedModel) -> str:
-    """A hash of the model: of its config, tokenizer and a sample of every weight file; a hub model's commit."""
+    """A hash of the model: its config, tokenizer, own code and a sample of every weight file; a hub model's commit."""
     if not checkpoint.folder:
-        return str(load_pretrained(AutoConfig, checkpoint.name)._commit_hash)
+        return str(load_pretrained(AutoConfig, checkpoint.name, "", checkpoint.trust_remote_code)._commit_hash)
     digest = hashlib.blake2b(digest_size=16)
     for path in sorted(checkpoint.folder.glob("*")):
         weights = path.suffix in (".safetensors", ".bin", ".pt")
-        if weights or path.name in DESCRIBING:
+        if weights or path.name in DESCRIBING or path.suffix == ".py":
             digest.update(f"{path.name} {path.stat().st_size}\n".encode())
             for block in sampled(path) if weights else [path.read_bytes()]:
                 digest.update(block)
@@ -37,7 +37,7 @@ def load_chat_tokenizer(checkpoint: EvaluatedModel, template: bool = True):
 
     Raises: UserError for none, one without chat template or eos token, or without tokens that the template writes.
     """
-    tokenizer = load_pretrained(AutoTokenizer, checkpoint.name)
+    tokenizer = load_pretrained(AutoTokenizer, checkpoint.name, "", checkpoint.trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise UserError(f"{checkpoint.name}: its tokenizer has no eos token, which ends a reply")
     if tokenizer.pad_token_id is None:
@@ -72,7 +72,7 @@ def load_chat_model(checkpoint: EvaluatedModel, device: torch.device, dtype: str
     """
     tokenizer = load_chat_tokenizer(checkpoint, template)
     wanted = DTYPES[dtype] if dtype else "auto" if has_gpu() else torch.float32
-    model = load_pretrained(AutoModelForCausalLM, checkpoint.name, dtype=wanted)
+    model = load_pretrained(AutoModelForCausalLM, checkpoint.name, "", checkpoint.trust_remote_code, dtype=wanted)
     rows = model.get_input_embeddings().num_embeddings
     if (last := max(tokenizer.get_vocab().values())) >= rows:
         raise UserError(f"{checkpoint.name}: its tokenizer has ids up to {last:,}, its embedding {rows:,} rows")

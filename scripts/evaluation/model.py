@@ -26,6 +26,7 @@ class EvaluatedModel:
     name: str  # its folder or hub name, as given
     recipe_file: Path | None = None  # of the run that wrote it
     step: int | None = None  # optimizer steps it was trained for, None where that is not known
+    trust_remote_code: bool = False  # whether Python code that comes with it is run
 
     @property
     def folder(self) -> Path | None:
@@ -33,10 +34,12 @@ class EvaluatedModel:
         return Path(self.name) if os.path.isdir(self.name) else None
 
 
-def find_model(name: str) -> EvaluatedModel:
+def find_model(name: str, trust_remote_code: bool = False) -> EvaluatedModel:
     """The model of this folder or hub name, and the recipe beside it.
 
     OUTPUT_DIR/best is the checkpoint that it leads to now: a run that goes on may have it lead to another at any time.
+    Whether the model's own code is run is said on the command line alone (`trust_option`), never by a recipe beside it,
+    which is from whoever made the model.
 
     Raises: UserError for a folder that is not a model's, or a path that is neither a folder nor can be a hub name.
     """
@@ -44,7 +47,7 @@ def find_model(name: str) -> EvaluatedModel:
     if not os.path.isdir(folder):
         if os.path.lexists(folder) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
             raise UserError(f"{name}: no such folder under {Path.cwd()}, nor is it a hub name (org/name)")
-        return EvaluatedModel(name)
+        return EvaluatedModel(name, trust_remote_code=trust_remote_code)
     if folder.is_symlink() and re.fullmatch(r"checkpoint-\d+", link := os.readlink(folder)):
         folder = folder.parent / link
         name = str(folder)
@@ -57,7 +60,7 @@ def find_model(name: str) -> EvaluatedModel:
     run = folder.resolve().parent if number else folder
     recipe_file = run / "recipe.yaml"
     step = int(number[1]) if number else _last_step(run / "metrics.jsonl")
-    return EvaluatedModel(name, recipe_file if recipe_file.is_file() else None, step)
+    return EvaluatedModel(name, recipe_file if recipe_file.is_file() else None, step, trust_remote_code)
 
 
 class _MetricsLine(Schema):
@@ -78,6 +81,12 @@ def _last_step(metrics: Path) -> int | None:
         if os.environ.get("RANK", "0") == "0":
             print(f"warning: {error}: the result does not say of which step the model is", file=sys.stderr)
         return None
+
+
+def trust_option(parser: OneLineParser) -> None:
+    """The option by which a script runs the Python code that a model brings; of those with a recipe it is a key."""
+    help_text = "run the Python code that comes with the model (auto_map in its config.json)"
+    parser.add_argument("--trust_remote_code", action="store_true", help=help_text)
 
 
 def evaluation_parser(usage: str, batch_size: Callable[[str], int | str] = positive) -> OneLineParser:

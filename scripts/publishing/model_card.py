@@ -43,11 +43,11 @@ LINK = re.compile(r"https://[^\s<>\[\]()`|*\\]+")  # which Markdown leaves whole
 MATH = "grade_school_math_instructions"
 
 
-def write_model_card(folder: Path) -> None:
+def write_model_card(folder: Path, trust_remote_code: bool = False) -> None:
     """Write the card of the model in a folder; where that fails, say so: all else of the run is there."""
     path = folder / "README.md"
     try:
-        model = find_model(str(folder))
+        model = find_model(str(folder), trust_remote_code)
         write_whole(path, str(model_card(model, find_run(model))))
     except Exception as error:  # as many kinds as transformers, Jinja and huggingface_hub have
         problem = error if isinstance(error, UserError) else getattr(error, "strerror", None) or reason(error)
@@ -73,9 +73,10 @@ def model_card(
     """
     described = described or model.folder
     results = find_results(model)
-    tokenizer = load_chat_tokenizer(EvaluatedModel(str(described)))
-    trust = run is not None and run.recipe.trust_remote_code
-    config = load_pretrained(AutoConfig, str(described), trust_remote_code=trust).get_text_config()
+    trust = model.trust_remote_code
+    tokenizer = load_chat_tokenizer(EvaluatedModel(str(described), trust_remote_code=trust))
+    config = load_pretrained(AutoConfig, str(described), trust_remote_code=trust)
+    own_code, config = bool(getattr(config, "auto_map", None)), config.get_text_config()
     name = shareable_text(" ".join((name or _run_name(model, run)).split()))
     prompting = describe_prompting(tokenizer)
     positions = getattr(config, "max_position_embeddings", None)
@@ -96,6 +97,7 @@ def model_card(
         stops=_stop_tokens(described, tokenizer),
         question=QUESTIONS[0],
         address=hub_name or ".",
+        own_code=own_code,
         address_note="" if hub_name else "  # the folder of this card",
         licence=_licence(run, data.license),
         result_rows=_result_rows(run, results),

@@ -2,9 +2,9 @@
 
 python -P read_back.py FOLDER < request > answer
 
-The request is JSON: `chats`, each a list of messages, and `ids` of a text. The answer is a line of JSON, the ids that
-the chat template makes of each chat, and behind it the logits over the text, float32 [ids, rows], in the form of
-numpy.save.
+The request is JSON: `chats`, each a list of messages, `ids` of a text, and `trust_remote_code`, whether code that is in
+the folder is run. The answer is a line of JSON, the ids that the chat template makes of each chat, and behind it the
+logits over the text, float32 [ids, rows], in the form of numpy.save.
 """
 
 import io
@@ -33,8 +33,10 @@ if __name__ == "__main__":
     answer = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints
     folder, request = sys.argv[1], json.load(sys.stdin)
-    chats = template_ids(AutoTokenizer.from_pretrained(folder), request["chats"])
-    logits = logits_of(AutoModelForCausalLM.from_pretrained(folder, dtype="auto"), request["ids"])
+    trust = request["trust_remote_code"]
+    chats = template_ids(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust), request["chats"])
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=trust)
+    logits = logits_of(model, request["ids"])
     numbers = io.BytesIO()  # numpy asks a file for its position, which a pipe has not
     np.save(numbers, logits)
     with answer:

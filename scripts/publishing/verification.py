@@ -70,9 +70,11 @@ def make_reference(model: Any, tokenizer: Any, dtype: str) -> Reference:
     return Reference(chats, template, ids, logits, dtype)
 
 
-def read_back(folder: Path, reference: Reference) -> tuple[list[list[int]], np.ndarray]:
+def read_back(
+    folder: Path, reference: Reference, trust_remote_code: bool = False
+) -> tuple[list[list[int]], np.ndarray]:
     """The ids of the chats and the logits over the text, by a process of its own.  Raises: UserError."""
-    request = json.dumps({"chats": reference.chats, "ids": reference.ids})
+    request = json.dumps({"chats": reference.chats, "ids": reference.ids, "trust_remote_code": trust_remote_code})
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [sys.executable, "-P", str(Path(__file__).with_name("read_back.py")), str(folder)]
     done = subprocess.run(command, input=request.encode(), env=environment, capture_output=True)

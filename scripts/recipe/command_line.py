@@ -32,6 +32,8 @@ def parse_with_recipe(
 ) -> tuple[argparse.Namespace, str | None, dict[str, str]]:
     """Read `RECIPE [--key value ...]` with the script's own options anywhere among them; without any, print the help.
 
+    A key that is true or false may stand without a value, before another option or at the end: it is true then.
+
     Returns: the script's own; the recipe's file, None where none is given; the overrides for `load_recipe`.
     Raises: UserError when an argument is none of these.
     """
@@ -43,8 +45,8 @@ def parse_with_recipe(
     known = [*Recipe.model_fields, *IGNORED]
     recipe_file: str | None = None
     overrides: dict[str, str] = {}
-    arguments = iter(rest)
-    for argument in arguments:
+    while rest:
+        argument, *rest = rest
         if not argument.startswith("-"):
             if recipe_file is not None:
                 raise UserError(f"command line: {argument}: one recipe at a time, {recipe_file} is the recipe already")
@@ -53,12 +55,19 @@ def parse_with_recipe(
         name, equals, value = argument.removeprefix("--").partition("=")
         if not argument.startswith("--") or name.split(".")[0] not in known:
             raise UserError(f"command line: unknown key {name}{nearest(name, [*known, *vars(options)])}")
-        if not equals:
-            value = next(arguments, "")
+        if not equals and is_flag(name) and (not rest or rest[0].startswith("--")):
+            value = "true"
+        elif not equals:
+            value, *rest = rest or [""]
         if not value or (not equals and value.startswith("--")):
             raise UserError(f"command line: --{name} needs a value (null for none)")
         overrides[name] = value
     return options, recipe_file, overrides
+
+
+def is_flag(name: str) -> bool:
+    """Whether a key of a recipe is true or false."""
+    return name in Recipe.model_fields and Recipe.model_fields[name].annotation is bool
 
 
 def describe_keys() -> str:

@@ -12,7 +12,6 @@ import copy
 import json
 import os
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from run.snapshot import Weights
 from training.adapter_files import save_adapter
 from training.adapters import has_adapter
 from training.model import fit_to_tokenizer, without_weights
+from training.pretrained import folder_to_read_back, load_pretrained
 from training.tokenizer_files import save_tokenizer
 from utils.errors import UserError, reason
 from utils.files import read_json
@@ -85,7 +85,7 @@ def check_savable(recipe: Recipe, config: PretrainedConfig, tokenizer, fetch: bo
         UserError: it cannot be saved, or is not read back as it was.
     """
     model = without_weights(recipe, copy.deepcopy(config))
-    with tempfile.TemporaryDirectory() as folder:
+    with folder_to_read_back() as folder:
         try:
             if not recipe.from_scratch:
                 with contextlib.suppress(OSError):  # there need not be one
@@ -106,17 +106,17 @@ def config_of_run(recipe: Recipe, config: PretrainedConfig, tokenizer) -> Pretra
     the tokenizer."""
     model = without_weights(recipe, copy.deepcopy(config))
     fit_to_tokenizer(model, tokenizer, mean_resizing=False)
-    with tempfile.TemporaryDirectory() as folder:
+    with folder_to_read_back() as folder:
         return _saved_config(model, folder, recipe)
 
 
-def _saved_config(model: PreTrainedModel, folder: str, recipe: Recipe) -> PretrainedConfig:
+def _saved_config(model: PreTrainedModel, folder: Path, recipe: Recipe) -> PretrainedConfig:
     """A model's config, saved in a folder as `save_pretrained` of the model would, and read back."""
     if model._auto_class:  # a class of the model's own code, which goes into each folder that names it
         custom_object_save(model, folder, config=model.config)
     model.config.save_pretrained(folder)
-    _rewrite(Path(folder) / "config.json", with_older_rope)
-    return AutoConfig.from_pretrained(folder, trust_remote_code=recipe.trust_remote_code)
+    _rewrite(folder / "config.json", with_older_rope)
+    return load_pretrained(AutoConfig, str(folder), trust_remote_code=recipe.trust_remote_code)
 
 
 def config_changes(then: PretrainedConfig, now: PretrainedConfig) -> list[str]:

@@ -1,20 +1,27 @@
 """What transformers makes of a folder or a hub name: all of it, or one line; a model's own code only if asked."""
 
 import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, dynamic_module_utils
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from training.adapter_files import is_adapter, read_base
 from training.adapters import as_quantized, merge
 from training.checkpoint_files import check_model_files
 from training.weight_files import hub_is_reachable, model_folder
 from utils.errors import UserError, reason
+from utils.files import locked
 from utils.launch import say
 
 KINDS = {AutoConfig: "config", AutoTokenizer: "tokenizer", AutoModelForCausalLM: "weights"}
+UNTRUSTED = "comes with Python code of its own: read that, and give --trust_remote_code to have it run"
 
 
 def load_pretrained(
@@ -36,10 +43,17 @@ def load_pretrained(
         return _of_adapter(auto_class, Path(name), who, trust_remote_code, **kwargs)
     if auto_class is AutoModelForCausalLM:
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # which are refused below, by name
+    if not trust_remote_code and _needs_own_code(name):
+        raise UserError(f"{who}: {UNTRUSTED}")
     try:
-        found = auto_class.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
+        if trust_remote_code:
+            import_own_code(name)
+        with modules_lock() if trust_remote_code and auto_class is AutoTokenizer else nullcontext():
+            found = auto_class.from_pretrained(name, trust_remote_code=trust_remote_code, **kwargs)
         _check_numbers(found[0] if auto_class is AutoModelForCausalLM else found)
     except Exception as error:  # what transformers makes of a bad file ranges from OSError to AttributeError
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            raise UserError(f"{who}: {UNTRUSTED}") from error
         raise UserError(f"{who}: no usable {KINDS[auto_class]}: {_where(name)}: {reason(error)}") from error
     if auto_class is AutoModelForCausalLM:
         found, info = found
@@ -57,6 +71,55 @@ def load_pretrained(
         # Where there are no files, transformers makes an empty tokenizer of the model's kind and says nothing.
         raise UserError(f"{who}: no tokenizer: {_where(name)}")
     return found
+
+
+def import_own_code(name: str) -> list[type]:
+    """Import what a model's config names of its own code; whatever loads the model later finds these very classes.
+
+    Raises: as many kinds as there is code.
+    """
+    auto_map = _config_values(name).get("auto_map") or {}
+    references = [auto_map[kind.__name__] for kind in (AutoConfig, AutoModelForCausalLM) if kind.__name__ in auto_map]
+    with modules_lock():
+        return [dynamic_module_utils.get_class_from_dynamic_module(each, name) for each in references]
+
+
+def modules_lock() -> AbstractContextManager:
+    """For one process of a machine at a time to import a model's own code: transformers copies it into a cache that
+    they share, and one would read a file that another is about to write (5.23)."""
+    dynamic_module_utils.init_hf_modules()
+    return locked(Path(dynamic_module_utils.HF_MODULES_CACHE))
+
+
+@contextmanager
+def folder_to_read_back() -> Iterator[Path]:
+    """A temporary folder for what is read back as soon as it is saved. By its name transformers calls the modules of a
+    model's own code, so it has one for all processes, and its cache of modules does not grow with each start."""
+    with tempfile.TemporaryDirectory() as above:
+        folder = Path(above) / "read_back"
+        folder.mkdir()
+        yield folder
+
+
+def _needs_own_code(name: str) -> bool:
+    """Whether a model is another one without the code that it brings. Many of the hub bring what transformers has by
+    now, under the same name but for its spelling (MPTForCausalLM, MptForCausalLM), and are read without it."""
+    values = _config_values(name)
+    own = (values.get("auto_map") or {}).get(AutoModelForCausalLM.__name__)
+    built_in = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(values.get("model_type"), "")
+    return own is not None and _plain(own.rpartition(".")[2]) != _plain(built_in)
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"\W|_", "", name).lower()
+
+
+def _config_values(name: str) -> dict[str, Any]:
+    """What a model's config.json says; nothing where there is none that can be read, as whoever loads it will find."""
+    try:
+        return PretrainedConfig.get_config_dict(name)[0]
+    except Exception:  # as many kinds as transformers has
+        return {}
 
 
 def _of_adapter(auto_class: Any, folder: Path, who: str, trust_remote_code: bool, **kwargs: Any) -> Any:

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from data.dialogue import ROLE_TOKENS, encode
 from sources.source import Conversation, Message
+from training.pretrained import folder_to_read_back, modules_lock
 from utils.errors import UserError, reason
 from utils.files import read_json
 
@@ -64,12 +64,13 @@ def check_tokenizer(tokenizer, name: str, trust_remote_code: bool = False) -> No
     Raises:
         UserError: it cannot be read back, or is another one then; or a message has other ids in the template.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with folder_to_read_back() as folder:
         with contextlib.suppress(Exception):  # load_config says what is wrong with it
             AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code).save_pretrained(folder)
         try:
-            save_tokenizer(tokenizer, Path(folder))
-            again = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            save_tokenizer(tokenizer, folder)
+            with modules_lock() if trust_remote_code else contextlib.nullcontext():
+                again = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         except Exception as error:  # as many kinds as transformers has
             raise UserError(
                 f"model_name = {name}: its tokenizer, as a run saves it, could not be read back: {reason(error)}"

@@ -161,18 +161,18 @@ def schedule_warnings(recipe: Recipe, total_steps: int, epoch_steps: int | None,
             f"the first checkpoint would come at step {every:,}, the run ends at {total_steps:,}: "
             "give save_strategy: steps and a smaller save_steps"
         )
-    elif held_out and not recipe.keep_best and not _meet(every, recipe.eval_steps, total_steps):
-        saves = "save_strategy = epoch" if recipe.save_strategy == "epoch" else f"save_steps = {every:,}"
-        found.append(
-            f"{saves}, eval_steps = {recipe.eval_steps:,}: no checkpoint will be of a step that is evaluated, so that "
-            "OUTPUT_DIR/best will be missing: make one a multiple of the other, or give keep_best: true"
-        )
     if recipe.save_only_model and (recipe.save_strategy != "no" or recipe.keep_best):
         found.append("save_only_model = true: nothing to go on from after a crash: give keep_trainer_state: 1 instead")
     if held_out and recipe.eval_steps > total_steps:
         found.append(
             f"eval_steps = {recipe.eval_steps}: the run has {total_steps:,} steps and is evaluated only at its end: "
             "give fewer"
+        )
+    elif held_out and not recipe.keep_best and every <= total_steps and not _meet(int(every), recipe, total_steps):
+        saves = "save_strategy = epoch" if recipe.save_strategy == "epoch" else f"save_steps = {every:,}"
+        found.append(
+            f"{saves}, eval_steps = {recipe.eval_steps:,}: no checkpoint will be of a step that is evaluated, so that "
+            "OUTPUT_DIR/best will be missing: make one a multiple of the other, or give keep_best: true"
         )
     patience, before_the_end = recipe.early_stopping_patience, (total_steps - 1) // recipe.eval_steps
     if patience and before_the_end <= patience:  # the first evaluation is the best so far
@@ -183,9 +183,9 @@ def schedule_warnings(recipe: Recipe, total_steps: int, epoch_steps: int | None,
     return found
 
 
-def _meet(save: float, evaluate: int, total_steps: int) -> bool:
-    """Whether a step has a checkpoint and an evaluation, which the last step has anyway; True where nobody knows."""
-    return math.isnan(save) or math.lcm(int(save), evaluate) <= total_steps or total_steps % save == 0
+def _meet(every: int, recipe: Recipe, total_steps: int) -> bool:
+    """Whether a step has an evaluation, which the last step has anyway, and a checkpoint, one `every` so many steps."""
+    return math.lcm(every, recipe.eval_steps) <= total_steps or total_steps % every == 0
 
 
 def recipe_warnings(

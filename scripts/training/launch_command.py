@@ -57,8 +57,12 @@ def keys_of(section: str) -> list[str]:
 
 def check_launch_command() -> None:
     """As `check_arguments`, of the command that started this process, where it can be seen: not behind pdsh."""
-    if "ACCELERATE_MIXED_PRECISION" in os.environ and (arguments := _launch_arguments()):
-        check_arguments(arguments)
+    if "ACCELERATE_MIXED_PRECISION" not in os.environ:  # which every launcher of Accelerate's sets
+        return
+    for process in psutil.Process().parents():
+        if arguments := launch_arguments(process):
+            check_arguments(arguments)
+            return
 
 
 def check_arguments(arguments: Namespace) -> None:
@@ -84,32 +88,19 @@ def check_arguments(arguments: Namespace) -> None:
         )
 
 
-def _launch_arguments() -> Namespace | None:
-    """Of the nearest `accelerate launch` above this process, by its own parser; None where there is none to be seen."""
+def launch_arguments(process: psutil.Process) -> Namespace | None:
+    """What a process reads that is `accelerate launch`, in any spelling of it; None where it is something else."""
     try:
-        ancestors = psutil.Process().parents()
-    except psutil.Error:
+        words = process.cmdline()
+    except psutil.Error:  # another user's, or gone
         return None
-    for process in ancestors:
-        try:
-            words = process.cmdline()
-        except psutil.Error:  # another user's, or gone
-            continue
-        if (given := words_of_launch(words)) is not None:
-            return launch_command_parser().parse_args(given)
-    return None
-
-
-def words_of_launch(words: list[str]) -> list[str] | None:
-    """What follows `accelerate launch` in the words of a command line, in any spelling of it; None where it is none."""
     for number, word in enumerate(words, 1):
-        name = os.path.basename(word)
+        name, following = os.path.basename(word), words[number:]
         if name in ("accelerate-launch", "accelerate.commands.launch") or word.endswith("commands/launch.py"):
-            return words[number:]
-        if name in ("accelerate", "accelerate.commands.accelerate_cli", "accelerate_cli.py") and words[
-            number : number + 1
-        ] == ["launch"]:
-            return words[number + 1 :]
+            return launch_command_parser().parse_args(following)
+        is_cli = name in ("accelerate", "accelerate.commands.accelerate_cli", "accelerate_cli.py")
+        if is_cli and following[:1] == ["launch"]:
+            return launch_command_parser().parse_args(following[1:])
     return None
 
 

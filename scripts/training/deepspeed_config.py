@@ -50,6 +50,9 @@ def find_config(recipe: Recipe) -> tuple[dict[str, Any], str] | None:
             return DeepSpeedPlugin().deepspeed_config, CONFIG
         except ValueError as error:  # of a number that is none
             raise UserError(f"{CONFIG}: its deepspeed_config: {reason(error)}") from None
+    if Path(path).suffix in (".yaml", ".yml"):
+        remedy = f"an accelerate config is given by accelerate launch --config_file {path}"
+        raise UserError(f"deepspeed_config = {path}: should be a JSON file of DeepSpeed's; {remedy}")
     config = read_json(Path(path), "deepspeed_config")
     if not isinstance(config, dict):
         raise UserError(f"deepspeed_config: {path}: not a JSON object")

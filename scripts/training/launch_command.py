@@ -19,7 +19,7 @@ from recipe.load import nearest
 from recipe.strict_yaml import parse_yaml
 from utils.errors import UserError
 from utils.files import read_json, read_text
-from utils.launch import launcher_plugin, num_processes
+from utils.launch import has_gpu, launcher_plugin, num_processes
 
 MOST_BYTES = 2**20
 # Sections of its config, each with how the options begin that its keys are.
@@ -42,7 +42,7 @@ DEEPSPEED_KEYS = (
 # Sections that only one engine reads: `launcher_plugin`'s name for it, and the distributed_type that starts it.
 ENGINES = {"deepspeed_config": ("deepspeed", "DEEPSPEED"), "fsdp_config": ("fsdp", "FSDP")}
 IN_A_RECIPE = {"gradient_accumulation_steps": "gradient_accumulation_steps", "gradient_clipping": "max_grad_norm"}
-FLAGS = ("use_cpu", "debug", "same_network", "enable_cpu_affinity")  # at the top of the file
+FLAGS = ("use_cpu", "debug", "same_network", "enable_cpu_affinity", "zero3_init_flag", "zero3_save_16bit_model")
 BOOLEANS = ("true", "false", "yes", "no", "on", "off")  # of YAML 1.1
 
 
@@ -132,8 +132,8 @@ def _problems(config: dict[str, Any], without_plugins: bool) -> Iterator[tuple[t
         if not isinstance(own, dict):
             yield (section,), f"{section} = {str(own)[:80]}: should be a mapping of options"
             continue
-        for name in own:
-            if problem := _problem_of_name(section, str(name)):
+        for name, value in own.items():
+            if problem := _problem_of_name(section, str(name)) or _problem_of_value(str(name), value):
                 yield (section, str(name)), problem
         plugin, kind = ENGINES.get(section, (None, ""))
         if own and plugin and launcher_plugin() != plugin:
@@ -142,9 +142,27 @@ def _problems(config: dict[str, Any], without_plugins: bool) -> Iterator[tuple[t
             if without_plugins and given == kind:
                 remedy = "leave out --cpu: without a GPU it starts CPU processes"
             yield (section,), f"{section}: passed over, since this start is without {kind}: {remedy}"
-    for name in FLAGS:
-        if (value := config.get(name)) is not None and str(value).lower() not in BOOLEANS:
-            yield (name,), f"{name} = {value}: should be true or false"
+    for name, value in config.items():
+        if problem := _problem_of_value(str(name), value):
+            yield (str(name),), problem
+    if str(config.get("use_cpu")).lower() in ("true", "yes", "on") and has_gpu():  # by what was handed on
+        remedy = "set ACCELERATE_USE_CPU=true in the environment"
+        yield ("use_cpu",), f"use_cpu = true: passed over, since it is handed on to a process alone only: {remedy}"
+
+
+def _problem_of_value(name: str, value: Any) -> str | None:
+    """By the option of this name, for which an argument of `accelerate launch` would have been looked at."""
+    if value in (None, "auto") or isinstance(value, dict | list):
+        return None
+    if name in FLAGS:
+        return None if str(value).lower() in BOOLEANS else f"{name} = {value}: should be true or false"
+    kind = next((action.type for action in launch_command_parser()._actions if action.dest == name), None)
+    if kind in (int, float):
+        try:
+            kind(value)
+        except ValueError:
+            return f"{name} = {value}: should be {'a whole number' if kind is int else 'a number'}"
+    return None
 
 
 def _problem_of_name(section: str, name: str) -> str | None:

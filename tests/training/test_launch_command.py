@@ -5,6 +5,7 @@ import sys
 
 import psutil
 import pytest
+import torch
 from accelerate.commands.launch import launch_command_parser
 from conftest import ROOT
 from forking import launched_environments
@@ -67,6 +68,10 @@ REFUSED = [
         "line 3: deepspeed_config: passed over, since this start is without",
     ),
     (ALONE + "fsdp_config: {fsdp_version: 2}\n", [], "give distributed_type: FSDP, or remove it"),
+    (DEEPSPEED + "  zero_stage: two\n", [], "line 5: zero_stage = two: should be a whole number"),
+    (DEEPSPEED + "  gradient_clipping: often\n", [], "line 5: gradient_clipping = often: should be a number"),
+    (DEEPSPEED + "  zero3_init_flag: ture\n", [], "line 5: zero3_init_flag = ture: should be true or false"),
+    (FSDP + "parallelism_config: {parallelism_config_tp_size: two}\n", [], "tp_size = two: should be a whole number"),
     (DDP + "same_network: ture\n", [], "line 3: same_network = ture: should be true or false"),
     (DDP + "num_processes: 4\n", [], "the key num_processes was given before, on line 2"),
     (
@@ -92,10 +97,18 @@ def test_what_the_launcher_drops_is_told(launched, tmp_path, config, options, sa
     assert line.startswith((str(tmp_path / "accelerate.yaml"), "accelerate launch"))
 
 
+def test_a_cpu_that_is_asked_for_and_not_handed_on(launched, monkeypatch):
+    arguments = launched(DDP + "use_cpu: true\n")
+    check_arguments(arguments)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError, match=r"line 3: use_cpu = true: passed over.*set ACCELERATE_USE_CPU=true"):
+        check_arguments(arguments)
+
+
 TAKEN = [
     (FSDP + "  fsdp_reshard_after_forward: false\n  offload_params: false\n", []),
     (FSDP + "debug: off\ndeepspeed_config: {}\nmegatron_lm_config: {}\ndowncast_bf16: 'no'\ntpu_env: []\n", []),
-    (DEEPSPEED + "  zero3_init_flag: false\n", ["--zero_stage", "2"]),
+    (DEEPSPEED + "  gradient_clipping: auto\n  zero3_init_flag: no\n", ["--zero_stage", "2"]),
     (DDP, []),
     (ALONE, ["--num_cpu_threads_per_process", "1"]),
     (ALONE, ["--use_fsdp", "--fsdp_version", "2", "--num_processes", "2"]),

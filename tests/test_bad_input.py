@@ -624,4 +624,4 @@ def test_an_accelerate_config_may_spell_deepspeed_out(tmp_path, tiny_model):
     options = ["--max_steps", "2", "--output_dir", str(tmp_path / "out"), "--sample_replies", "0"]
     process = run_forked(launcher, "scripts/sft.py", ["recipes/demo.yaml", *options], ROOT)
     assert process.returncode == 0, process.stderr[-3000:]
-    assert "DEEPSPEED on cpu" in process.stdout
+    assert "ZeRO-2, 2 processes, cpu" in process.stdout

@@ -18,6 +18,10 @@ from utils.errors import UserError
 
 SECTIONS = {"model_name": "Model", "datasets": "Data", "dtype": "Training", "output_dir": "Output"}
 
+# Of its options those that are given most, which behind the script's name are the script's.
+OF_THE_LAUNCHER = ("config_file", "num_processes", "num_machines", "machine_rank", "main_process_ip")
+OF_THE_LAUNCHER += ("main_process_port", "multi_gpu", "use_deepspeed", "use_fsdp", "gpu_ids", "mixed_precision")
+
 
 def recipe_parser(usage: str) -> OneLineParser:
     """A parser for the script's own options; --help shows its docstring, `usage`, and every key of a recipe."""
@@ -54,6 +58,8 @@ def parse_with_recipe(
             continue
         name, equals, value = argument.removeprefix("--").partition("=")
         if not argument.startswith("--") or name.split(".")[0] not in known:
+            if name.replace("-", "_") in OF_THE_LAUNCHER:
+                raise UserError(f"command line: --{name} is for accelerate launch: give it before the script's name")
             raise UserError(f"command line: unknown key {name}{nearest(name, [*known, *vars(options)])}")
         if not equals and is_flag(name) and (not rest or rest[0].startswith("--")):
             value = "true"

@@ -111,9 +111,10 @@ def _override(values: dict[str, Any], parts: tuple[str, ...], value: Any) -> Non
 def nearest(name: str, known: Iterable[str], otherwise: str = " (--help lists the keys)") -> str:
     """What to say behind a name that is none of the known ones; `otherwise` where none is near, of ten or more."""
     known = list(known)
-    close = difflib.get_close_matches(name, known, n=1)
+    plain = {other.lower().replace("-", "_"): other for other in known}
+    close = difflib.get_close_matches(name.lower().replace("-", "_"), plain, n=1)
     if close:
-        return f": did you mean {close[0]}?"
+        return f": did you mean {plain[close[0]]}?"
     return f" (known: {', '.join(known)})" if len(known) < 10 else otherwise
 
 

@@ -4,7 +4,6 @@ import math
 import os
 from collections.abc import Collection
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from recipe.keys import Recipe
@@ -13,7 +12,7 @@ from run.lines import metrics_lines
 from run.retention import NUMBERED, list_checkpoints, prune, step_of
 from utils.errors import UserError
 from utils.files import UNFINISHED
-from utils.launch import say
+from utils.launch import say_once
 
 LINKS = ("best", "last")  # in output_dir
 OTHERWISE = " (eval_loss, eval_accuracy, eval_<dataset>_loss, eval_<dataset>_accuracy)"
@@ -79,8 +78,6 @@ def check_metric(recipe: Recipe, held_out: Collection[str]) -> None:
 
 # ---- The links ----
 
-_say_once = cache(say)  # where links fail they do at each evaluation
-
 
 def is_others(link: Path) -> bool:
     """Whether what is there under the name of a link of ours is none: a folder, or a link to something else."""
@@ -134,7 +131,7 @@ def link_checkpoints(recipe: Recipe, best: Best | None) -> None:
             work.symlink_to(path.name)
             os.replace(work, link)
         except OSError as error:  # no reason to stop: the checkpoints themselves are there
-            _say_once(f"\n{folder}: no links best and last there: {error.strerror}; the end says which they are")
+            say_once(f"\n{folder}: no links best and last there: {error.strerror}; the end says which they are")
 
 
 def keep_checkpoints(recipe: Recipe, newest: Path, best: Best | None) -> None:

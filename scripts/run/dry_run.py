@@ -1,51 +1,65 @@
 """--dry_run: check everything that can be checked without loading weights, and print the resolved recipe."""
 
+import io
+import math
 import os
+from contextlib import redirect_stdout
 
 from data.files import may_be_on_hub, source_files
 from data.reading import TRAIN, VALIDATION, Reading
 from recipe.keys import Recipe
 from run.best import check_metric
+from run.checkpoint import Checkpoint
 from run.folder import check_own_names
-from run.model_files import check_savable
-from run.preflight import vocabulary_warnings
-from run.resume import find_checkpoint, is_finished
+from run.model_files import check_savable, config_of_run
+from run.preflight import find_engine, schedule_warnings, vocabulary_warnings
+from run.resume import check_config, find_checkpoint, is_finished
 from run.samples import check_prompts, load_prompts, room_for_reply
 from sources.registry import find_source
-from training.deepspeed_config import fill_config, find_config
 from training.fsdp_config import find_sharding, sharded_layers
 from training.model import check_tiny, check_weights, count_parameters, load_config, load_tokenizer, without_weights
-from training.plan import describe_step
+from training.plan import describe_step, foretold_steps
 from training.weight_files import model_folder, weights_are_here
 from utils.errors import UserError
 from utils.launch import num_processes, process_index, say, set_up_process, training_dtype
 
 
 def dry_run(recipe: Recipe, allow_changes: bool) -> None:
-    """Print the resolved recipe and what was found of all that it names; UserError when the run could not start."""
+    """Print the resolved recipe, and what was found of all that it names, or that a start would do nothing.
+
+    Raises: UserError when the run could not start; before anything is printed.
+    """
     set_up_process()
+    if is_finished(recipe):
+        say(f"the run in {recipe.output_dir} is finished: nothing to do; another --output_dir starts another")
+        return
+    found = io.StringIO()
+    with redirect_stdout(found):
+        _look(recipe, allow_changes)
+    # What was found comes last, and is seen.
+    say(f"{recipe.to_yaml()}\n# ---- what was found of it ----\n{found.getvalue().rstrip()}")
+    say("nothing wrong was found; what was not here to look at is said above")
+
+
+def _look(recipe: Recipe, allow_changes: bool) -> None:
+    """What takes no time first, then the data, then the model."""
     dtype = training_dtype(recipe.dtype)
+    layout = find_engine(recipe, dtype)
     held_out = set(recipe.datasets.chosen())
     check_metric(recipe, held_out)
-    prompts = check_prompts(recipe)
-    if process_index() == 0 and not is_finished(recipe):
+    prompts, checkpoint = check_prompts(recipe), None
+    if process_index() == 0:
         checkpoint = find_checkpoint(recipe, allow_changes)
         if checkpoint:
             say(f"would go on from {checkpoint.path}")
-        # What claim_output_dir would run into, found without writing.
-        folder = recipe.output_dir
-        check_own_names(recipe)
-        nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-        if not os.path.isdir(nearest) or not os.access(nearest, os.W_OK):
-            raise UserError(
-                f"output_dir = {folder}: cannot write there: {nearest} is not a folder that can be written to"
-            )
-    say(f"{recipe.to_yaml()}\n# ---- what was found of it ----")  # which comes last, and is seen
+        _check_folder(recipe)
+    rows: dict[str, int] | None = {}
     for name, options in recipe.datasets.chosen().items():
         hub, paths = find_source(name, options).hub, source_files(name, recipe, download=False)
         if not paths and not may_be_on_hub(options.input_file_path, hub):
             source_files(name, recipe)  # says where it looked
         if not paths:
+            rows = None
             say(f"{name}: not here, would be fetched from {f'the hub ({hub.repo})' if hub.repo else 'its URL'}")
             continue
         source = Reading(name, options, paths, recipe.rng_seed)
@@ -53,24 +67,52 @@ def dry_run(recipe: Recipe, allow_changes: bool) -> None:
             pass
         codes = source.split()
         held_out -= set() if (codes == VALIDATION).any() else {name}
+        if rows is not None:
+            rows[name] = int((codes == TRAIN).sum())
         say(
             f"{name}: {', '.join(map(str, paths))}: {(codes == TRAIN).sum():,} training and "
             f"{(codes == VALIDATION).sum():,} validation conversations ({source.losses()})"
         )
     check_metric(recipe, held_out)
     say(f"{recipe.model_name}: {describe_model(recipe)}")
+    if checkpoint:
+        _check_model_of(checkpoint, recipe, allow_changes)
     if prompts:
         say(f"{recipe.sample_prompts}: {len(prompts):,} prompts, for replies of up to {room_for_reply(recipe)} tokens")
-    if found := find_config(recipe):
-        fill_config(*found, recipe, total_steps=recipe.max_steps, dtype=dtype)
-        say(f"{found[1]}: agrees with the recipe")
-    if sharding := find_sharding(recipe, dtype):
-        if model_folder(recipe.model_name):
-            sharded_layers(without_weights(recipe, load_config(recipe)), sharding)  # are there
-        say(f"the accelerate config: {sharding}: agrees with the recipe")
-    processes = "process" if num_processes() == 1 else "processes"
-    say(f"{describe_step(recipe, num_processes())} with {num_processes()} {processes}")
-    say("nothing wrong was found; what was not here to look at is said above")
+    if (sharding := find_sharding(recipe, dtype)) and model_folder(recipe.model_name):
+        sharded_layers(without_weights(recipe, load_config(recipe)), sharding)  # are there
+    say(f"{layout}: {describe_step(recipe, num_processes())}")
+    for warning in _schedule(recipe, rows, bool(held_out)):
+        say(f"warning: {warning}")
+
+
+def _check_folder(recipe: Recipe) -> None:
+    """What claim_output_dir would run into, found without writing."""
+    folder = recipe.output_dir
+    check_own_names(recipe)
+    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not os.path.isdir(nearest) or not os.access(nearest, os.W_OK):
+        raise UserError(f"output_dir = {folder}: cannot write there: {nearest} is not a folder that can be written to")
+
+
+def _check_model_of(checkpoint: Checkpoint, recipe: Recipe, allow_changes: bool) -> None:
+    """As `check_config`, where the model's config and tokenizer are here."""
+    folder = model_folder(recipe.model_name)
+    if folder and (os.path.isdir(recipe.model_name) or (folder / "tokenizer.json").exists()):
+        config = config_of_run(recipe, load_config(recipe), load_tokenizer(recipe))
+        check_config(checkpoint, config, recipe, allow_changes)
+
+
+def _schedule(recipe: Recipe, rows: dict[str, int] | None, held_out: bool) -> list[str]:
+    """As `schedule_warnings`, as far as the steps are known.
+
+    Args:
+        rows: of each data set's training split; None where one is not here.
+    """
+    known = rows is not None and not recipe.packing and not recipe.drop_contaminated
+    epoch_steps = foretold_steps(recipe, rows, num_processes()) if known else None
+    total_steps = recipe.max_steps or (epoch_steps and math.ceil(round(recipe.num_train_epochs * epoch_steps, 6)))
+    return schedule_warnings(recipe, total_steps, epoch_steps, held_out) if total_steps else []
 
 
 def describe_model(recipe: Recipe) -> str:

@@ -7,12 +7,13 @@ from contextlib import contextmanager, suppress
 from recipe.keys import Recipe
 from run.best import check_metric
 from run.folder import claim_output_dir, lock_output_dir, wait_for_other_run
+from run.preflight import find_engine
 from run.resume import find_checkpoint, is_finished
 from run.run import Run
 from run.samples import check_prompts
 from run.starts import end_start
 from utils.errors import UserError, reason
-from utils.launch import process_index, say
+from utils.launch import process_index, say, training_dtype
 
 _OPENED: list[Run] = []  # of this process, at most one
 
@@ -23,11 +24,13 @@ def open_run(recipe: Recipe, allow_changes: bool) -> Run | None:
     Returns: None where it is finished, with a line that says so.
 
     Raises:
-        UserError: the folder holds another run, or another process is at it; as `check_metric` and `check_prompts`.
+        UserError: the folder holds another run, or another process is at it; as `find_engine`, `check_metric` and
+            `check_prompts`.
     """
     if is_finished(recipe):
         say(f"the run in {recipe.output_dir} is finished: nothing to do; another --output_dir starts another")
         return None
+    find_engine(recipe, training_dtype(recipe.dtype, announce=False))
     check_metric(recipe, recipe.datasets.chosen())
     check_prompts(recipe)
     recipe_file = recipe.output_dir / "recipe.yaml"

@@ -15,12 +15,13 @@ from run.progress import Progress
 from run.retention import check_disk, checkpoint_bytes, steps_between_checkpoints
 from training.adapters import adapter_size
 from training.collate import kept_targets
+from training.deepspeed_config import deepspeed_config
 from training.fsdp_config import find_sharding, sharded_layers
 from training.memory import check_memory, foretell_copies
 from training.micro_batches import MicroBatch, largest_micro_batches
 from training.model import check_tiny, count_parameters, without_weights
-from training.plan import steps_per_epoch, training_rows
-from training.state_layout import layout_of_this_run
+from training.plan import accumulation_steps, steps_per_epoch, training_rows
+from training.state_layout import StateLayout, layout_of_this_run
 from utils.errors import UserError
 from utils.launch import num_processes, say
 from utils.tables import counted
@@ -35,6 +36,16 @@ LOWEST_RATE = 2e-7  # a tenth of the lowest published one known to us, Tulu 3's 
 ABSURD_STEPS, ABSURD_EPOCHS = 10_000_000, 10_000
 CUT_SHARE = 0.2  # of the training conversations
 LEAST_KEPT = 0.5  # of the scored tokens of a data set, when its conversations are cut
+
+
+def find_engine(recipe: Recipe, dtype: torch.dtype) -> StateLayout:
+    """Of the engine that the launcher and the recipe ask for, seen to agree with the recipe before any data are read.
+
+    Raises: UserError, as `deepspeed_config` and `find_sharding`, and where a step cannot be cut for the processes.
+    """
+    deepspeed, sharding = deepspeed_config(recipe, recipe.max_steps, dtype), find_sharding(recipe, dtype)
+    accumulation_steps(recipe, num_processes())
+    return layout_of_this_run(deepspeed and deepspeed["zero_optimization"], sharding)
 
 
 def preflight(
@@ -121,29 +132,26 @@ def vocabulary_warnings(recipe: Recipe, config: PretrainedConfig, tokenizer) -> 
     ]
 
 
-def recipe_warnings(
-    recipe: Recipe,
-    config: PretrainedConfig,
-    mix: Mix,
-    num_parameters: int,
-    epoch_steps: int,
-    total_steps: int,
-) -> list[str]:
-    """What looks wrong though it works, each as a line with the remedy."""
-    found = []
+def schedule_warnings(recipe: Recipe, total_steps: int, epoch_steps: int | None, held_out: bool) -> list[str]:
+    """What looks wrong in what comes at which step, each as a line with the remedy.
+
+    Args:
+        epoch_steps: None where they are not known yet.
+        held_out: whether there is something to evaluate on.
+    """
+    found, every = [], steps_between_checkpoints(recipe, epoch_steps or math.nan)
     if recipe.warmup_steps >= total_steps:
         found.append(f"warmup_steps = {recipe.warmup_steps}: as long as the run ({total_steps:,} steps): give fewer")
     if total_steps <= 2:
         found.append(
             f"the run has {counted(total_steps, 'step')}, and the first two run at rate 0: no weight will change"
         )
-    if total_steps > ABSURD_STEPS or total_steps > ABSURD_EPOCHS * epoch_steps:
+    if total_steps > ABSURD_STEPS or (epoch_steps and total_steps > ABSURD_EPOCHS * epoch_steps):
+        epochs = f", {total_steps / epoch_steps:,.0f} epochs" if epoch_steps else ""
         found.append(
-            f"the run has {total_steps:,} steps, {total_steps / epoch_steps:,.0f} epochs: at a step a second "
-            f"{total_steps / 86_400:,.0f} days, in which the learning rate hardly falls: is that what "
-            "num_train_epochs or max_steps is to say?"
+            f"the run has {total_steps:,} steps{epochs}: at a step a second {total_steps / 86_400:,.0f} days, in which "
+            "the learning rate hardly falls: is that what num_train_epochs or max_steps is to say?"
         )
-    every = steps_between_checkpoints(recipe, epoch_steps)
     if recipe.keep_best:  # which saves after the first evaluation
         every = min(every, recipe.eval_steps)
     if recipe.save_strategy == "no" and not recipe.keep_best:
@@ -155,13 +163,43 @@ def recipe_warnings(
         )
     if recipe.save_only_model and (recipe.save_strategy != "no" or recipe.keep_best):
         found.append("save_only_model = true: nothing to go on from after a crash: give keep_trainer_state: 1 instead")
-    if not len(mix.validation):
-        found.append("nothing is held out, so that nothing shows overfitting: give a data set a val_split")
-    elif recipe.eval_steps > total_steps:
+    if held_out and recipe.eval_steps > total_steps:
         found.append(
             f"eval_steps = {recipe.eval_steps}: the run has {total_steps:,} steps and is evaluated only at its end: "
             "give fewer"
         )
+    elif held_out and not recipe.keep_best and every <= total_steps and not _meet(int(every), recipe, total_steps):
+        saves = "save_strategy = epoch" if recipe.save_strategy == "epoch" else f"save_steps = {every:,}"
+        found.append(
+            f"{saves}, eval_steps = {recipe.eval_steps:,}: no checkpoint will be of a step that is evaluated, so that "
+            "OUTPUT_DIR/best will be missing: make one a multiple of the other, or give keep_best: true"
+        )
+    patience, before_the_end = recipe.early_stopping_patience, (total_steps - 1) // recipe.eval_steps
+    if patience and before_the_end <= patience:  # the first evaluation is the best so far
+        found.append(
+            f"early_stopping_patience = {patience}: cannot end the run early, which has "
+            f"{counted(before_the_end, 'evaluation')} before its end: give less, or a smaller eval_steps"
+        )
+    return found
+
+
+def _meet(every: int, recipe: Recipe, total_steps: int) -> bool:
+    """Whether a step has an evaluation, which the last step has anyway, and a checkpoint, one `every` so many steps."""
+    return math.lcm(every, recipe.eval_steps) <= total_steps or total_steps % every == 0
+
+
+def recipe_warnings(
+    recipe: Recipe,
+    config: PretrainedConfig,
+    mix: Mix,
+    num_parameters: int,
+    epoch_steps: int,
+    total_steps: int,
+) -> list[str]:
+    """What looks wrong though it works, each as a line with the remedy."""
+    found = schedule_warnings(recipe, total_steps, epoch_steps, held_out=len(mix.validation) > 0)
+    if not len(mix.validation):
+        found.append("nothing is held out, so that nothing shows overfitting: give a data set a val_split")
     lengths = mix.train.lengths[training_rows(mix, recipe, 0)]
     cut = (lengths > recipe.max_length).mean()
     if cut > CUT_SHARE:

@@ -34,6 +34,7 @@ from training.plan import (
     steps_per_epoch,
     training_rows,
 )
+from training.state_layout import layout_of_this_run
 from utils.tables import counted
 
 SHOWN_CHARACTERS = 1200  # of each conversation of the first batch
@@ -42,7 +43,8 @@ SHOWN_CHARACTERS = 1200  # of each conversation of the first batch
 def describe_run(engine: Engine, dtype: torch.dtype, mix: Mix, recipe: Recipe, total_steps: int) -> None:
     """Print what is about to run: the mix, the batch in all its factors, the steps and the learning rate's curve."""
     accelerator = engine.accelerator
-    kind = str(sharding_of(accelerator) or accelerator.distributed_type.value)
+    plugin = accelerator.state.deepspeed_plugin
+    layout = layout_of_this_run(plugin and plugin.deepspeed_config["zero_optimization"], sharding_of(accelerator))
     rows = training_rows(mix, recipe, 0)
     kept = kept_targets(mix.train, recipe, epoch=0)
     of_loss = loss_shares(mix, recipe, kept, accelerator.num_processes)
@@ -67,7 +69,7 @@ def describe_run(engine: Engine, dtype: torch.dtype, mix: Mix, recipe: Recipe, t
         print(describe_packing(mix, recipe, processes))
     print(
         f"{parameters:,} parameters, {str(dtype).removeprefix('torch.')}, {moments}"
-        f"{'alone' if processes == 1 and kind == 'NO' else kind} on {accelerator.device.type}\n"
+        f"{layout}, {accelerator.device.type}\n"
         f"{describe_cut(recipe, processes)} = {describe_step(recipe, processes)}{note}\n"
         f"{counted(steps_per_epoch(mix, recipe, processes), 'step')} an epoch, {total_steps:,} in all; the rate rises "
         f"to {recipe.learning_rate:g} in {counted(shortest_warmup(recipe.warmup_steps), 'step')}, then falls to 0",

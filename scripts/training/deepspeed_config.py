@@ -20,7 +20,7 @@ from training.optimizer import shortest_warmup
 from training.plan import accumulation_steps, micro_batch_size
 from utils.errors import UserError, reason
 from utils.files import read_json
-from utils.launch import launcher_plugin, num_processes, say
+from utils.launch import launcher_plugin, num_processes, say_once
 from utils.requirements import require
 
 
@@ -38,7 +38,7 @@ def find_config(recipe: Recipe) -> tuple[dict[str, Any], str] | None:
     check_launcher()
     plugin = launcher_plugin()
     if plugin and recipe.deepspeed_config:
-        say(f"the accelerate config brings {plugin}: it wins over the recipe's deepspeed_config")
+        say_once(f"the accelerate config brings {plugin}: it wins over the recipe's deepspeed_config")
     if plugin == "fsdp":
         return None
     path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") if plugin else recipe.deepspeed_config
@@ -50,6 +50,9 @@ def find_config(recipe: Recipe) -> tuple[dict[str, Any], str] | None:
             return DeepSpeedPlugin().deepspeed_config, CONFIG
         except ValueError as error:  # of a number that is none
             raise UserError(f"{CONFIG}: its deepspeed_config: {reason(error)}") from None
+    if Path(path).suffix in (".yaml", ".yml"):
+        remedy = f"an accelerate config is given by accelerate launch --config_file {path}"
+        raise UserError(f"deepspeed_config = {path}: should be a JSON file of DeepSpeed's; {remedy}")
     config = read_json(Path(path), "deepspeed_config")
     if not isinstance(config, dict):
         raise UserError(f"deepspeed_config: {path}: not a JSON object")

@@ -60,6 +60,7 @@ SUPPORTED = {
     "zero_optimization.offload_optimizer": ("device", "pin_memory"),
     "zero_optimization.offload_param": ("device", "pin_memory"),
 }
+PLACES = NAMES | SUPPORTED
 # What a stage passes over, whatever it says. That a model can be saved under stage 3 is said by the last key where
 # DeepSpeed saves it; here it can be anyway.
 ONLY_IN_STAGE_3 = [key for key in SUPPORTED["zero_optimization"] if key.startswith("stage3_")]
@@ -125,19 +126,24 @@ def check_keys(config: dict[str, Any], source: str) -> None:
     """
     for section, names in NAMES.items():
         _check_names(_at(config, source, section), source, section, names)
+    given = [section for section in SUPPORTED if _is_given(config, source, section)]
+    for section in given:
+        _check_names(_at(config, source, section), source, section, _defaults(section).keys())
     for key, (what, fits) in VALUES.items():
         section, _, name = key.rpartition(".")
         values = _at(config, source, section)
         if name in values and not fits(values[name]):
             _refuse(source, key, values[name], f"should be {what}")
     zero, fp16 = _at(config, source, "zero_optimization"), _at(config, source, "fp16")
-    stage = zero.get("stage", 0)
+    if "stage" not in zero:
+        raise UserError(f"{source}: zero_optimization.stage is missing: give 1, 2 or 3")
+    stage = zero["stage"]
     if isinstance(stage, bool) or stage not in (1, 2, 3):
         _refuse(source, "zero_optimization.stage", stage, "stages 1, 2 and 3 are supported")  # 0 tells no gradient norm
     for section in ("offload_optimizer", "offload_param"):
         if isinstance(own := zero.get(section), dict) and own.get("device") == "nvme":  # in files of no checkpoint
             _refuse(source, f"zero_optimization.{section}.device", "nvme", "sft.py does not run with this: give cpu")
-    for section in reversed(SUPPORTED):  # what lies within first
+    for section in reversed(given):  # what lies within first
         _check_section(config, source, section)
     if stage != 3:
         _check_no_stage_3(zero, source)
@@ -155,8 +161,7 @@ def check_keys(config: dict[str, Any], source: str) -> None:
 
 def _check_no_stage_3(zero: dict[str, Any], source: str) -> None:
     """Refuse what would be passed over in stages 1 and 2: somebody counts on it."""
-    fields = _models()["zero_optimization"].model_fields.items()
-    defaults = {field.alias or name: field.default for name, field in fields}
+    defaults = _defaults("zero_optimization")
     for name in ONLY_IN_STAGE_3:
         given = zero.get(name)
         off = given == {"device": "none"} if isinstance(given, dict) else given in (None, defaults[name])
@@ -201,14 +206,9 @@ def check_precision(config: dict[str, Any], source: str, dtype: torch.dtype) -> 
 
 
 def _check_section(config: dict[str, Any], source: str, section: str) -> None:
-    """One that has a model of DeepSpeed's: its names, then its values."""
-    parent, _, own = section.rpartition(".")
-    if _at(config, source, parent).get(own) is None:
-        return
-    values, model = _at(config, source, section), _models()[section]
+    """The values of one that has a model of DeepSpeed's."""
+    values, model, defaults = _at(config, source, section), _models()[section], _defaults(section)
     fields = {field.alias or name: name for name, field in model.model_fields.items()}
-    defaults = {name: model.model_fields[own].get_default(call_default_factory=True) for name, own in fields.items()}
-    _check_names(values, source, section, defaults.keys())
     for name in [name for name in values if name not in SUPPORTED[section]]:
         given = values.pop(name)
         if f"{section}.{name}" in SUPPORTED:
@@ -236,6 +236,17 @@ def _check_section(config: dict[str, Any], source: str, section: str) -> None:
             values[name] = int(taken)  # 1e9, which JSON writes as a float
 
 
+def _is_given(config: dict[str, Any], source: str, section: str) -> bool:
+    parent, _, own = section.rpartition(".")
+    return _at(config, source, parent).get(own) is not None
+
+
+def _defaults(section: str) -> dict[str, Any]:
+    """Of DeepSpeed's model of a section, by the names of its keys."""
+    fields = _models()[section].model_fields
+    return {field.alias or name: field.get_default(call_default_factory=True) for name, field in fields.items()}
+
+
 def _check_names(values: dict[str, Any], source: str, section: str, known: Collection[str]) -> None:
     for name in list(values):
         key = f"{section}.{name}" if section else name
@@ -245,7 +256,9 @@ def _check_names(values: dict[str, Any], source: str, section: str, known: Colle
             if not _is_off(values.pop(name)):
                 raise UserError(f"{source}: {key}: sft.py does not run with this of DeepSpeed's: {NOT_HERE[name]}")
             continue
-        raise UserError(f"{source}: unknown key {key}{nearest(name, known, '')}")
+        if len(homes := [f"in {other}" if other else "at the top" for other in PLACES if name in PLACES[other]]) == 1:
+            raise UserError(f"{source}: unknown key {key}: its place is {homes[0]}")
+        raise UserError(f"{source}: unknown key {key}{nearest(name, known, ': remove it')}")
 
 
 def _at(config: dict[str, Any], source: str, section: str) -> dict[str, Any]:

@@ -24,6 +24,10 @@ from utils.launch import has_gpu, launcher_plugin, num_processes
 SUPPORTED = {
     "fsdp_version": ("2", "give 2: FSDP1 is not supported"),
     "fsdp_reshard_after_forward": ("true false", "give true or false"),
+    "fsdp_offload_params": ("true false", "give true or false"),
+    "fsdp_cpu_ram_efficient_loading": ("true false", "give true or false"),
+    "fsdp_sync_module_states": ("true false", "give true or false"),
+    "fsdp_use_orig_params": ("true false", "give true or false"),
     "fsdp_auto_wrap_policy": ("transformer_based_wrap", "remove it: a model is sharded layer by layer"),
     "fsdp_sharding_strategy": (
         "full_shard 1",
@@ -31,6 +35,9 @@ SUPPORTED = {
     ),
     "fsdp_state_dict_type": ("", "remove it: a checkpoint has one form, which every engine reads"),
     "fsdp_activation_checkpointing": ("false", "remove it: the recipe's gradient_checkpointing says it"),
+    "fsdp_activation_checkpointing_offload": ("false", "remove it: activations stay where they are"),
+    "fsdp_min_num_params": ("100000000", "remove it: a model is sharded layer by layer"),
+    "fsdp_backward_prefetch": ("backward_pre", "remove it: FSDP2 gathers the next layer ahead by itself"),
     "fsdp_forward_prefetch": ("false", "remove it: FSDP2 gathers the next layer ahead by itself"),
     "fsdp_ignored_modules": ("none", "remove it: every module is sharded"),
     "parallelism_config_tp_size": ("1", "remove it: only dp_replicate_size and dp_shard_size are supported"),
@@ -59,10 +66,6 @@ class Sharding:
     def shards(self) -> int:
         """Processes among which the model is cut."""
         return num_processes() // self.replicas
-
-    def __str__(self) -> str:
-        name = "FSDP2" if self.replicas == 1 else f"FSDP2 ({self.replicas} replicas of {self.shards} shards)"
-        return name + ", offloaded" * self.on_host
 
 
 def find_sharding(recipe: Recipe, dtype: torch.dtype) -> Sharding | None:

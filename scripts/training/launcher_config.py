@@ -5,14 +5,16 @@ believes. (Accelerate 1.15 has them in utils/launch.py; `mixed_precision`, besid
 line, is no more than that.)
 """
 
+import difflib
 import os
 from typing import Any
 
 from recipe.load import nearest
+from training.launch_command import DEEPSPEED_KEYS, check_launch_command, keys_of
 from utils.errors import UserError
-from utils.launch import launcher_plugin
+from utils.launch import FALSE, TRUE, launcher_plugin
 
-CONFIG = "the accelerate config"
+CONFIG, ENVIRONMENT = "the accelerate config", "the environment"
 PARALLELISM = "ACCELERATE_USE_PARALLELISM_CONFIG"
 # What nobody does here: its variable, the value that asks for nothing, and what to do.
 NOT_HERE = {
@@ -33,17 +35,21 @@ DEEPSPEED = {
     ),
     "offload_param_device": ("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "zero_optimization.offload_param.device"),
 }
-# The others: of the launcher, or of no account here, where weights are loaded and saved in one way.
-OTHERS = ("deepspeed_config_file", "deepspeed_hostfile", "deepspeed_inclusion_filter", "deepspeed_exclusion_filter")
-OTHERS += ("deepspeed_multinode_launcher", "zero3_init_flag", "zero3_save_16bit_model", "mixed_precision")
-OTHERS += ("offload_optimizer_nvme_path", "offload_param_nvme_path", "deepspeed_moe_layer_cls_names")
+# Whether an engine is asked for. Accelerate and we take `true` alone for yes (1.15).
+ENGINES = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM", PARALLELISM)
+WORDS = {**dict.fromkeys(ENGINES, ("true", "false")), "ACCELERATE_USE_CPU": (*TRUE, *FALSE)}
+# Of a variable's name, to be taken for a misspelt one of ours. The others that Accelerate knows are like them by 0.88
+# at most (ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_NVME_PATH).
+ALIKE = 0.9
 
 
 def check_launcher() -> None:
-    """Refuse what nobody does here, or not beside the plugin that the config brings.
+    """Refuse what nobody does here, or not beside the plugin that the config brings, and what would be passed over.
 
-    Raises: UserError, with the key and the remedy.
+    Raises: UserError, with the key and the remedy; as `check_launch_command`.
     """
+    check_launch_command()
+    _check_environment()
     for key, (variable, nothing, remedy) in NOT_HERE.items():
         if os.environ.get(variable, nothing).lower() != nothing:
             raise UserError(f"{CONFIG}: {key}: {remedy}")
@@ -54,10 +60,43 @@ def check_launcher() -> None:
                     "remove it: hybrid shards are had by distributed_type: FSDP, as in accelerate_configs/hsdp.yaml"
                 )
                 raise UserError(f"{CONFIG}: {key} = {size}: {remedy}")
-    known = [*DEEPSPEED, *OTHERS]
+    known = [*DEEPSPEED_KEYS, "mixed_precision"]  # which the launcher adds
     for name in filter(None, os.environ.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(",")):
         if name not in known:
             raise UserError(f"{CONFIG}: its deepspeed_config: unknown key {name}{nearest(name, known, '')}")
+
+
+def _check_environment() -> None:
+    """Refuse variables that somebody has set by hand, and that would be passed over."""
+    for variable, words in WORDS.items():
+        if (value := os.environ.get(variable, words[0])).lower() not in words:
+            raise UserError(f"{ENVIRONMENT}: {variable} = {value}: should be true or false")
+    if (device := os.environ.get("ACCELERATE_TORCH_DEVICE")) is not None:
+        remedy = "remove it: ACCELERATE_USE_CPU = true takes the CPU, CUDA_VISIBLE_DEVICES a GPU"
+        raise UserError(f"{ENVIRONMENT}: ACCELERATE_TORCH_DEVICE = {device}: {remedy}")
+    parts = {  # what is read where a variable is true only
+        "ACCELERATE_USE_FSDP": _variables("fsdp_config"),
+        "ACCELERATE_USE_DEEPSPEED": [*(name for name, _ in DEEPSPEED.values()), "ACCELERATE_DEEPSPEED_CONFIG_FILE"],
+        PARALLELISM: _variables("parallelism_config"),
+    }
+    for whole, variables in parts.items():
+        if os.environ.get(whole, "").lower() != "true" and (found := sorted(os.environ.keys() & variables)):
+            raise UserError(
+                f"{ENVIRONMENT}: {found[0]}: passed over without {whole} = true: give that too, or remove it"
+            )
+    known = [*WORDS, *(variable for variable, *_ in NOT_HERE.values()), *_variables("dynamo_config")]
+    known += [variable for variables in parts.values() for variable in variables]
+    for name in sorted(os.environ.keys() - {*known}):
+        if name.startswith(("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_")):
+            for meant in difflib.get_close_matches(name, known, n=1, cutoff=ALIKE):
+                raise UserError(f"{ENVIRONMENT}: unknown variable {name}: did you mean {meant}?")
+
+
+def _variables(section: str) -> list[str]:
+    """By which `accelerate launch` hands on the keys of a section."""
+    prefix = "ACCELERATE_" * (section == "dynamo_config")
+    names = [prefix + name.upper() for name in keys_of(section)]
+    return [name.replace("TRANSFORMER_LAYER_CLS", "TRANSFORMER_CLS") for name in names]
 
 
 def check_beside_file(config: dict[str, Any], file: str) -> None:

@@ -7,12 +7,14 @@ without replay.
 
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from data.mix import Mix
 from recipe.keys import Recipe
+from sources.source import DatasetOptions
 from utils.errors import UserError
 from utils.launch import say
 from utils.tables import counted
@@ -70,8 +72,7 @@ def epoch_plan(mix: Mix, recipe: Recipe, epoch: int) -> EpochPlan:
     rows = []
     for index, options in enumerate(recipe.datasets.chosen().values()):
         own = np.flatnonzero(mix.train.dataset == index)
-        # At least one row: a small fraction of a small data set is not to drop it, or leave an epoch without a step.
-        wanted = options.size if options.size is not None else max(1, round(len(own) * (options.fraction or 1.0)))
+        wanted = _rows_wanted(options, len(own))
         if wanted < len(own):
             own = np.sort(random_stream(recipe, SUBSET, epoch, index).choice(own, wanted, replace=False))
         rows.append(own)
@@ -125,6 +126,19 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
             open_bins[left].append(chosen)
             rooms |= 1 << left
     return bins
+
+
+def _rows_wanted(options: DatasetOptions, rows: int) -> int:
+    """Of a data set's training split of so many rows, in an epoch; `size` may be more than there are."""
+    # At least one row: a small fraction of a small data set is not to drop it, or leave an epoch without a step.
+    return options.size if options.size is not None else max(1, round(rows * (options.fraction or 1.0)))
+
+
+def foretold_steps(recipe: Recipe, rows: Mapping[str, int], num_processes: int) -> int:
+    """Optimizer steps of an epoch, by the rows of each data set's training split; not under `packing`."""
+    mix = recipe.datasets.chosen().items()
+    conversations = sum(min(rows[name], _rows_wanted(options, rows[name])) for name, options in mix)
+    return math.ceil(conversations / packs_per_step(recipe, num_processes))
 
 
 def packs_per_step(recipe: Recipe, num_processes: int) -> int:

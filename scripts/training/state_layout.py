@@ -56,6 +56,11 @@ class StateLayout:
         what = f"ZeRO-{self.engine[-1]}" if self.is_deepspeed else what
         return what + ", offload" * (self.optimizer_on_host or self.parameters_on_host)
 
+    def __str__(self) -> str:
+        """As `name`, with the processes, and how they share a model in hybrid shards."""
+        hybrid = f" ({self.replicas} replicas of {self.shards} shards)" * (self.name.startswith("HSDP"))
+        return self.name + hybrid + f", {self.processes} processes" * (self.processes > 1)
+
     @property
     def is_deepspeed(self) -> bool:
         return self.engine.startswith("zero")

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from typing import NoReturn
 
 import psutil
@@ -22,6 +23,7 @@ from utils.errors import UserError, another_is_gone, reason
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 # While the first process writes a checkpoint the others wait: 31 GB to a slow disk take longer than NCCL's ten minutes.
 PATIENCE = timedelta(hours=3)
+TRUE, FALSE = ("true", "1", "yes", "on", "y", "t"), ("false", "0", "no", "off", "n", "f")  # as Accelerate's str_to_bool
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by the names of a recipe
 
 
@@ -41,6 +43,9 @@ def say(message: str) -> None:
         print(message, flush=True)
 
 
+say_once = cache(say)  # what is come by several times
+
+
 def stop_all(reason: str) -> NoReturn:
     """End the run, where every process comes to the same end: the first says why, the others leave in silence."""
     if process_index():
@@ -50,7 +55,7 @@ def stop_all(reason: str) -> NoReturn:
 
 def has_gpu() -> bool:
     """Whether a CUDA (or ROCm) device is there and the launcher did not ask for the CPU."""
-    return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("true", "1")
+    return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in TRUE
 
 
 def launcher_plugin() -> str | None:
@@ -149,8 +154,8 @@ def check_processes(accelerator: Accelerator, step: int = 0) -> None:
     """
     if accelerator.num_processes != num_processes():
         raise UserError(
-            f"the launcher started {num_processes()} processes, but {accelerator.num_processes} found each other "
-            f"({accelerator.distributed_type}): check the accelerate config against this machine"
+            f"the launcher started {num_processes()} processes, but {accelerator.num_processes} found each other: "
+            "check the accelerate config against this machine"
         )
     steps = sorted(set(gather_object([step])))
     if len(steps) > 1:  # an earlier start was still saving, or a network disk lags behind

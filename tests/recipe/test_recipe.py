@@ -514,7 +514,7 @@ def test_verbatim_blocks_pass_a_dry_run(tmp_path, run_sft):
     run = run_sft(recipe, "--dry_run")
     assert not run.errors
     assert not run.output_dir.exists()
-    resolved = run.stdout[run.stdout.index("model_name:") : run.stdout.index("\noasst_export: ")]
+    resolved = run.stdout[run.stdout.index("model_name:") : run.stdout.index("\n# ---- what was found")]
     (tmp_path / "resolved.yaml").write_text(resolved)
     assert load_recipe(tmp_path / "resolved.yaml") == load_recipe(recipe, {"output_dir": str(run.output_dir)})
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from recipe.load import load_recipe
-from run.dry_run import describe_model
+from run.dry_run import describe_model, dry_run
 from run.model_files import check_savable
 from training.family import tiny_config
 from training.model import count_parameters, load_config, load_model, load_tokenizer
@@ -211,6 +211,30 @@ def test_of_the_hub_it_says_what_is_not_here(base, tmp_path, monkeypatch):
     change(snapshot, num_hidden_layers=3)
     with pytest.raises(UserError, match=r"model_name = some/model: its weights lack model\.layers\.2"):
         describe_model(recipe)
+
+
+# ---- the whole of it ----
+
+
+def test_an_error_stands_alone(base, tmp_path, capsys):
+    recipe = recipe_of(base(), output_dir=str(tmp_path / "out"))
+    without_a_norm(tmp_path / "base")
+    capsys.readouterr()
+    with pytest.raises(UserError, match=r"lack model\.norm\.weight"):
+        dry_run(recipe, allow_changes=False)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("known", ["max_steps", "num_train_epochs"])
+def test_what_comes_at_which_step_is_foretold(tmp_path, capsys, known):
+    """An epoch of the demo's 2,135 conversations has 134 steps of 16."""
+    keys = {"max_steps": "null", "num_train_epochs": "1", "eval_steps": "36", "save_steps": "35", "warmup_steps": "136"}
+    keys |= {"max_steps": "134"} if known == "max_steps" else {}
+    dry_run(load_recipe(DEMO, {**keys, "output_dir": str(tmp_path / "out")}), allow_changes=False)
+    found = capsys.readouterr().out.partition("# ---- what was found of it ----")[2].splitlines()
+    assert "warning: warmup_steps = 136: as long as the run (134 steps): give fewer" in found
+    assert any(line.startswith("warning: save_steps = 35, eval_steps = 36: no checkpoint will be of") for line in found)
+    assert found[-1].startswith("nothing wrong was found")
 
 
 # ---- the tiny model that stands for a large one ----

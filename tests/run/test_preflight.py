@@ -17,12 +17,12 @@ import torch
 from conftest import ROOT
 from forking import call_forked
 from hypothesis import strategies as st
-from mixes import LAYOUTS, PAD, given, make_mix, make_recipe, mixes_and_recipes, processes_of_runs
+from mixes import LAYOUTS, PAD, given, make_mix, make_progress, make_recipe, mixes_and_recipes, processes_of_runs
 from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 
 from data.mix import Mix
 from recipe.load import load_recipe
-from run.preflight import recipe_warnings
+from run.preflight import recipe_warnings, schedule_warnings
 from run.report import describe_rehearsal
 from run.resume import starting_point
 from run.retention import check_disk, checkpoint_bytes, disk_peak
@@ -32,7 +32,7 @@ from training.loss import ScoredLoss
 from training.memory import check_memory, estimate_memory, foretell_copies
 from training.micro_batches import _planned_epochs, largest_micro_batches
 from training.model import load_model
-from training.plan import Position, epoch_plan, packs_per_step, steps_per_epoch
+from training.plan import Position, epoch_plan, foretold_steps, packs_per_step, steps_per_epoch
 from training.state_layout import deepspeed_layout, layout_of_this_run, replicated
 from utils.errors import UserError
 
@@ -650,6 +650,18 @@ def test_a_usual_run_has_no_warning():
         ({}, {"save_strategy": "no"}, ["save_strategy = no", "crash"]),
         ({}, {"save_only_model": True}, ["save_only_model", "keep_trainer_state: 1"]),
         ({}, {"eval_steps": 1201}, ["eval_steps = 1201", "only at its end"]),
+        ({}, {"eval_steps": 300, "save_steps": 499}, ["save_steps = 499, eval_steps = 300", "best will be missing"]),
+        ({}, {"eval_steps": 550, "save_steps": 500}, ["save_steps = 500, eval_steps = 550", "keep_best: true"]),
+        (
+            {"total_steps": 1150},
+            {"save_strategy": "epoch", "eval_steps": 150},
+            ["save_strategy = epoch, eval_steps = 150"],
+        ),
+        (
+            {},
+            {"early_stopping_patience": 11},
+            ["early_stopping_patience = 11: cannot end the run early", "11 evaluations"],
+        ),
         ({}, {"max_length": 50}, ["max_length = 50", "21% of the training conversations", "17% of their tokens"]),
         ({}, {"learning_rate": 2e-4}, ["learning_rate = 0.0002", "7 billion"]),
         ({}, {"learning_rate": 1e-8}, ["learning_rate = 1e-08"]),
@@ -663,6 +675,39 @@ def test_warnings(run, keys, parts):
     (line,) = warn(run=run, **keys)
     assert all(part in line for part in parts), line
     assert "\n" not in line
+
+
+@given(
+    *[st.integers(1, 30)] * 2,
+    st.integers(1, 200),
+    st.integers(1, 40),
+    st.sampled_from(["steps", "epoch", "no"]),
+    st.booleans(),
+)
+def test_a_best_that_will_be_missing_is_foretold(eval_steps, save_steps, total_steps, epoch_steps, strategy, keep_best):
+    """Against a run gone through step by step."""
+    recipe = make_recipe(eval_steps=eval_steps, save_steps=save_steps, save_strategy=strategy, keep_best=keep_best)
+    progress = make_progress(total_steps)
+    saved, both = [], []
+    for step in range(1, total_steps + 1):
+        progress.step, progress.position = step, Position(0, step % epoch_steps)
+        due = progress.due(recipe)
+        saved += [step] * (due.save or (keep_best and due.evaluate))
+        both += [step] * (step in saved and due.evaluate)
+    missing = bool(saved) and not both
+    told = [
+        line for line in schedule_warnings(recipe, total_steps, epoch_steps, True) if "best will be missing" in line
+    ]
+    assert len(told) == (missing and eval_steps <= total_steps)
+    assert not any("best" in line for line in schedule_warnings(recipe, total_steps, epoch_steps, False))
+
+
+@given(mixes_and_recipes(), processes_of_runs)
+def test_a_dry_run_foretells_the_steps_of_an_epoch(mix_and_recipe, processes):
+    mix, recipe = mix_and_recipe
+    recipe = recipe.model_copy(update={"packing": False})
+    rows = {name: int((mix.train.dataset == index).sum()) for index, name in enumerate(mix.names)}
+    assert foretold_steps(recipe, rows, processes) == steps_per_epoch(mix, recipe, processes)
 
 
 def test_nothing_held_out_is_warned_of():

@@ -67,7 +67,9 @@ def test_two_steps(run_sft, tiny_model, cache, recipe, launch):
     run = run_sft(f"recipes/{recipe}", *own, *small, "--cache_dir", cache, launch=launch, real=real)
     processes = 2 if launch.endswith("2") else 1
     assert f"\n{counted(processes, 'process')} x" in run.stdout
-    assert ("DEEPSPEED on cpu" in run.stdout) == (launch == "zero2x2" or recipe == "stablelm7b_oasst.yaml")
+    by_deepspeed = launch == "zero2x2" or recipe == "stablelm7b_oasst.yaml"
+    engine = "ZeRO-2" if by_deepspeed else "DDP" if processes > 1 else "one process"
+    assert f", {engine}{', 2 processes' * (processes > 1)}, cpu\n" in run.stdout
     assert len(run.curve("loss")) == 2
     assert {f"eval_{name}_loss" for name in DEMO_DATA} <= run.metrics()[-1].keys()
 
@@ -88,7 +90,7 @@ def test_the_main_job_on_real_data(run_sft, tmp_path, launch):
         launch=launch,
         real=launch == "bare",
     )
-    assert "DEEPSPEED on cpu" in run.stdout
+    assert "ZeRO-2, 2 processes, cpu" in run.stdout
     losses = run.curve("loss")
     assert len(losses) == 8
     assert losses[-1] < losses[0] - 0.3

@@ -92,7 +92,7 @@ from planning.mixes import find_mix
 from planning.models import find_config
 from planning.report import as_json, in_order, memory_rows, plot, remarks, speed_rows, write_json
 from planning.search import make_subject, plan_run
-from utils.tables import make_console, make_table
+from utils.tables import make_console, make_table, show_table
 
 
 def main(options: argparse.Namespace, recipe: Recipe, recipe_file: str, overrides: dict[str, str]) -> None:
@@ -110,10 +110,10 @@ def main(options: argparse.Namespace, recipe: Recipe, recipe_file: str, override
          speed_rows(plans, card, options.price)),
         ("GiB of a card", memory_rows(plans)),
     ):  # fmt: skip
-        table = make_table(title, *rows[0])
+        table = make_table(title, *rows[0], names=2)
         for row in rows[1:]:
             table.add_row(*row)
-        console.print(table)
+        show_table(table)
     for remark in remarks(subject, plans, data, measured_on(card)):
         console.print(f"- {remark}")
 

@@ -28,7 +28,7 @@ def test_the_seeds_recipe(tmp_path):
     assert lines[lines.index("the fastest, from the collection's folder:") + 1] == plans[0]["command"]
     cheapest = min(fitting, key=lambda each: each["hours"] * each["cards"])
     assert lines[-1] == cheapest["command"]
-    (row,) = [line for line in lines if "ZeRO-2 " in line and "│     8 │" in line and "no │" in line]
+    (row,) = [line for line in lines if "ZeRO-2 " in line and "│ 8     │" in line and "no │" in line]
     assert f"{2.5 * fitting[0]['hours'] * 8:,.0f}" in row or fitting[0]["engine"] != "ZeRO-2"
     assert "estimate" in run.stdout
     assert "measured on one H100 (benchmarks/h100.json)" in run.stdout.replace("\n", " ")

@@ -33,6 +33,7 @@ class Work(NamedTuple):
     per_token: float  # FLOPs in products
     again: float  # more, under gradient checkpointing
     per_target: float
+    forward: float  # the share of both that the forward pass has: a third, or half where weights are frozen
     per_pair: float  # FLOPs of a query and a key that meet
     token_bytes: float
     target_bytes: float
@@ -67,6 +68,7 @@ def work_of(
         per_token=trained,
         again=2 * body if recipe.gradient_checkpointing else 0,
         per_target=(4 if recipe.use_peft else 6) * head.weight.numel(),
+        forward=1 / 2 if recipe.use_peft else 1 / 3,
         per_pair=12 * text.num_hidden_layers * heads * head_size,
         token_bytes=per_layer * text.num_hidden_layers * text.hidden_size,
         target_bytes=LOGIT_BYTES * text.vocab_size,

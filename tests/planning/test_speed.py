@@ -104,6 +104,17 @@ def test_a_share_of_the_peak_in_place_of_the_roofline():
     assert float(pace.computing(load).max()) == pytest.approx(flops / 0.5 / 989.4e12, rel=1e-3)
 
 
+@pytest.mark.parametrize("keys", [{}, {"use_peft": True}, {"dtype": "fp16"}], ids=str)
+def test_an_evaluation_is_a_forward_pass(keys):
+    """By hand: 2 FLOPs a matrix's weight and token, however many of them are trained; attention's two products."""
+    pace, load = pace_of(mfu=0.5, **keys), rows(1)
+    weights = pace.size.trained - 2 * 50288 * 4096 - (16 * 13 * 4096 + 2 * 4096)
+    tokens = 4 * 4096  # in micro-batches of one row
+    flops = 2 * (weights * tokens + 50288 * 4096 * 4 * 4095) + 4 * 16 * 4096 * 4 * 4096 * 4097 / 2
+    adapter = 1.007 if keys.get("use_peft") else 1  # which has weights of its own
+    assert pace.evaluating(load) == pytest.approx(adapter * flops / 0.5 / 989.4e12, rel=0.01)
+
+
 # ---- What travels ----
 
 WEIGHTS = pace_of().size.trained

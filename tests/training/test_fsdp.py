@@ -71,7 +71,7 @@ def test_nothing_is_sent_that_need_not_be(measured):
 def test_as_many_bytes_travel_as_are_planned(measured, case):
     """On rings: of what is gathered or scattered each process sends all but its own share. (But for the counts of
     targets and the norm, and the last norm of the model, which the plan takes for a part of the layers.)"""
-    launch, dtype, found = measured
+    launch, _, found = measured
     replicas, element = (2, 4) if launch == "hsdp2x2" else (1, 2)
     layout = fsdp2_layout(2 * replicas, replicas, reshard=case != "gathered once")
     config = make_model("llama_tied" if case == "llama_tied" else "gpt_neox").config

@@ -41,12 +41,9 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.table import Column as TableColumn
-from rich.table import Table
-
 from evaluation.intervals import RESAMPLES, paired_differences
 from evaluation.result_files import Column, Metric, ResultFile, read_columns
-from utils.tables import counted, make_console
+from utils.tables import counted, make_table, show_table
 
 MOST_OF_A_RUN = 8  # checkpoints; a column takes 30 characters, of 200 a line took 6,400
 NEWEST = BEST = 3  # of a run that has more
@@ -213,8 +210,7 @@ def legend(rows, notes: list[str]) -> list[str]:
 
 
 def print_table(columns: list[Column], rows, notes: list[str]) -> None:
-    titles = [TableColumn(title, justify="right") for title in column_titles(columns)]
-    table = Table("evaluation", "metric", *titles)
+    table = make_table(None, "evaluation", "metric", *column_titles(columns), names=2)
     last = None
     for evaluation, metric, cells in rows:
         if last not in (None, evaluation):
@@ -222,9 +218,8 @@ def print_table(columns: list[Column], rows, notes: list[str]) -> None:
         texts = [f"{figure(cell.value)}{'*' * cell.best}\n{cell.difference}".rstrip("\n") for cell in cells]
         table.add_row(evaluation if evaluation != last else "", metric, *texts)
         last = evaluation
-    console = make_console(pipe_width=60 + 40 * len(columns))
-    console.print(table)
-    console.print("\n".join(legend(rows, notes)), soft_wrap=True)
+    show_table(table)
+    print("\n".join(legend(rows, notes)))
 
 
 def print_markdown(columns: list[Column], rows, notes: list[str]) -> None:

@@ -59,7 +59,7 @@ from sources.source import Record
 from training.contamination import BENCHMARKS, contaminated_rows, without_contamination
 from training.model import load_tokenizer
 from utils.launch import process_index, say
-from utils.tables import counted, make_console, make_table, progress_bar
+from utils.tables import counted, make_table, progress_bar, show_table
 
 BATCH_SIZE = 32
 # grade_school_math_instructions holds GSM8K's test problems with its training problems: 8,792 rows = 7,473 + 1,319.
@@ -211,7 +211,7 @@ def print_table(results: dict[str, dict]) -> None:
     for name, result in results.items():
         bounds = f"{result['low']:.2%} to {result['high']:.2%}"
         table.add_row(says.get(name, name), f"{result['n']:,}", f"{result['value']:.2%}", bounds)
-    make_console().print(table)
+    show_table(table)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,6 @@ from lm_eval import simple_evaluate
 from lm_eval.api.metrics import mean
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
-from rich.table import Table
 
 from evaluation.chat_model import load_chat_model
 from evaluation.harness import SharedModel
@@ -67,7 +66,7 @@ from evaluation.intervals import wilson
 from evaluation.results import Evaluation, metric, start_processes
 from utils.launch import say
 from utils.schemas import Schema, read_as
-from utils.tables import make_console
+from utils.tables import make_table, show_table
 
 PUBLISHED = Path(__file__).parent / "tasks" / "stablelm_base_scores.json"
 CPU_BATCH_SIZE = 8  # on a GPU lm_eval tries which one fits
@@ -246,16 +245,15 @@ def print_table(
                 if found["n-shot"].get(task) == published.num_fewshot and name in known.get(task, {}):
                     row[model] = f"{known[task][name]:.4f}"
     columns = [name for name in ("n", *harness, *published.models) if any(name in row for row in rows.values())]
-    table = Table("task", "metric", *columns, title="lm-evaluation-harness", title_justify="left")
+    table = make_table("lm-evaluation-harness", "task", "metric", *columns, names=2)
     last = None
     for (task, name), row in rows.items():
         table.add_row(task if task != last else "", name, *(row.get(column, "") for column in columns))
         last = task
-    console = make_console()
-    console.print(table)
-    console.print("chat: with the chat template; plain: without; in brackets the 95 % interval")
+    show_table(table)
+    print("chat: with the chat template; plain: without; in brackets the 95 % interval")
     if len(columns) > 1 + len(harness):
-        console.print(f"stablelm-base: {published.note}" + "; here, only the first documents" * bool(limit))
+        print(f"stablelm-base: {published.note}" + "; here, only the first documents" * bool(limit))
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ from training.loss import ScoredLoss
 from training.model import load_config, load_model, load_tokenizer
 from training.pretrained import load_pretrained
 from utils.launch import set_up_process, training_dtype
-from utils.tables import make_console, make_table, progress_bar
+from utils.tables import make_table, progress_bar, show_table
 
 LAST_TURN = 5  # later replies are counted with it
 
@@ -123,7 +123,7 @@ def main(options, checkpoint, recipe: Recipe) -> None:
     items = {key: conversation | measured[key] for key, conversation in conversations.items()}
     results, table = summarize(list(items.values()), mix.names, recipe)
     if accelerator.is_main_process:
-        make_console().print(table)
+        show_table(table)
     evaluation.write(results, items=items)
     accelerator.end_training()
 

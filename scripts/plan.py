@@ -90,9 +90,19 @@ from planning.launchers import launchers
 from planning.measured import measured_on
 from planning.mixes import find_mix
 from planning.models import find_config
-from planning.report import as_json, in_order, memory_rows, plot, remarks, speed_rows, write_json
+from planning.report import (
+    figures_of,
+    in_order,
+    memory_rows,
+    plot,
+    remarks,
+    speed_rows,
+    subject_as_json,
+    worth,
+    write_json,
+)
 from planning.search import make_subject, plan_run
-from utils.tables import make_console, make_table
+from utils.tables import make_console, make_table, show_table
 
 
 def main(options: argparse.Namespace, recipe: Recipe, recipe_file: str, overrides: dict[str, str]) -> None:
@@ -104,24 +114,27 @@ def main(options: argparse.Namespace, recipe: Recipe, recipe_file: str, override
         raise UserError(f"command line: --gpus {','.join(map(str, options.gpus))}: no engine trains this recipe so")
     plans = in_order(plans)
 
-    console = make_console()
+    figures = [figures_of(plan, options.price) for plan in plans]
+
+    model = f"{recipe.model_name}, {subject.parameters:,} weights, on {card.name}"
     for title, rows in (
-        (f"{recipe.model_name}, {subject.parameters / 1e9:.2f} billion weights, on {card.name} (estimates)",
-         speed_rows(plans, card, options.price)),
-        ("GiB of a card", memory_rows(plans)),
-    ):  # fmt: skip
-        table = make_table(title, *rows[0])
+        (f"{model} ({worth(plans)})", speed_rows(figures, card, options.price)),
+        (f"GiB of a card ({worth(plans)})", memory_rows(figures)),
+    ):
+        table = make_table(title, *rows[0], names=2)
         for row in rows[1:]:
             table.add_row(*row)
-        console.print(table)
-    for remark in remarks(subject, plans, data, measured_on(card)):
-        console.print(f"- {remark}")
+        show_table(table)
+    measured = measured_on(card)
+    for remark in remarks(subject, plans, data, measured):
+        make_console().print(f"- {remark}")
 
     def command(plan) -> str:
         return plan.launcher.command(recipe_file, overrides | plan.keys)
 
     if options.json:
-        write_json(as_json(subject, card, plans, data, command), options.json)
+        of_each = [own | {"command": command(plan)} for own, plan in zip(figures, plans, strict=True)]
+        write_json(subject_as_json(subject, card, options.price, data, measured) | {"plans": of_each}, options.json)
     if options.plot:
         plot(plans, card, options.plot)
     if not plans[0].fits:

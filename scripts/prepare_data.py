@@ -54,7 +54,7 @@ from training.loss_shares import loss_shares
 from training.micro_batches import rows_of_step
 from training.model import load_tokenizer
 from utils.launch import num_processes
-from utils.tables import counted, make_console, make_table
+from utils.tables import counted, make_console, make_table, show_table
 
 console = make_console()
 
@@ -95,7 +95,7 @@ def print_tables(mix: Mix, recipe: Recipe) -> None:
         over = lengths[lengths > recipe.max_length] - recipe.max_length
         lost = f"{over.sum() / lengths.sum():.1%}"
         long.add_row(name, f"{lengths.sum():,}", f"{scored:.0%}", *percentiles, f"{len(over):,}", lost)
-    console.print(read)
+    show_table(read)
     for name in mix.names:
         report = mix.reports[name]
         for fields, count in report["used"].items():
@@ -107,7 +107,7 @@ def print_tables(mix: Mix, recipe: Recipe) -> None:
         if report["bad_records"]:
             count, first = report["bad_records"], report["first_bad_record"]
             console.print(f"{name}: left out {counted(count, 'record')} as bad, first: {first}")
-    console.print(long)
+    show_table(long)
 
     processes, steps = num_processes(), plan.steps_per_epoch(mix, recipe, num_processes())
     tokens = np.minimum(mix.train.lengths[rows], recipe.max_length).sum()

@@ -76,7 +76,7 @@ from evaluation.chat_model import load_chat_model
 from evaluation.generation import WARPERS, encode_chat, generate, room_for_reply
 from evaluation.results import Evaluation, device_name, digest, start_processes, versions
 from utils.launch import say
-from utils.tables import make_console, make_table, progress_bar
+from utils.tables import make_table, progress_bar, show_table
 
 BATCH_SIZE = 16
 
@@ -206,7 +206,7 @@ def print_table(replies: dict[str, list[dict]]) -> None:
     for config, chosen in replies.items():
         tokens, ended = (sum(reply[field] for reply in chosen) / len(chosen) for field in ("tokens", "ended"))
         table.add_row(config, f"{len(chosen):,}", f"{tokens:.1f}", f"{ended:.1%}")
-    make_console().print(table)
+    show_table(table)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from planning.cards import GIB, Card, find_card
 from planning.launchers import ROOT, launchers
 from planning.mixes import find_mix
 from planning.models import find_config
-from planning.report import in_order, markdown, memory_rows, plot, speed_rows
+from planning.report import MEASURED, figures_of, in_order, markdown, memory_rows, plot, speed_rows
 from planning.search import Plan, Subject, make_subject, plan_run
 from recipe.load import load_recipe
 
@@ -60,11 +60,11 @@ def make_tables() -> dict[str, str]:
         for count in COUNTS:
             cells = [_in_short(own[count], " {gib:.0f} GiB, {tokens:,}") for own in by_gpu.values()]
             cards.append([" ".join(kind), str(count), *cells])
-    seed = _seed_plans()
+    seed = [figures_of(plan, price=None) for plan in _seed_plans()]
     return {
         "which": markdown(which),
         "cards": markdown(cards),
-        "seed": markdown(speed_rows(seed, find_card("h100"), None)),
+        "seed": markdown(speed_rows(seed, find_card("h100"))),
         "seed_memory": markdown(memory_rows(seed)),
     }
 
@@ -91,14 +91,13 @@ def _in_short(plan: Plan | None, rest: str) -> str:
     if plan is None:
         return "-"
     name = Path(plan.launcher.config).stem
-    return f"`{name}`" + rest.format(gib=plan.peak / GIB, tokens=plan.micro_batch_tokens)
+    return f"`{name}`{MEASURED * plan.measured}" + rest.format(gib=plan.peak / GIB, tokens=plan.micro_batch_tokens)
 
 
 def _seed_plans() -> list[Plan]:
     subject, card = _subject(SEED, {}), find_card("h100")
-    return in_order(
-        [plan_run(subject, each, card) for count in SEED_COUNTS for each in launchers(subject.recipe, count)]
-    )
+    plans = [plan_run(subject, each, card) for count in SEED_COUNTS for each in launchers(subject.recipe, count)]
+    return in_order(plans)
 
 
 def _subject(name: str, keys: dict[str, str]) -> Subject:

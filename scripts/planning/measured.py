@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from planning.cards import CARDS, GIB, Card
 from planning.models import CONFIGS
@@ -15,10 +15,11 @@ from planning.work import Load, load_of, traffic_of, work_of
 from recipe.keys import Recipe
 from training.memory import estimate_memory, model_size, moment_bytes, peak_of
 from training.model import without_weights
-from training.state_layout import replicated
+from training.state_layout import StateLayout, replicated
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "h100.json"
 SHAPE = CONFIGS["stabilityai/stablelm-base-alpha-3b"] | {"vocab_size": 50288}  # as scripts/benchmark.py has it
+SIZES = "model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size"
 KEYS = {"model_name": "none", "output_dir": "nothing", "datasets": ["vicuna"], "dtype": "bf16", "max_length": 4096}
 ROWS, MICRO_BATCHES = 4096, 4  # tokens in each, of a step
 
@@ -39,6 +40,12 @@ class Measured(NamedTuple):
             f"{self.planned_peak / GIB:.1f}; on conversations of the mix's lengths {self.mixed:,.0f}, by which the "
             "plan is set there; several cards never"
         )
+
+
+def was_measured(card: Card, recipe: Recipe, config: PretrainedConfig, layout: StateLayout) -> bool:
+    """Whether steps of such a run were: of that shape as a whole in bf16, in one process, on that card."""
+    same = all(getattr(config, key, None) == SHAPE[key] for key in SIZES)
+    return card == CARDS["h100"] and same and layout == replicated(1) and recipe.dtype == "bf16" and not recipe.use_peft
 
 
 def measured_on(card: Card) -> Measured | None:

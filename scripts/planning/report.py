@@ -1,7 +1,7 @@
 """What was planned, as tables on the screen or in Markdown, as JSON, and as a picture."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from training.plan import packs_per_step
 from utils.errors import UserError
 from utils.tables import counted
 
+RUN = ("tokens_per_second", "training_hours", "evaluation_hours", "hours")
+MEASURED = "*"  # behind an engine: a `Plan.measured`
 PARTS = ("weights", "gradients", "optimizer", "transient", "activations", "logits", "step")
 
 
@@ -22,32 +24,61 @@ def in_order(plans: Sequence[Plan]) -> list[Plan]:
     return sorted(plans, key=lambda plan: (not plan.fits, plan.hours, plan.launcher.cards, plan.peak))
 
 
-def speed_rows(plans: Sequence[Plan], card: Card, price: float | None) -> list[list[str]]:
-    """A header, and of each plan how fast it is and what it carries."""
+def figures_of(plan: Plan, price: float | None) -> dict[str, Any]:
+    """Everything of a plan, in bytes, seconds, hours and the money that `price` of a card and hour is in; None where
+    there is no price, and what a run takes that does not fit."""
+    found = plan._asdict()
+    launcher, run = found.pop("launcher"), {name: getattr(plan, name) for name in RUN}
+    run["price"] = None if price is None else price * plan.hours * launcher.cards
+    return {
+        "engine": launcher.layout.name,
+        "cards": launcher.cards,
+        **found,
+        **(run if plan.fits else dict.fromkeys(run)),
+        "sent": dict(zip(("by_a_card", "between_machines"), plan.sent, strict=True)),
+        "checkpoint": dict(zip(("model", "state"), plan.checkpoint, strict=True)),
+        "layout": asdict(launcher.layout),
+    }
+
+
+def speed_rows(figures: Sequence[dict[str, Any]], card: Card, price: float | None = None) -> list[list[str]]:
+    """A header, and of each plan, by `figures_of`, how fast it is and what it carries."""
     priced = ["price"] * (price is not None)
-    header = ["engine", "cards", f"GiB of {card.memory / GIB:.1f}", "micro-batch", "largest", "recompute"]
-    rows = [[*header, "tokens/s", "hours", *priced, "GB sent a step", "between machines", "host GiB"]]
-    for plan in plans:
-        name, launcher = plan.launcher.layout.name, plan.launcher
-        row = [name, str(launcher.cards), f"{plan.peak / GIB:.1f}"]
-        if not plan.fits:
-            rows.append([*row, "does not fit", *[""] * (len(rows[0]) - 4)])
-            continue
-        row += [f"{plan.micro_batch_tokens:,}", f"{plan.most_tokens:,}", "yes" if plan.recomputes else "no"]
-        row += [f"{plan.tokens_per_second:,.0f}", f"{plan.hours:.1f}"]
-        row += [] if price is None else [f"{price * plan.hours * launcher.cards:,.0f}"]
-        row += [f"{plan.sent[0] / 1e9:.1f}", f"{plan.sent[1] / 1e9:.1f}", f"{sum(plan.host.values()) / GIB:.0f}"]
-        rows.append(row)
+    header = ["engine", "cards", f"GiB of {card.memory / GIB:.1f}", "micro-batch", "largest", "recompute", "steps"]
+    header += ["tokens/s", "training hours", "evaluation hours", "hours in all", *priced]
+    rows = [[*header, "GB sent a step", "between machines", "host GiB", "disk GiB"]]
+    for own in figures:
+        row = [*_names(own), amount(own["peak"] / GIB), f"{own['micro_batch_tokens']:,}"]
+        row += [f"{own['most_tokens']:,}" if own["fits"] else "does not fit", "yes" if own["recomputes"] else "no"]
+        row += [f"{own['steps']:,}"]
+        row += ["" if own[name] is None else amount(own[name]) for name in (*RUN, *priced)]
+        row += [amount(sent / 1e9) for sent in own["sent"].values()]
+        rows.append([*row, amount(sum(own["host"].values()) / GIB), amount(own["disk"] / GIB)])
     return rows
 
 
-def memory_rows(plans: Sequence[Plan]) -> list[list[str]]:
+def worth(plans: Sequence[Plan]) -> str:
+    """Of the figures of a table."""
+    measured = any(plan.measured for plan in plans)
+    return "estimates; " + (f"{MEASURED} was measured, see below" if measured else "none was measured")
+
+
+def memory_rows(figures: Sequence[dict[str, Any]]) -> list[list[str]]:
     """A header, and of each plan the GiB of a card by what they are for."""
     rows = [["engine", "cards", *PARTS, "peak"]]
-    for plan in plans:
-        parts = [f"{plan.parts[part] / GIB:.1f}" for part in PARTS]
-        rows.append([plan.launcher.layout.name, str(plan.launcher.cards), *parts, f"{plan.peak / GIB:.1f}"])
+    for own in figures:
+        sizes = [*(own["parts"][part] for part in PARTS), own["peak"]]
+        rows.append([*_names(own), *(amount(size / GIB) for size in sizes)])
     return rows
+
+
+def _names(figures: dict[str, Any]) -> list[str]:
+    return [figures["engine"] + MEASURED * figures["measured"], str(figures["cards"])]
+
+
+def amount(value: float) -> str:
+    """A number of hours, GiB, money: to a tenth, of less than 1 to two digits."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2g}"
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
@@ -65,8 +96,7 @@ def remarks(subject: Subject, plans: Sequence[Plan], data: str, measured: Measur
         "roofline"
         + ("" if subject.mfu is None else f" of the network, and {subject.mfu:.0%} of the card's peak (--mfu)"),
         f"data: {data}: {len(mix.train):,} training conversations, {tokens:,} tokens an epoch at most, {first.steps:,} "
-        f"steps on {counted(first.launcher.cards, 'card')}; hours are of training and evaluation, without loading and "
-        "saving",
+        f"steps on {counted(first.launcher.cards, 'card')}; hours are without loading and saving",
         f"disk: a checkpoint takes {show_bytes(model + state)} (model {show_bytes(model)}, what resuming needs "
         f"{show_bytes(state)}), the run up to {show_bytes(first.disk)}",
         f"host, of each machine: {', '.join(f'{what} {show_bytes(size)}' for what, size in first.host.items())} (the "
@@ -88,29 +118,20 @@ def remarks(subject: Subject, plans: Sequence[Plan], data: str, measured: Measur
 # ---- Files ----
 
 
-def as_json(subject: Subject, card: Card, plans: Sequence[Plan], data: str, commands: Callable[[Plan], str]) -> dict:
-    """Everything, in bytes and seconds."""
+def subject_as_json(
+    subject: Subject, card: Card, price: float | None, data: str, measured: Measured | None
+) -> dict[str, Any]:
+    """What holds for all plans, in bytes and seconds."""
     lengths = subject.mix.train.lengths.clip(max=subject.recipe.max_length)
     return {
         "model": subject.recipe.model_name,
         "parameters": subject.parameters,
         "card": card._asdict(),
+        "price_of_a_card_and_hour": price,
         "data": {"from": data, "conversations": len(lengths), "tokens": int(lengths.sum())},
         "estimates": True,
-        "plans": [_plan_as_json(plan, commands(plan)) for plan in plans],
+        "measured": measured and measured._asdict(),
     }
-
-
-def _plan_as_json(plan: Plan, command: str) -> dict[str, Any]:
-    found = plan._asdict() | {"engine": plan.launcher.layout.name, "layout": asdict(plan.launcher.layout)}
-    found |= {
-        "cards": plan.launcher.cards,
-        "command": command,
-        "checkpoint": dict(zip(("model", "state"), plan.checkpoint, strict=True)),
-    }
-    found["sent"] = dict(zip(("by_a_card", "between_machines"), plan.sent, strict=True))
-    del found["launcher"]
-    return found
 
 
 def write_json(figures: dict, file: Path) -> None:

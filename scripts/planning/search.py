@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from data.mix import Mix
 from planning.cards import GIB, PER_MACHINE, Card
 from planning.launchers import Launcher
+from planning.measured import was_measured
 from planning.models import as_here
 from planning.speed import Pace
 from planning.work import Load, load_of, loads_of_steps, traffic_of, work_of
@@ -90,23 +91,25 @@ def make_subject(recipe: Recipe, config: PretrainedConfig, mix: Mix, mfu: float 
 
 
 class Plan(NamedTuple):
-    """Of a run on some cards. Bytes, seconds; an estimate all of it.
+    """Of a run on some cards. Bytes, hours; an estimate all of it.
 
     Attributes:
         launcher: how it is started.
+        measured: whether a step of that model was, so started on such a card; of all others none was.
         keys: of the recipe, that differ from it.
         micro_batch_tokens: of the largest micro-batch of the run.
         recomputes: whether it checkpoints gradients.
         parts: of each card's memory, as `estimate_memory` has them, at the micro-batch of `keys`.
         fits: whether `peak` does.
         most_tokens: of the largest micro-batch that fits; 0 where none does.
-        tokens_per_second, hours: of all cards; 0 where it does not fit. `hours` are those of training and evaluation.
+        tokens_per_second, training_hours, evaluation_hours: of all cards; 0 where it does not fit.
         sent: by each card in a step, to its own machine and (by the machine) to others.
         host: of each machine's memory, by what it is for.
         checkpoint: of a checkpoint its model, and what resuming needs; disk: that the run takes at most.
     """
 
     launcher: Launcher
+    measured: bool
     keys: dict[str, str]
     micro_batch_tokens: int
     recomputes: bool
@@ -115,12 +118,18 @@ class Plan(NamedTuple):
     fits: bool
     most_tokens: int
     tokens_per_second: float
-    hours: float
+    training_hours: float
+    evaluation_hours: float
     steps: int
     sent: tuple[float, float]
     host: dict[str, int]
     checkpoint: tuple[int, int]
     disk: int
+
+    @property
+    def hours(self) -> float:
+        """Of the run, without loading and saving."""
+        return self.training_hours + self.evaluation_hours
 
 
 def plan_run(subject: Subject, launcher: Launcher, card: Card) -> Plan:
@@ -199,15 +208,15 @@ def _planned(subject: Subject, recipe: Recipe, launcher: Launcher, card: Card, m
     each = element if layout.is_deepspeed else 4
     size = model_size(subject.config, subject.parameters, subject.adapter, subject.frozen, each)
     traffic = traffic_of(layout, size, element)
-    tokens_per_second = hours = 0.0
+    tokens_per_second = training = evaluation = 0.0
     loads = subject.loads(recipe, cards)
     if fits:
         work = work_of(recipe, subject.config, subject.model, layout, element)
         pace = Pace(card, work, layout, size, traffic, element, moment_bytes(recipe), subject.mfu)
         seconds = sum(pace.step(load) for load in loads) / len(loads)
         tokens_per_second = float(sum(load.tokens.sum() for load in loads)) / len(loads) / seconds
-        evaluations = steps // recipe.eval_steps + 1
-        hours = (steps * seconds + evaluations * pace.evaluating(_validation(subject, recipe))) / 3600
+        training = steps * seconds
+        evaluation = math.ceil(steps / recipe.eval_steps) * pace.evaluating(_validation(subject, recipe))
     rounds = sum(len(load.tokens) for load in loads) / len(loads)
     saved = subject.parameters if subject.adapter is None else subject.adapter.weights
     model, state = checkpoint_bytes(recipe, saved, subject.dtype, layout.keeps_half_weights)
@@ -220,6 +229,7 @@ def _planned(subject: Subject, recipe: Recipe, launcher: Launcher, card: Card, m
         host["a checkpoint as it is written"] = copies
     return Plan(
         launcher=launcher,
+        measured=was_measured(card, subject.recipe, subject.config, layout),
         keys=_difference(subject.recipe, recipe),
         micro_batch_tokens=math.prod(shape),
         recomputes=recipe.gradient_checkpointing,
@@ -228,7 +238,8 @@ def _planned(subject: Subject, recipe: Recipe, launcher: Launcher, card: Card, m
         fits=fits,
         most_tokens=most,
         tokens_per_second=tokens_per_second,
-        hours=hours,
+        training_hours=training / 3600,
+        evaluation_hours=evaluation / 3600,
         steps=steps,
         sent=_sent(launcher, traffic.micro_batch * rounds + traffic.step, traffic.replicas),
         host=host,

@@ -56,7 +56,7 @@ class Pace:
         pairs = load.short_pairs + load.long_pairs
         if self.mfu is not None:
             return (model_flops + work.per_pair * pairs) / (self.mfu * card.flops)
-        again = work.again * load.tokens + work.logits_twice * work.per_target / 3 * load.targets
+        again = work.again * load.tokens + work.logits_twice * work.forward * work.per_target * load.targets
         reached = card.flops * (PRODUCTS_IN_FP32 if self.element == 4 else PRODUCTS)
         memory = card.bandwidth * MEMORY
         products = np.maximum((model_flops + again) / reached, work.weight_bytes / memory)
@@ -67,8 +67,11 @@ class Pace:
         return np.where(load.tokens > 0, seconds + MIXED_LENGTHS * self.mixed, 0.0)
 
     def evaluating(self, load: Load) -> float:
-        """Seconds of the forward pass over all of `load` on all cards."""
-        three_times = replace(self, work=self.work._replace(again=0.0), mixed=False).computing(load)
+        """Seconds of the forward pass over all of `load` on all cards: of attention and of what moves a third."""
+        work, times = self.work, 3 * self.work.forward
+        products = {"per_token": times * work.per_token, "per_target": times * work.per_target}
+        forward = work._replace(again=0.0, logits_twice=False, **products)
+        three_times = replace(self, work=forward, mixed=False).computing(load)
         return float(three_times.sum()) / 3 / self.layout.processes
 
     def step(self, load: Load) -> float:

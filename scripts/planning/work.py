@@ -33,6 +33,7 @@ class Work(NamedTuple):
     per_token: float  # FLOPs in products
     again: float  # more, under gradient checkpointing
     per_target: float
+    forward: float  # the share of both that the forward pass has: a third, or half where weights are frozen
     per_pair: float  # FLOPs of a query and a key that meet
     token_bytes: float
     target_bytes: float
@@ -67,6 +68,7 @@ def work_of(
         per_token=trained,
         again=2 * body if recipe.gradient_checkpointing else 0,
         per_target=(4 if recipe.use_peft else 6) * head.weight.numel(),
+        forward=1 / 2 if recipe.use_peft else 1 / 3,
         per_pair=12 * text.num_hidden_layers * heads * head_size,
         token_bytes=per_layer * text.num_hidden_layers * text.hidden_size,
         target_bytes=LOGIT_BYTES * text.vocab_size,
@@ -133,7 +135,8 @@ def traffic_of(layout: StateLayout, size: ModelSize, element: int) -> Traffic:
     """By the ZeRO paper (section 7: 2 for stages 1 and 2, 3 for stage 3, in numbers of the model) and what the engines
     send when: DeepSpeed reduces at every micro-batch from stage 2 on, in the precision of the weights, by default with
     an all-reduce in stages 1 and 2, which makes 3 of the paper's 2; FSDP2 as well, in fp32, and gathers in half
-    precision; DDP reduces fp32 once a step. DDP and ZeRO-2 were measured so, between two machines."""
+    precision, layers for the forward and for the backward pass, the root (embeddings, and what no text reaches) for
+    both at once; DDP reduces fp32 once a step. DDP and ZeRO-2 were measured so, between two machines."""
     share, again = 1 - 1 / layout.shards, 2 * (1 - 1 / layout.replicas)
     trained, weights = size.trained, size.trained * element + size.frozen_bytes
     shard, gradients = trained / layout.shards, trained * element * (2 if layout.all_reduces else 1)
@@ -147,8 +150,8 @@ def traffic_of(layout: StateLayout, size: ModelSize, element: int) -> Traffic:
     elif layout.engine == "zero3":
         micro_batch = share * (2 * weights + gradients)
     else:
-        gathered = share * weights
-        micro_batch = share * 4 * trained + 2 * gathered * layout.reshard
+        root, gathered = share * (size.ends * element + size.frozen_bytes), share * weights
+        micro_batch = share * 4 * trained + (2 * gathered - root) * layout.reshard
         step, replicas = gathered * (not layout.reshard), again * 4 * shard
     if layout.optimizer_on_host:
         from_host, host_step = shard * (4 if layout.engine == "fsdp2" else element), shard * element

@@ -4,24 +4,74 @@ import sys
 from collections.abc import Iterable
 from typing import TextIO
 
+from rich.cells import cell_len
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from tqdm import tqdm
 
-PIPE_WIDTH = 160  # columns; a pipe does not say how wide it is, and this holds every table but compare.py's
+ENDLESS = 10**6  # columns: of a pipe, and of a table, whose width is chosen here and not by rich, which would cut it
+NARROWEST = 16  # columns of the screen that a name is broken into where there is no room
 
 
-def make_console(pipe_width: int = PIPE_WIDTH) -> Console:
-    """The screen, as wide as it is; where it is no screen, of a width that wraps no table."""
-    return Console(width=None if sys.stdout.isatty() else pipe_width, highlight=False, markup=False)
+def make_console() -> Console:
+    """The screen, as wide as it is; where it is no screen, of a width that breaks no line."""
+    on_screen = sys.stdout is not None and sys.stdout.isatty()  # None where the shell has closed it
+    return _console(None if on_screen else ENDLESS)
 
 
-def make_table(title: str, first: str, *columns: str) -> Table:
-    """A table whose first column holds names and whose others hold numbers."""
-    table = Table(first, title=title, title_justify="left")
-    for column in columns:
-        table.add_column(column, justify="right")
+def _console(width: int | None) -> Console:
+    return Console(width=width, highlight=False, markup=False, emoji=False)
+
+
+def make_table(title: str | None, *header: str, names: int = 1) -> Table:
+    """A table whose first columns, `names` of them, say what a row is of, and whose others hold numbers."""
+    table = Table(title=title, title_justify="left")
+    for number, name in enumerate(header):
+        table.add_column(name, justify="left" if number < names else "right")
     return table
+
+
+def show_table(table: Table) -> None:
+    """Print a table of `make_table`, every number whole.
+
+    A screen that is too narrow gets its headers in lines of a word or so; then as many of the columns as there is room
+    for, and the others in tables below, with the names again. Only a name is ever broken.
+    """
+    names = sum(column.justify == "left" for column in table.columns)
+    title = table.title
+    for columns in _side_by_side(table.columns, names, make_console().width):
+        part = make_table(title)
+        for column, width in columns:
+            part.add_column(column.header, justify=column.justify, width=width, overflow="fold")
+        for row, *cells in zip(table.rows, *(column.cells for column, _ in columns), strict=True):
+            part.add_row(*cells, end_section=row.end_section)
+        _console(ENDLESS).print(part)
+        title = None
+
+
+def _side_by_side(columns: list[Column], names: int, screen: int) -> list[list[tuple[Column, int]]]:
+    """The columns of each table that a screen has room for, with their widths."""
+
+    def total(widths: Iterable[int]) -> int:
+        return sum(width + 3 for width in widths) + 1  # with what rich draws between them
+
+    whole = [_width(column, [column.header]) for column in columns]
+    if total(whole) <= screen:
+        return [list(zip(columns, whole, strict=True))]
+    widths = [_width(column, column.header.split()) for column in columns]
+    while total([*widths[:names], max(widths[names:], default=0)]) > screen and max(widths[:names]) > NARROWEST:
+        widths[widths.index(max(widths[:names]))] -= 1
+    found: list[list[int]] = [[]]
+    for number in range(names, len(columns)):
+        if found[-1] and total(widths[each] for each in [*range(names), *found[-1], number]) > screen:
+            found.append([])
+        found[-1].append(number)
+    return [[(columns[each], widths[each]) for each in [*range(names), *numbers]] for numbers in found]
+
+
+def _width(column: Column, header: list[str]) -> int:
+    lines = [line for cell in column.cells for line in cell.splitlines()]
+    return max(map(cell_len, [*header, *lines]), default=0)
 
 
 def progress_bar(iterable: Iterable | None = None, **keys) -> tqdm:

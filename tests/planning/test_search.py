@@ -112,6 +112,16 @@ def test_hours_are_those_of_steps_and_evaluations(seed):
     assert without.hours == pytest.approx(tokens / without.tokens_per_second / 3600, rel=0.06)
 
 
+@pytest.mark.parametrize(("eval_steps", "evaluations"), [(8, 1), (4, 2), (3, 3), (100, 1)])
+def test_a_run_is_evaluated_every_so_many_steps_and_at_its_end(eval_steps, evaluations):
+    small = {"model_name": "HuggingFaceTB/SmolLM2-135M", "max_steps": "8"}
+    plan, once = (
+        plan_run(subject, zero2(subject, 8), H100)
+        for subject in (subject_of(small | {"eval_steps": str(each)}) for each in (eval_steps, 8))
+    )
+    assert plan.evaluation_hours == pytest.approx(evaluations * once.evaluation_hours)
+
+
 # ---- Data and models ----
 
 

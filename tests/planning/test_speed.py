@@ -104,9 +104,21 @@ def test_a_share_of_the_peak_in_place_of_the_roofline():
     assert float(pace.computing(load).max()) == pytest.approx(flops / 0.5 / 989.4e12, rel=1e-3)
 
 
+@pytest.mark.parametrize("keys", [{}, {"use_peft": True}, {"dtype": "fp16"}], ids=str)
+def test_an_evaluation_is_a_forward_pass(keys):
+    """By hand: 2 FLOPs a matrix's weight and token, however many of them are trained; attention's two products."""
+    pace, load = pace_of(mfu=0.5, **keys), rows(1)
+    weights = pace.size.trained - 2 * 50288 * 4096 - (16 * 13 * 4096 + 2 * 4096)
+    tokens = 4 * 4096  # in micro-batches of one row
+    flops = 2 * (weights * tokens + 50288 * 4096 * 4 * 4095) + 4 * 16 * 4096 * 4 * 4096 * 4097 / 2
+    adapter = 1.007 if keys.get("use_peft") else 1  # which has weights of its own
+    assert pace.evaluating(load) == pytest.approx(adapter * flops / 0.5 / 989.4e12, rel=0.01)
+
+
 # ---- What travels ----
 
 WEIGHTS = pace_of().size.trained
+ENDS = 2 * 50288 * 4096 / WEIGHTS  # embedding and output layer, which FSDP2 gathers for both passes at once
 AS_IN_THE_PAPER = {"use_multi_rank_bucket_allreduce": False}  # which DeepSpeed is not by default
 
 
@@ -121,9 +133,9 @@ AS_IN_THE_PAPER = {"use_multi_rank_bucket_allreduce": False}  # which DeepSpeed 
         (deepspeed_layout(AS_IN_THE_PAPER | {"stage": 2}, 4), 0.75 * 2, 0.75 * 2, 0),
         (deepspeed_layout(AS_IN_THE_PAPER | {"stage": 2, "reduce_scatter": False}, 4), 0.75 * 2 * 2, 0.75 * 2, 0),
         (deepspeed_layout({"stage": 3}, 4), 0.75 * (2 + 2 + 2), 0, 0),
-        (fsdp2_layout(4), 0.75 * (2 + 2 + 4), 0, 0),
+        (fsdp2_layout(4), 0.75 * (2 + 2 - 2 * ENDS + 4), 0, 0),
         (fsdp2_layout(4, reshard=False), 0.75 * 4, 0.75 * 2, 0),
-        (fsdp2_layout(8, replicas=2), 0.75 * (2 + 2 + 4), 0, 2 * 0.5 * 4 / 4),
+        (fsdp2_layout(8, replicas=2), 0.75 * (2 + 2 - 2 * ENDS + 4), 0, 2 * 0.5 * 4 / 4),
     ],
 )
 def test_bytes_that_a_card_sends(layout, micro_batch, step, replicas):

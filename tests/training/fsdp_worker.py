@@ -38,15 +38,18 @@ MODELS["narrow"] = lambda: LlamaForCausalLM(LlamaConfig(**SIZES | {"intermediate
 
 
 class Traffic(TorchDispatchMode):
-    """Counts collectives by their kinds."""
+    """Counts collectives by their kinds, and the bytes of what they gather, scatter and sum, whole."""
 
     def __init__(self):
         super().__init__()
-        self.counts = Counter()
+        self.counts, self.bytes = Counter(), Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "c10d":
-            self.counts[function.__name__.split(".")[0]] += 1
+            kind = function.__name__.split(".")[0]
+            self.counts[kind] += 1
+            tensors = args[0] if isinstance(args[0], list) else [each for each in args if torch.is_tensor(each)]
+            self.bytes[kind] += max(each.nbytes for each in tensors)
         return function(*args, **(kwargs or {}))
 
 
@@ -58,7 +61,7 @@ def measure(accelerator, name: str, dtype: torch.dtype, **changes) -> dict:
         "expected_evaluated", "reply", "expected_reply": tokens; "sharded": whether every parameter is a DTensor,
         before, between and after; "rows": of each process, of each parameter; "covered": how often an element is in a
         written fragment of the weights or of the model's files, at least and at most; "file_dtype"; "traffic": {kind of
-        collective: how many} of a step}
+        collective: how many} of a step; "bytes": the same; "parameters"}
     """
     recipe = make_recipe(warmup_steps=0, learning_rate=1e-3, max_grad_norm=1.0, weight_decay=0.1, adam_epsilon=1e-4)
     accelerator.sharding = replace(SHARDING, **changes)
@@ -68,7 +71,7 @@ def measure(accelerator, name: str, dtype: torch.dtype, **changes) -> dict:
         torch.nn.init.normal_(next(model.parameters()))
     engine = prepare_engine(accelerator, model, recipe, total_steps=10)
     stats, index, processes = make_stats(accelerator), accelerator.process_index, accelerator.num_processes
-    sharded, norms, expected_norms, traffic = [is_sharded(model)], [], [], Counter()
+    sharded, norms, expected_norms = [is_sharded(model)], [], []
     for each in (engine, plain):
         for _ in range(3):  # past the steps at rate 0
             each.scheduler.step()
@@ -78,7 +81,6 @@ def measure(accelerator, name: str, dtype: torch.dtype, **changes) -> dict:
             batches[MICRO_BATCHES:] = [empty_batch(False)] * (len(batches) - MICRO_BATCHES)
         with Traffic() as seen:
             norm, updated = train_step(engine, batches[index * MICRO_BATCHES :][:MICRO_BATCHES], recipe, stats)
-        traffic = seen.counts
         assert updated
         norms.append(norm)
         expected_norms.append(plain_step(plain, batches, dtype))
@@ -109,7 +111,9 @@ def measure(accelerator, name: str, dtype: torch.dtype, **changes) -> dict:
         "rows": gather_object([[parameter.shard.rows.shape[0] for parameter in model.parameters()]]),
         "covered": covered,
         "file_dtype": str(file_dtype(accelerator, model)),
-        "traffic": traffic,
+        "traffic": seen.counts,
+        "bytes": seen.bytes,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
 
 

@@ -10,7 +10,10 @@ from forking import launched_environments
 from mixes import make_recipe
 from test_loss import make_model
 
+from planning.work import traffic_of
 from training.fsdp_config import Sharding, find_sharding, sharded_layers
+from training.memory import model_size
+from training.state_layout import fsdp2_layout
 from utils.errors import UserError
 
 MICRO_BATCHES = 2  # of each process in a step
@@ -62,6 +65,21 @@ def test_nothing_is_sent_that_need_not_be(measured):
     expected = {"_reduce_scatter_base_": 2 * UNITS, "allreduce_": 2 + replicas}
     assert found["gpt_neox"]["traffic"] == {**expected, "_allgather_base_": 2 * (2 * UNITS - 1)}
     assert found["gathered once"]["traffic"] == {**expected, "_allgather_base_": UNITS}
+
+
+@pytest.mark.parametrize("case", ["gpt_neox", "llama_tied", "gathered once"])
+def test_as_many_bytes_travel_as_are_planned(measured, case):
+    """On rings: of what is gathered or scattered each process sends all but its own share. (But for the counts of
+    targets and the norm, and the last norm of the model, which the plan takes for a part of the layers.)"""
+    launch, _, found = measured
+    replicas, element = (2, 4) if launch == "hsdp2x2" else (1, 2)
+    layout = fsdp2_layout(2 * replicas, replicas, reshard=case != "gathered once")
+    config = make_model("llama_tied" if case == "llama_tied" else "gpt_neox").config
+    traffic = traffic_of(layout, model_size(config, found[case]["parameters"]), element)
+    sent = found[case]["bytes"]
+    shared = (sent["_allgather_base_"] + sent["_reduce_scatter_base_"]) / 2
+    assert shared == pytest.approx(MICRO_BATCHES * traffic.micro_batch + traffic.step, rel=0.005)
+    assert sent["allreduce_"] * (replicas > 1) == pytest.approx(traffic.replicas, rel=0.005)
 
 
 def test_where_one_process_overflows_all_leave_the_step_out(measured):

@@ -1,15 +1,82 @@
-"""Numbers of things in a sentence; how far a script is, on a terminal and in a log file."""
+"""Tables on screens of any width; numbers of things in a sentence; how far a script is, on a terminal and in a log."""
 
 import io
 import itertools
 import os
 import pty
+import re
 import sys
 import termios
 
 import pytest
+from hypothesis import strategies as st
+from mixes import given
 
-from utils.tables import counted, progress_bar
+from utils.tables import counted, make_table, progress_bar, show_table
+
+
+class Output(io.StringIO):
+    """A file, or a screen, which rich asks COLUMNS for."""
+
+    def __init__(self, columns: int | None):
+        super().__init__()
+        self.columns = columns
+
+    def isatty(self) -> bool:
+        return self.columns is not None
+
+
+def shown(rows: list[list[str]], names: int, columns: int | None) -> list[list[list[str]]]:
+    """The tables that are printed of one, by rows of cells; a header first, its lines joined."""
+    table = make_table(None, *rows[0], names=names)
+    for row in rows[1:]:
+        table.add_row(*row)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", Output(columns))
+        patch.setenv("COLUMNS", str(columns))
+        patch.setenv("TERM", "xterm")
+        show_table(table)
+        printed = re.sub(r"\x1b\[\d*m", "", sys.stdout.getvalue())
+    assert columns is None or max(map(len, printed.splitlines())) <= max(columns, 16 * names + 40)
+    found = []
+    for part in printed.split("┏")[1:]:
+        head, body = (
+            [[cell.strip() for cell in line.strip("┃│").split(bar)] for line in lines.splitlines() if line[0] == bar]
+            for lines, bar in zip(part.split("┡"), "┃│", strict=True)
+        )
+        found.append([[" ".join(lines).strip() for lines in zip(*head, strict=True)], *body])
+    return found
+
+
+numbers = st.one_of(
+    st.integers(0, 10**12).map("{:,}".format), st.floats(0, 1).map("{:.4f} [+0.1234, -0.1234]".format), st.just("")
+)
+
+
+@given(st.data(), examples=60)
+def test_no_number_is_ever_cut(data):
+    """On a screen of any width, and in a file."""
+    names, count = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 8))
+    titles = [data.draw(st.sampled_from(["loss", "GB sent a step", "exact_match"])) for _ in range(count)]
+    rows = [[*["name"] * names, *titles]]
+    for row in range(data.draw(st.integers(1, 4))):
+        rows.append([f"row {row}" + "x" * data.draw(st.integers(0, 8))] * names + [data.draw(numbers) for _ in titles])
+    columns = data.draw(st.one_of(st.none(), st.integers(1, 200)))
+    parts = shown(rows, names, columns)
+    assert columns is not None or len(parts) == 1
+    for row, cells in enumerate(rows):
+        assert [cell for part in parts for cell in part[row][names:]] == cells[names:]
+        assert all(part[row][:names] == cells[:names] for part in parts)
+
+
+def test_a_long_name_is_broken_where_there_is_no_room():
+    """As many characters of it as there are, and the numbers whole."""
+    rows = [["data set", "tokens"], ["grade_school_math_instructions", "1,234,567,890"]]
+    ((header, *body),) = shown(rows, 1, 40)
+    assert header == rows[0]
+    assert "".join(name for name, _ in body) == rows[1][0]
+    assert [number for _, number in body if number] == [rows[1][1]]
+    assert len(body) == 2
 
 
 @pytest.mark.parametrize(

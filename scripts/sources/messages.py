@@ -44,12 +44,12 @@ from sources.source import PREPARED, Conversation, DatasetOptions, HubSource, Re
 from utils.errors import UserError
 
 # In the language of `datasets`: a name, [from:to] in rows or percent, and how percents are rounded.
-SPLIT = r"(?:[\w.]+(?:\[(?:-?[\d_]+%?)?:(?:-?[\d_]+%?)?\](?:\((?:closest|pct1_dropremainder)\))?)?)"
+SPLIT = r"\w+(?:\.\w+)*(?:\[(?:-?[\d_]+%?)?:(?:-?[\d_]+%?)?\](?:\((?:closest|pct1_dropremainder)\))?)?"
 
 
 def _split(value: str | None) -> str | None:
     if value is not None and not re.fullmatch(rf"{SPLIT}(?:\s*\+\s*{SPLIT})*", value):
-        raise ValueError("should be the name of a split, or a slice such as train[:5%] or train[100:200]")
+        raise ValueError("should be a split's name, a slice such as train[:5%] or train[100:200], or several with +")
     return value
 
 
@@ -71,7 +71,7 @@ class MessagesOptions(DatasetOptions):
     hub_name: str | None = key(None, "data set on the hub, as org/name", "")
     config: str | None = key(None, "its configuration; null: its default one", "")
     split: Annotated[str | None, AfterValidator(_split)] = key(
-        None, "its split, or a slice such as train[:5%]; null: train", PREPARED
+        None, "its split, or a slice such as train[:5%], or several with +; null: train", PREPARED
     )
     data_files: Annotated[str | list | dict | None, BeforeValidator(_patterns)] = key(
         None, "names or patterns of its files, in place of what it says its splits are", ""
@@ -93,8 +93,6 @@ class MessagesOptions(DatasetOptions):
             raise ValueError("give input_file_path or hub_name, where its data are")
         if self.data_files is not None and (self.input_file_path is not None or self.hub_name is None):
             raise ValueError("data_files are those of hub_name, in place of input_file_path")
-        if self.split and "+" in self.split and "[" in self.split and len(split_names(self.split)) > 1:
-            raise ValueError("slices of several splits: make a data set of each")
         return self
 
 

@@ -670,9 +670,13 @@ def test_names_overrides_and_round_trip(tmp_path):
         ("- mine: {source: messages, hub_name: x/y, splitt: a}\n", ["datasets.mine.splitt", "split?"]),
         (
             "- mine: {source: messages, hub_name: x/y, split: 'a[5'}\n",
-            ["datasets.mine.split = a[5: should be the name"],
+            ["datasets.mine.split = a[5: should be a split's name"],
         ),
-        ("- mine: {source: messages, hub_name: x/y, split: 'a[:1]+b'}\n", ["datasets.mine: slices of several splits"]),
+        (
+            "- mine: {source: messages, hub_name: x/y, split: 'a[:1]++b'}\n",
+            ["a[:1]++b: should be a split's name"],
+        ),
+        ("- mine: {source: messages, hub_name: x/y, split: 'a.[:1]'}\n", ["datasets.mine.split = a.[:1]: should be a"]),
         (
             "- mine: {source: messages, hub_name: x/y, data_files: [[a]]}\n",
             ["datasets.mine.data_files: should be a name"],

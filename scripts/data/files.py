@@ -10,7 +10,7 @@ from pathlib import Path
 
 from data.downloads import fetch_url, is_url
 from data.hub import fetch_from_hub, fetch_split
-from data.splits import CARDS, check_whole, files_of_splits, listed, only_train, saved_files, say_taken
+from data.splits import CARDS, SplitFiles, check_whole, files_of_splits, listed, only_train, saved_files, say_taken
 from recipe.keys import Recipe
 from sources.registry import find_source
 from sources.source import HubSource
@@ -19,7 +19,7 @@ from utils.errors import UserError
 LOCAL_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 
 
-def source_files(name: str, recipe: Recipe, download: bool = True) -> list[Path] | None:
+def source_files(name: str, recipe: Recipe, download: bool = True) -> SplitFiles | None:
     """`find_data_file` for a data set of the recipe's mix."""
     options = recipe.datasets.chosen()[name]
     hub = find_source(name, options).hub
@@ -33,7 +33,7 @@ def find_data_file(
     revision: str | None,
     hub: HubSource,
     download: bool = True,
-) -> list[Path] | None:
+) -> SplitFiles | None:
     """The files of a data set: local ones, or downloaded to the hub's default cache folder (works offline from it).
 
     What a recipe names is looked up as given (relative to the working directory), then under `cache_dir`: a file, a
@@ -42,8 +42,8 @@ def find_data_file(
     `cache_dir/<dataset>.jsonl` and the other endings of `LOCAL_SUFFIXES`, then the default files of the hub
     repository, or those of its split.
 
-    Returns: one or more existing paths, in the order in which they are read. With `download` off the network is left
-        alone: None where the files are neither here nor in a cache.
+    Returns: one or more existing paths, of each split in the order in which they are read. With `download` off the
+        network is left alone: None where the files are neither here nor in a cache.
     Raises: UserError naming the data set, what was looked for and each place; or a split or configuration that is
         asked for of a file, which has none.
     """
@@ -55,11 +55,13 @@ def find_data_file(
         if len({*paths}) < len(paths):
             twice = Counter(paths).most_common(1)[0][0]
             raise UserError(f"data set {dataset}: {twice} is named twice in input_file_path")
-        return paths
+        names = dict.fromkeys(name for paths in found for name in paths.by_name)
+        return SplitFiles({name: [path for paths in found for path in paths.by_name.get(name, [])] for name in names})
     try:
         if is_url(given):
             only_train(hub.split, hub.config, given)
-            return fetch_url(given, cache_dir, download)
+            paths = fetch_url(given, cache_dir, download)
+            return paths and SplitFiles({"train": paths})
         return _find(dataset, given, cache_dir, revision, hub, download)
     except UserError as error:
         raise UserError(f"data set {dataset}: {error}{f'; {hub.hint}' if hub.hint else ''}") from None
@@ -67,7 +69,7 @@ def find_data_file(
 
 def _find(
     dataset: str, given: str | None, cache_dir: Path, revision: str | None, hub: HubSource, download: bool
-) -> list[Path] | None:
+) -> SplitFiles | None:
     local = local_candidates(dataset, given, cache_dir, hub)
     for path in local:
         if found := _local_files(path, hub, download):
@@ -77,7 +79,8 @@ def _find(
     wanted = given or " or ".join(hub.files) or of_split
     if may_be_on_hub(given, hub):
         if given or hub.files:
-            files, problem = fetch_from_hub(hub.repo, hub_patterns(given, hub), revision, local_only=not download)
+            paths, problem = fetch_from_hub(hub.repo, hub_patterns(given, hub), revision, local_only=not download)
+            files = SplitFiles({"train": paths})
         else:
             files, problem = fetch_split(hub, revision, local_only=not download)
         if files:
@@ -90,34 +93,34 @@ def _find(
     raise UserError(f"{wanted} not found; looked at {', '.join(places)}")
 
 
-def _local_files(path: Path, hub: HubSource, download: bool) -> list[Path]:
+def _local_files(path: Path, hub: HubSource, download: bool) -> SplitFiles:
     """What is there under a name of this machine: a file, the files of a folder's split, or those of a pattern."""
     if os.path.isfile(path):
         only_train(hub.split, hub.config, path)
-        return [path]
+        return SplitFiles({"train": [path]})
     if os.path.isdir(path):
         if (found := saved_files(path, hub.split)) is None:
             base, cards = path.resolve(), [path / name for name in CARDS if (path / name).is_file()]
             try:
                 by = "a pattern in input_file_path"
-                files, others = files_of_splits(str(base), cards, hub.config, hub.split, None, str(path), by)
+                files, left_out = files_of_splits(str(base), cards, hub.config, hub.split, None, str(path), by)
             except FileNotFoundError as error:
                 raise UserError(f"{path}: has no data file of this split: {error}") from None
-            names, left_out = ([os.path.relpath(file, base) for file in some] for some in (files, others))
+            found = SplitFiles({name: [*map(Path, own)] for name, own in files.items()})
+            names, others = ([os.path.relpath(file, base) for file in some] for some in (found, left_out))
             check_whole(names, str(path))
             if download:
-                say_taken(names, left_out, str(path))
-            found = [Path(file) for file in files]
+                say_taken(names, others, str(path))
         return found
     if not glob.has_magic(str(path)):
-        return []
+        return SplitFiles({})
     found = sorted(glob.glob(str(path), recursive=True))
     matching = [Path(name) for name in found if os.path.isfile(name)]
     if matching:
         only_train(hub.split, hub.config, path)
     elif folders := [name for name in found if os.path.isdir(name)]:
         raise UserError(f"{path}: matches only folders ({listed(folders)}): name their files, {path}/*.jsonl")
-    return matching
+    return SplitFiles({"train": matching})
 
 
 def local_candidates(dataset: str, input_file_path: str | None, cache_dir: Path, hub: HubSource) -> list[Path]:

@@ -5,7 +5,7 @@ import glob
 import tempfile
 from pathlib import Path
 
-from data.splits import CARDS, check_whole, files_of_splits, listed, say_taken
+from data.splits import CARDS, SplitFiles, check_whole, files_of_splits, listed, say_taken
 from sources.messages import split_names
 from sources.source import HubSource
 from utils.errors import UserError, reason
@@ -36,7 +36,7 @@ def fetch_from_hub(repo: str, patterns: list[str], revision: str | None, local_o
     return [], NOT_THERE
 
 
-def fetch_split(hub: HubSource, revision: str | None, local_only: bool) -> tuple[list[Path], str]:
+def fetch_split(hub: HubSource, revision: str | None, local_only: bool) -> tuple[SplitFiles | None, str]:
     """Download the files of a split, and nothing else but the README that says what it is.
 
     Where the hub cannot be reached: from its cache, by the README and the list of files in it; else from the cache of
@@ -54,15 +54,16 @@ def fetch_split(hub: HubSource, revision: str | None, local_only: bool) -> tuple
             there = [sibling.rfilename for sibling in info.siblings]
             cards = [name for name in CARDS if name in there]
             cards = [Path(hf_hub_download(hub.repo, card, repo_type="dataset", revision=info.sha)) for card in cards]
-            names, left_out = _names_of_split(hub, there, cards, called)
+            of_splits, left_out = _names_of_split(hub, there, cards, called)
+            names = _all_of(of_splits)
             patterns = [*CARDS, *map(glob.escape, names)]
             folder = Path(snapshot_download(hub.repo, allow_patterns=patterns, **where))
             say_taken(names, left_out, called)
-            return [folder / name for name in names], ""
+            return _within(folder, of_splits), ""
         except UserError:
             raise
         except FileNotFoundError as error:
-            return [], f"{NOT_THERE}: {error}"
+            return None, f"{NOT_THERE}: {error}"
         except Exception as error:  # its own, httpx's and the system's errors: all mean "not from the hub"
             problem = _why_not(error)
     called += ", in its cache"
@@ -73,13 +74,14 @@ def fetch_split(hub: HubSource, revision: str | None, local_only: bool) -> tuple
     cards = [folder / name for name in CARDS if (folder / name).is_file()]
     here = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     try:
-        names, left_out = _names_of_split(hub, _cached_list(hub.repo, revision) or sorted(here), cards, called)
+        of_splits, left_out = _names_of_split(hub, _cached_list(hub.repo, revision) or sorted(here), cards, called)
     except FileNotFoundError:
-        names, left_out = [], []
+        of_splits, left_out = {}, []
     except UserError:  # of a script, say, which `datasets` may have run when it still did
         if paths := _from_datasets_cache(hub, revision):
             return paths, ""
         raise
+    names = _all_of(of_splits)
     if not here & {*names}:
         return _from_datasets_cache(hub, revision), problem or NOT_THERE
     if missing := [name for name in names if name not in here]:
@@ -87,11 +89,21 @@ def fetch_split(hub: HubSource, revision: str | None, local_only: bool) -> tuple
     check_whole(names, called)
     if not local_only:
         say_taken(names, left_out, called)
-    return [folder / name for name in names], ""
+    return _within(folder, of_splits), ""
 
 
-def _names_of_split(hub: HubSource, there: list[str], cards: list[Path], called: str) -> tuple[list[str], list[str]]:
-    """The names of a split's files among all of a repository's, and of those that are left out, as `files_of_splits`
+def _all_of(of_splits: dict[str, list[str]]) -> list[str]:
+    return list(dict.fromkeys(name for names in of_splits.values() for name in names))
+
+
+def _within(folder: Path, of_splits: dict[str, list[str]]) -> SplitFiles:
+    return SplitFiles({split: [folder / name for name in names] for split, names in of_splits.items()})
+
+
+def _names_of_split(
+    hub: HubSource, there: list[str], cards: list[Path], called: str
+) -> tuple[dict[str, list[str]], list[str]]:
+    """The names of each split's files among all of a repository's, and of those that are left out, as `files_of_splits`
     finds them in a folder of empty files of these names."""
     if (script := f"{hub.repo.rpartition('/')[2]}.py") in there and hub.data_files is None:
         raise UserError(
@@ -104,11 +116,11 @@ def _names_of_split(hub: HubSource, there: list[str], cards: list[Path], called:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
         own = (hub.config, hub.split, hub.data_files)
-        files, others = files_of_splits(str(base), cards, *own, called, "`data_files`")
-    if elsewhere := [file for file in files if not file.startswith(f"{base}/")]:
+        of_splits, others = files_of_splits(str(base), cards, *own, called, "`data_files`")
+    if elsewhere := [file for file in _all_of(of_splits) if not file.startswith(f"{base}/")]:
         raise UserError(f"{called}: {elsewhere[0]} is not in it: give it by input_file_path")
-    names, left_out = ([file.removeprefix(f"{base}/") for file in some] for some in (files, others))
-    return names, left_out
+    *lists, left_out = ([file.removeprefix(f"{base}/") for file in some] for some in [*of_splits.values(), others])
+    return dict(zip(of_splits, lists, strict=True)), left_out
 
 
 def _cached_list(repo: str, revision: str | None) -> list[str] | None:
@@ -121,8 +133,8 @@ def _cached_list(repo: str, revision: str | None) -> list[str] | None:
         return None
 
 
-def _from_datasets_cache(hub: HubSource, revision: str | None) -> list[Path]:
-    """The Arrow files that `datasets` once made of a split; none where there are none of this revision."""
+def _from_datasets_cache(hub: HubSource, revision: str | None) -> SplitFiles | None:
+    """The Arrow files that `datasets` once made of a split; None where there are none of this revision."""
     from datasets.naming import filenames_for_dataset_split
     from datasets.packaged_modules.cache.cache import Cache
 
@@ -141,20 +153,21 @@ def _from_datasets_cache(hub: HubSource, revision: str | None) -> list[Path]:
             raise UserError(
                 f"the hub's {hub.repo}, in the cache of datasets: give its `config`: {reason(error)}"
             ) from None
-        return []
+        return None
     if revision not in (None, "main") and not cached.hash.startswith(revision):
-        return []
+        return None
     there = cached.info.splits or {}
-    paths = []
+    paths: dict[str, list[Path]] = {}
     for name in there if hub.split == "all" else split_names(hub.split or "train"):
         if name not in there:
             raise UserError(
                 f"the hub's {hub.repo}, in the cache of datasets: has no split {name!r}: {', '.join(there)}"
             )
-        paths += filenames_for_dataset_split(
+        files = filenames_for_dataset_split(
             cached.cache_dir, cached.dataset_name, name, "arrow", shard_lengths=there[name].shard_lengths
         )
-    return [Path(path) for path in paths]
+        paths[name] = [Path(path) for path in files]
+    return SplitFiles(paths)
 
 
 def _why_not(error: Exception) -> str:

@@ -31,6 +31,7 @@ from data.dialogue import encode
 from data.files import source_files
 from data.prepared import EXAMPLES, SCHEMA, SPLIT, WEIGHTS, Prepared, open_prepared, record_batch, seal
 from data.reading import TRAIN, VALIDATION, Reading
+from data.splits import SplitFiles
 from data.text_encoder import TextEncoder, fast_text_encoder
 from recipe.keys import Recipe
 from sources.registry import SOURCES
@@ -164,7 +165,7 @@ def prepared_folder(recipe: Recipe) -> Path:
     return folder
 
 
-def _cache_key(name: str, paths: list[Path], recipe: Recipe, eos: str, tokenizer_json: bytes) -> str:
+def _cache_key(name: str, paths: SplitFiles, recipe: Recipe, eos: str, tokenizer_json: bytes) -> str:
     """A hash of all that the prepared data depend on: files, tokenizer, rules and the code that applies them."""
     digest = hashlib.blake2b(digest_size=10)
     for path in [*paths, *code_files(name)]:
@@ -174,9 +175,10 @@ def _cache_key(name: str, paths: list[Path], recipe: Recipe, eos: str, tokenizer
         except OSError as error:
             raise UserError(f"data set {name}: {path}: cannot read this file: {error.strerror}") from error
     digest.update(tokenizer_json)
-    options = recipe.datasets.chosen()[name]
+    options, places = recipe.datasets.chosen()[name], {path: place for place, path in enumerate(paths)}
     rules = {
         "dataset": name,
+        "files": {split: [places[path] for path in own] for split, own in paths.by_name.items()},
         "eos": eos,
         "options": options.model_dump(mode="json", include=keys_that_change("data", type(options))),
         **recipe.model_dump(mode="json", include=keys_that_change("data", Recipe)),

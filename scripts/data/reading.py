@@ -4,12 +4,11 @@ Text is never kept: a split is drawn over counts and record numbers, so a source
 `fraction` and `size` are the sampler's, as they are drawn anew each epoch.
 """
 
-import itertools
 import math
 import random
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from data.records import count_records, read_records
-from data.splits import slices
+from data.splits import SplitFiles, slices
 from recipe.load import nearest
 from sources.registry import find_source
 from sources.source import Conversation, Record, Remarks, Source
@@ -38,7 +37,8 @@ class Reading:
     """
 
     def __init__(self, name: str, options: Any, paths: list[Path], rng_seed: int):
-        self.name, self.options, self.paths, self.rng_seed = name, options, paths, rng_seed
+        self.name, self.options, self.rng_seed = name, options, rng_seed
+        self.paths = paths if isinstance(paths, SplitFiles) else SplitFiles({"train": paths})
         self.source: Source = find_source(name, options)
         self.rows_read = 0  # records in the files (trees, conversations or rows), those skipped included
         self.dropped: Counter = Counter()  # reason -> how many trees, threads, conversations or rows: its first word
@@ -88,21 +88,22 @@ class Reading:
                 raise UserError(f"data set {self.name}: no record has the field {field!r}, which `columns` names{hint}")
 
     def _rows(self, skip: Callable[[UserError], None] | None) -> Iterator[tuple[Path, int, dict[str, Any]]]:
-        """File, number in it and values of each record that is asked for: all of them, or those of a slice."""
-
+        """File, number in it and values of each record that is asked for: those of the split, one part after the other,
+        so that what two of them have comes twice, as in `datasets`."""
         fields = {*self.source.fields, "weight"}
-
-        def everything():
-            for path in self.paths:
-                for number, values in read_records(path, skip, fields):
-                    yield path, number, values
-
-        if not (split := self.source.hub.split) or "[" not in split:
-            yield from everything()
-            return
-        passed_over = skip and (lambda _: None)  # counted when they are read, as those of the slice are
-        for start, stop in slices(split, sum(count_records(path, passed_over, fields) for path in self.paths)):
-            yield from itertools.islice(everything(), start, stop)
+        split, by_name = self.source.hub.split, self.paths.by_name
+        if split in (None, "all"):
+            parts = [(name, 0, None) for name in by_name]
+        elif "[" not in split:
+            parts = [(name.strip(), 0, None) for name in split.split("+")]
+        else:
+            passed_over = skip and (lambda _: None)  # counted when they are read, as those of the slice are
+            counts = {
+                name: sum(count_records(path, passed_over, fields) for path in paths) for name, paths in by_name.items()
+            }
+            parts = slices(split, counts)
+        for name, start, stop in parts:
+            yield from _part(by_name[name], start, stop, skip, fields)
 
     def _skip(self, problem: UserError) -> None:
         self.rows_read += 1
@@ -151,6 +152,31 @@ class Reading:
         if self.bad_records:
             said.append(f"skipped: {self.bad_records:,} bad, the first: {self.first_bad_record}")
         return "; ".join(said)
+
+
+def _part(
+    paths: list[Path],
+    start: int,
+    stop: int | None,
+    skip: Callable[[UserError], None] | None,
+    fields: Collection[str],
+) -> Iterator[tuple[Path, int, dict[str, Any]]]:
+    """File, number in it and values of the records [start, stop) of some files; what is bad before them is no part."""
+    place = 0
+    if start == stop:
+        return
+
+    def skip_within(problem: UserError) -> None:
+        if place >= start:
+            skip(problem)
+
+    for path in paths:
+        for number, values in read_records(path, skip and skip_within, fields):
+            if place >= start:
+                yield path, number, values
+            place += 1
+            if place == stop:
+                return
 
 
 def _weighted(unit: list[Conversation] | None, weight: float, dropped: Counter) -> list[Conversation] | None:

@@ -37,40 +37,56 @@ DONE_ANYWAY = {
 }
 
 
-def slices(split: str, rows: int) -> list[tuple[int, int]]:
-    """The rows, [start, stop), that each part of `train[:5%]+train[90%:]` is of a split with so many.
+class SplitFiles(list[Path]):
+    """The data files that a recipe's split is made of, each once.
 
-    Raises: UserError for a percentage that `datasets` cannot round as it is told to.
+    Attributes:
+        by_name: those of each split that it names, in the order of their rows; of files that have no splits, train's.
+    """
+
+    def __init__(self, by_name: dict[str, list[Path]]):
+        super().__init__(dict.fromkeys(path for paths in by_name.values() for path in paths))
+        self.by_name = by_name
+
+
+def slices(split: str, rows: dict[str, int]) -> list[tuple[str, int, int]]:
+    """The rows, [start, stop), that each part of `train[:5%]+test[90%:]` is of a split, by the rows that each has.
+
+    Raises: UserError for a percentage that `datasets` cannot round as it is told to, or for bounds in the wrong order.
     """
     from datasets import ReadInstruction
 
-    (name,) = split_names(split)
     try:
-        return [(part.from_, part.to) for part in ReadInstruction.from_spec(split).to_absolute({name: rows})]
+        parts = ReadInstruction.from_spec(split).to_absolute(rows)
     except (ValueError, AssertionError) as error:
         raise UserError(f"split {split}: {reason(error)}") from None
+    if backwards := [part for part in parts if part.from_ > part.to]:
+        part = backwards[0]
+        bounds = f"{part.from_:,} to {part.to:,} of the {rows[part.splitname]:,} rows of {part.splitname}"
+        raise UserError(f"split {split}: {bounds} are none: give the smaller bound first")
+    return [(part.splitname, part.from_, part.to) for part in parts]
 
 
 def only_train(split: str | None, config: str | None, path: Path | str) -> None:
     """UserError where another split than train, or a configuration, is asked for of what has none: files."""
     if config is not None:
         raise UserError(f"config {config}: {path} is a file; a folder or a hub data set has configurations")
-    if split and (others := [name for name in split_names(split) if name not in ("train", "all")]):
+    if split not in (None, "all") and (others := [name for name in split_names(split) if name != "train"]):
         raise UserError(f"split {others[0]}: {path} is a file, whose rows are the split train")
 
 
-def saved_files(folder: Path, split: str | None) -> list[Path] | None:
+def saved_files(folder: Path, split: str | None) -> SplitFiles | None:
     """The Arrow files of a folder that `save_to_disk` wrote; None for any other folder."""
     if (folder / "dataset_dict.json").is_file():
         there = _of_json(folder / "dataset_dict.json", "splits")
-        return [path for name in _wanted(split, there, folder) for path in saved_files(folder / name, None) or []]
+        return SplitFiles({name: saved_files(folder / name, None) or [] for name in _wanted(split, there, folder)})
     if not (folder / "state.json").is_file():
         return None
     only_train(split, None, folder)
     paths = [folder / part["filename"] for part in _of_json(folder / "state.json", "_data_files")]
     if missing := [path for path in paths if not path.is_file()]:
         raise UserError(f"{missing[0]}: is missing, which state.json names: save the data set anew")
-    return paths
+    return SplitFiles({"train": paths})
 
 
 def _of_json(path: Path, name: str) -> Any:
@@ -82,8 +98,8 @@ def _of_json(path: Path, name: str) -> Any:
 
 def files_of_splits(
     base: str, cards: list[Path], config: str | None, split: str | None, data_files: Any, called: str, remedy: str
-) -> tuple[list[str], list[str]]:
-    """The files of a folder that a split is, in the order in which `datasets` reads them.
+) -> tuple[dict[str, list[str]], list[str]]:
+    """The files of a folder that each split of those asked for is, in the order in which `datasets` reads them.
 
     Args:
         base: the folder.
@@ -91,7 +107,7 @@ def files_of_splits(
         data_files: patterns in place of what they say.
         called: what it is called in errors.
         remedy: by what a recipe names its files instead.
-    Returns: the files; and those that are left out since most are of another kind.
+    Returns: the files of each split by its name; and those that are left out since most are of another kind.
     Raises:
         UserError: there is no such configuration or split, or its files are none that are read, or not as it says.
         FileNotFoundError: there is no such file.
@@ -103,7 +119,7 @@ def files_of_splits(
     folder = Path(base)
     given, card = _configuration(cards, config, called) if data_files is None else ({}, "")
     base, patterns, guessed = _patterns(base, given, data_files)
-    found: list[str] = []
+    found: dict[str, list[str]] = {}
     left_out: list[str] = []
     for name in _wanted(split, patterns, called):
         try:
@@ -121,16 +137,16 @@ def files_of_splits(
             raise UserError(f"{called}: the split {name} is of no kind that is read: {shown}")
         kept = files.filter(extensions=_MODULE_TO_EXTENSIONS[module])
         _check_arguments(given, module, f"{called}: its {card}", remedy)
-        found += kept
+        found[name] = list(dict.fromkeys(kept))
         left_out += [file for file in files if file not in {*kept}]
     if guessed and split is None:
-        kinds = dict.fromkeys(_stem(file.removeprefix(f"{base}/")) for file in found)
+        kinds = dict.fromkeys(_stem(file.removeprefix(f"{base}/")) for files in found.values() for file in files)
         if len(kinds) > 1:
             raise UserError(
                 f"{called}: {' and '.join(CARDS)} name no splits, and its file names {len(kinds)}: "
                 f"{listed(list(kinds))}: take one by {remedy}, or all by `split: train`"
             )
-    return list(dict.fromkeys(found)), list(dict.fromkeys(left_out))
+    return found, list(dict.fromkeys(left_out))
 
 
 def _configuration(cards: list[Path], config: str | None, called: str) -> tuple[dict[str, Any], str]:
@@ -205,8 +221,7 @@ def _patterns(base: str, given: dict[str, Any], data_files: Any) -> tuple[str, d
 def _wanted(split: str | None, there: Iterable[str], called: Any) -> list[str]:
     """The splits that are asked for, of those that there are."""
     there = list(there)
-    names = split_names(split or "train")
-    names = there if names == ["all"] else names
+    names = there if split == "all" else split_names(split or "train")
     for name in names:
         if name not in there:
             hint = nearest(name, there, "") if split else f": give one by `split`: {', '.join(there)}"

@@ -16,17 +16,19 @@
 A record is taken for the first of these forms whose fields it has, in upper or lower case, null and blank being none:
 
     messages        a list of messages, as `sources/messages_forms.py` has them; or `conversations`, `conversation`,
-                    `dialog`, `dialogue`, `chat`
+                    `dialog`, `dialogue`, `chat`, `contents`. One that ends with the user's has its reply in a field
+                    of the next form, if there is one
     instruction     or `prompt`, `question`, `query`, ...: a text, or a list of messages, of which nothing is learnt;
                     with `output`, `response`, `completion`, `chosen`, `answer`, ...: a text or a list; `chosen`
                     alone is a whole conversation. Text that is JSON of messages, or a transcript, is taken for
-                    one in a prompt, in a reply where it goes on from the prompt. A passage in `input` or `context`
-                    goes below the question, after a blank line; a `history` of earlier turns before it
+                    one in a prompt, in a reply where it goes on from the prompt. A passage in `input`, `context` or
+                    `passage` goes below the question, after a blank line; a `history` of earlier turns before it
 
 A text in a field `system` or `system_prompt` becomes the system message where there is none. Every reply is learnt
 but one with `"train": false` or `"weight": 0` beside its text; a `weight` of the record is what its tokens count in the
 loss. A conversation is user and assistant in turn, with or without a system message in front; what else there is is
-dropped, with the reason, and so is the end of a conversation after its last reply.
+dropped, with the reason, and so is the end of a conversation after its last reply. A field that holds another prompt,
+reply or the like is counted as not used; a record of no form is refused with the `columns` that would read it.
 """
 
 import re
@@ -36,16 +38,18 @@ from pydantic import AfterValidator, BeforeValidator, model_validator
 
 from sources.messages_columns import UNUSED, Columns, check_named, fields_of, names_of
 from sources.messages_forms import Dropped, is_said
-from sources.messages_records import conversation_of, fields_there, refuse_media
+from sources.messages_hints import columns_for
+from sources.messages_records import conversation_of, fields_there, note_unused, refuse_media
 from sources.source import PREPARED, Conversation, DatasetOptions, HubSource, Record, Remarks, Source, key
+from utils.errors import UserError
 
 # In the language of `datasets`: a name, [from:to] in rows or percent, and how percents are rounded.
-SPLIT = r"(?:[\w.]+(?:\[(?:-?[\d_]+%?)?:(?:-?[\d_]+%?)?\](?:\((?:closest|pct1_dropremainder)\))?)?)"
+SPLIT = r"\w+(?:\.\w+)*(?:\[(?:-?[\d_]+%?)?:(?:-?[\d_]+%?)?\](?:\((?:closest|pct1_dropremainder)\))?)?"
 
 
 def _split(value: str | None) -> str | None:
     if value is not None and not re.fullmatch(rf"{SPLIT}(?:\s*\+\s*{SPLIT})*", value):
-        raise ValueError("should be the name of a split, or a slice such as train[:5%] or train[100:200]")
+        raise ValueError("should be a split's name, a slice such as train[:5%] or train[100:200], or several with +")
     return value
 
 
@@ -67,7 +71,7 @@ class MessagesOptions(DatasetOptions):
     hub_name: str | None = key(None, "data set on the hub, as org/name", "")
     config: str | None = key(None, "its configuration; null: its default one", "")
     split: Annotated[str | None, AfterValidator(_split)] = key(
-        None, "its split, or a slice such as train[:5%]; null: train", PREPARED
+        None, "its split, or a slice such as train[:5%], or several with +; null: train", PREPARED
     )
     data_files: Annotated[str | list | dict | None, BeforeValidator(_patterns)] = key(
         None, "names or patterns of its files, in place of what it says its splits are", ""
@@ -89,8 +93,6 @@ class MessagesOptions(DatasetOptions):
             raise ValueError("give input_file_path or hub_name, where its data are")
         if self.data_files is not None and (self.input_file_path is not None or self.hub_name is None):
             raise ValueError("data_files are those of hub_name, in place of input_file_path")
-        if self.split and "+" in self.split and "[" in self.split and len(split_names(self.split)) > 1:
-            raise ValueError("slices of several splits: make a data set of each")
         return self
 
 
@@ -111,6 +113,11 @@ def read_messages(record: Record, options: Any, remarks: Remarks, rng_seed: int)
     except Dropped as dropped:
         remarks[str(dropped)] += 1
         return None
+    except UserError as error:
+        if options.columns is None and (columns := columns_for(record)):
+            raise UserError(f"{error}: `columns: {columns}` reads it") from None
+        raise
+    note_unused(record, there, options.columns, messages, remarks)
     if not UNUSED.isdisjoint(there):
         remarks.unused.update(name for name in there.keys() & UNUSED if is_said(record.values[there[name]]))
     if remarks.unused:

@@ -10,11 +10,12 @@ from sources.messages_forms import ANSWERS, CONTENT_KEYS, MEDIA, QUESTIONS, ROLE
 from sources.source import PREPARED, Record, Remarks, Schema, key
 from utils.errors import UserError
 
-LISTS = ("messages", "conversations", "conversation", "dialog", "dialogue", "chat")
-PASSAGES = ("input", "context")
-SYSTEMS = ("system", "system_prompt", "system_message")
-HISTORIES = ("history",)
-UNUSED = THOUGHTS | {"rejected", "rejected_response", "label", "tools", "functions", "train"}
+LISTS = ("messages", "conversations", "conversation", "dialog", "dialogue", "chat", "contents")
+PASSAGES = ("input", "context", "passage", "inputs")
+SYSTEMS = ("system", "system_prompt", "system_message", "system_instruction", "systeminstruction", "meta_instruction")
+HISTORIES = ("history", "chat_history", "conversation_history", "dialog_history", "dialogue_history")
+UNUSED = THOUGHTS | {"rejected", "rejected_response", "label", "tools", "functions", "train", "answers", "is_correct"}
+UNUSED |= {"document", "documents", "article", "story", "choices", "options", "persona", "speakers"}
 
 
 class Columns(Schema):
@@ -51,7 +52,7 @@ class Names(NamedTuple):
     lists: tuple[str, ...] = LISTS
     roles: tuple[str, ...] = ROLE_KEYS
     contents: tuple[str, ...] = CONTENT_KEYS
-    questions: tuple[str, ...] = (*QUESTIONS, "input", "inputs")
+    questions: tuple[str, ...] = (*QUESTIONS, "definition", "input", "inputs")  # by Natural Instructions' definition
     passages: tuple[str, ...] = PASSAGES
     answers: tuple[str, ...] = ANSWERS
     systems: tuple[str, ...] = SYSTEMS
@@ -78,6 +79,8 @@ def names_of(columns: Columns | None) -> Names:
     given = {of: tuple(name for name in getattr(Names(), of) if name not in named) for of in fields.values()} | given
     if columns.role:
         given |= {"roles": (columns.role,), "contents": (columns.content,)}
+    if columns.prompt:  # `inputs` is a prompt, too, which P3 has beside it in token ids
+        given["passages"] = tuple(name for name in given["passages"] if name != "inputs")
     if columns.messages:
         given |= {"questions": (), "answers": ()}
     elif columns.prompt or columns.response:
@@ -88,11 +91,18 @@ def names_of(columns: Columns | None) -> Names:
     )
 
 
+@cache
+def made_of(columns: Columns | None) -> frozenset[str]:
+    """In lower case, the fields that a conversation can be made of: the usual ones, and those that are named."""
+    both = (names_of(None), names_of(columns))
+    kinds = [(n.lists, n.questions, n.passages, n.answers, n.systems, n.histories) for n in both]
+    return frozenset(field for one in kinds for fields in one for field in fields)
+
+
+@cache
 def fields_of(columns: Columns | None) -> tuple[str, ...]:
     """In lower case, the fields of a record that are used, or counted."""
-    names = names_of(columns)
-    used = (*names.lists, *names.questions, *names.passages, *names.answers, *names.systems, *names.histories)
-    return (*used, *UNUSED, *MEDIA)
+    return tuple(sorted({*made_of(columns), *UNUSED, *MEDIA}))
 
 
 def check_named(record: Record, names: Names, remarks: Remarks) -> None:
@@ -107,13 +117,9 @@ def check_named(record: Record, names: Names, remarks: Remarks) -> None:
     remarks.absent.update(name for name in names.optional if name.lower() not in known)
 
 
-def no_form(record: Record, names: Names) -> UserError:
+def no_form(record: Record) -> UserError:
     """What is wrong with a record that has none of the forms."""
-    known = (*names.lists, *names.questions, *names.answers)
-    near = [name for name in record.values if difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.75)]
-    near = [name for name in near if name.lower() not in known]
-    hint = f", such as {near[0]!r}" if near else ""
     return record.error(
         "no field 'messages', 'conversations', or 'instruction' with 'output' (or the like), nor `columns` to name "
-        f"others{hint}; fields there: {', '.join(record.values) or 'none'}"
+        f"others; fields there: {', '.join(record.values) or 'none'}"
     )

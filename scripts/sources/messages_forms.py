@@ -31,15 +31,17 @@ ROLES = {
 TOOLS = {"tool", "tools", "function", "tool_call", "tool_calls", "tool_response", "tool_result", "tool_use"}
 TOOLS |= {"function_call", "function_response", "function_result", "observation", "ipython", "environment"}
 ROLE_KEYS = ("role", "from", "speaker", "author", "sender")
-CONTENT_KEYS = ("content", "value", "text", "message", "utterance")
+CONTENT_KEYS = ("content", "value", "text", "message", "utterance", "parts")
 QUESTIONS = ("instruction", "prompt", "question", "query", "problem", "user", "human")
-ANSWERS = ("output", "response", "completion", "chosen", "answer", "solution", "reply", "target", "targets")
+# A solution is worked out, and the answer beside it a number (MATH, NuminaMath, LIMO).
+ANSWERS = ("output", "response", "completion", "chosen", "solution", "answer", "reply", "target", "targets")
 ANSWERS += ("assistant", "gpt", "bot")
 SPEAKER_KEYS = dict.fromkeys((*QUESTIONS, "input"), "user") | dict.fromkeys(ANSWERS, "assistant") | ROLES
 TEXT_PARTS = {"text", "input_text", "output_text"}
 MEDIA = {"image", "images", "image_url", "audio", "audios", "video", "videos", "pixel_values"}
 # What else may be said beside a text, and is not learnt from.
 THOUGHTS = {"reasoning_content", "reasoning", "thinking", "thought", "thoughts", "chain_of_thought", "cot", "rationale"}
+THOUGHTS |= {"complex_cot", "thinking_trajectories"}
 UNUSED_IN_MESSAGE = THOUGHTS | {"loss", "mask", "train_on_turn", "training", "train_detail"}
 CALLS = {"tool_calls", "function_call", "tool_call_id"}
 SAID_BESIDE = UNUSED_IN_MESSAGE | MEDIA | CALLS | {"weight", "train"}
@@ -270,7 +272,7 @@ def text_of(record: Record, where: str, content: Any, unused: set[str]) -> str:
     if content is None:
         return ""
     if isinstance(content, dict):
-        content = [content]
+        content = content["parts"] if isinstance(content.get("parts"), list) else [content]  # Gemini's, of a message
     if not isinstance(content, list):
         raise record.error(f"field {where!r} is {kind_of(content)}, not a string")
     texts = []

@@ -6,8 +6,8 @@ from functools import lru_cache
 from itertools import combinations
 from typing import Any
 
-from sources.messages_columns import Columns, Names, fields_of, names_of, no_form
-from sources.messages_forms import ANSWERS, MEDIA, Dropped, is_said, is_there, or_listed, read_turns, text_of
+from sources.messages_columns import Columns, Names, fields_of, made_of, names_of, no_form
+from sources.messages_forms import MEDIA, Dropped, is_said, is_there, or_listed, read_turns, text_of
 from sources.messages_transcripts import split_prompt, turns_of_text
 from sources.source import Message, Record, Remarks, kind_of
 from utils.errors import UserError
@@ -62,6 +62,9 @@ def conversation_of(record: Record, there: dict[str, str], names: Names, remarks
     if listed:
         remarks.used = (listed,)
         messages = _turns(record, listed, record.values[listed], names, remarks)
+        answer = _first(names.answers, there) if messages and messages[-1].role == "user" else None
+        if answer and isinstance(record.values[answer], str | list | dict):  # which is the reply that it waits for
+            messages = _answered(record, answer, _one_text(record, answer), True, [], messages, names, remarks)
     else:
         messages = _pair(record, there, names, remarks)
     messages = _in_turn(record, there, messages, names, remarks)
@@ -71,6 +74,20 @@ def conversation_of(record: Record, there: dict[str, str], names: Names, remarks
         raise Dropped("conversation without a reply")
     _check_said(messages)
     return messages
+
+
+def note_unused(
+    record: Record, there: dict[str, str], columns: Columns | None, messages: list[Message], remarks: Remarks
+) -> None:
+    """Remark the fields that a conversation could have been made of, and that hold nothing of what it was made of."""
+    left = made_of(columns) & there.keys()
+    if len(left) == len(remarks.used):
+        return
+    said, used = [message.content.strip() for message in messages], [record.values[name] for name in remarks.used]
+    for name in left:
+        value = record.values[there[name]]
+        if value not in used and not (isinstance(value, str) and value.strip() in said):
+            remarks.unused.add(name)
 
 
 def _in_turn(
@@ -110,15 +127,27 @@ def _pair(record: Record, there: dict[str, str], names: Names, remarks: Remarks)
             raise Dropped(f"conversation with an empty {'reply' if answer is None else 'prompt'}")
         if known & {*names.lists}:
             return []
-        raise no_form(record, names)
-    if len(there) > 2:
-        remarks.unused.update(name for name in ANSWERS if name in there and there[name] not in (answer, question))
+        raise no_form(record)
     asked, replied = _asked(record, there, question, _one_text(record, answer), names)
     before, prompt = _prompt(record, there, question, asked, names, remarks)
+    return _answered(record, answer, replied, isinstance(asked, list | dict), before, prompt, names, remarks)
+
+
+def _answered(
+    record: Record,
+    answer: str,
+    replied: Any,
+    listed: bool,
+    before: list[Message],
+    prompt: list[Message],
+    names: Names,
+    remarks: Remarks,
+) -> list[Message]:
+    """The earlier turns, a prompt and the reply to it; `listed`: the prompt was a list of messages."""
     remarks.used += (answer,)
     beginnings = ([*before, *prompt], prompt) if before else (prompt,)
     if isinstance(replied, str):
-        reply = _turns_in_text(record, answer, replied, isinstance(asked, list | dict), beginnings, names, remarks)
+        reply = _turns_in_text(record, answer, replied, listed, beginnings, names, remarks)
     elif isinstance(replied, list | dict):
         reply = _turns(record, answer, replied, names, remarks)
     else:
@@ -152,8 +181,10 @@ def _asked(record: Record, there: dict[str, str], question: str, replied: Any, n
 
 def _passage(there: dict[str, str], question: str, names: Names) -> str | None:
     """The field of what a question is about."""
-    passage = _first(names.passages, there)
-    return _first(names.passages[1:], there) if passage == question else passage
+    for name in names.passages:
+        if name in there and there[name] != question:
+            return there[name]
+    return None
 
 
 def _prompt(
@@ -162,9 +193,7 @@ def _prompt(
     """The earlier turns in a field of their own, and the messages of a prompt, of which nothing is learnt."""
     passage, history = _passage(there, question, names), _first(names.histories, there)
     listed = isinstance(asked, list | dict)
-    if listed and passage:
-        remarks.unused.add(passage)
-        passage = None
+    passage = None if listed else passage
     remarks.used = tuple([name for name in (question, passage, history) if name])
     if listed:
         prompt = [replace(message, train=False) for message in _turns(record, question, asked, names, remarks)]

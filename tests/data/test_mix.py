@@ -391,7 +391,7 @@ def test_that_code_is_the_whole_room_and_of_the_sources_one_and_what_they_share(
     assert len(room) > 6
     sources = {f"sources/{path.name}" for path in (ROOT / "scripts" / "sources").iterdir() if path.is_file()}
     others = {f"sources/{name}.py" for name in SOURCES}
-    of_messages = {f"sources/messages_{part}.py" for part in ("columns", "forms", "records", "transcripts")}
+    of_messages = {f"sources/messages_{part}.py" for part in ("columns", "forms", "hints", "records", "transcripts")}
     assert of_messages < sources
     for dataset in SOURCES:
         own = {f"sources/{dataset}.py"} | (of_messages if dataset == "messages" else set())

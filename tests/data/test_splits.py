@@ -11,6 +11,8 @@ import pyarrow.parquet
 import pytest
 from conftest import ROOT
 from fake_hub import COMMIT, hub_of
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from data.files import find_data_file
 from data.reading import Reading
@@ -71,6 +73,7 @@ ASKED = [  # config, split, data_files, revision; how many rows
     ({"split": "train[:5%]"}, 2),
     ({"split": "train[25:35]", "revision": "v1"}, 10),
     ({"split": "train[-20%:]+train[:3]"}, 11),
+    ({"split": "test[:50%]+train[:5%]+test[2:]"}, 9),
     ({"config": "code", "split": "train_sft"}, 4),
     ({"config": "code", "split": "test_sft[1:]"}, 3),
     ({"data_files": "code/*_gen.parquet"}, 4),
@@ -356,11 +359,111 @@ def test_damage_behind_a_slice_is_an_error_unless_it_is_skipped(tmp_path, damage
     assert read(tmp_path / "x.jsonl", **options) == [f"p {number}" for number in range(5)]
 
 
-@pytest.mark.parametrize("split", ["train[:5%]", "train[7:]", "train[-3:]", "train[:2000]", "train[20:10]"])
+SIZES = {"train": 123, "test": 60, "dev.x": 1}
+
+
+@st.composite
+def splits(draw) -> str:
+    """What may be written for a split: slices in rows and percent, with and without bounds, of one split or several."""
+    parts = []
+    for _ in range(draw(st.integers(1, 4))):
+        name, percent = draw(st.sampled_from([*SIZES])), draw(st.booleans())
+        low, high = (draw(st.none() | st.integers(*(-100, 100) if percent else (-150, 150))) for _ in range(2))
+        # A % of one bound makes a percentage of the other.
+        marks = draw(st.sampled_from([("%", "%"), ("%", ""), ("", "%")])) if percent else ("", "")
+        bounds = ["" if bound is None else f"{bound}{mark}" for bound, mark in zip((low, high), marks, strict=True)]
+        is_percent = any("%" in bound for bound in bounds)
+        rounding = draw(st.sampled_from(["", "(closest)", "(pct1_dropremainder)"])) if is_percent else ""
+        parts.append(f"{name}[{bounds[0]}:{bounds[1]}]{rounding}" if draw(st.integers(0, 3)) else name)
+    return "+".join(parts)
+
+
+@pytest.fixture(scope="module")
+def three_splits(tmp_path_factory):
+    """A folder of three splits, of which one has two files; and `datasets` with them built."""
+    datasets = pytest.importorskip("datasets")
+    folder = tmp_path_factory.mktemp("three")
+    files = {"train-0.jsonl": lines("a", 100), "train-1.jsonl": lines("b", 23), "test.jsonl": lines("t", 60)}
+    said = "".join(f"\n  - {{split: {name}, path: {name.split('.')[0]}*}}" for name in SIZES)
+    write(folder / "data", {".huggingface.yaml": card(f"data_files:{said}"), "dev.jsonl": lines("d", 1), **files})
+    builder = datasets.load_dataset_builder(str(folder / "data"), cache_dir=str(folder / "cache"))
+    builder.download_and_prepare()
+    assert {name: split.num_examples for name, split in builder.info.splits.items()} == SIZES
+    return folder / "data", builder
+
+
+@settings(max_examples=60, deadline=None)
+@given(split=splits())
+@example(split="train+train")
+@example(split="train[:5%]+test[:10]")
+@example(split="train[:10]+train[-10:]+train[:10]")
+@example(split="train[50:60]+test+train[55:]")
+@example(split="test[:3]+train[:0]")
+@example(split="train[20:19]")
+def test_rows_of_joined_slices_are_those_of_datasets(three_splits, split):
+    """In its order, with what two parts have coming twice; what it refuses, or reads backwards, is refused."""
+    folder, builder = three_splits
+    try:
+        expected = builder.as_dataset(split=split)["prompt"][:]
+        is_backwards = any(start > stop for _, start, stop in absolute(split))
+    except (ValueError, IndexError) as error:
+        expected, is_backwards = error, False
+    if is_backwards or (isinstance(expected, Exception) and "corresponds to no data" not in str(expected)):
+        with pytest.raises(UserError, match=r"\Asplit [^\n]*\Z"):
+            read(folder, split=split)
+    else:
+        assert read(folder, split=split) == ([] if isinstance(expected, Exception) else expected)
+
+
+def absolute(split):
+    from datasets import ReadInstruction
+
+    parts = ReadInstruction.from_spec(split).to_absolute(SIZES)
+    return [(part.splitname, part.from_, part.to) for part in parts]
+
+
+@pytest.mark.parametrize("split", ["all", "test + dev.x+train", "train[:2] +dev.x"])
+def test_splits_joined_with_blanks_and_all_of_them(three_splits, split):
+    folder, builder = three_splits
+    assert read(folder, split=split) == builder.as_dataset(split=split.replace(" ", ""))["prompt"][:]
+
+
+def test_bad_records_of_joined_slices_are_counted_where_they_are_read(tmp_path):
+    """What is bad before a slice, or behind it, is none of its rows."""
+    rows = lines("p", 6).splitlines(keepends=True)
+    (tmp_path / "x.jsonl").write_bytes(b"".join([b"{\n", *rows[:3], b"{\n", *rows[3:], b"{\n"]))
+    options = MessagesOptions(
+        source="messages", input_file_path="x", split="train[2:4]+train[:1]+train[3:5]", on_bad_records="skip"
+    )
+    reading = Reading("d", options, [tmp_path / "x.jsonl"], 0)
+    assert [one.messages[0].content for one in reading] == ["p 2", "p 3", "p 0", "p 3", "p 4"]
+    assert (reading.rows_read, reading.bad_records) == (8, 3)
+
+
+@pytest.mark.parametrize("split", ["train[:5%]", "train[7:]", "train[-3:]", "train[:2000]", "train[:3]+train[1:2]"])
 def test_slices_of_a_file(tmp_path, split):
     (tmp_path / "x.jsonl").write_bytes(lines("p", 50))
-    (start, stop), *_ = slices(split, 50)
-    if start < stop:
-        assert read(tmp_path / "x.jsonl", split=split) == [f"p {number}" for number in range(50)][start:stop]
-    else:
-        assert read(tmp_path / "x.jsonl", split=split) == []
+    everything = [f"p {number}" for number in range(50)]
+    parts = slices(split, {"train": 50})
+    expected = [row for _, start, stop in parts for row in everything[start:stop]]
+    assert read(tmp_path / "x.jsonl", split=split) == expected
+
+
+def test_a_slice_that_ends_before_it_starts(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(lines("p", 50))
+    with pytest.raises(
+        UserError, match=r"\Asplit train\[-5:10\]: 45 to 10 of the 50 rows of train are none: give the "
+    ):
+        read(tmp_path / "x.jsonl", split="train[-5:10]")
+
+
+def test_splits_of_two_folders_in_a_list(tmp_path):
+    """A slice is of a split's rows in all of them."""
+    for name in "ab":
+        write(tmp_path / name, {"train.jsonl": lines(f"{name} train", 2), "test.jsonl": lines(f"{name} test", 2)})
+    options = MessagesOptions(
+        source="messages", input_file_path=[str(tmp_path / name) for name in "ab"], split="test[1:3]+train"
+    )
+    paths = find_data_file("d", options.input_file_path, Path("none"), None, find_source("d", options).hub)
+    rows = [one.messages[0].content for one in Reading("d", options, paths, 0)]
+    assert rows == ["a test 1", "b test 0", "a train 0", "a train 1", "b train 0", "b train 1"]

@@ -2,11 +2,13 @@
 
 import gzip
 import json
+import re
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+import yaml
 from conftest import ROOT
 from transformers import AutoTokenizer
 
@@ -25,7 +27,10 @@ from utils.errors import UserError
 OPTIONS = MessagesOptions(source="messages", input_file_path="rows.jsonl", val_split=0)
 
 
-CASES = [json.loads(line) for line in (ROOT / "tests" / "fixtures" / "chat_forms.jsonl").read_text().splitlines()]
+FIXTURES = ROOT / "tests" / "fixtures"
+CASES = [json.loads(line) for line in (FIXTURES / "chat_forms.jsonl").read_text().splitlines()]
+# A record in the form of each of 165 well-known data sets: what it is, or why not, with the `columns` that read it.
+PUBLIC = [json.loads(line) for line in (FIXTURES / "public_forms.jsonl").read_text().splitlines()]
 
 
 def read(tmp_path, *rows, options=OPTIONS):
@@ -131,6 +136,14 @@ HH = "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant: b"
         ({"inputs": "q", "targets": "a"}, PAIR),
         ({"Human": "q", "Bot": "a"}, PAIR),
         ({"user": "q", "assistant": "a", "system_message": "s"}, [("system", "s"), *PAIR]),
+        ({"definition": "q", "input": "p", "output": "a"}, [("user", "q\n\np"), PAIR[1]]),
+        ({"instruction": "q", "passage": "p", "output": "a"}, [("user", "q\n\np"), PAIR[1]]),
+        # A list of messages that waits for its reply.
+        ({"messages": [SYSTEM, *chat("q")], "answer": "a"}, [("system", "s"), *PAIR]),
+        ({"messages": chat("q", "a", "r"), "completion": "b"}, [*PAIR, *SECOND]),
+        ({"conversations": chat("q"), "chosen": {"role": "assistant", "content": "a"}}, PAIR),
+        ({"messages": chat("q", "a", "r"), "chosen": chat("q", "a", "r", "b")}, [*PAIR, *SECOND]),
+        ({"messages": chat("q", "a", "r"), "target": 3}, PAIR),
     ],
 )
 def test_forms(tmp_path, row, expected):
@@ -150,6 +163,27 @@ def test_the_forms_of_the_fixture(case):
     texts = [(message.role, message.content) for message in conversation.messages]
     assert [[*text, train] for text, train in zip(texts, learnt, strict=True)] == case["expect"]["keep"]
     assert remarks.unused == ({"reasoning_content"} if "thinking" in case["name"] else set())
+
+
+@pytest.mark.parametrize("case", PUBLIC, ids=[case["name"] for case in PUBLIC])
+def test_the_forms_of_public_data_sets(case):
+    """Whatever is neither learnt nor dropped with a reason is said: unused, or refused in one line."""
+    record, remarks, expect = Record(case["record"], Path("x"), 1, 1), Remarks(), case["expect"]
+    if "refused" in expect:
+        with pytest.raises(UserError) as error:
+            read_messages(record, OPTIONS, remarks, 1)
+        columns = re.findall(r": `columns: (.*)` reads it\Z", str(error.value))
+        assert columns == [expect["refused"]] * bool(expect["refused"])
+        if columns:
+            named = OPTIONS.model_copy(update={"columns": Columns(**yaml.safe_load(columns[0]))})
+            assert read_messages(record, named, remarks, 1)
+    elif "drop" in expect:
+        assert read_messages(record, OPTIONS, remarks, 1) is None
+        assert [*remarks] == [expect["drop"]]
+    else:
+        (conversation,) = read_messages(record, OPTIONS, remarks, 1)
+        learnt = [[m.role, m.content, m.role == "assistant" and m.train] for m in conversation.messages]
+        assert (learnt, sorted(remarks.unused)) == (expect["keep"], expect.get("unused", []))
 
 
 @pytest.mark.parametrize(
@@ -266,7 +300,11 @@ def test_tool_calls_that_are_null_are_none():
         ({"messages": chat("q", "a"), "tools": "[]", "functions": "None", "label": False}, {"label"}),
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, {"rejected"}),
         ({"prompt": "q", "completion": "a", "label": False}, {"label"}),
-        ({"question": "q", "solution": "a", "answer": "4", "cot": "x"}, {"solution", "cot"}),
+        ({"question": "q", "solution": "a", "answer": "4", "cot": "x"}, {"answer", "cot"}),
+        ({"instruction": "q", "question": "r", "response": "a"}, {"question"}),
+        ({"messages": chat("q", "a"), "prompt": "q ", "response": "another", "context": "p"}, {"response", "context"}),
+        ({"messages": chat("q", "a"), "chosen": chat("q", "a"), "conversation": chat("q", "b")}, {"conversation"}),
+        ({"messages": [SYSTEM, *chat("q", "a")], "system": "another"}, {"system"}),
         (
             {"messages": [*chat("q"), {"role": "assistant", "content": "a", "reasoning": "x", "loss": True}]},
             {"reasoning", "loss"},
@@ -419,7 +457,13 @@ def test_dropped_with_a_reason(tmp_path, messages, reason):
         ({"prompt": "q", "output": ["\udc80"]}, "'output' holds half of a surrogate pair"),
         ({"messages": [{"Role": "user", "Content": "q", "CONTENT": "r"}]}, "the key 'content' twice"),
         ({"Prompt": "p", "prompt": "q", "output": "a"}, "fields 'Prompt' and 'prompt' have one name: rename one"),
-        ({"question": "q", "answers": "a"}, "`columns` to name others, such as 'answers'; fields there: question"),
+        (
+            {"question": "q", "answers": "a"},
+            "fields there: question, answers: `columns: {prompt: question, response: answers}` reads it",
+        ),
+        ({"mesages": chat("q", "a")}, "fields there: mesages: `columns: {messages: mesages}` reads it"),
+        ({"instructon": "q", "output": "a"}, "instructon, output: `columns: {prompt: instructon, response: output}` r"),
+        ({"messages": chat("q"), "output": ["a", "b"]}, "'output' is a list of texts, of which one would have"),
         ({"chosen": "a", "rejected": "b"}, "field 'chosen' is a string, not a list"),
     ],
 )
@@ -626,9 +670,13 @@ def test_names_overrides_and_round_trip(tmp_path):
         ("- mine: {source: messages, hub_name: x/y, splitt: a}\n", ["datasets.mine.splitt", "split?"]),
         (
             "- mine: {source: messages, hub_name: x/y, split: 'a[5'}\n",
-            ["datasets.mine.split = a[5: should be the name"],
+            ["datasets.mine.split = a[5: should be a split's name"],
         ),
-        ("- mine: {source: messages, hub_name: x/y, split: 'a[:1]+b'}\n", ["datasets.mine: slices of several splits"]),
+        (
+            "- mine: {source: messages, hub_name: x/y, split: 'a[:1]++b'}\n",
+            ["a[:1]++b: should be a split's name"],
+        ),
+        ("- mine: {source: messages, hub_name: x/y, split: 'a.[:1]'}\n", ["datasets.mine.split = a.[:1]: should be a"]),
         (
             "- mine: {source: messages, hub_name: x/y, data_files: [[a]]}\n",
             ["datasets.mine.data_files: should be a name"],

@@ -78,7 +78,8 @@ def read_parquet(path: Path, fields: Collection[str] | None) -> Iterator[tuple[i
 
     number = 0
     try:
-        with pyarrow.parquet.ParquetFile(path, buffer_size=BUFFER_BYTES) as file:
+        # pre_buffer, pyarrow's default by now, would keep in memory all of the file that has been read.
+        with pyarrow.parquet.ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False) as file:
             unread, maps = _unread(path, file.schema_arrow.names, fields), _maps(file.schema_arrow)
             for batch in file.iter_batches(batch_size=ROWS_AT_A_TIME, columns=_leaves(file, fields)):
                 for record in _rows(path, batch, maps, number):

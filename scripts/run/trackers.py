@@ -207,6 +207,10 @@ def _start_tensorboard(recipe: Recipe, progress: Progress) -> GeneralTracker:
 
 
 def _start_trackio(recipe: Recipe, progress: Progress) -> GeneralTracker:
+    # trackio (0.43) asks of each value whether it is a Figure of this module, where that is loaded. While the thread of
+    # run/log.py imports it for the first curves it is half there, and trackio would leave out the lines of that second.
+    import matplotlib.figure  # noqa: F401
+
     # trackio goes on with the latest run of a name: one of another folder of this name has to have another.
     name = progress.tracker_runs.setdefault("trackio", f"{_name_of_run(recipe)}-{secrets.token_hex(3)}")
     tracker = TrackioTracker(recipe.wandb_project, name=name, resume="allow")

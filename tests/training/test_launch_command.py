@@ -177,8 +177,10 @@ def test_variables_of_accelerate_that_are_no_mistake(monkeypatch):
     ],
 )
 def test_the_command_is_read_off_the_process(words, file):
-    process = subprocess.Popen([sys.executable, "-S", "-c", "input()", *words], stdin=subprocess.PIPE)
+    waiting = [sys.executable, "-S", "-c", "print(flush=True); input()"]
+    process = subprocess.Popen([*waiting, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
+        process.stdout.readline()  # it runs, so that the system knows its command line
         arguments = launch_arguments(psutil.Process(process.pid))
         assert (arguments.config_file, arguments.training_script) == (file, "sft.py")
     finally:

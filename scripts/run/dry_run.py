@@ -5,6 +5,8 @@ import math
 import os
 from contextlib import redirect_stdout
 
+from huggingface_hub import constants
+
 from data.files import may_be_on_hub, source_files
 from data.reading import TRAIN, VALIDATION, Reading
 from recipe.keys import Recipe
@@ -38,6 +40,8 @@ def dry_run(recipe: Recipe, allow_changes: bool) -> None:
         _look(recipe, allow_changes)
     # What was found comes last, and is seen.
     say(f"{recipe.to_yaml()}\n# ---- what was found of it ----\n{found.getvalue().rstrip()}")
+    if "would be fetched" in found.getvalue() and constants.HF_HUB_OFFLINE:
+        say("warning: HF_HUB_OFFLINE is set, by which a start here would fetch nothing, and end")
     say("nothing wrong was found; what was not here to look at is said above")
 
 

@@ -110,6 +110,7 @@ TAKEN = [
     (FSDP + "debug: off\ndeepspeed_config: {}\nmegatron_lm_config: {}\ndowncast_bf16: 'no'\ntpu_env: []\n", []),
     (DEEPSPEED + "  gradient_clipping: auto\n  zero3_init_flag: no\n", ["--zero_stage", "2"]),
     (DDP, []),
+    (DDP, ["--deepspeed_multinode_launcher", "standard"]),  # as recipes/launch.slurm does
     (ALONE, ["--num_cpu_threads_per_process", "1"]),
     (ALONE, ["--use_fsdp", "--fsdp_version", "2", "--num_processes", "2"]),
 ]

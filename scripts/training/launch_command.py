@@ -73,10 +73,9 @@ def check_arguments(arguments: Namespace) -> None:
 
     Raises: UserError, with the file and line or the option, and the remedy.
     """
-    file = arguments.config_file
-    if file is None and not arguments.cpu and os.path.isfile(default_config_file):
-        file = default_config_file
-    config = check_config_file(Path(file), arguments.cpu) if file else {}
+    file = arguments.config_file or ("" if arguments.cpu else default_config_file)
+    # Not where it is gone, as what a shell's `<(command)` has given.
+    config = check_config_file(Path(file), arguments.cpu) if os.path.isfile(file) else {}
     for section, (plugin, kind) in ENGINES.items():
         given = arguments.nondefault.intersection(keys_of(section)).difference(STARTING)
         for name in sorted(given) if launcher_plugin() != plugin else ():
@@ -85,7 +84,7 @@ def check_arguments(arguments: Namespace) -> None:
     source, count = file, config.get("num_processes")
     if arguments.num_processes is not None:
         source, count = "accelerate launch", arguments.num_processes
-    if num_processes() == 1 and str(count).isdigit() and int(count) > 1:
+    if num_processes() == 1 and not arguments.mpirun_hostfile and str(count).isdigit() and int(count) > 1:
         raise UserError(
             f"{source}: num_processes = {count}: it has started one: give distributed_type: MULTI_GPU, or --multi_gpu, "
             "which without a GPU starts CPU processes"
@@ -100,7 +99,9 @@ def launch_arguments(process: psutil.Process) -> Namespace | None:
         return None
     for number, word in enumerate(words, 1):
         name, following = os.path.basename(word), words[number:]
-        if name in ("accelerate-launch", "accelerate.commands.launch") or word.endswith("commands/launch.py"):
+        if name in ("accelerate-launch", "accelerate.commands.launch") or word.endswith(
+            "accelerate/commands/launch.py"
+        ):
             return launch_command_parser().parse_args(following)
         is_cli = name in ("accelerate", "accelerate.commands.accelerate_cli", "accelerate_cli.py")
         if is_cli and following[:1] == ["launch"]:

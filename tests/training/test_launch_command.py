@@ -121,6 +121,13 @@ def test_what_it_hands_on_is_taken(launched, config, options):
     check_arguments(launched(config, *options))
 
 
+def test_a_file_that_is_gone_is_left(launched, tmp_path):
+    """As `--config_file <(sed ... fsdp2.yaml)` gives one."""
+    arguments = launched(FSDP + "  fsdp_reshard_after_foward: true\n")
+    (tmp_path / "accelerate.yaml").unlink()
+    check_arguments(arguments)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_configs_that_ship_are_taken(launched, path):
     config = path.read_text()
@@ -132,6 +139,7 @@ def test_the_configs_that_ship_are_taken(launched, path):
 VARIABLES = [
     ({"ACCELERATE_USE_FSPD": "true"}, "unknown variable ACCELERATE_USE_FSPD: did you mean ACCELERATE_USE_FSDP?"),
     ({"FSDP_RESHARD_AFTER_FOWARD": "true"}, "did you mean FSDP_RESHARD_AFTER_FORWARD?"),
+    ({"ACCELERATE_MIXED_PRECISON": "bf16"}, "did you mean ACCELERATE_MIXED_PRECISION?"),
     ({"ACCELERATE_DYNAMO_BACKND": "eager"}, "did you mean ACCELERATE_DYNAMO_BACKEND?"),
     ({"ACCELERATE_USE_DEEPSPEED": "1"}, "ACCELERATE_USE_DEEPSPEED = 1: should be true or false"),
     ({"ACCELERATE_USE_CPU": "ture"}, "ACCELERATE_USE_CPU = ture: should be true or false"),

@@ -21,6 +21,11 @@ from sources.messages_columns import Columns
 from utils.errors import UserError
 from utils.files import read_text
 
+# What is given in place of a recipe, by a key that it has.
+OTHER_FILES = {
+    "distributed_type": "an accelerate config: give it to accelerate launch --config_file, and a recipe to the script",
+    "zero_optimization": "a DeepSpeed config: give it to the recipe's deepspeed_config",
+}
 MOST_BYTES = 2**20  # of a recipe: the longest that ships has 7 KB, and YAML is read at 570 KB a second
 
 
@@ -37,6 +42,9 @@ def load_recipe(path: str | Path | None, overrides: Mapping[str, str] | None = N
     if not isinstance(values, dict):
         what = "empty" if values is None else f"a {'list' if isinstance(values, list) else 'text'}"
         raise UserError(f"{path}: a recipe is `key: value` lines, this is {what}")
+    for name, what in OTHER_FILES.items():
+        if name in values:
+            raise UserError(f"{path}: no recipe, but {what}")
     places = {key: f"{path} line {line}" for key, line in lines.items()}
     return checked_recipe(values, places, path, overrides or {}, for_a_run)
 

@@ -5,6 +5,8 @@ import math
 import os
 from contextlib import redirect_stdout
 
+from huggingface_hub import constants
+
 from data.files import may_be_on_hub, source_files
 from data.reading import TRAIN, VALIDATION, Reading
 from recipe.keys import Recipe
@@ -13,7 +15,7 @@ from run.checkpoint import Checkpoint
 from run.folder import check_own_names
 from run.model_files import check_savable, config_of_run
 from run.preflight import find_engine, schedule_warnings, vocabulary_warnings
-from run.resume import check_config, find_checkpoint, is_finished
+from run.resume import FINISHED, check_config, find_checkpoint, is_finished
 from run.samples import check_prompts, load_prompts, room_for_reply
 from sources.registry import find_source
 from training.fsdp_config import find_sharding, sharded_layers
@@ -30,15 +32,14 @@ def dry_run(recipe: Recipe, allow_changes: bool) -> None:
     Raises: UserError when the run could not start; before anything is printed.
     """
     set_up_process()
-    if is_finished(recipe):
-        say(f"the run in {recipe.output_dir} is finished: nothing to do; another --output_dir starts another")
-        return
     found = io.StringIO()
     with redirect_stdout(found):
-        _look(recipe, allow_changes)
+        if is_finished(recipe):
+            say(FINISHED.format(recipe.output_dir))
+        else:
+            _look(recipe, allow_changes)
     # What was found comes last, and is seen.
     say(f"{recipe.to_yaml()}\n# ---- what was found of it ----\n{found.getvalue().rstrip()}")
-    say("nothing wrong was found; what was not here to look at is said above")
 
 
 def _look(recipe: Recipe, allow_changes: bool) -> None:
@@ -74,7 +75,8 @@ def _look(recipe: Recipe, allow_changes: bool) -> None:
             f"{(codes == VALIDATION).sum():,} validation conversations ({source.losses()})"
         )
     check_metric(recipe, held_out)
-    say(f"{recipe.model_name}: {describe_model(recipe)}")
+    model = describe_model(recipe)
+    say(f"{recipe.model_name}: {model}")
     if checkpoint:
         _check_model_of(checkpoint, recipe, allow_changes)
     if prompts:
@@ -84,6 +86,9 @@ def _look(recipe: Recipe, allow_changes: bool) -> None:
     say(f"{layout}: {describe_step(recipe, num_processes())}")
     for warning in _schedule(recipe, rows, bool(held_out)):
         say(f"warning: {warning}")
+    if constants.HF_HUB_OFFLINE and (rows is None or "would be fetched" in model):
+        say("warning: HF_HUB_OFFLINE is set, by which a start here would fetch nothing, and end")
+    say("nothing wrong was found; what was not here to look at is said above")
 
 
 def _check_folder(recipe: Recipe) -> None:

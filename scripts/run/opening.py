@@ -8,7 +8,7 @@ from recipe.keys import Recipe
 from run.best import check_metric
 from run.folder import claim_output_dir, lock_output_dir, wait_for_other_run
 from run.preflight import find_engine
-from run.resume import find_checkpoint, is_finished
+from run.resume import FINISHED, find_checkpoint, is_finished
 from run.run import Run
 from run.samples import check_prompts
 from run.starts import end_start
@@ -28,7 +28,7 @@ def open_run(recipe: Recipe, allow_changes: bool) -> Run | None:
             `check_prompts`.
     """
     if is_finished(recipe):
-        say(f"the run in {recipe.output_dir} is finished: nothing to do; another --output_dir starts another")
+        say(FINISHED.format(recipe.output_dir))
         return None
     find_engine(recipe, training_dtype(recipe.dtype, announce=False))
     check_metric(recipe, recipe.datasets.chosen())

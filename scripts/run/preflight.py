@@ -20,7 +20,7 @@ from training.fsdp_config import find_sharding, sharded_layers
 from training.memory import check_memory, foretell_copies
 from training.micro_batches import MicroBatch, largest_micro_batches
 from training.model import check_tiny, count_parameters, without_weights
-from training.plan import accumulation_steps, steps_per_epoch, training_rows
+from training.plan import steps_per_epoch, training_rows
 from training.state_layout import StateLayout, layout_of_this_run
 from utils.errors import UserError
 from utils.launch import num_processes, say
@@ -41,10 +41,9 @@ LEAST_KEPT = 0.5  # of the scored tokens of a data set, when its conversations a
 def find_engine(recipe: Recipe, dtype: torch.dtype) -> StateLayout:
     """Of the engine that the launcher and the recipe ask for, seen to agree with the recipe before any data are read.
 
-    Raises: UserError, as `deepspeed_config` and `find_sharding`, and where a step cannot be cut for the processes.
+    Raises: UserError, as `deepspeed_config` and `find_sharding`.
     """
     deepspeed, sharding = deepspeed_config(recipe, recipe.max_steps, dtype), find_sharding(recipe, dtype)
-    accumulation_steps(recipe, num_processes())
     return layout_of_this_run(deepspeed and deepspeed["zero_optimization"], sharding)
 
 

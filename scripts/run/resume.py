@@ -33,6 +33,8 @@ from utils.launch import num_processes, process_index, say
 from utils.schemas import checked
 from utils.tables import counted
 
+FINISHED = "the run in {} is finished: nothing to do; another --output_dir starts another"
+
 
 def find_checkpoint(recipe: Recipe, allow_changes: bool) -> Checkpoint | None:
     """The checkpoint that a run goes on from, None to begin; every process finds the same, and nothing is changed.

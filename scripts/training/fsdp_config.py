@@ -15,6 +15,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import PreTrainedModel
 
 from recipe.keys import Recipe
+from recipe.load import nearest
 from training.launcher_config import CONFIG
 from utils.errors import UserError, reason
 from utils.launch import has_gpu, launcher_plugin, num_processes
@@ -122,7 +123,8 @@ def sharded_layers(model: PreTrainedModel, sharding: Sharding) -> list[torch.nn.
     layers = [module for module in model.modules() if type(module).__name__ in names]
     key, missing = "fsdp_transformer_layer_cls_to_wrap", {*names} - {type(layer).__name__ for layer in layers}
     if missing and (sharding.layers or not layers):
-        raise UserError(f"{CONFIG}: {key} = {','.join(names)}: the model has no layer {min(missing)}")
+        near = nearest(min(missing), sorted({type(module).__name__ for module in model.modules()}), "")
+        raise UserError(f"{CONFIG}: {key} = {','.join(names)}: the model has no layer {min(missing)}{near}")
     if not layers:
         raise UserError(f"{CONFIG}: give {key}: transformers has none")
     head = {id(parameter) for parameter in model.get_output_embeddings().parameters()}  # and a tied embedding's

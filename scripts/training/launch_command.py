@@ -32,12 +32,15 @@ PREFIXES = {
     "mpirun_config": "mpirun_",
 }
 WITHOUT_PREFIX = ("fsdp_config", "dynamo_config", "fp8_config")  # whose keys may be given so
-# Of deepspeed_config, whose keys begin in no such way.
+# Of deepspeed_config, whose keys begin in no such way. The first say how processes are started, not what they do:
+# recipes/launch.slurm gives one of them beside any config.
+STARTING = ("deepspeed_hostfile", "deepspeed_inclusion_filter", "deepspeed_exclusion_filter")
+STARTING += ("deepspeed_multinode_launcher",)
 DEEPSPEED_KEYS = (
     *("deepspeed_config_file", "zero_stage", "gradient_accumulation_steps", "gradient_clipping"),
     *("offload_optimizer_device", "offload_param_device", "offload_optimizer_nvme_path", "offload_param_nvme_path"),
-    *("zero3_init_flag", "zero3_save_16bit_model", "deepspeed_hostfile", "deepspeed_inclusion_filter"),
-    *("deepspeed_exclusion_filter", "deepspeed_multinode_launcher", "deepspeed_moe_layer_cls_names"),
+    *("zero3_init_flag", "zero3_save_16bit_model", "deepspeed_moe_layer_cls_names"),
+    *STARTING,
 )
 # Sections that only one engine reads: `launcher_plugin`'s name for it, and the distributed_type that starts it.
 ENGINES = {"deepspeed_config": ("deepspeed", "DEEPSPEED"), "fsdp_config": ("fsdp", "FSDP")}
@@ -70,18 +73,18 @@ def check_arguments(arguments: Namespace) -> None:
 
     Raises: UserError, with the file and line or the option, and the remedy.
     """
-    file = arguments.config_file
-    if file is None and not arguments.cpu and os.path.isfile(default_config_file):
-        file = default_config_file
-    config = check_config_file(Path(file), arguments.cpu) if file else {}
+    file = arguments.config_file or ("" if arguments.cpu else default_config_file)
+    # Not where it is gone, as what a shell's `<(command)` has given.
+    config = check_config_file(Path(file), arguments.cpu) if os.path.isfile(file) else {}
     for section, (plugin, kind) in ENGINES.items():
-        for name in sorted(arguments.nondefault & {*keys_of(section)}) if launcher_plugin() != plugin else ():
+        given = arguments.nondefault.intersection(keys_of(section)).difference(STARTING)
+        for name in sorted(given) if launcher_plugin() != plugin else ():
             remedy = f"the recipe's {IN_A_RECIPE[name]} says that" if name in IN_A_RECIPE else f"give --use_{plugin}"
             raise UserError(f"accelerate launch --{name}: passed over, since this start is without {kind}: {remedy}")
     source, count = file, config.get("num_processes")
     if arguments.num_processes is not None:
         source, count = "accelerate launch", arguments.num_processes
-    if num_processes() == 1 and str(count).isdigit() and int(count) > 1:
+    if num_processes() == 1 and not arguments.mpirun_hostfile and str(count).isdigit() and int(count) > 1:
         raise UserError(
             f"{source}: num_processes = {count}: it has started one: give distributed_type: MULTI_GPU, or --multi_gpu, "
             "which without a GPU starts CPU processes"
@@ -96,7 +99,9 @@ def launch_arguments(process: psutil.Process) -> Namespace | None:
         return None
     for number, word in enumerate(words, 1):
         name, following = os.path.basename(word), words[number:]
-        if name in ("accelerate-launch", "accelerate.commands.launch") or word.endswith("commands/launch.py"):
+        if name in ("accelerate-launch", "accelerate.commands.launch") or word.endswith(
+            "accelerate/commands/launch.py"
+        ):
             return launch_command_parser().parse_args(following)
         is_cli = name in ("accelerate", "accelerate.commands.accelerate_cli", "accelerate_cli.py")
         if is_cli and following[:1] == ["launch"]:

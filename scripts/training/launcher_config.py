@@ -84,7 +84,12 @@ def _check_environment() -> None:
             raise UserError(
                 f"{ENVIRONMENT}: {found[0]}: passed over without {whole} = true: give that too, or remove it"
             )
-    known = [*WORDS, *(variable for variable, *_ in NOT_HERE.values()), *_variables("dynamo_config")]
+    known = [
+        *WORDS,
+        "ACCELERATE_MIXED_PRECISION",
+        *(variable for variable, *_ in NOT_HERE.values()),
+        *_variables("dynamo_config"),
+    ]
     known += [variable for variables in parts.values() for variable in variables]
     for name in sorted(os.environ.keys() - {*known}):
         if name.startswith(("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_")):

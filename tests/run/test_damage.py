@@ -276,10 +276,11 @@ def test_another_config_of_format_1(tmp_path):
     path = output / "checkpoint-5" / "config.json"
     path.write_text(path.read_text().replace('"layer_norm_eps": 1e-05', '"layer_norm_eps": 2e-05'))
     recipe = (FORMAT_1 / "recipe.yaml").relative_to(ROOT)
-    run = run_here(recipe, "--cache_dir", tmp_path / "cache", output_dir=output)
-    assert run.returncode == 2
-    assert "config.json is not that of model_name" in run.errors[0]
-    assert "layer_norm_eps: 2e-05 then, 1e-05 now" in run.errors[0]
+    for more in ([], ["--dry_run"]):
+        run = run_here(recipe, "--cache_dir", tmp_path / "cache", *more, output_dir=output)
+        assert run.returncode == 2
+        assert "config.json is not that of model_name" in run.errors[0]
+        assert "layer_norm_eps: 2e-05 then, 1e-05 now" in run.errors[0]
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[" * 100_000, b"[]", b"\x80", b"{}", b'{"model_type": 5}'])

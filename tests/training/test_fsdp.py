@@ -190,6 +190,8 @@ def test_a_layer_that_the_model_lacks_is_named():
         sharded_layers(model, Sharding(1, True, False, ("BloomBlock",)))
     with pytest.raises(UserError, match="the model has no layer BloomBlock"):
         sharded_layers(model, Sharding(1, True, False, ("LlamaDecoderLayer", "BloomBlock")))
+    with pytest.raises(UserError, match=r"no layer LlamaDecoderlayer: did you mean LlamaDecoderLayer\?"):
+        sharded_layers(model, Sharding(1, True, False, ("LlamaDecoderlayer",)))
     for name in ("Linear", "Embedding", "LlamaModel", "LlamaForCausalLM"):  # it is tied
         with pytest.raises(UserError, match=f"cls_to_wrap = {name}: {name} holds the output layer"):
             sharded_layers(model, Sharding(1, True, False, (name,)))

@@ -110,6 +110,7 @@ TAKEN = [
     (FSDP + "debug: off\ndeepspeed_config: {}\nmegatron_lm_config: {}\ndowncast_bf16: 'no'\ntpu_env: []\n", []),
     (DEEPSPEED + "  gradient_clipping: auto\n  zero3_init_flag: no\n", ["--zero_stage", "2"]),
     (DDP, []),
+    (DDP, ["--deepspeed_multinode_launcher", "standard"]),  # as recipes/launch.slurm does
     (ALONE, ["--num_cpu_threads_per_process", "1"]),
     (ALONE, ["--use_fsdp", "--fsdp_version", "2", "--num_processes", "2"]),
 ]
@@ -118,6 +119,13 @@ TAKEN = [
 @pytest.mark.parametrize(("config", "options"), TAKEN)
 def test_what_it_hands_on_is_taken(launched, config, options):
     check_arguments(launched(config, *options))
+
+
+def test_a_file_that_is_gone_is_left(launched, tmp_path):
+    """As `--config_file <(sed ... fsdp2.yaml)` gives one."""
+    arguments = launched(FSDP + "  fsdp_reshard_after_foward: true\n")
+    (tmp_path / "accelerate.yaml").unlink()
+    check_arguments(arguments)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)
@@ -131,6 +139,7 @@ def test_the_configs_that_ship_are_taken(launched, path):
 VARIABLES = [
     ({"ACCELERATE_USE_FSPD": "true"}, "unknown variable ACCELERATE_USE_FSPD: did you mean ACCELERATE_USE_FSDP?"),
     ({"FSDP_RESHARD_AFTER_FOWARD": "true"}, "did you mean FSDP_RESHARD_AFTER_FORWARD?"),
+    ({"ACCELERATE_MIXED_PRECISON": "bf16"}, "did you mean ACCELERATE_MIXED_PRECISION?"),
     ({"ACCELERATE_DYNAMO_BACKND": "eager"}, "did you mean ACCELERATE_DYNAMO_BACKEND?"),
     ({"ACCELERATE_USE_DEEPSPEED": "1"}, "ACCELERATE_USE_DEEPSPEED = 1: should be true or false"),
     ({"ACCELERATE_USE_CPU": "ture"}, "ACCELERATE_USE_CPU = ture: should be true or false"),
@@ -177,8 +186,10 @@ def test_variables_of_accelerate_that_are_no_mistake(monkeypatch):
     ],
 )
 def test_the_command_is_read_off_the_process(words, file):
-    process = subprocess.Popen([sys.executable, "-S", "-c", "input()", *words], stdin=subprocess.PIPE)
+    waiting = [sys.executable, "-S", "-c", "print(flush=True); input()"]
+    process = subprocess.Popen([*waiting, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
+        process.stdout.readline()  # it runs, so that the system knows its command line
         arguments = launch_arguments(psutil.Process(process.pid))
         assert (arguments.config_file, arguments.training_script) == (file, "sft.py")
     finally:

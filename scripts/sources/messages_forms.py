@@ -13,6 +13,7 @@ A content is a text, or a list of text parts, which are joined.
 """
 
 import re
+from functools import lru_cache
 from typing import Any
 
 from sources.messages_transcripts import from_notation, turns_of_text
@@ -181,7 +182,7 @@ def _read_entry(
         raise Dropped("conversation with a tool's turn")
     if role is None:
         raise unknown_speaker(speaker)
-    train = SAID_BESIDE.isdisjoint(entry) or _is_learnt(record, where, entry, unused)
+    train = not _says_more(tuple(entry)) or _is_learnt(record, where, _lowered(record, where, entry), unused)
     if content_key is None and not any(key in entry for key in content_keys):
         record.inside(entry, where, content_keys[0])  # says which fields are there
     text = entry[content_key] if content_key else ""
@@ -220,6 +221,12 @@ def _of_speakers(
         for role in ("system", "user", "assistant")
         if role in speakers
     ]
+
+
+@lru_cache(1000)  # as the messages of a file have the same keys
+def _says_more(keys: tuple[str, ...]) -> bool:
+    """Whether something that counts stands beside a message's text, in upper or lower case."""
+    return not SAID_BESIDE.isdisjoint(str(key).lower() for key in keys)
 
 
 def _lowered(record: Record, where: str, entry: dict[str, Any]) -> dict[str, Any]:

@@ -402,7 +402,7 @@ def test_values_within_that_no_run_writes(recipe_file, output, newest, capsys):
         *[("best", wrong) for wrong in (5, [], {}, best | {"value": float("nan")})],
         *[("best", best | {name: wrong}) for name in ("step", "evaluations_since") for wrong in (-1, [], "5", 0.5)],
         *[
-            ("best", best | {"step": None}),
+            *[("best", best | {name: None}) for name in ("step", "value")],
             ("best", best | {"metric": 5}),
             ("best", best | {"step": 10**6}),
             ("best", best | {"more": 1}),

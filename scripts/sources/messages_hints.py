@@ -2,10 +2,13 @@
 
 import difflib
 import itertools
+import math
 import re
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
+
+import yaml
 
 from sources.messages_columns import LISTS, Columns, names_of
 from sources.messages_forms import ANSWERS, CONTENT_KEYS, QUESTIONS, ROLE_KEYS, Dropped, is_message, or_listed
@@ -34,7 +37,9 @@ def columns_for(record: Record) -> str | None:
     for columns in itertools.islice(_candidates(record), MOST_TRIED):
         named = columns.model_dump()
         if None in map(record.values.get, named.values()) or _is_read(record, columns):
-            return "{" + ", ".join(f"{what}: {name}" for what, name in named.items()) + "}"
+            return yaml.safe_dump(
+                named, default_flow_style=True, sort_keys=False, allow_unicode=True, width=math.inf
+            ).strip()
     return None
 
 

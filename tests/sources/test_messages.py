@@ -474,6 +474,7 @@ def test_dropped_with_a_reason(tmp_path, messages, reason):
             {"prompt": '[{"role": "user", "content": "q", "content": "r"}]', "output": "a"},
             "'prompt': the key 'content'",
         ),
+        ({"a, b prompt": "q", "reply: x": "a"}, r"`columns: {prompt: 'a, b prompt', response: 'reply: x'}` reads it"),
         ({"mesages": chat("q", "a")}, "fields there: mesages: `columns: {messages: mesages}` reads it"),
         ({"instructon": "q", "output": "a"}, "instructon, output: `columns: {prompt: instructon, response: output}` r"),
         ({"messages": chat("q"), "output": ["a", "b"]}, "'output' is a list of texts, of which one would have"),

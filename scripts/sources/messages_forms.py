@@ -64,10 +64,10 @@ def shown(value: Any) -> str:
 
 
 def is_there(value: Any) -> bool:
-    """Whether a field has a value: null, a blank text and an empty list or object are none."""
+    """Whether a field has a value: null, NaN (pandas' null), a blank text and an empty list or object are none."""
     if isinstance(value, str):
         return value != "" and not value.isspace()
-    return value is not None and value != [] and value != {}
+    return value is not None and value != [] and value != {} and value == value
 
 
 def is_said(value: Any) -> bool:

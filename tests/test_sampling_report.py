@@ -246,6 +246,14 @@ def test_the_settings_of_published_reports():
         ("a.json", '{"Prompt": "a", "prompt": "b"}', "fields 'Prompt' and 'prompt' have one name: rename one"),
         ("a.json", '{"prompt": ["a", "b"]}', "a list of texts, of which one would have to be chosen"),
         ("a.json", '{"turns": ["a", "b"]}', "record 1: neither a text, "),
+        ("a.json", '{"metadata": ["a", "b"]}', "record 1: neither a text, "),
+        ("a.json", '{"my_prompts": []}', "it holds no prompts"),
+        ("a.json", '{"de": [{"prompt": "a"}], "en": [{"prompt": "b"}]}', "prompts under 'de' and under 'en': make"),
+        (
+            "a.json",
+            '{"system": "s", "prompts": ["a"]}',
+            "'system', as a prompt has, beside the prompts under 'pr",
+        ),
         ("a.json", '{"6b1f": [{"user": "a", "assistant": "b"}, {"user": "c"}]}', "record 1: neither a text, "),
         ("a.jsonl", '{"turns": ["a", "b"]}\n"c"\n', "line 1: neither a text, "),
         ("a.jsonl", '"half a pair \\ud83d"', "half of a surrogate pair"),
@@ -304,12 +312,19 @@ def test_forms_of_a_prompt(tmp_path, value, roles):
         ("a.jsonl", f"\ufeff{json.dumps(value)}\r\n{json.dumps(value)}\n", 2),
         ("a.json", json.dumps([value, value]), 2),
         ("a.json", json.dumps(value, indent=1), 1),
-        ("a.json", json.dumps({"prompts": [value, value]}), 2),
+        *[("a.json", json.dumps({key: [value, value]}), 2) for key in ("prompts", "my_prompts", "evalQuestions")],
+        ("a.json", json.dumps({"version": 1, "Test data": [value, value], "note": "x"}, indent=1), 2),
     ]:
         (tmp_path / name).write_text(text, encoding="utf-8")
         prompts = read_prompts(tmp_path / name)
         assert ["".join(message["role"][0] for message in prompt) for prompt in prompts] == [roles] * count
         assert prompts[0][-1]["content"] == "Hi"
+
+
+@pytest.mark.parametrize("value", [{"prompt": "Hi"}, {"messages": [HI]}, {"instruction": "Hi", "output": "Yo"}])
+def test_prompts_under_any_key(tmp_path, value):
+    (tmp_path / "a.json").write_text(json.dumps({"name": "mine", "6b1f": [value, value]}))
+    assert read_prompts(tmp_path / "a.json") == [[HI], [HI]]
 
 
 def test_a_passage_is_part_of_the_question(tmp_path):

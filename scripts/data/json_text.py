@@ -16,6 +16,7 @@ from typing import IO, Any
 from data.kinds import UTF8
 from sources.messages_forms import is_message
 from utils.errors import UserError
+from utils.files import each_key_once
 
 CHUNK_BYTES = 1 << 20
 BLANK = re.compile(r"[ \t\r\n]*")
@@ -27,16 +28,7 @@ CUT_OFF = "the file is cut off"
 Numbered = Iterator[tuple[int, Any]]
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """What JSON has in braces.  Raises: ValueError where a key stands twice, of which the last would count silently."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"has the key {next(key for key in found if keys.count(key) > 1)!r} twice in one object")
-    return found
-
-
-DECODER = json.JSONDecoder(object_pairs_hook=_object)
+DECODER = json.JSONDecoder(object_pairs_hook=each_key_once)
 TO_ITS_END = json.JSONDecoder(parse_int=str)  # of a value that is JSON, and that the other refuses
 
 
@@ -45,19 +37,22 @@ def read_lines(path: Path, file: IO[bytes]) -> Numbered:
     for number, raw in enumerate(file, start=1):
         try:
             line = raw.removeprefix(codecs.BOM_UTF8).decode()  # at the seams of files that were put together, too
-            record = DECODER.decode(line) if line.strip() else None
+            text = "" if line.isspace() else line.strip(" \t\r\n")
+            record, end = DECODER.raw_decode(text) if text else (None, 0)
+            if end < len(text):
+                raise json.JSONDecodeError("Extra data", text, BLANK.match(text, end).end())
         except UnicodeDecodeError as error:
             record = UserError(f"{path}, line {number}: not UTF-8 at byte {error.start + 1} of the line: {UTF8}")
         except json.JSONDecodeError as error:
             # A writer that was stopped leaves a last line without its newline.
             what = "not valid JSON" if raw.endswith(b"\n") else "cut off or not valid JSON"
-            column = min(error.pos, len(line.rstrip())) + 1  # error.colno counts from the newline on
+            column = line.index(text) + min(error.pos, len(text)) + 1  # error.colno counts from the newline on
             record = UserError(f"{path}, line {number}: {what}: {error.msg} at column {column}")
         except RecursionError:
             record = UserError(f"{path}, line {number}: nested too deeply")
         except ValueError as error:  # a key twice, a whole number of more than 4,300 digits
             record = UserError(f"{path}, line {number}: {error}")
-        if record is not None or line.strip():
+        if record is not None or text:
             yield number, record
 
 
@@ -182,7 +177,7 @@ class JsonText:
                 raise self.fail("not valid JSON: expected a key in double quotes" if found else CUT_OFF)
             key = _sound(self.value())
             if key in seen:
-                raise self.fail(f"has the key {key!r} twice in one object")
+                raise self.fail(f"the key {key!r} is given twice")
             seen.add(key)
             if self.next_character() != ":":
                 raise self.fail(f"not valid JSON: expected ':' after the key {key!r}")

@@ -1,10 +1,11 @@
 """Files of prompts, for replies to look at: of the sampling report, and while a run trains. Only light imports."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
-from sources.messages_columns import names_of
+from sources.messages_columns import made_of, names_of
 from sources.messages_forms import ROLE_KEYS, Dropped
 from sources.messages_records import read_prompt
 from sources.source import Record
@@ -16,7 +17,10 @@ FORMS = (
     'a text, {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}, '
     "or the like in another form of chat data"
 )
-HOLDERS = {"prompts", "questions", "instructions", "queries", "problems", "examples", "data"}  # of a list of them
+WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
+HOLDERS = {"prompts", "questions", "instructions", "queries", "problems", "examples", "data"}  # in a list's name
+# What makes an object a prompt; texts under their speakers' names may be turns of a conversation.
+PROMPT_FIELDS = {*NAMES.lists, *NAMES.questions} - {"user", "human"}
 
 
 def read_prompts(path: Path) -> list[list[dict[str, str]]]:
@@ -48,7 +52,7 @@ def _json_values(text: str, path: Path) -> list[tuple[str, int, Any]]:
         return []
     first = lines[0][1].lstrip()
     if len(lines) == 1 or (first[0] in "[{" and not _is_json(first)):  # a list or an object over several lines
-        return [("record", number, value) for number, value in enumerate(_entries(parse_json(text, path)), 1)]
+        return [("record", number, value) for number, value in enumerate(_entries(parse_json(text, path), path), 1)]
     return [("line", number, parse_json(line, path, number)) for number, line in lines]
 
 
@@ -60,13 +64,26 @@ def _is_json(text: str) -> bool:
     return True
 
 
-def _entries(value: Any) -> list[Any]:
-    """Of {"prompts": [...]}, a list of prompts, or one."""
-    if isinstance(value, dict) and len(value) == 1 and not _asks(value):
-        ((key, inner),) = value.items()
-        value = inner if isinstance(inner, list) and key.lower() in HOLDERS else value
+def _entries(value: Any, path: Path) -> list[Any]:
+    """Of {"my_prompts": [...]}, a list of prompts, or one."""
+    if isinstance(value, dict) and not _asks(value):
+        held = [key for key, inner in value.items() if isinstance(inner, list) and _holds_prompts(key, inner)]
+        if len(held) > 1:
+            raise UserError(f"{path}: holds prompts under {held[0]!r} and under {held[1]!r}: make a file of each")
+        if held and (beside := [key for key in value if key.lower() in made_of(None)]):
+            raise UserError(
+                f"{path}: has {beside[0]!r}, as a prompt has, beside the prompts under {held[0]!r}: give each its own"
+            )
+        value = value[held[0]] if held else value
     is_list = isinstance(value, list) and not all(isinstance(entry, dict) and _is_message(entry) for entry in value)
     return (value if is_list else [value]) if value != [] else []
+
+
+def _holds_prompts(key: str, inner: list[Any]) -> bool:
+    """Whether a list under a key is of prompts: by the key's name, or by its first; it could be a conversation."""
+    if not HOLDERS.isdisjoint(word.lower() for word in WORD.findall(key)):
+        return True
+    return bool(inner) and isinstance(inner[0], dict) and not PROMPT_FIELDS.isdisjoint(map(str.lower, inner[0]))
 
 
 def _asks(values: dict[str, Any]) -> bool:

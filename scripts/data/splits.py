@@ -42,6 +42,7 @@ class SplitFiles(list[Path]):
 
     Attributes:
         by_name: those of each split that it names, in the order of their rows; of files that have no splits, train's.
+            What two patterns match is there twice, as in `datasets`.
     """
 
     def __init__(self, by_name: dict[str, list[Path]]):
@@ -137,7 +138,7 @@ def files_of_splits(
             raise UserError(f"{called}: the split {name} is of no kind that is read: {shown}")
         kept = files.filter(extensions=_MODULE_TO_EXTENSIONS[module])
         _check_arguments(given, module, f"{called}: its {card}", remedy)
-        found[name] = list(dict.fromkeys(kept))
+        found[name] = [*kept]
         left_out += [file for file in files if file not in {*kept}]
     if guessed and split is None:
         kinds = dict.fromkeys(_stem(file.removeprefix(f"{base}/")) for files in found.values() for file in files)

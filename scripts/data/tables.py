@@ -67,7 +67,7 @@ def read_csv(path: Path, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
 def _number(text: str) -> float | str | None:
     """Of the column `weight`: a blank cell is none; what is no number stays text, to be refused."""
     try:
-        return float(text) if text.strip() else None
+        return (text if "_" in text else float(text)) if text.strip() else None  # Python takes 1_0 for 10
     except ValueError:
         return text
 

@@ -23,25 +23,27 @@ class Best:
     """The best evaluation so far, by one metric; of equals the earliest.
 
     Attributes:
-        evaluations_since: how many came after it.
+        step, value: its; None while no evaluation had a finite number.
+        evaluations_since: how many came after it; while there is none, all of them.
     """
 
     metric: str
-    step: int
-    value: float
+    step: int | None
+    value: float | None
     evaluations_since: int = 0
 
 
 def is_better(metric: str, value: float, than: float) -> bool:
-    """By the metric's kind: of an accuracy more is better, of a loss less. No number (NaN) is better than none."""
+    """By the metric's kind: of an accuracy more is better, of a loss less."""
     return value > than if metric.endswith("_accuracy") else value < than
 
 
-def judge(best: Best | None, metric: str, step: int, value: float) -> Best | None:
-    """The best evaluation after one more; None while no evaluation had a finite number."""
-    if math.isfinite(value) and (best is None or is_better(metric, value, best.value)):
+def judge(best: Best | None, metric: str, step: int, value: float) -> Best:
+    """The best evaluation after one more, of which None is before the first. What is no finite number is no better."""
+    best = best or Best(metric, None, None)
+    if math.isfinite(value) and (best.value is None or is_better(metric, value, best.value)):
         return Best(metric, step, value)
-    return best and Best(metric, best.step, best.value, best.evaluations_since + 1)
+    return Best(metric, best.step, best.value, best.evaluations_since + 1)
 
 
 def best_until(metrics: Path, metric: str, step: int) -> Best | None:
@@ -91,7 +93,7 @@ def best_checkpoint(folder: Path, metric: str, best: Best | None) -> Path | None
     Args:
         best: which counts even where its line of metrics.jsonl is gone.
     """
-    values = {best.step: best.value} if best else {}
+    values = {best.step: best.value} if best and best.value is not None else {}
     for _, line in metrics_lines(folder / "metrics.jsonl", having=f'"{metric}"'):
         if line.get(metric) is not None:
             values.setdefault(line["step"], line[metric])

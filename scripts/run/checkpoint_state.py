@@ -85,9 +85,15 @@ class BestEvaluation(Exact):
     """A `best.Best`."""
 
     metric: str
-    step: Count
-    value: float
+    step: Count | None
+    value: float | None
     evaluations_since: Count
+
+    @model_validator(mode="after")
+    def _of_one_evaluation(self) -> "BestEvaluation":
+        if (self.step is None) != (self.value is None):
+            raise ValueError("the best evaluation has a step without a value, or a value without a step")
+        return self
 
 
 def _whose_scale(value: Any) -> str | None:
@@ -123,7 +129,7 @@ class State(Exact):
     def _fits_together(self) -> "State":
         if not self.health.bad <= self.health.skipped <= self.step:
             raise ValueError(f"step {self.step}: {self.health.skipped} steps skipped, {self.health.bad} of them bad")
-        if self.best and self.best.step > self.step:
+        if self.best and (self.best.step or 0) > self.step:
             raise ValueError(f"step {self.step}: the best evaluation was after step {self.best.step}")
         limit = self.recipe.max_steps
         if limit is not None and self.step > limit:

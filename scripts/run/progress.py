@@ -31,7 +31,7 @@ class Progress:
         wandb_id: of its run in Weights & Biases; None without one.
         tracker_runs: {tracker: by what it knows its run}, of those other than wandb that want to be told.
         unlogged: learning_rate and grad_norm of the step just made; empty once a line of metrics.jsonl has them.
-        best: of all evaluations, by early_stopping_metric; None before there was one.
+        best: of all evaluations, by early_stopping_metric; None before the first.
         total_steps, epoch_conversations, held_out: of the plan: the last step, the conversations of an epoch, and
             whether there is a validation split.
         patience: evaluations in a row that may not be the best, before the run ends; None: any number.
@@ -74,7 +74,7 @@ class Progress:
         """An evaluation is made. Returns whether it is the best so far, by a metric that `results` may have."""
         self.results, self.evaluation_due = results, False
         self.best = judge(self.best, metric, self.step, results.get(metric, math.nan))
-        return self.best is not None and self.best.step == self.step
+        return self.best.step == self.step
 
     def due(self, recipe: Recipe) -> Due:
         """What the step just made calls for."""

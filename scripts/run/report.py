@@ -139,10 +139,11 @@ def end_report(recipe: Recipe, progress: Progress, stats: TrainingStats, health:
         print(f"best validation loss {best[1]:.4f}, after step {best[0]:,}")
     if progress.ends_early:
         reached, since = progress.best, counted(progress.best.evaluations_since, "evaluation")
-        print(
-            f"ended early: {since} since the best {reached.metric}, {reached.value:.4f} after step {reached.step:,} "
-            "(early_stopping_patience)"
-        )
+        if reached.value is None:
+            which = f"without a finite {reached.metric}"
+        else:
+            which = f"since the best {reached.metric}, {reached.value:.4f} after step {reached.step:,}"
+        print(f"ended early: {since} {which} (early_stopping_patience)")
     kept = ", ".join(path.name for path in list_checkpoints(recipe.output_dir)) or "none"
     what = "the model, its card, " if progress.is_complete else "start the same command again to go on; "
     linked = [f"{name} is {path.name}" for name, path in best_and_last(recipe, progress.best).items() if path]

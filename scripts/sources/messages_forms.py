@@ -12,13 +12,13 @@ A list of messages is any of these, or JSON text of one:
 A content is a text, or a list of text parts, which are joined.
 """
 
-import ast
-import json
 import re
+from functools import lru_cache
 from typing import Any
 
-from sources.messages_transcripts import turns_of_text
+from sources.messages_transcripts import from_notation, turns_of_text
 from sources.source import Message, Record, kind_of
+from utils.files import KeyTwice
 
 ROLES = {
     **dict.fromkeys(("system", "developer", "sys"), "system"),
@@ -64,10 +64,10 @@ def shown(value: Any) -> str:
 
 
 def is_there(value: Any) -> bool:
-    """Whether a field has a value: null, a blank text and an empty list or object are none."""
+    """Whether a field has a value: null, NaN (pandas' null), a blank text and an empty list or object are none."""
     if isinstance(value, str):
         return value != "" and not value.isspace()
-    return value is not None and value != [] and value != {}
+    return value is not None and value != [] and value != {} and value == value
 
 
 def is_said(value: Any) -> bool:
@@ -110,7 +110,10 @@ def read_turns(
 
 def _entries(record: Record, where: str, value: Any, role_keys: tuple[str, ...]) -> list:
     if isinstance(value, str):
-        value = _from_text(value)
+        try:
+            value = from_notation(value)
+        except KeyTwice as error:
+            raise record.error(f"field {where!r}: {error}") from None
         if isinstance(value, str) and not (value := turns_of_text(value)):
             raise record.error(f"field {where!r} is a string, not a list, nor JSON text of one")
     if isinstance(value, dict):
@@ -124,15 +127,16 @@ def _entries(record: Record, where: str, value: Any, role_keys: tuple[str, ...])
     return value
 
 
-def or_listed(value: Any, role_keys: tuple[str, ...], content_keys: tuple[str, ...]) -> Any:
+def or_listed(record: Record, where: str, value: Any, role_keys: tuple[str, ...], content_keys: tuple[str, ...]) -> Any:
     """The list of messages that a text is JSON of, as CSV keeps a prompt that is one; any other value as it is.
 
     Any other list of objects is text: `[{"author": "Tolkien", "title": "The Hobbit"}]` is a reply like any.
+    Raises: UserError for messages with a key twice.
     """
     if isinstance(value, str) and LIST_OF_OBJECTS.match(value):
-        listed = _from_text(value)
+        listed = from_notation(value, each_once=False)
         if isinstance(listed, list) and all(is_message(one, role_keys, content_keys) for one in listed):
-            return listed
+            return _entries(record, where, value, role_keys)
     return value
 
 
@@ -144,17 +148,6 @@ def is_message(
     known = isinstance(role, str) and role.strip().lower() in ROLES.keys() | TOOLS
     contents = [entry[key] for key in content_keys if key in entry] if known else []
     return bool(contents) and all(isinstance(content, str | list | None) for content in contents)
-
-
-def _from_text(text: str) -> Any:
-    """What JSON text holds, or Python's own notation, which pandas writes into CSV; the text where it is neither."""
-    for parse in (json.loads, ast.literal_eval):
-        try:
-            value = parse(text.strip())
-            return json.loads(value) if isinstance(value, str) else value
-        except (ValueError, SyntaxError, MemoryError, TypeError, RecursionError):
-            continue
-    return text
 
 
 def _of_pairs(entries: list[list]) -> list[dict]:
@@ -189,7 +182,7 @@ def _read_entry(
         raise Dropped("conversation with a tool's turn")
     if role is None:
         raise unknown_speaker(speaker)
-    train = SAID_BESIDE.isdisjoint(entry) or _is_learnt(record, where, entry, unused)
+    train = not _says_more(tuple(entry)) or _is_learnt(record, where, _lowered(record, where, entry), unused)
     if content_key is None and not any(key in entry for key in content_keys):
         record.inside(entry, where, content_keys[0])  # says which fields are there
     text = entry[content_key] if content_key else ""
@@ -228,6 +221,12 @@ def _of_speakers(
         for role in ("system", "user", "assistant")
         if role in speakers
     ]
+
+
+@lru_cache(1000)  # as the messages of a file have the same keys
+def _says_more(keys: tuple[str, ...]) -> bool:
+    """Whether something that counts stands beside a message's text, in upper or lower case."""
+    return not SAID_BESIDE.isdisjoint(str(key).lower() for key in keys)
 
 
 def _lowered(record: Record, where: str, entry: dict[str, Any]) -> dict[str, Any]:

@@ -2,10 +2,13 @@
 
 import difflib
 import itertools
+import math
 import re
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
+
+import yaml
 
 from sources.messages_columns import LISTS, Columns, names_of
 from sources.messages_forms import ANSWERS, CONTENT_KEYS, QUESTIONS, ROLE_KEYS, Dropped, is_message, or_listed
@@ -34,13 +37,15 @@ def columns_for(record: Record) -> str | None:
     for columns in itertools.islice(_candidates(record), MOST_TRIED):
         named = columns.model_dump()
         if None in map(record.values.get, named.values()) or _is_read(record, columns):
-            return "{" + ", ".join(f"{what}: {name}" for what, name in named.items()) + "}"
+            return yaml.safe_dump(
+                named, default_flow_style=True, sort_keys=False, allow_unicode=True, width=math.inf
+            ).strip()
     return None
 
 
 def _candidates(record: Record) -> Iterator[Columns]:
     for name, value in record.values.items():
-        is_list = _is_listed(value) or (isinstance(value, str) and turns_of_text(value))
+        is_list = _is_listed(record, name) or (isinstance(value, str) and turns_of_text(value))
         if (is_list and "history" not in _words(name)) or (isinstance(value, list) and name.lower() in TURNS):
             yield Columns(messages=name)
     for prompt, response in itertools.product(_by_rank(record, PROMPTS), _by_rank(record, REPLIES)):
@@ -48,20 +53,22 @@ def _candidates(record: Record) -> Iterator[Columns]:
             yield Columns(prompt=prompt, response=response)
 
 
-def _is_listed(value: Any) -> bool:
-    listed = or_listed(value, ROLE_KEYS, CONTENT_KEYS)
-    return isinstance(listed, list) and bool(listed) and all(map(is_message, listed))
+def _is_listed(record: Record, name: str) -> bool:
+    with suppress(UserError):
+        listed = or_listed(record, name, record.values[name], ROLE_KEYS, CONTENT_KEYS)
+        return isinstance(listed, list) and bool(listed) and all(map(is_message, listed))
+    return False
 
 
 def _by_rank(record: Record, known: tuple[str, ...]) -> list[str]:
     """The fields that can hold a prompt, or a reply, by their names, the nearest first."""
-    texts = [name for name, value in record.values.items() if value is None or _is_text(value) or _is_listed(value)]
-    ranks = {name: rank for name in texts if (rank := _rank(name, known)) is not None}
+    ranks = {name: rank for name in record.values if (rank := _rank(name, known)) is not None}
+    ranks = {name: rank for name, rank in ranks.items() if _is_text(record.values[name]) or _is_listed(record, name)}
     return sorted(ranks, key=ranks.__getitem__)
 
 
 def _is_text(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, list) and len(value) == 1 and isinstance(value[0], str))
+    return isinstance(value, str | None) or (isinstance(value, list) and len(value) == 1 and isinstance(value[0], str))
 
 
 def _rank(name: str, known: tuple[str, ...]) -> tuple[int, int] | None:

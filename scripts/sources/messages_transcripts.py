@@ -1,11 +1,16 @@
-r"""A conversation that is one text, in which its speakers' names stand: of HH-RLHF, BELLE and Guanaco.
+r"""A conversation that is one text: JSON, or one in which its speakers' names stand: of HH-RLHF, BELLE and Guanaco.
 
 "\n\nHuman: Hi\n\nAssistant: Hello..."            the whole of it
 "Human:Hi\nAssistant:Hello\nHuman:Bye\nAssistant:"  all that was said before a reply
 """
 
+import ast
+import json
 import re
+from functools import partial
 from typing import Any
+
+from utils.files import KeyTwice, each_key_once
 
 # Before each speaker: an empty line (HH-RLHF), a new line (BELLE), ### (Guanaco).
 MARKS = (
@@ -15,6 +20,23 @@ MARKS = (
 )
 OPENING = re.compile(r"\s*(?:### )?(Human|Assistant):")
 ENDING = "Assistant:"  # of a prompt
+
+
+def from_notation(text: str, each_once: bool = True) -> Any:
+    """What JSON text holds, or Python's own notation, which pandas writes into CSV; the text where it is neither.
+
+    Raises: with `each_once` KeyTwice.
+    """
+    hook = each_key_once if each_once else dict
+    for parse in (partial(json.loads, object_pairs_hook=hook), ast.literal_eval):
+        try:
+            value = parse(text.strip())
+            return json.loads(value, object_pairs_hook=hook) if isinstance(value, str) else value
+        except KeyTwice:
+            raise
+        except (ValueError, SyntaxError, MemoryError, TypeError, RecursionError):
+            continue
+    return text
 
 
 def turns_of_text(text: str) -> list[dict[str, str]]:

@@ -68,7 +68,7 @@ def parse_json(text: str, source: str | Path, line: int | None = None) -> Any:
     Raises: UserError, with the place, if it is none, or gives a key twice, of which one would be passed over.
     """
     try:
-        return json.loads(text, object_pairs_hook=_each_key_once)
+        return json.loads(text, object_pairs_hook=each_key_once)
     except json.JSONDecodeError as error:
         place = f"{source} line {line or error.lineno}, column {error.colno}"
         raise UserError(f"{place}: JSON does not parse: {error.msg}") from None
@@ -77,11 +77,16 @@ def parse_json(text: str, source: str | Path, line: int | None = None) -> Any:
         raise UserError(f"{place}: JSON does not parse: {error}") from None
 
 
-def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+class KeyTwice(ValueError):
+    """An object gives a key twice, of which the last would count without a word."""
+
+
+def each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """What JSON has in braces, for `object_pairs_hook`.  Raises: KeyTwice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(key for key in found if sum(key == other for other, _ in pairs) > 1)
-        raise ValueError(f"the key {twice[:80]!r} is given twice")
+        raise KeyTwice(f"the key {twice[:80]!r} is given twice")
     return found
 
 

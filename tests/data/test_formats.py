@@ -215,14 +215,14 @@ def test_a_long_list_under_a_key_is_streamed(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ('{"prompt": "p", "prompt": "q"}\n{"prompt": "r"}\n', "x.json, line 1: has the key 'prompt' twice"),
-        ('[{"prompt": "p"}, {"a": {"b": 1, "b": 2}}]', "x.json, record 2, line 1: has the key 'b' twice"),
-        ('{\n"prompt": "p",\n"prompt": "q"\n}', "x.json, record 1, line 3: has the key 'prompt' twice"),
-        ('{\n"prompt": "p",\n"a": [{"b": 1, "b": 2}]\n}', "x.json, record 1, line 3: has the key 'b' twice"),
-        ('{\n"data": [{"prompt": "p"}],\n"data": []\n}', "line 3: has the key 'data' twice"),
+        ('{"prompt": "p", "prompt": "q"}\n{"prompt": "r"}\n', "x.json, line 1: the key 'prompt' is given twice"),
+        ('[{"prompt": "p"}, {"a": {"b": 1, "b": 2}}]', "x.json, record 2, line 1: the key 'b' is given twice"),
+        ('{\n"prompt": "p",\n"prompt": "q"\n}', "x.json, record 1, line 3: the key 'prompt' is given twice"),
+        ('{\n"prompt": "p",\n"a": [{"b": 1, "b": 2}]\n}', "x.json, record 1, line 3: the key 'b' is given twice"),
+        ('{\n"data": [{"prompt": "p"}],\n"data": []\n}', "line 3: the key 'data' is given twice"),
         (
             '{\n"data": [{"prompt": "p", "prompt": "q"}, {"prompt": "r"}]}',
-            "record 1, line 2: has the key 'prompt' twice",
+            "record 1, line 2: the key 'prompt' is given twice",
         ),
     ],
 )

@@ -237,7 +237,7 @@ def test_weights_of_a_table_in_text(tmp_path, prepare):
     mix, _ = prepare({"a": {"input_file_path": "a.csv"}})
     assert mix.train.weights.tolist() == [0.5, 1, 2]
     assert mix.reports["a"]["dropped"] == {"record of weight 0": 1}
-    for cell, said in {"heavy": "is a string", "nan": "is nan", "-1": "is -1", "True": "is a string"}.items():
+    for cell, said in {"heavy": "is a string", "nan": "is nan", "-1": "is -1", "1_0": "is a string"}.items():
         (tmp_path / "a.csv").write_text("\n".join([*lines, f"u,e,{cell}"]))
         with pytest.raises(UserError, match=rf"a\.csv, record 5: field 'Weight' {said}"):
             prepare({"a": {"input_file_path": "a.csv"}})

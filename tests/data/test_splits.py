@@ -230,6 +230,13 @@ def write(folder: Path, files: dict[str, bytes]) -> Path:
             {},
         ),
         (
+            {
+                ".huggingface.yaml": card("data_files: [{split: a, path: [a*, a.jsonl]}, {split: b, path: a.jsonl}]"),
+                **{f"{name}.jsonl": lines(name, 2) for name in ("a", "ab")},
+            },
+            {"split": "a+b+a[1:5]"},
+        ),
+        (
             {".huggingface.yaml": card("data_files: a.csv\n  sep: ';'"), "a.csv": b"prompt;response\np, 0;r\n"},
             {},
         ),

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -207,6 +208,23 @@ def test_no_step_left_by_another_max_steps_is_a_last_step_too(tmp_path, recipe, 
     assert lines[step].keys() == expected[6].keys()
 
 
+def test_evaluations_without_a_number_are_none_the_better(tmp_path, recipe, monkeypatch):
+    """A model that diverged: they count, over a stop, too; there is no best checkpoint, and no word of one."""
+    real = Run.write_evaluation
+    monkeypatch.setattr(Run, "write_evaluation", lambda run, results: real(run, dict.fromkeys(results, math.nan)))
+    run = run_here(recipe, output_dir=tmp_path, steps=9, by="death")
+    assert run.returncode is None, run.stderr
+    best = {"metric": "eval_accuracy", "step": None, "value": None, "evaluations_since": 1}
+    assert read_checkpoint(tmp_path / "last").state.best.model_dump() == best
+    run = run_here(recipe, output_dir=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "12 of 90 steps" in run.stdout
+    assert "ended early: 3 evaluations without a finite eval_accuracy (early_stopping_patience)" in run.stdout
+    assert "last is checkpoint-12" in run.stdout
+    assert "best is" not in run.stdout
+    assert not os.path.lexists(tmp_path / "best")
+
+
 def test_more_patience_goes_on_where_it_ended(tmp_path, recipe, whole):
     """From the link, which is another's by then; and though no line tells any longer which evaluation was the best."""
     output = shutil.copytree(whole.output_dir, tmp_path / "output", symlinks=True)
@@ -394,7 +412,7 @@ def test_the_best_is_the_first_of_the_extremes(metric, values):
         best = judge(best, metric, step, value)
     finite = [value for value in values if value in (0, 0.25, 0.5, 1)]
     if not finite:
-        assert best is None
+        assert best == (Best(metric, None, None, len(values)) if values else None)
         return
     extreme = max(finite) if metric.endswith("accuracy") else min(finite)
     step = values.index(extreme) + 1

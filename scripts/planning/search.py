@@ -23,7 +23,7 @@ from planning.work import Load, load_of, loads_of_steps, traffic_of, work_of
 from recipe.keys import Recipe
 from run.retention import checkpoint_bytes, disk_peak
 from training.adapters import AdapterSize, adapter_size
-from training.memory import copies_in_memory, estimate_memory, model_size, moment_bytes, peak_of
+from training.memory import background_copies, estimate_memory, model_size, moment_bytes, peak_of
 from training.micro_batches import largest_micro_batches
 from training.model import check_tiny, count_parameters, without_weights
 from training.plan import EpochPlan, Position, epoch_plan, packs_per_step, steps_left
@@ -225,8 +225,8 @@ def _planned(subject: Subject, recipe: Recipe, launcher: Launcher, card: Card, m
     host = {name: local * each for name, each in host_state(layout, size, element, moment_bytes(recipe)).items()}
     loaded = element if recipe.use_peft or layout.is_deepspeed else 4  # by one process for all
     host["weights as they are loaded"] = subject.parameters * loaded
-    if copies := copies_in_memory(recipe, layout, model, state, local):
-        host["a checkpoint as it is written"] = copies
+    if copies := background_copies(recipe, layout, model, state, local):
+        host["a checkpoint's copies"] = copies
     return Plan(
         launcher=launcher,
         measured=was_measured(card, subject.recipe, subject.config, layout),

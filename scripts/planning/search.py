@@ -25,7 +25,7 @@ from run.retention import checkpoint_bytes, disk_peak
 from training.adapters import AdapterSize, adapter_size
 from training.memory import background_copies, estimate_memory, model_size, moment_bytes, peak_of
 from training.micro_batches import largest_micro_batches
-from training.model import check_tiny, count_parameters, without_weights
+from training.model import check_tiny, without_weights
 from training.plan import EpochPlan, Position, epoch_plan, packs_per_step, steps_left
 from training.state_layout import host_state
 from utils.launch import DTYPES
@@ -40,9 +40,8 @@ class Subject:
 
     recipe: Recipe
     config: PretrainedConfig
-    model: PreTrainedModel  # without weights in memory
+    model: PreTrainedModel  # without weights in memory; those that no text reaches want no gradient
     mix: Mix
-    frozen: int  # weights that no text reaches
     mfu: float | None = None
     cuts: dict = field(default_factory=dict)  # the steps that were cut so far, and how many there are
 
@@ -54,6 +53,11 @@ class Subject:
     @functools.cached_property
     def parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @functools.cached_property
+    def frozen(self) -> int:
+        """Weights that no text reaches."""
+        return sum(parameter.numel() for parameter in self.model.parameters() if not parameter.requires_grad)
 
     @functools.cached_property
     def adapter(self) -> AdapterSize | None:
@@ -86,8 +90,11 @@ class Subject:
 
 def make_subject(recipe: Recipe, config: PretrainedConfig, mix: Mix, mfu: float | None = None) -> Subject:
     """Raises: UserError where no model can be made of the config, or none that is trained here."""
-    frozen = count_parameters(recipe, config, within=check_tiny(as_here(recipe), config) or [])
-    return Subject(recipe, config, without_weights(recipe, config), mix, frozen, mfu)
+    model = without_weights(recipe, config)
+    left_out = tuple(f"{name}." for name in check_tiny(as_here(recipe), config) or ())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not f"{name}.".startswith(left_out))
+    return Subject(recipe, config, model, mix, mfu)
 
 
 class Plan(NamedTuple):

@@ -99,8 +99,9 @@ def remarks(subject: Subject, plans: Sequence[Plan], data: str, measured: Measur
         "every figure is an estimate, by the same functions as a run's own before it starts; what a step takes is by a "
         "roofline"
         + ("" if subject.mfu is None else f" of the network, and {subject.mfu:.0%} of the card's peak (--mfu)"),
-        f"data: {data}: {len(mix.train):,} training conversations, {tokens:,} tokens an epoch at most, {first.steps:,} "
-        f"steps on {counted(first.launcher.cards, 'card')}; hours are without loading and saving",
+        f"data: {data}: {counted(len(mix.train), 'conversation to train on')}, {tokens:,} tokens an epoch at most, and "
+        f"{len(mix.validation):,} to evaluate on; {counted(first.steps, 'step')} on "
+        f"{counted(first.launcher.cards, 'card')}; hours are without loading and saving",
         f"disk: a checkpoint takes {show_bytes(model + state)} (model {show_bytes(model)}, what resuming needs "
         f"{show_bytes(state)}), the run up to {show_bytes(first.disk)}",
         f"host, of each machine: {', '.join(f'{what} {show_bytes(size)}' for what, size in first.host.items())} (the "
@@ -132,7 +133,12 @@ def subject_as_json(
         "parameters": subject.parameters,
         "card": card._asdict(),
         "price_of_a_card_and_hour": price,
-        "data": {"from": data, "conversations": len(lengths), "tokens": int(lengths.sum())},
+        "data": {
+            "from": data,
+            "conversations": len(lengths),
+            "tokens": int(lengths.sum()),
+            "validation_conversations": len(subject.mix.validation),
+        },
         "estimates": True,
         "measured": measured and measured._asdict(),
     }

@@ -45,7 +45,7 @@ from safetensors import safe_open
 from transformers import AutoConfig
 
 from publishing.weights import read_weights
-from publishing.whole_folder import check_target, whole_folder
+from publishing.whole_folder import check_room, check_target, whole_folder
 from run.model_files import as_readable_as_others, config_changes
 from run.record_file import read_record, write_record
 from training.adapter_files import is_adapter
@@ -73,13 +73,13 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 def main(options) -> None:
     set_up_process()
     found = [find_model(name, options.trust_remote_code) for name in options.checkpoints]
+    for model in found:
+        out = check_target(options.out, model.folder)
     models = [Weights(model.folder, name) for model, name in zip(found, options.checkpoints, strict=True)]
     first = models[0]
     for other in models[1:]:
         check_same_model(first, other, options.trust_remote_code)
-    for model in models:
-        size = sum(shape.numel() * first.dtypes[name].itemsize for name, shape in first.shapes.items())
-        out = check_target(options.out, model.folder, size)
+    check_room(out, sum(shape.numel() * first.dtypes[name].itemsize for name, shape in first.shapes.items()))
     with whole_folder(out) as work:
         for path in first.files:
             names = [name for name, file in first.file_of.items() if file == path]

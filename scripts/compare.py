@@ -12,8 +12,8 @@ interval. Where both results keep what was measured on each item, it is a paired
 have; else, marked ~, it comes from the two intervals as if they were of different items, and is wider. A difference
 whose interval holds 0 may be chance. A metric has one row, of all items; --all adds its rows of single data sets,
 languages and turns. Of a run with more than 8 checkpoints the first, the newest 3 and the best are shown, with --all
-each; the plot has them all. A damaged result file, or one of a newer format, is passed over with a line that names file
-and field.
+each; the plot has them all. What has no results, a damaged result file, or one of a newer format, is passed over with a
+line that names it.
 """
 
 from utils.command_line import OneLineParser

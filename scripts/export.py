@@ -88,7 +88,7 @@ from publishing.read_back import logits_of
 from publishing.verification import check_precision, check_same, distance, make_reference, read_back
 from publishing.vocabulary import fit_vocabulary
 from publishing.weights import Weights, decimal_bytes, read_weights
-from publishing.whole_folder import check_target, whole_folder
+from publishing.whole_folder import check_room, check_target, whole_folder
 from run.model_files import as_readable_as_others, save_model
 from run.saving import is_disk_error
 from training.adapter_files import is_adapter, read_base
@@ -102,10 +102,11 @@ from utils.tables import counted
 def main(options) -> None:
     # ---- What can be refused before anything large is read ----
     set_up_process()
-    source, stored = open_source(options.checkpoint, options.trust_remote_code)
-    run = find_run(source)
+    source = find_folder(options.checkpoint, options.trust_remote_code)
+    out = check_target(Path(options.out), source.folder)
+    stored, run = stored_weights(source), find_run(source)
     dtype = options.dtype or (run and computed_in(run)) or stored.dtype
-    out = check_target(Path(options.out), source.folder, stored.count * DTYPES[dtype].itemsize)
+    check_room(out, stored.count * DTYPES[dtype].itemsize)
     repo = check_hub(options.push_to_hub, options.private) if options.push_to_hub else None
     tokenizer = load_chat_tokenizer(source)
     if not getattr(tokenizer, "is_fast", False):
@@ -158,7 +159,8 @@ def export_adapter(options) -> None:
     """--adapter: the files of an adapter are copied, and its base model named as others know it."""
     set_up_process()
     source = find_folder(options.checkpoint, options.trust_remote_code)
-    out = check_target(Path(options.out), source.folder, check_adapter(source.folder))
+    out = check_target(Path(options.out), source.folder)
+    check_room(out, check_adapter(source.folder))
     repo = check_hub(options.push_to_hub, options.private) if options.push_to_hub else None
     tokenizer, run = load_chat_tokenizer(source), find_run(source)
     with whole_folder(out) as work:
@@ -178,13 +180,11 @@ def find_folder(name: str, trust_remote_code: bool = False) -> EvaluatedModel:
     return find_model(name, trust_remote_code)
 
 
-def open_source(name: str, trust_remote_code: bool = False) -> tuple[EvaluatedModel, Weights]:
-    """The model to export, and what its weights files hold.
+def stored_weights(source: EvaluatedModel) -> Weights:
+    """What the weights files of the model hold; of an adapter those of its base model.
 
-    Of an adapter those of its base model.
-    Raises: UserError for what is no folder with a model, an adapter without its base, or quantized weights.
+    Raises: UserError for what is no model, an adapter without its base, or quantized weights.
     """
-    source = find_folder(name, trust_remote_code)
     name, folder = source.name, source.folder
     if is_adapter(name):
         base = read_base(folder)
@@ -198,7 +198,7 @@ def open_source(name: str, trust_remote_code: bool = False) -> tuple[EvaluatedMo
         raise UserError(f"{name}: holds no *.safetensors, the weights: save it by transformers' save_pretrained first")
     if (isinstance(config, dict) and config.get("quantization_config")) or weights.dtype not in DTYPES:
         raise UserError(f"{name}: its weights are quantized ({weights.dtype}): export the model they were made from")
-    return source, weights
+    return weights
 
 
 def computed_in(run: TrainedRun) -> str:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 import yaml
 from adapters import BASES, write_base
 from conftest import ROOT, run_script
+from huggingface_hub import ModelCard
 from interruption import SCRIPT as INTERRUPTION
 from interruption import metrics, run_here, small_recipe
 from safetensors.torch import load_file, save_file
@@ -286,6 +287,16 @@ def test_an_adapter_is_exported_by_itself_without_a_path_of_this_machine(tmp_pat
     monkeypatch.chdir(base.parent)
     found = load_pretrained(AutoModelForCausalLM, str(out), dtype=torch.float32).eval()(ids).logits
     torch.testing.assert_close(found, expected, atol=0, rtol=0)
+    # The card says what it wants, and its lines load it: with the base where adapter_config.json says.
+    card = ModelCard.load(out / "README.md")
+    assert card.data.library_name == "peft"
+    assert "base_model" not in card.data.to_dict()
+    assert f"`pip install peft`) and its base model, `{base.name}`, which is not on the hub" in card.text
+    monkeypatch.chdir(out)
+    (out / base.name).symlink_to(base)
+    loaded = {}
+    exec(re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1], loaded)
+    torch.testing.assert_close(loaded["model"].eval()(ids).logits, expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -216,6 +216,25 @@ def test_a_damaged_file_hides_no_other(run, tmp_path):
     assert "(and 1 file more)" in alone.errors[0]
 
 
+def test_what_has_no_results_keeps_nobody_from_the_others(run, tmp_path):
+    """Each is named; an error only where nothing is left."""
+    without = [tmp_path / "empty", tmp_path / "gone", run / "config.json", tmp_path / ("x" * 300)]
+    without[0].mkdir()
+    problems = ["no results; run an eval script", "no such file", "not a result file", "File name too long"]
+    for place in (0, 1, 2):  # whichever comes first
+        arguments = [*without[:place], run / "checkpoint-20", *without[place:]]
+        found = compare(*arguments)
+        assert steps_shown(found.stdout) == [20]
+        said = found.stderr.splitlines()
+        for line, path, problem in zip(said, without, problems, strict=True):
+            assert line.startswith(f"passed over: {path}: ")
+            assert problem in line
+    alone = compare(*without, check=False)
+    assert alone.returncode == 2
+    assert len(alone.errors) == alone.stderr.count("\n") == 1
+    assert "empty: no results; run an eval script on it first (and 3 files more)" in alone.errors[0]
+
+
 def test_results_of_before_there_were_all_fields(run, tmp_path):
     """As far as their meaning is known; what nobody knows is left out of the table."""
     old = {

@@ -157,18 +157,19 @@ class Column:
 
 
 def read_columns(paths: Iterable[Path]) -> tuple[list[Column], list[str]]:
-    """The checkpoints of all paths that have results, and what is wrong with each file that was passed over.
+    """The checkpoints of all paths that have results, and what is wrong with each path or file that was passed over.
 
     A path is a checkpoint, a run (all its checkpoints), a result file, or a folder of them.
-    Raises: UserError for a path with nothing there or no result, and where no column is left.
+    Raises: UserError where no column is left.
     """
     columns, problems = [], []
     for path in paths:
-        found, passed_over = _columns_of(path)
-        if not found and not passed_over:
-            raise UserError(f"{path}: no results; run an eval script on it first")
+        try:
+            found, passed_over = _columns_of(path)
+        except OSError as error:
+            found, passed_over = [], [f"{path}: {error.strerror}"]
         columns += found
-        problems += passed_over
+        problems += passed_over if found or passed_over else [f"{path}: no results; run an eval script on it first"]
     if not columns:
         more = f" (and {counted(len(problems) - 1, 'file')} more)" * (len(problems) > 1)
         raise UserError(f"{problems[0]}{more}")
@@ -178,7 +179,7 @@ def read_columns(paths: Iterable[Path]) -> tuple[list[Column], list[str]]:
 def _columns_of(path: Path) -> tuple[list[Column], list[str]]:
     if not path.is_dir():
         if not path.exists():
-            raise UserError(f"{path}: no such file or folder")
+            return [], [f"{path}: no such file or folder"]
         try:
             result = read_result(path)
         except UserError as error:

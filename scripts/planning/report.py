@@ -6,6 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from planning.cards import GIB, Card
 from planning.measured import Measured
 from planning.search import Plan, Subject
@@ -44,7 +46,7 @@ def figures_of(plan: Plan, price: float | None) -> dict[str, Any]:
 def speed_rows(figures: Sequence[dict[str, Any]], card: Card, price: float | None = None) -> list[list[str]]:
     """A header, and of each plan, by `figures_of`, how fast it is and what it carries."""
     priced = ["price"] * (price is not None)
-    header = ["engine", "cards", f"GiB of {card.memory / GIB:.1f}", "micro-batch", "largest", "recompute", "steps"]
+    header = ["engine", "cards", f"GiB of {amount(card.memory / GIB)}", "micro-batch", "largest", "recompute", "steps"]
     header += ["tokens/s", "training hours", "evaluation hours", "hours in all", *priced]
     rows = [[*header, "GB sent a step", "between machines", "host GiB", "disk GiB"]]
     for own in figures:
@@ -78,7 +80,9 @@ def _names(figures: dict[str, Any]) -> list[str]:
 
 def amount(value: float) -> str:
     """A number of hours, GiB, money: to a tenth, of less than 1 to two digits."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2g}"
+    if value >= 1:
+        return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+    return np.format_float_positional(value, 2, fractional=False, trim="-")
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
@@ -95,8 +99,9 @@ def remarks(subject: Subject, plans: Sequence[Plan], data: str, measured: Measur
         "every figure is an estimate, by the same functions as a run's own before it starts; what a step takes is by a "
         "roofline"
         + ("" if subject.mfu is None else f" of the network, and {subject.mfu:.0%} of the card's peak (--mfu)"),
-        f"data: {data}: {len(mix.train):,} training conversations, {tokens:,} tokens an epoch at most, {first.steps:,} "
-        f"steps on {counted(first.launcher.cards, 'card')}; hours are without loading and saving",
+        f"data: {data}: {counted(len(mix.train), 'conversation to train on')}, {tokens:,} tokens an epoch at most, and "
+        f"{len(mix.validation):,} to evaluate on; {counted(first.steps, 'step')} on "
+        f"{counted(first.launcher.cards, 'card')}; hours are without loading and saving",
         f"disk: a checkpoint takes {show_bytes(model + state)} (model {show_bytes(model)}, what resuming needs "
         f"{show_bytes(state)}), the run up to {show_bytes(first.disk)}",
         f"host, of each machine: {', '.join(f'{what} {show_bytes(size)}' for what, size in first.host.items())} (the "
@@ -128,7 +133,12 @@ def subject_as_json(
         "parameters": subject.parameters,
         "card": card._asdict(),
         "price_of_a_card_and_hour": price,
-        "data": {"from": data, "conversations": len(lengths), "tokens": int(lengths.sum())},
+        "data": {
+            "from": data,
+            "conversations": len(lengths),
+            "tokens": int(lengths.sum()),
+            "validation_conversations": len(subject.mix.validation),
+        },
         "estimates": True,
         "measured": measured and measured._asdict(),
     }

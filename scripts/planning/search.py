@@ -23,9 +23,9 @@ from planning.work import Load, load_of, loads_of_steps, traffic_of, work_of
 from recipe.keys import Recipe
 from run.retention import checkpoint_bytes, disk_peak
 from training.adapters import AdapterSize, adapter_size
-from training.memory import copies_in_memory, estimate_memory, model_size, moment_bytes, peak_of
+from training.memory import background_copies, estimate_memory, model_size, moment_bytes, peak_of
 from training.micro_batches import largest_micro_batches
-from training.model import check_tiny, count_parameters, without_weights
+from training.model import check_tiny, without_weights
 from training.plan import EpochPlan, Position, epoch_plan, packs_per_step, steps_left
 from training.state_layout import host_state
 from utils.launch import DTYPES
@@ -40,9 +40,8 @@ class Subject:
 
     recipe: Recipe
     config: PretrainedConfig
-    model: PreTrainedModel  # without weights in memory
+    model: PreTrainedModel  # without weights in memory; those that no text reaches want no gradient
     mix: Mix
-    frozen: int  # weights that no text reaches
     mfu: float | None = None
     cuts: dict = field(default_factory=dict)  # the steps that were cut so far, and how many there are
 
@@ -54,6 +53,11 @@ class Subject:
     @functools.cached_property
     def parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @functools.cached_property
+    def frozen(self) -> int:
+        """Weights that no text reaches."""
+        return sum(parameter.numel() for parameter in self.model.parameters() if not parameter.requires_grad)
 
     @functools.cached_property
     def adapter(self) -> AdapterSize | None:
@@ -86,8 +90,11 @@ class Subject:
 
 def make_subject(recipe: Recipe, config: PretrainedConfig, mix: Mix, mfu: float | None = None) -> Subject:
     """Raises: UserError where no model can be made of the config, or none that is trained here."""
-    frozen = count_parameters(recipe, config, within=check_tiny(as_here(recipe), config) or [])
-    return Subject(recipe, config, without_weights(recipe, config), mix, frozen, mfu)
+    model = without_weights(recipe, config)
+    left_out = tuple(f"{name}." for name in check_tiny(as_here(recipe), config) or ())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not f"{name}.".startswith(left_out))
+    return Subject(recipe, config, model, mix, mfu)
 
 
 class Plan(NamedTuple):
@@ -225,8 +232,8 @@ def _planned(subject: Subject, recipe: Recipe, launcher: Launcher, card: Card, m
     host = {name: local * each for name, each in host_state(layout, size, element, moment_bytes(recipe)).items()}
     loaded = element if recipe.use_peft or layout.is_deepspeed else 4  # by one process for all
     host["weights as they are loaded"] = subject.parameters * loaded
-    if copies := copies_in_memory(recipe, layout, model, state, local):
-        host["a checkpoint as it is written"] = copies
+    if copies := background_copies(recipe, layout, model, state, local):
+        host["a checkpoint's copies"] = copies
     return Plan(
         launcher=launcher,
         measured=was_measured(card, subject.recipe, subject.config, layout),

@@ -47,12 +47,14 @@ def work_of(
 ) -> Work:
     """
     Args:
-        model: without weights in memory.
+        model: without weights in memory; what is not trained wants no gradient.
         element: bytes of a number in forward and backward.
     """
     text, head = config.get_text_config(), model.get_output_embeddings()
     matrices = [each for each in model.modules() if isinstance(each, (torch.nn.Linear, Conv1D)) and each is not head]
-    body = sum(each.weight.numel() for each in matrices)
+    stored, met = _expert_weights(model, text)
+    body = sum(each.weight.numel() for each in matrices if each.weight.requires_grad)
+    read, body = body + stored, body + met
     trained, in_4_bits = 6 * body, 0.0
     if recipe.use_peft:  # a frozen matrix has no gradient of its own
         trained = 4 * body + 6 * adapter_size(recipe, model, torch.bfloat16).weights
@@ -73,9 +75,21 @@ def work_of(
         token_bytes=per_layer * text.num_hidden_layers * text.hidden_size,
         target_bytes=LOGIT_BYTES * text.vocab_size,
         micro_batch_bytes=HEAD_BYTES * head.weight.numel() + passes * in_4_bits,
-        weight_bytes=(passes + 1) * body * element,
+        weight_bytes=(passes + 1) * read * element,
         logits_twice=recipe.dtype == "fp16",
     )
+
+
+def _expert_weights(model: PreTrainedModel, text: PretrainedConfig) -> tuple[int, int]:
+    """Weights of a mixture's experts, and those of them that a token meets. transformers has them in tensors [experts,
+    inputs, outputs], which are no module; what says how many there are goes by the family."""
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    experts = next((count for name in names if (count := getattr(text, name, None))), None)
+    if experts is None:
+        return 0, 0
+    stacked = (each for each in model.parameters() if each.ndim == 3 and each.shape[0] == experts)
+    stored = sum(each.numel() for each in stacked)
+    return stored, stored * text.num_experts_per_tok // experts
 
 
 # ---- The steps of a run ----

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from huggingface_hub import EvalResult, ModelCardData, try_to_load_from_cache
@@ -26,22 +26,32 @@ EVALUATED_DATA = {"gsm8k": BENCHMARKS["gsm8k_test"][0].repo}  # the hub data set
 DETAILS = ("language ", "turn ")  # parts of eval_loss.py's results that are in the table of the card alone
 
 
-def card_data(name: str, run: TrainedRun | None, results: dict[str, ResultFile], prompts: list[str]) -> ModelCardData:
+class Adapted(NamedTuple):
+    """The base model of an adapter: its name for others, and on the hub; None there where it is a folder here."""
+
+    name: str
+    hub_name: str | None
+
+
+def card_data(
+    name: str, run: TrainedRun | None, results: dict[str, ResultFile], prompts: list[str], adapted: Adapted | None
+) -> ModelCardData:
     """The front matter of a model's card.
 
     Args:
         name: of the model.
         results: result files of its evaluations by name.
         prompts: in its chat format, for the hub's widget.
+        adapted: of an adapter.
     """
     scores = eval_results(run, results)
     return ModelCardData(
         language=languages(run) or None if run else None,
         license=base_licence(run) if run else None,
-        library_name="transformers",
+        library_name="peft" if adapted else "transformers",
         pipeline_tag="text-generation",
         tags=["sft", "conversational"] if run else ["conversational"],
-        base_model=run.base_model if run else None,
+        base_model=adapted.hub_name if adapted else run.base_model if run else None,
         datasets=hub_data_sets(run) or None if run else None,
         widget=[{"text": prompt} for prompt in prompts],
         model_name=name if scores else None,

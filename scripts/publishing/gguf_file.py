@@ -36,6 +36,11 @@ def check_gguf(file: Path, folder: Path, rows: int) -> None:
         raise UserError(f"{file}: there is no folder {file.parent} yet: give a file in one that is there, beside OUT")
     if not os.access(file.parent, os.W_OK | os.X_OK):
         raise UserError(f"{file}: cannot write there: {file.parent} is not a folder that can be written to")
+    try:
+        _work_of(file).touch()
+        _work_of(file).unlink()
+    except OSError as error:  # below /proc are no files, and a name can be too long
+        raise UserError(f"{file}: cannot write there: {error.strerror}") from error
     _check(AutoConfig.from_pretrained(folder), folder)
     read_tokenizer(folder / "tokenizer.json", rows)
 
@@ -55,7 +60,7 @@ def write_gguf(folder: Path, file: Path, dtype: str) -> None:
     for difference in _check(config, folder):
         say(f"GGUF: {difference}")
     quantization, file_type = DTYPES[dtype]
-    work = file.with_name(f".{file.name}.{os.getpid()}{UNFINISHED}")
+    work = _work_of(file)
     writer = gguf.GGUFWriter(work, gguf.MODEL_ARCH_NAMES[FAMILIES[config.model_type]])
     writer.add_type("model")
     writer.add_file_type(file_type)
@@ -93,6 +98,10 @@ def write_gguf(folder: Path, file: Path, dtype: str) -> None:
             raise UserError(f"{file}: could not be written: {error.strerror}") from error
         finally:
             work.unlink(missing_ok=True)
+
+
+def _work_of(file: Path) -> Path:
+    return file.with_name(f".{file.name}.{os.getpid()}{UNFINISHED}")
 
 
 def _check(config: PretrainedConfig, folder: Path) -> list[str]:

@@ -17,7 +17,8 @@ from transformers import AutoConfig, GenerationConfig
 from evaluation.chat_model import load_chat_tokenizer
 from evaluation.model import EvaluatedModel, find_model
 from evaluation.result_files import Contamination, ResultFile
-from publishing.card_data import card_data, describe_interval, is_number, languages, measured
+from publishing.card_data import Adapted, card_data, describe_interval, is_number, languages, measured
+from publishing.foreign import last_part, public_name
 from publishing.prompting import QUESTIONS, describe_prompting
 from publishing.provenance import (
     RunRecord,
@@ -28,9 +29,10 @@ from publishing.provenance import (
     shareable_recipe,
     shareable_text,
 )
+from publishing.repeating import command_of, without_deepspeed
 from publishing.weights import read_weights
 from sources.registry import find_source
-from training.adapter_files import is_adapter
+from training.adapter_files import is_adapter, read_base
 from training.pretrained import load_pretrained
 from utils.errors import UserError, reason
 from utils.files import write_whole
@@ -80,7 +82,8 @@ def model_card(
     name = shareable_text(" ".join((name or _run_name(model, run)).split()))
     prompting = describe_prompting(tokenizer)
     positions = getattr(config, "max_position_embeddings", None)
-    data = card_data(name, run, results, prompting.prompts)
+    adapted = _base_of_adapter(described)
+    data = card_data(name, run, results, prompting.prompts, adapted)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATE.parent), undefined=jinja2.StrictUndefined, keep_trailing_newline=True
     )
@@ -89,7 +92,8 @@ def model_card(
         card_data=data.to_yaml(),
         name=name,
         model_type=config.model_type,
-        weights=f"an adapter of {read_weights(described)}" if is_adapter(str(described)) else read_weights(described),
+        weights=f"an adapter of {read_weights(described)}" if adapted else read_weights(described),
+        adapted=adapted,
         positions=positions,
         room=min(256, positions // 2) if positions else 256,
         prompting=prompting,
@@ -107,6 +111,14 @@ def model_card(
         **(_of_the_run(run, model, results) if run else {"summary": "A chat model in the format of transformers."}),
     )
     return ModelCard(text)
+
+
+def _base_of_adapter(folder: Path) -> Adapted | None:
+    if not is_adapter(str(folder)):
+        return None
+    name = read_base(folder).name
+    hub_name = public_name(name)
+    return Adapted(hub_name or last_part(name), hub_name)
 
 
 def _of_the_run(run: TrainedRun, model: EvaluatedModel, results: dict[str, ResultFile]) -> dict[str, Any]:
@@ -143,31 +155,15 @@ def _of_the_run(run: TrainedRun, model: EvaluatedModel, results: dict[str, Resul
         "progress": progress,
         "dtype": record.dtype or recipe.dtype,
         "processes": machine,
-        "command": " ".join([*_launch(run.record), "scripts/sft.py recipe.yaml --output_dir NEW"]),
+        **command_of(recipe, run.record),
         "data_block": _yaml({"datasets": values.pop("datasets")}),
         "hyperparameter_block": _yaml(values),
         "deepspeed_block": json.dumps(redacted(record.deepspeed), indent=2) if record.deepspeed else None,
-        "without_deepspeed": _without_deepspeed(run.record),
+        "without_deepspeed": without_deepspeed(run.record),
         "data_rows": [_data_row(run, name) for name in recipe.datasets.chosen()],
         "curves": (run.folder / "training.png").is_file(),
         "contamination": _contamination(run, results),
     }
-
-
-def _launch(record: RunRecord | None) -> list[str]:
-    if record and not record.command.launcher:
-        return ["python"]
-    processes = (record and record.num_processes) or 1
-    return ["accelerate launch", *([f"--num_processes {processes}"] if processes > 1 else [])]
-
-
-def _without_deepspeed(record: RunRecord | None) -> str:
-    """Why a card has no DeepSpeed config."""
-    if record is None or record.deepspeed_config:
-        return "not known, the record of the run does not hold it"
-    if record.command.launcher.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        return "spelled out in the accelerate config, without a file"
-    return "none, the run did without DeepSpeed"
 
 
 def _data_row(run: TrainedRun, name: str) -> list[str]:

@@ -27,6 +27,8 @@ from utils.errors import UserError
 from utils.launch import say
 
 DEMO_DATA = "recipes/demo_data/"  # what the demo reads under the names of the seed's data sets is this collection's own
+ROOT = Path(__file__).parents[2]
+SHIPPED = DEMO_DATA, "ds_configs/"  # whose files all who have the collection have
 ABSOLUTE_PATH = re.compile(r"(?<![\w/.<])~?(?:/[^\s/'\",;:()|`<>]+)+/?")
 
 
@@ -170,7 +172,8 @@ def is_hub_name(name: str) -> bool:
 
 
 def shareable_recipe(recipe: Recipe, base_model: str | None) -> dict[str, Any]:
-    """The values of a recipe as others may see them: no secret, and of a path on this machine only its last part.
+    """The values of a recipe as others may see them: no secret, and of a path on this machine only its last part, but
+    for files of the collection, which are named as in its folder.
 
     Options of a data set that say nothing (null) are left out.
     """
@@ -183,11 +186,11 @@ def shareable_recipe(recipe: Recipe, base_model: str | None) -> dict[str, Any]:
     if recipe.resume_from_checkpoint not in ("auto", "never"):
         paths.add("resume_from_checkpoint")
     for name in paths:
-        values[name] = values[name] and _last_part(values[name])
+        values[name] = values[name] and shareable_path(values[name])
     values["datasets"] = [
         {
             name: {
-                key: _last_part(value) if key == "input_file_path" else value
+                key: shareable_path(value) if key == "input_file_path" else value
                 for key, value in options.items()
                 if value is not None
             }
@@ -212,5 +215,13 @@ def shareable_text(text: str) -> str:
     return ABSOLUTE_PATH.sub(lambda path: _last_part(path[0]), redact_text(text))
 
 
-def _last_part(path: str | list[str]) -> str | list[str]:
-    return [_last_part(one) for one in path] if isinstance(path, list) else PurePath(path).name or "."
+def shareable_path(path: str | list[str]) -> str | list[str]:
+    """Of a path its last part; of a file of the collection its place there."""
+    if isinstance(path, list):
+        return [shareable_path(one) for one in path]
+    within = os.path.relpath(path, ROOT) if os.path.isabs(path) else os.path.normpath(path)
+    return within if within.startswith(SHIPPED) and (ROOT / within).exists() else _last_part(path)
+
+
+def _last_part(path: str) -> str:
+    return PurePath(path).name or "."

@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -19,15 +19,14 @@ from utils.launch import say
 SLACK = 20_000_000  # bytes for what stands beside the weights: tokenizers take up to 17 MB (Llama 3)
 
 
-def check_target(out: Path, source: Path, size: int) -> Path:
-    """Where to write: `out`, links resolved.  Nothing is changed.
+def check_target(out: Path, source: Path) -> Path:
+    """Where to write: `out`, links resolved. A folder is made there and removed again: nothing is changed.
 
     Args:
         source: the folder that is read.
-        size: bytes of the weights to come.
 
-    Raises: UserError where something is there already, it lies within `source` or around it, it cannot be written
-        there, or the disk has no room.
+    Raises: UserError where something is there already, it lies within `source` or around it, or it cannot be written
+        there.
     """
     real, read = Path(os.path.realpath(out)), Path(os.path.realpath(source))
     if real == read or read in real.parents or real in read.parents:
@@ -41,13 +40,28 @@ def check_target(out: Path, source: Path, size: int) -> Path:
         raise UserError(f"{out}: holds {', '.join(held[:4])}{', ...' * (len(held) > 4)} already: give a new folder")
     if real == nearest and not os.access(real.parent, os.W_OK | os.X_OK):
         raise UserError(f"{out}: cannot write there: {real.parent} is not a folder that can be written to")
-    free = shutil.disk_usage(nearest).free
+    work = _work_of(real)
+    made = [path for path in (work, *work.parents) if not os.path.lexists(path)]
+    try:
+        work.mkdir(parents=True)
+    except OSError as error:  # below /proc are no folders, and a name can be too long
+        raise UserError(f"{out}: cannot write there: {error.strerror}") from error
+    finally:
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()
+    return real
+
+
+def check_room(out: Path, size: int) -> None:
+    """UserError where the disk that `out` will lie on has no room for weights of so many bytes."""
+    real = Path(os.path.realpath(out))
+    free = shutil.disk_usage(next(path for path in (real, *real.parents) if os.path.lexists(path))).free
     if size + SLACK > free:
         raise UserError(
             f"{out}: takes {decimal_bytes(size + SLACK)}, {decimal_bytes(free)} are free there: "
             "give a smaller --dtype, or a folder on another disk"
         )
-    return real
 
 
 @contextmanager
@@ -57,7 +71,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
     Raises: UserError where it cannot be written.
     """
-    work = target.with_name(f".{target.name}.{os.getpid()}{UNFINISHED}")
+    work = _work_of(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(target)
@@ -73,6 +87,10 @@ def whole_folder(target: Path) -> Iterator[Path]:
         raise UserError(f"{target}: could not be written: {problem}; nothing is left of it") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _work_of(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{os.getpid()}{UNFINISHED}")
 
 
 def _remove_leftovers(target: Path) -> None:

@@ -17,7 +17,7 @@ from training.adapters import adapter_size
 from training.collate import kept_targets
 from training.deepspeed_config import deepspeed_config
 from training.fsdp_config import find_sharding, sharded_layers
-from training.memory import check_memory, foretell_copies
+from training.memory import check_memory, describe_background_copies
 from training.micro_batches import MicroBatch, largest_micro_batches
 from training.model import check_tiny, count_parameters, without_weights
 from training.plan import steps_per_epoch, training_rows
@@ -84,7 +84,7 @@ def preflight(
     taken = check_memory(recipe, config, parameters, layout, dtype, largest[0].shape, adapter, frozen)
     saved = parameters if adapter is None else adapter.weights
     checkpoint = checkpoint_bytes(recipe, saved, dtype, layout.keeps_half_weights)
-    foretell_copies(recipe, layout, *checkpoint, taken)
+    describe_background_copies(recipe, layout, *checkpoint, taken)
     merged = parameters * dtype.itemsize if recipe.merge_adapter else 0
     check_disk(recipe, *checkpoint, epoch_steps, total_steps, progress.step, merged)
     found = recipe_warnings(recipe, config, mix, parameters, epoch_steps, total_steps)

@@ -31,7 +31,7 @@ from run.stats import TrainingStats
 from training.adapter_files import ADAPTER_FILES
 from training.checkpoint_files import TRAINER_STATE, state_file
 from training.engine import Engine
-from training.memory import copies_fit, free_memory, show_bytes
+from training.memory import background_copies_fit, free_memory, show_bytes
 from training.optimizer_state import save_optimizer
 from utils.errors import UserError
 from utils.files import checksum, flush, remove_tree
@@ -116,7 +116,7 @@ class Saver:
         for machine in dict.fromkeys(name for name, *_ in found):
             size = sum(size for name, size, _ in found if name == machine)
             free = min(free for name, _, free in found if name == machine)
-            if not copies_fit(size, free):
+            if not background_copies_fit(size, free):
                 say(
                     f"save_in_background: the {show_bytes(size)} of a checkpoint's copies do not fit into the "
                     f"{show_bytes(free)} of memory that are free on {machine}: training waits for each save"

@@ -1,5 +1,6 @@
 """What training needs of each device's memory, estimated, and whether this machine has it; and what it came to."""
 
+import math
 import os
 import resource
 import sys
@@ -16,7 +17,7 @@ from training.adapters import AdapterSize
 from training.attention import attention_heads, choose_attention
 from training.loss import rows_of_a_chunk
 from training.plan import accumulation_steps
-from training.state_layout import ModelSize, StateLayout, deepspeed_layout, device_state, host_state, saving_bytes
+from training.state_layout import ModelSize, StateLayout, deepspeed_layout, device_state, host_state
 from utils.errors import UserError
 from utils.launch import has_gpu, say
 from utils.tables import counted
@@ -232,31 +233,42 @@ def _check_host(local: int, layout: StateLayout, of_each: dict[str, int]) -> int
     return host
 
 
-def copies_in_memory(recipe: Recipe, layout: StateLayout, model: int, state: int, local: int) -> int:
-    """`saving_bytes` of a checkpoint of these bytes; 0 where training waits for it, or there is none."""
-    saves = recipe.save_strategy != "no" or recipe.keep_best
-    return saving_bytes(layout, model, state, local) if recipe.save_in_background and saves else 0
+# ---- The copies of a checkpoint that is written behind the training (save_in_background) ----
 
 
-def copies_fit(size: int, free: int) -> bool:
-    """Whether a checkpoint's copies may take so much of what a machine has free; else training waits for each save."""
-    return size <= MOST_OF_MEMORY * free
-
-
-def foretell_copies(recipe: Recipe, layout: StateLayout, model: int, state: int, taken: int) -> None:
-    """Print what the copies of a checkpoint will take of this machine's memory, and whether they will fit.
+def background_copies(recipe: Recipe, layout: StateLayout, model: int, state: int, local: int) -> int:
+    """Bytes of the first machine's memory for them: the model as it is saved, by the first process or each its shard,
+    and every process's fragments of what resuming needs; 0 where training waits for a checkpoint, or there is none.
 
     Args:
         model, state: bytes of a checkpoint's model and of its trainer_state.
+        local: processes of that machine.
+    """
+    if not recipe.save_in_background or (recipe.save_strategy == "no" and not recipe.keep_best):
+        return 0
+    share = min(local, layout.shards) / layout.shards
+    return math.ceil((model * share if layout.engine in ("zero3", "fsdp2") else model) + state * share)
+
+
+def background_copies_fit(size: int, free: int) -> bool:
+    """Whether they may take so much of what a machine has free; else training waits for each save."""
+    return size <= MOST_OF_MEMORY * free
+
+
+def describe_background_copies(recipe: Recipe, layout: StateLayout, model: int, state: int, taken: int) -> None:
+    """Print what they will take of this machine's memory, and whether they will fit.
+
+    Args:
+        model, state: as of `background_copies`.
         taken: bytes of that memory that training will take, which has not begun.
     """
-    size = copies_in_memory(recipe, layout, model, state, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    size = background_copies(recipe, layout, model, state, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     free = max(0, free_memory() - taken)
     if size:
         say(
             f"memory of the host, estimated: {show_bytes(size)} of the {show_bytes(free)} that training leaves free, "
             "for the copies of a checkpoint that is written behind it (save_in_background)"
-            + ("" if copies_fit(size, free) else ": they do not fit, and training will wait for each save")
+            + ("" if background_copies_fit(size, free) else ": they do not fit, and training will wait for each save")
         )
 
 

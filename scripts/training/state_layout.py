@@ -220,15 +220,3 @@ def host_state(layout: StateLayout, size: ModelSize, element: int, moments: int)
     if layout.parameters_on_host and layout.engine == "zero3":
         found["weights"] = math.ceil(size.frozen_bytes / layout.shards) + shard * element
     return found
-
-
-def saving_bytes(layout: StateLayout, model: int, state: int, local: int) -> int:
-    """Bytes of the first machine's memory for a checkpoint that is copied there and written behind the training: the
-    model as it is saved, by the first process or each its shard, and every process's fragments of what resuming needs.
-
-    Args:
-        model, state: bytes of a checkpoint's model and of its trainer_state.
-        local: processes of that machine.
-    """
-    share = min(local, layout.shards) / layout.shards
-    return math.ceil((model * share if layout.engine in ("zero3", "fsdp2") else model) + state * share)

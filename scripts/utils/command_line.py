@@ -21,5 +21,5 @@ class OneLineParser(argparse.ArgumentParser):
 def positive(text: str) -> int:
     """A whole number of at least 1, as argparse's `type`."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number of at least 1")
+        raise argparse.ArgumentTypeError(f"{text or repr(text)} is no whole number of at least 1")
     return int(text)

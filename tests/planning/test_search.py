@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 from conftest import ROOT
+from families import family_config
 from hypothesis import strategies as st
 from mixes import given
 from transformers import AutoConfig
@@ -16,9 +17,11 @@ from planning.launchers import launchers
 from planning.mixes import KNOWN, find_mix
 from planning.models import CONFIGS, find_config
 from planning.search import RESERVE, Subject, make_subject, plan_run
+from planning.work import work_of
 from recipe.load import load_recipe
 from training.model import without_weights
 from training.plan import steps_per_epoch, training_rows
+from training.state_layout import replicated
 from utils.errors import UserError
 
 SEED = ROOT / "recipes" / "stablelm7b_oasst.yaml"
@@ -120,6 +123,30 @@ def test_a_run_is_evaluated_every_so_many_steps_and_at_its_end(eval_steps, evalu
         for subject in (subject_of(small | {"eval_steps": str(each)}) for each in (eval_steps, 8))
     )
     assert plan.evaluation_hours == pytest.approx(evaluations * once.evaluation_hours)
+
+
+@pytest.mark.parametrize(
+    ("name", "share"), [("Mixtral", 2 / 4), ("Qwen3-MoE", 2 / 4), ("DeepSeek-V3", 2 / 4), ("Gemma 3, multimodal", 0)]
+)
+def test_only_what_a_token_meets_is_computed(tmp_path, name, share):
+    """Of a mixture so many of its experts, of which all are read; of a model with a tower for images none of that."""
+    family_config(name).save_pretrained(tmp_path)
+    subject = subject_of({"model_name": str(tmp_path), "max_length": "64", "fuse_gelu": "false"})
+    work = work_of(subject.recipe, subject.config, subject.model, replicated(1), 2)
+    parameters = dict(subject.model.named_parameters())
+    experts = {key: each.numel() for key, each in parameters.items() if "experts." in key and each.ndim == 3}
+    tower = [key for key in parameters if "vision" in key or "multi_modal" in key]
+    assert bool(experts) == bool(share)
+    assert subject.frozen == sum(parameters[key].numel() for key in tower)
+    others = sum(
+        each.numel()
+        for key, each in parameters.items()
+        if each.ndim == 2
+        and key not in tower
+        and not key.endswith(("embed_tokens.weight", "head.weight", ".gate.weight"))
+    )  # (a router is no layer, and nothing beside its experts)
+    assert work.per_token == 6 * (others + share * sum(experts.values()))
+    assert work.weight_bytes >= 2 * 3 * sum(experts.values())
 
 
 # ---- Data and models ----

@@ -12,7 +12,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from data.dialogue import prepare_tokenizer
-from publishing.gguf_file import write_gguf
+from publishing.gguf_file import check_gguf, write_gguf
 from publishing.gguf_tokenizer import PRE_TOKENIZERS, WORDS, read_tokenizer
 from run.model_files import save_model
 from utils.errors import UserError
@@ -246,3 +246,10 @@ def test_export_writes_it_beside_the_folder(tmp_path, demo_tokenizer):
     again = run_script(*arguments, script="scripts/export.py", output_dir=tmp_path, check=False)
     assert again.errors == [f"error: {tmp_path / 'model.gguf'}: is there already: give a new name"]
     assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("file", ["/proc/model.gguf", "x" * 250 + ".gguf"])
+def test_where_no_file_can_be_written_is_found_before_the_weights_are_read(tmp_path, file):
+    with pytest.raises(UserError, match="cannot write there: "):
+        check_gguf(tmp_path / file, tmp_path, rows=1)
+    assert [*tmp_path.iterdir()] == []

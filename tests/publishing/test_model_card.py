@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import hub_server
 import pytest
 import yaml
+from accelerate.commands.launch import launch_command_parser
 from checkpoints import save_chat_model
 from conftest import ROOT
 from huggingface_hub import ModelCard, constants
@@ -152,9 +154,45 @@ def test_its_blocks_are_the_recipe(run_folder, tmp_path):
     )
     (tmp_path / "again.yaml").write_text(f"{data}\n{hyperparameters}\n")
     then, again = load_recipe(folder / "recipe.yaml"), load_recipe(tmp_path / "again.yaml")
-    paths = {"output_dir", "cache_dir", "deepspeed_config"}
+    paths = {"output_dir", "cache_dir"}
     assert again.model_dump(exclude=paths) == then.model_dump(exclude=paths)
     assert again.output_dir.name == then.output_dir.name
+
+
+ZERO3 = str(ROOT / "ds_configs" / "zero3.json")
+FSDP = {"ACCELERATE_USE_FSDP": "true", "WORLD_SIZE": "2"}
+SPELLED = {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"}
+SPELLED |= {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none"}
+
+
+@pytest.mark.parametrize(
+    ("launcher", "keys", "options", "rest"),
+    [
+        ({}, {}, None, ""),
+        ({"WORLD_SIZE": "4"}, {}, "", ""),
+        (FSDP, {"deepspeed_config": "null"}, "--config_file accelerate_configs/fsdp2.yaml ", ""),
+        ({"ACCELERATE_DEEPSPEED_CONFIG_FILE": ZERO3}, {}, "", " --deepspeed_config ds_configs/zero3.json"),
+        ({"ACCELERATE_DEEPSPEED_CONFIG_FILE": "/home/me/own.json"}, {}, "", " --deepspeed_config own.json"),
+        ({"WORLD_SIZE": "4"}, {"deepspeed_config": "/home/me/own.json"}, "", ""),
+        (SPELLED, {}, "--use_deepspeed --zero_stage 3 --offload_param_device cpu ", ""),
+    ],
+)
+def test_the_command_is_one_that_can_be_typed(run_folder, tmp_path, launcher, keys, options, rest):
+    """In the collection's folder: with files that are there, or that the card says to write."""
+    card = card_of(run_folder(RECORD | {"command": {"folder": "/x", "launcher": launcher}}, **keys)).text
+    start = "python" if options is None else f"accelerate launch {options}--num_processes 4"
+    command = f"{start} scripts/sft.py recipe.yaml --output_dir NEW{rest}"
+    assert f"recipe.yaml: `{command}`" in card
+    words = shlex.split(command)
+    if options is not None:
+        parsed = launch_command_parser().parse_args(words[2:])
+        assert parsed.training_script == "scripts/sft.py"
+        assert parsed.config_file is None or (ROOT / parsed.config_file).exists()
+    named = [word for word in words if word.endswith(".json")] or re.findall("deepspeed_config: (.*json)", card)
+    assert named or "null" in keys.values()
+    for file in named:
+        assert ("and the zero config as `own.json`" in card) == (file == "own.json")
+        assert (ROOT / file).exists() or file == "own.json"
 
 
 def test_the_prompts_are_the_chat_templates(run_folder):

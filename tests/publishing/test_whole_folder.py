@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from publishing.whole_folder import SLACK, check_target, whole_folder
+from publishing.whole_folder import SLACK, check_room, check_target, whole_folder
 from utils.errors import UserError
 
 
@@ -30,7 +30,7 @@ def test_it_takes_its_name_when_it_is_whole(tmp_path, there):
     elif there.startswith("a link"):
         (tmp_path / "far").mkdir()
         out.symlink_to(tmp_path / "far")
-    target = check_target(out, tmp_path / "source", 100)
+    target = check_target(out, tmp_path / "source")
     with whole_folder(target) as work:
         assert work.parent == target.parent  # the same disk
         assert not out.exists() or not names(out)
@@ -88,24 +88,28 @@ def test_where_it_may_not_be(tmp_path):
         "file": "is no folder",
         "file/out": "cannot write there: .*file is not a folder",
         "full": "holds notes.txt already: give a new folder",
+        "x" * 254: "cannot write there: File name too long",  # with what stands beside it until it is whole
+        "new/" + "x" * 300 + "/out": "cannot write there: File name too long",
+        "/proc/out": "cannot write there: ",
     }
     for name, problem in cases.items():
         with pytest.raises(UserError, match=problem):
-            check_target(tmp_path / name, source, 1)
+            check_target(tmp_path / name, source)
     assert names(tmp_path) == ["file", "full", "link", "run"]
-    check_target(tmp_path / "run" / "exported", source, 1)  # beside the checkpoint
+    check_target(tmp_path / "run" / "new" / "exported", source)  # beside the checkpoint
+    assert names(tmp_path / "run") == ["checkpoint-5"]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_where_nobody_may_write(tmp_path):
     (tmp_path / "closed").mkdir(mode=0o500)
     with pytest.raises(UserError, match=r"cannot write there: .*closed is not a folder that can be written to"):
-        check_target(tmp_path / "closed" / "out", tmp_path / "source", 1)
+        check_target(tmp_path / "closed" / "out", tmp_path / "source")
 
 
 def test_too_little_room_is_found_before(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 10_000_000_000))
     with pytest.raises(UserError, match=r"out: takes 10\.0 GB, 10\.0 GB are free there: give a smaller --dtype"):
-        check_target(tmp_path / "out", tmp_path / "source", 10_000_000_001 - SLACK)
-    check_target(tmp_path / "out", tmp_path / "source", 10_000_000_000 - SLACK)
+        check_room(tmp_path / "out", 10_000_000_001 - SLACK)
+    check_room(tmp_path / "out", 10_000_000_000 - SLACK)

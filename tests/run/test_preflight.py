@@ -29,7 +29,7 @@ from run.retention import check_disk, checkpoint_bytes, disk_peak
 from training.batches import Batches
 from training.collate import Batch, collate
 from training.loss import ScoredLoss
-from training.memory import check_memory, estimate_memory, foretell_copies
+from training.memory import check_memory, describe_background_copies, estimate_memory
 from training.micro_batches import _planned_epochs, largest_micro_batches
 from training.model import load_model
 from training.plan import Position, epoch_plan, foretold_steps, packs_per_step, steps_per_epoch
@@ -589,7 +589,7 @@ def test_copies_of_a_checkpoint_are_foretold(monkeypatch, capsys, keys, shown):
     checkpoint = checkpoint_bytes(recipe, 2**30, torch.float32, in_half=False)
     for free, fits in ((20, True), (3, False)):
         monkeypatch.setattr("psutil.virtual_memory", lambda free=free: SimpleNamespace(available=free * 2**30))
-        foretell_copies(recipe, replicated(1), *checkpoint, taken=2 * 2**30)
+        describe_background_copies(recipe, replicated(1), *checkpoint, taken=2 * 2**30)
         line = capsys.readouterr().out
         assert bool(line) == bool(shown)
         if shown and fits:

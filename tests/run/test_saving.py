@@ -32,7 +32,7 @@ from run.snapshot import HostCopies, take_snapshot
 from run.stats import Clock, TrainingStats
 from training.checkpoint_files import state_file
 from training.engine import prepare_engine
-from training.memory import copies_in_memory
+from training.memory import background_copies
 from training.optimizer import make_optimizer
 from training.state_layout import replicated
 from utils import errors
@@ -179,7 +179,7 @@ def test_the_copies_are_as_large_as_is_foretold(saver, stats, keys):
     saver.engine.optimizer = saver.engine.accelerator.prepare(saver.engine.optimizer)
     snapshot = take_snapshot(saver.engine, recipe, state_at(recipe, 1), stats)
     checkpoint = checkpoint_bytes(recipe, parameters, torch.float32, in_half=False)
-    assert snapshot.bytes == copies_in_memory(recipe, replicated(1), *checkpoint, local=1) + 12  # of the buffer
+    assert snapshot.bytes == background_copies(recipe, replicated(1), *checkpoint, local=1) + 12  # of the buffer
 
 
 @pytest.mark.parametrize("how", ["deleted", "emptied", "replaced"])

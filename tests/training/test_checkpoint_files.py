@@ -49,7 +49,8 @@ def test_a_missing_file_is_named(checkpoint, name):
 
 
 def export_it(checkpoint: Path) -> None:
-    source, stored = export.open_source(str(checkpoint))
+    source = export.find_folder(str(checkpoint))
+    stored = export.stored_weights(source)
     export.load_chat_tokenizer(source)
     export.load(source, stored.dtype)
 

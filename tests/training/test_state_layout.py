@@ -13,7 +13,7 @@ from mixes import given, make_recipe
 from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
 from training.fsdp_config import Sharding
-from training.memory import estimate_memory, peak_of
+from training.memory import background_copies, estimate_memory, peak_of
 from training.model import check_tiny, count_parameters, without_weights
 from training.state_layout import (
     ModelSize,
@@ -23,7 +23,6 @@ from training.state_layout import (
     host_state,
     layout_of_this_run,
     replicated,
-    saving_bytes,
 )
 
 SIZES = {  # 16.9 and 0.9 million weights
@@ -133,7 +132,7 @@ def test_a_checkpoint_in_flight():
         (deepspeed_layout({"stage": 3}, 16), 8, 7 + 40),
         (fsdp2_layout(16, replicas=2), 8, 14 + 80),
     ):
-        assert saving_bytes(layout, 14, 80, local) == expected
+        assert background_copies(make_recipe(), layout, 14, 80, local) == expected
 
 
 LAYOUTS = {

@@ -74,7 +74,7 @@ import signal
 import sys
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from evaluation.chat_model import load_chat_tokenizer
 from evaluation.model import EvaluatedModel
@@ -161,6 +161,7 @@ def export_adapter(options) -> None:
     out = check_target(Path(options.out), source.folder, check_adapter(source.folder))
     repo = check_hub(options.push_to_hub, options.private) if options.push_to_hub else None
     tokenizer, run = load_chat_tokenizer(source), find_run(source)
+    load_pretrained(AutoConfig, source.name, "", source.trust_remote_code)  # its base model's, for the card
     with whole_folder(out) as work:
         copy_adapter(source.folder, tokenizer, work)
         write_beside(source, run, work, name=(repo or out.name).rpartition("/")[2], hub_name=repo)

@@ -121,7 +121,7 @@ def main(options) -> None:
     exact = "fp32" if is_adapter(source.name) else stored.dtype
     model = load(source, exact)
     with named(source.name):
-        reference = make_reference(model, tokenizer, exact)
+        reference = make_reference(model, tokenizer, exact, source.trust_remote_code)
     if dtype != exact:
         del model
         gc.collect()
@@ -140,7 +140,7 @@ def main(options) -> None:
         write_beside(source, run, work, name=(repo or out.name).rpartition("/")[2], hub_name=repo)
         clean_configs(work)
         with named(options.out):
-            check_same(reference, logits, read_back(work, reference, options.trust_remote_code), dtype)
+            check_same(reference, logits, read_back(work, reference), dtype)
         written = read_weights(work)
     say(f"weights: {stored.dtype}, {decimal_bytes(stored.size)} in {source.name}")
     say(f"         {written.dtype}, {decimal_bytes(written.size)} in {options.out}, {counted(written.files, 'file')}")

@@ -74,7 +74,7 @@ import signal
 import sys
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from evaluation.chat_model import load_chat_tokenizer
 from evaluation.model import EvaluatedModel
@@ -122,7 +122,7 @@ def main(options) -> None:
     exact = "fp32" if is_adapter(source.name) else stored.dtype
     model = load(source, exact)
     with named(source.name):
-        reference = make_reference(model, tokenizer, exact)
+        reference = make_reference(model, tokenizer, exact, source.trust_remote_code)
     if dtype != exact:
         del model
         gc.collect()
@@ -141,7 +141,7 @@ def main(options) -> None:
         write_beside(source, run, work, name=(repo or out.name).rpartition("/")[2], hub_name=repo)
         clean_configs(work)
         with named(options.out):
-            check_same(reference, logits, read_back(work, reference, options.trust_remote_code), dtype)
+            check_same(reference, logits, read_back(work, reference), dtype)
         written = read_weights(work)
     say(f"weights: {stored.dtype}, {decimal_bytes(stored.size)} in {source.name}")
     say(f"         {written.dtype}, {decimal_bytes(written.size)} in {options.out}, {counted(written.files, 'file')}")
@@ -163,6 +163,7 @@ def export_adapter(options) -> None:
     check_room(out, check_adapter(source.folder))
     repo = check_hub(options.push_to_hub, options.private) if options.push_to_hub else None
     tokenizer, run = load_chat_tokenizer(source), find_run(source)
+    load_pretrained(AutoConfig, source.name, "", source.trust_remote_code)  # its base model's, for the card
     with whole_folder(out) as work:
         copy_adapter(source.folder, tokenizer, work)
         write_beside(source, run, work, name=(repo or out.name).rpartition("/")[2], hub_name=repo)

@@ -3,6 +3,19 @@
 import json
 from pathlib import Path
 
+OWN_CODE = """
+from transformers import LlamaForCausalLM
+
+
+class Own(LlamaForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        self.scaled = lambda logits: 2 * logits
+
+    def prepare_inputs_for_generation(self, input_ids, **kwargs):
+        return super().prepare_inputs_for_generation(input_ids, **kwargs)
+"""
+
 
 def save_chat_model(tiny_model: Path, folder: Path, seed: int = 0) -> Path:
     """The tiny model with chat tokens and template, as sft.py leaves a model; other weights for another seed."""
@@ -24,14 +37,17 @@ def save_chat_model(tiny_model: Path, folder: Path, seed: int = 0) -> Path:
 
 
 def give_own_code(folder: Path, own_config: bool = False) -> Path:
-    """Make of a Llama's folder that of a model whose class lies beside its weights, and if asked that of its config."""
+    """Make of a Llama's folder that of a model whose class lies beside its weights, and if asked that of its config.
+
+    It has what pickle cannot name: a lambda, and a method by which transformers derives another class from it.
+    """
     values = json.loads((folder / "config.json").read_text())
     values |= {"auto_map": {"AutoModelForCausalLM": "own.Own"}, "architectures": ["Own"]}
-    code = "from transformers import LlamaForCausalLM\n\n\nclass Own(LlamaForCausalLM):\n    pass\n"
+    code = OWN_CODE
     if own_config:
         text = "from transformers import LlamaConfig\n\n\nclass OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
         (folder / "own_config.py").write_text(text)
-        code = f"from .own_config import OwnConfig\n{code}    config_class = OwnConfig\n"
+        code = f"from .own_config import OwnConfig\n{code}\n    config_class = OwnConfig\n"
         values |= {"auto_map": {**values["auto_map"], "AutoConfig": "own_config.OwnConfig"}, "model_type": "own"}
     (folder / "own.py").write_text(code)
     (folder / "config.json").write_text(json.dumps(values))

@@ -64,7 +64,7 @@ def test_code_that_comes_with_a_model(tmp_path, models):
     average(tmp_path, *paths)
     assert (tmp_path / "out" / "own_config.py").read_text() == "raise SystemExit('was run')\n"
     change_json(paths[1] / "config.json", model_type="own")
-    with pytest.raises(UserError, match="contains custom code"):
+    with pytest.raises(UserError, match="comes with Python code of its own"):
         check_same_model(*(Weights(path, path.name) for path in paths))
 
 

@@ -426,8 +426,8 @@ def test_code_of_a_model_is_not_run_unasked(tmp_path, refused, broken_model):
     auto_map = {"AutoConfig": "code.Config"}
     folder = broken_model("config.json", json.dumps({"model_type": "mine", "auto_map": auto_map}))
     (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    refused("--model_name", folder, parts=(str(folder), "no usable config", "custom code"))
-    refused("--model_name", folder, "--dry_run", parts=(str(folder), "no usable config", "custom code"))
+    refused("--model_name", folder, parts=(str(folder), "Python code of its own", "--trust_remote_code"))
+    refused("--model_name", folder, "--dry_run", parts=(str(folder), "Python code of its own", "--trust_remote_code"))
     assert not (tmp_path / "ran").exists()
 
 

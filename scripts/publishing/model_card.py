@@ -78,7 +78,7 @@ def model_card(
     trust = model.trust_remote_code
     tokenizer = load_chat_tokenizer(EvaluatedModel(str(described), trust_remote_code=trust))
     config = load_pretrained(AutoConfig, str(described), trust_remote_code=trust)
-    own_code, config = bool(getattr(config, "auto_map", None)), config.get_text_config()
+    own_code, config = trust and bool(getattr(config, "auto_map", None)), config.get_text_config()
     name = shareable_text(" ".join((name or _run_name(model, run)).split()))
     prompting = describe_prompting(tokenizer)
     positions = getattr(config, "max_position_embeddings", None)

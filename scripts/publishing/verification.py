@@ -37,6 +37,7 @@ class Reference:
         chats, template: chats and the ids of each, those of training where the format is that of `data/dialogue.py`.
         ids, logits: a text, and the logits over it, float32 [ids, rows].
         dtype: of the model, as a recipe names it.
+        trust_remote_code: whether its own Python code is run, also where it is read back.
     """
 
     chats: list[list[dict[str, str]]]
@@ -44,9 +45,10 @@ class Reference:
     ids: list[int]
     logits: np.ndarray
     dtype: str
+    trust_remote_code: bool = False
 
 
-def make_reference(model: Any, tokenizer: Any, dtype: str) -> Reference:
+def make_reference(model: Any, tokenizer: Any, dtype: str, trust_remote_code: bool = False) -> Reference:
     """Of a checkpoint as it is.  Raises: UserError where its logits are not finite."""
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     texts = [text for text in PROBES if not any(token in text for token in special)]
@@ -67,14 +69,13 @@ def make_reference(model: Any, tokenizer: Any, dtype: str) -> Reference:
     logits = logits_of(model, ids)
     if not np.isfinite(logits).all():
         raise UserError("its logits are not finite numbers")
-    return Reference(chats, template, ids, logits, dtype)
+    return Reference(chats, template, ids, logits, dtype, trust_remote_code)
 
 
-def read_back(
-    folder: Path, reference: Reference, trust_remote_code: bool = False
-) -> tuple[list[list[int]], np.ndarray]:
+def read_back(folder: Path, reference: Reference) -> tuple[list[list[int]], np.ndarray]:
     """The ids of the chats and the logits over the text, by a process of its own.  Raises: UserError."""
-    request = json.dumps({"chats": reference.chats, "ids": reference.ids, "trust_remote_code": trust_remote_code})
+    asked = ("chats", "ids", "trust_remote_code")
+    request = json.dumps({name: getattr(reference, name) for name in asked})
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [sys.executable, "-P", str(Path(__file__).with_name("read_back.py")), str(folder)]
     done = subprocess.run(command, input=request.encode(), env=environment, capture_output=True)

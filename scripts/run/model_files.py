@@ -115,7 +115,7 @@ def _saved_config(model: PreTrainedModel, folder: Path, recipe: Recipe) -> Pretr
     if model._auto_class:  # a class of the model's own code, which goes into each folder that names it
         custom_object_save(model, folder, config=model.config)
     model.config.save_pretrained(folder)
-    _rewrite(folder / "config.json", with_older_rope)
+    _for_other_readers(folder)
     return load_pretrained(AutoConfig, str(folder), trust_remote_code=recipe.trust_remote_code)
 
 
@@ -136,8 +136,24 @@ def _flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:
 
 def _save_beside_weights(tokenizer, folder: Path) -> None:
     save_tokenizer(tokenizer, folder)
-    _rewrite(folder / "config.json", with_older_rope)
+    _for_other_readers(folder)
     as_readable_as_others(folder)
+
+
+def _for_other_readers(folder: Path) -> None:
+    """Have a config.json say what other versions read of it, and name no code that is not in the folder: a model of
+    the hub that brings what transformers has by now is trained, and saved, without it."""
+
+    def is_here(reference: Any) -> bool:  # file.Class; org/name--file.Class is looked for on the hub
+        name = str(reference)
+        return "--" in name or (folder / f"{name.partition('.')[0]}.py").is_file()
+
+    def changed(config: dict[str, Any]) -> dict[str, Any]:
+        given = config.pop("auto_map", None)
+        auto_map = {kind: own for kind, own in given.items() if is_here(own)} if isinstance(given, dict) else {}
+        return with_older_rope(config | ({"auto_map": auto_map} if auto_map else {}))
+
+    _rewrite(folder / "config.json", changed)
 
 
 def as_readable_as_others(folder: Path) -> None:

@@ -78,8 +78,8 @@ def import_own_code(name: str) -> list[type]:
 
     Raises: as many kinds as there is code.
     """
-    auto_map = _config_values(name).get("auto_map") or {}
-    references = [auto_map[kind.__name__] for kind in (AutoConfig, AutoModelForCausalLM) if kind.__name__ in auto_map]
+    _, auto_map = _kind_and_code(name)
+    references = [auto_map[kind] for kind in ("AutoConfig", "AutoModelForCausalLM") if kind in auto_map]
     with modules_lock():
         return [dynamic_module_utils.get_class_from_dynamic_module(each, name) for each in references]
 
@@ -104,9 +104,8 @@ def folder_to_read_back() -> Iterator[Path]:
 def _needs_own_code(name: str) -> bool:
     """Whether a model is another one without the code that it brings. Many of the hub bring what transformers has by
     now, under the same name but for its spelling (MPTForCausalLM, MptForCausalLM), and are read without it."""
-    values = _config_values(name)
-    own = (values.get("auto_map") or {}).get(AutoModelForCausalLM.__name__)
-    built_in = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(values.get("model_type"), "")
+    model_type, auto_map = _kind_and_code(name)
+    own, built_in = auto_map.get("AutoModelForCausalLM"), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, "")
     return own is not None and _plain(own.rpartition(".")[2]) != _plain(built_in)
 
 
@@ -114,12 +113,16 @@ def _plain(name: str) -> str:
     return re.sub(r"\W|_", "", name).lower()
 
 
-def _config_values(name: str) -> dict[str, Any]:
-    """What a model's config.json says; nothing where there is none that can be read, as whoever loads it will find."""
+def _kind_and_code(name: str) -> tuple[str, dict[str, str]]:
+    """model_type and auto_map of a model's config.json: of what kind it is, and which classes of its own it names; none
+    where that cannot be read, which whoever loads it will find."""
     try:
-        return PretrainedConfig.get_config_dict(name)[0]
+        values, _ = PretrainedConfig.get_config_dict(name)
     except Exception:  # as many kinds as transformers has
-        return {}
+        values = {}
+    auto_map = values.get("auto_map")
+    entries = auto_map.items() if isinstance(auto_map, dict) else ()
+    return str(values.get("model_type")), {kind: own for kind, own in entries if isinstance(own, str)}
 
 
 def _of_adapter(auto_class: Any, folder: Path, who: str, trust_remote_code: bool, **kwargs: Any) -> Any:

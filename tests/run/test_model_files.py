@@ -10,12 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import give_own_code
 from conftest import ROOT, TRANSFORMERS_4, run_script
-from interruption import run_here, small_recipe
 from read_elsewhere import read
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from data.dialogue import prepare_tokenizer
 from run.model_files import save_model, with_older_rope
@@ -237,40 +235,3 @@ def test_a_model_without_attention_trains_padded(tmp_path):
     run = run_of(tmp_path / "base", tmp_path, "--padding_free", "false")
     assert run.returncode == 0, run.stderr
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.model_type == "mamba"
-
-
-def of_models() -> list[str]:
-    """Modules that came with models."""
-    return [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]
-
-
-@pytest.fixture
-def own_modules(tmp_path, monkeypatch):
-    """An empty cache of what comes with models; a process imports from the first that it finds, for good."""
-    for name in of_models():
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(sys, "path", [path for path in sys.path if not Path(path, "transformers_modules").exists()])
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    yield
-    for name in of_models():
-        del sys.modules[name]
-
-
-@pytest.mark.parametrize("own_config", [False, True])
-@pytest.mark.usefixtures("own_modules")
-def test_a_model_with_code_of_its_own_is_trained_gone_on_with_and_loaded(tmp_path, own_config):
-    folder, output = tmp_path / f"with_own_code_{own_config}", tmp_path / "out"
-    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES)).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(DEMO).save_pretrained(folder)
-    keys = {"trust_remote_code": True, "max_steps": 4, "fuse_gelu": False, "sample_replies": 0}
-    recipe = small_recipe(tmp_path, give_own_code(folder, own_config), **keys)
-    run = run_here(recipe, output_dir=output, steps=2)
-    assert run.returncode == 75, run.stderr
-    run = run_here(recipe, output_dir=output)
-    assert run.returncode == 0, run.stderr
-    assert "going on from" in run.stdout
-    assert (output / "README.md").exists()
-    for saved in (output, output / "checkpoint-2"):
-        assert {"own.py", "config.json"} <= {path.name for path in saved.iterdir()}
-        model = AutoModelForCausalLM.from_pretrained(saved, trust_remote_code=True)
-        assert type(model).__name__ == "Own"

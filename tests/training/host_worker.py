@@ -21,6 +21,7 @@ from accelerate.utils import gather_object
 from mixes import make_recipe
 from transformers import dynamic_module_utils
 
+from run.model_files import config_of_run
 from training.adapter_files import adapter_tensors, save_adapter
 from training.engine import start_accelerator
 from training.host_weights import load_model, receive_weights, tensors_of
@@ -38,8 +39,11 @@ KINDS = {
 def look_at(folder: str, accelerator) -> dict:
     keys = KINDS.get(Path(folder).name, {})
     recipe = make_recipe(model_name=folder, dtype="bf16", max_length=64, **keys)
-    parts = recipe, load_config(recipe), load_tokenizer(recipe), torch.float32
-    model = load_model(*parts, checkpoint=write_checkpoint(folder, parts) if recipe.trust_remote_code else None)
+    config, tokenizer, checkpoint = load_config(recipe), load_tokenizer(recipe), None
+    if recipe.trust_remote_code:
+        checkpoint = write_checkpoint(folder, (recipe, config, tokenizer, torch.float32))
+        config = config if recipe.use_peft else config_of_run(recipe, config, tokenizer)  # as `Run.load_model`
+    model = load_model(recipe, config, tokenizer, torch.float32, checkpoint)
     on_meta = all(tensor.is_meta for tensor in tensors_of(model))
     receive_weights(model, accelerator.device)
     state = [tensor.double().sum().item() for tensor in tensors_of(model)]

@@ -44,7 +44,7 @@ def save_gemma(folder):
 def test_the_others_receive_what_the_first_has_read(tmp_path):
     folders = [save_llama(tmp_path / "tied"), save_llama(tmp_path / "untied", tie_word_embeddings=False)]
     folders += [save_gemma(tmp_path / "gemma"), save_llama(tmp_path / "adapters"), save_llama(tmp_path / "4 bits")]
-    folders.insert(3, give_own_code(save_llama(tmp_path / "own code")))
+    folders.insert(3, give_own_code(save_llama(tmp_path / "own code", vocab_size=1024), own_config=True))
     folders.append(give_own_code(save_llama(tmp_path / "adapters of own code")))
     worker = "tests/training/host_worker.py"
     run_script(tmp_path / "found.json", *folders, launch="ddp2", script=worker, output_dir=tmp_path)

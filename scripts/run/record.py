@@ -17,7 +17,6 @@ from typing import Any
 
 import psutil
 import torch
-import yaml
 from huggingface_hub import try_to_load_from_cache
 
 from data.files import source_files
@@ -70,7 +69,7 @@ def describe_start(recipe: Recipe, mix: Mix, num_processes: int, dtype: torch.dt
         "status": "running",
         "started": utc_now(),
         "command": {"folder": os.getcwd(), "launcher": launcher},
-        "recipe": yaml.safe_load(recipe.to_yaml()),
+        "recipe": recipe.values(),
         "data": {name: _describe_data(name, index, recipe, mix) for index, name in enumerate(mix.names)},
         "model": _describe_model(recipe.model_name),
         "deepspeed_config": fingerprint(Path(deepspeed)) if deepspeed and os.path.isfile(deepspeed) else None,

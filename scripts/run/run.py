@@ -262,6 +262,7 @@ class Run:
         url = self.log.trackers.wandb_url
         end_start(self.record, status, why, self.progress.step, report=report, wandb=url)
         self.runs_in_record = False
+        self.watch.at("leaving the others")
 
     def close(self) -> None:
         """This start is over, by whatever came, and why is said: what is still written behind it ends first, while it

@@ -7,6 +7,7 @@ import signal
 import socket
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ from chatting.settings import Settings
 from evaluation.generation import generate
 from evaluation.model import find_model
 
-pytest.importorskip("gradio", reason="the page: pip install -r requirements-web.txt")
+if not find_spec("gradio"):  # looked for, not imported: the page's own process does that, and takes 2 CPU seconds
+    pytest.skip("the page: pip install -r requirements-web.txt", allow_module_level=True)
 SCRIPT = "scripts/chat.py"
 LENGTH = 20  # tokens of a reply, unless a test says otherwise
 ATTACK = (

@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 import pytest
-import wandb
 from conftest import ROOT
 
 from recipe.keys import Recipe
@@ -103,6 +102,8 @@ def test_an_earlier_recipe_with_a_secret_can_still_be_evaluated(start):
 
 def test_a_project_is_what_wandb_takes(start):
     """By its own words: what it raises after the model has been loaded."""
+    import wandb  # here: most processes only collect this test, and it takes 1.3 CPU seconds
+
     rule = inspect.getsource(wandb.Settings.validate_project)
     assert f"> {LONGEST_PROJECT}" in rule
     assert repr(NOT_IN_A_PROJECT)[1:-1] in rule

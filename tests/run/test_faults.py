@@ -229,6 +229,11 @@ def test_a_save_cut_off_at_any_operation_on_files(tmp_path, tiny_model):
     engine = Engine(accelerator, model, model, model, optimizer, None)
     for step in (1, 2):
         save(step, tmp_path / "before")
+    save_final(tmp_path / "before")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "before")
+    final = {path: path.read_bytes() for path in (tmp_path / "before").iterdir() if path.is_file()}
+    for path in final:
+        path.unlink()
     outcomes = Counter()
     for operation in itertools.count(1):
         folder = tmp_path / "after"
@@ -253,7 +258,8 @@ def test_a_save_cut_off_at_any_operation_on_files(tmp_path, tiny_model):
         assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-2", "checkpoint-3"]
         assert [path.parent.name for path in folder.glob("checkpoint-*/trainer_state")] == ["checkpoint-3"]
         assert os.readlink(folder / "last") == "checkpoint-3"
-        AutoModelForCausalLM.from_pretrained(folder)
+        assert {path.name for path in folder.iterdir() if path.is_file()} == {path.name for path in final}
+        assert all((folder / path.name).read_bytes() == content for path, content in final.items())
     assert set(outcomes) == {2, 3}
     assert sum(outcomes.values()) > 50
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SHARED, launch_command
+from conftest import ROOT, SHARED, launch_command, run_script
 
 from utils.tables import counted
 
@@ -128,6 +128,10 @@ def test_omp_num_threads_is_the_users(tmp_path, monkeypatch, launch, said, threa
         monkeypatch.setenv("OMP_NUM_THREADS", said)
     script = tmp_path / "threads.py"
     script.write_text(THREADS)
+    if launch == "python" and not said:  # which asks nothing of how it was started
+        run = run_script(script=str(script), output_dir=tmp_path)
+        assert run.stdout.split()[-1] == str(threads)
+        return
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
     command = [*torchrun, "--standalone"] if launch == "torchrun" else launch_command(launch)
     run = subprocess.run([*command, str(script)], cwd=ROOT, capture_output=True, text=True)

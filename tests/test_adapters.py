@@ -210,8 +210,13 @@ def test_an_adapter_is_loaded_as_it_stands_in_a_clean_process(tmp_path, bases, w
         small_recipe(tmp_path, bases["without rows, tied"], use_peft=True, max_steps=4), output_dir=tmp_path / "grown"
     )
     assert "1,024 rows, 1,029 are needed" in grown.stdout, grown.stderr
+    dora = run_here(
+        small_recipe(tmp_path, bases["with spare rows"], use_peft=True, use_dora=True, max_steps=4),
+        output_dir=tmp_path / "dora",
+    )
+    assert dora.returncode == 0, dora.stderr
     both = ["AutoPeftModelForCausalLM", "AutoModelForCausalLM"]
-    folders = {str(whole["of the model"].output_dir): both, str(grown.output_dir): both[:1]}
+    folders = {str(run.output_dir): both for run in (whole["of the model"], dora)} | {str(grown.output_dir): both[:1]}
     subprocess.run([sys.executable, "-c", ELSEWHERE], input=json.dumps(folders).encode(), check=True, cwd=tmp_path)
     for folder, classes in folders.items():
         tokenizer = load_pretrained(AutoTokenizer, folder)
@@ -220,6 +225,14 @@ def test_an_adapter_is_loaded_as_it_stands_in_a_clean_process(tmp_path, bases, w
             merged = load_pretrained(AutoModelForCausalLM, folder, dtype=torch.float32).eval()(ids).logits[0]
         for name in classes:
             torch.testing.assert_close(torch.load(f"{folder}/{name}.pt"), merged, atol=1e-5, rtol=0)
+    file = dora.output_dir / "adapter_model.safetensors"  # as peft writes it, and this collection has
+    ours = load_file(file)
+    theirs = {name.replace("magnitude_vector.weight", "magnitude_vector"): own for name, own in ours.items()}
+    assert theirs.keys() != ours.keys()
+    save_file(theirs, file)
+    with torch.no_grad():
+        again = load_pretrained(AutoModelForCausalLM, str(dora.output_dir), dtype=torch.float32).eval()(ids).logits[0]
+    torch.testing.assert_close(again, torch.load(f"{dora.output_dir}/AutoModelForCausalLM.pt"), atol=1e-5, rtol=0)
 
 
 def test_an_evaluation_of_an_adapter_is_that_of_the_run(tmp_path, whole):

@@ -1,7 +1,7 @@
 """The folder of an adapter: what peft and transformers load as it stands, and which base model it belongs to.
 
     adapter_config.json         peft's: rank, scale, layers, the rows of the chat tokens, where the base model is
-    adapter_model.safetensors   the adapter's weights, as peft names them
+    adapter_model.safetensors   the adapter's weights, by names that peft reads
     base_model.json             the base model's fingerprint, the rows of its embedding, its quantization
 
 The last is of this collection: the first two load on any model of the same shapes, and give nonsense on another one.
@@ -138,7 +138,13 @@ def adapter_tensors(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
     # By what is given to it, which it hands back under other names: so no list of these is needed here.
     parameters = dict(model.named_parameters())
     found = get_peft_model_state_dict(model, parameters, ADAPTER, save_embedding_layers=False)
-    return {PREFIX + name: parameter for name, parameter in found.items()}
+    return {PREFIX + _name_for_both(name): parameter for name, parameter in found.items()}
+
+
+def _name_for_both(name: str) -> str:
+    """A name by which transformers finds a tensor, too: peft 0.21 leaves out the last part of that of DoRA's lengths,
+    and reads either; transformers 5.23 would load the adapter with new ones in their place."""
+    return f"{name}.weight" if name.endswith(".lora_magnitude_vector") else name
 
 
 def read_adapter(folder: Path, model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -150,16 +156,16 @@ def read_adapter(folder: Path, model: PreTrainedModel) -> dict[str, torch.Tensor
     wanted, found = adapter_tensors(model), {}
     try:
         with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
-            stored = set(file.keys())
+            stored = {_name_for_both(key): key for key in list(file.keys())}
             for what, keys in {
-                "lacks": wanted.keys() - stored,
-                "has, without a place for it,": stored - wanted.keys(),
+                "lacks": wanted.keys() - stored.keys(),
+                "has, without a place for it,": stored.keys() - wanted.keys(),
             }.items():
                 if keys:
                     more = f" and {len(keys) - 1} more" * (len(keys) > 1)
                     raise UserError(f"{folder / ADAPTER_WEIGHTS}: it {what} {min(keys)}{more}")
             for key, parameter in wanted.items():
-                tensor = file.get_tensor(key)
+                tensor = file.get_tensor(stored[key])
                 if tensor.shape != parameter.shape:
                     raise UserError(f"{folder / ADAPTER_WEIGHTS}: {key} is {[*tensor.shape]}, not {[*parameter.shape]}")
                 if not tensor.isfinite().all():

@@ -23,7 +23,7 @@ from interruption import SCRIPT as INTERRUPTION
 from interruption import metrics, run_here, small_recipe
 from safetensors.torch import load_file, save_file
 from test_training import EPSILON, LEARNING_RATE, MAX_NORM, WARMUP, conversations, recipe  # noqa: F401, a fixture
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma3Config, GPTNeoXConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma3Config, GPTNeoXConfig, PhiConfig
 
 from data.dialogue import prepare_tokenizer
 from publishing.adapter import check_adapter, name_base_for_others
@@ -366,6 +366,15 @@ def test_refuses_what_does_not_go_together(tmp_path, small, message):
 )
 def test_target_modules_as_recipes_of_peers_have_them(small, given, names):
     assert load_recipe(small, {"lora_target_modules": given}).lora_target_modules == names
+
+
+def test_new_rows_of_an_output_layer_with_a_bias_are_refused_before_weights_are_read(tmp_path, small, bases):
+    folder = tmp_path / "phi"
+    shutil.copytree(bases["with spare rows"], folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    PhiConfig(vocab_size=1040, max_position_embeddings=256, **sizes).save_pretrained(folder)
+    run = run_here(small, "--model_name", folder, "--dry_run", output_dir=tmp_path / "run")
+    assert run.errors == [f"error: use_peft: the output layer of {folder} has a bias: its new rows cannot be learnt"]
 
 
 def test_target_modules_of_a_tower_that_no_text_reaches(small):

@@ -14,7 +14,7 @@ from run.best import check_metric
 from run.checkpoint import Checkpoint
 from run.folder import check_own_names
 from run.model_files import check_savable, config_of_run
-from run.preflight import find_engine, schedule_warnings, vocabulary_warnings
+from run.preflight import check_new_tokens, find_engine, schedule_warnings, vocabulary_warnings
 from run.resume import FINISHED, check_config, find_checkpoint, is_finished
 from run.samples import check_prompts, load_prompts, room_for_reply
 from sources.registry import find_source
@@ -135,6 +135,7 @@ def describe_model(recipe: Recipe) -> str:
         unseen.append("whether its kind can be trained, since no tiny model of it can be made")
     if own or (folder / "tokenizer.json").exists():
         tokenizer = load_tokenizer(recipe)
+        check_new_tokens(recipe, config, tokenizer)
         check_savable(recipe, config, tokenizer, fetch=False)
         load_prompts(recipe, tokenizer)
         for warning in vocabulary_warnings(recipe, config, tokenizer):

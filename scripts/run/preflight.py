@@ -13,13 +13,13 @@ from recipe.keys import Recipe
 from run.model_files import check_savable
 from run.progress import Progress
 from run.retention import check_disk, checkpoint_bytes, steps_between_checkpoints
-from training.adapters import adapter_size
+from training.adapters import adapter_size, check_rows
 from training.collate import kept_targets
 from training.deepspeed_config import deepspeed_config
 from training.fsdp_config import find_sharding, sharded_layers
 from training.memory import check_memory, describe_background_copies
 from training.micro_batches import MicroBatch, largest_micro_batches
-from training.model import check_tiny, count_parameters, without_weights
+from training.model import check_tiny, count_parameters, tokens_to_learn, without_weights
 from training.plan import steps_per_epoch, training_rows
 from training.state_layout import StateLayout, layout_of_this_run
 from utils.errors import UserError
@@ -73,6 +73,7 @@ def preflight(
     if not progress.steps_left:
         return None
     frozen = count_parameters(recipe, config, within=check_tiny(recipe, config) or [])
+    check_new_tokens(recipe, config, tokenizer)
     check_savable(recipe, config, tokenizer)
     lost = check_targets(recipe, mix)
     largest = largest_micro_batches(mix, recipe, processes, progress.steps_left, progress.position)
@@ -91,6 +92,12 @@ def preflight(
     for warning in [*lost, *vocabulary_warnings(recipe, config, tokenizer), *found]:
         say(f"warning: {warning}")
     return largest
+
+
+def check_new_tokens(recipe: Recipe, config: PretrainedConfig, tokenizer) -> None:
+    """Refuse adapters that cannot learn the rows of the chat tokens, in the words of `load_model`, without weights."""
+    if recipe.use_peft:
+        check_rows(recipe, without_weights(recipe, config), tokens_to_learn(recipe, tokenizer))
 
 
 def check_targets(recipe: Recipe, mix: Mix) -> list[str]:

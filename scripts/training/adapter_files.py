@@ -156,8 +156,7 @@ def read_adapter(folder: Path, model: PreTrainedModel) -> dict[str, torch.Tensor
     wanted, found = adapter_tensors(model), {}
     try:
         with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
-            names = file.keys()
-            stored = {_name_for_both(name): name for name in names}
+            stored = {_name_for_both(key): key for key in list(file.keys())}
             for what, keys in {
                 "lacks": wanted.keys() - stored.keys(),
                 "has, without a place for it,": stored.keys() - wanted.keys(),

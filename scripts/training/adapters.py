@@ -75,6 +75,12 @@ def check_reached(recipe: Recipe, model: PreTrainedModel, left_out: list[str]) -
             )
 
 
+def check_rows(recipe: Recipe, model: PreTrainedModel, new_tokens: list[int]) -> None:
+    """Refuse a model whose rows of these tokens cannot be learnt: peft has none of an output layer's bias."""
+    if new_tokens and model.get_output_embeddings().bias is not None:
+        raise UserError(f"use_peft: the output layer of {recipe.model_name} has a bias: its new rows cannot be learnt")
+
+
 class AdapterSize(NamedTuple):
     """Of an adapter and of the model that it is put on."""
 
@@ -158,13 +164,12 @@ def put_on(
         left_out: names of modules and parameters that no text reaches.
         dtype: of what is trained: fp32 for autocast, the half precision for DeepSpeed's engine.
 
-    Raises: UserError where peft cannot; as `check_reached`.
+    Raises: UserError where peft cannot; as `check_reached` and `check_rows`.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
+    check_rows(recipe, model, new_tokens)
     head = model.get_output_embeddings()
-    if new_tokens and head.bias is not None:
-        raise UserError(f"use_peft: the output layer of {recipe.model_name} has a bias: its new rows cannot be learnt")
     tied = head.weight is model.get_input_embeddings().weight
     places = {id(module): name for name, module in model.named_modules()}
     trained = [model.get_input_embeddings()] + [head] * (not tied)

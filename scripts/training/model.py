@@ -156,9 +156,7 @@ def read_model(
     if left_out := check_family(model, recipe):
         say(f"not trained, since no text reaches them: {', '.join(left_out)}")
     if recipe.use_peft:
-        known = _load(AutoTokenizer, recipe).get_vocab()
-        new_tokens = sorted(number for token, number in tokenizer.get_vocab().items() if token not in known)
-        new_tokens = grow(model, new_tokens)
+        new_tokens = grow(model, tokens_to_learn(recipe, tokenizer))
         set_special_ids(model, tokenizer)
         put_on(model, recipe, new_tokens, left_out, dtype)
         if checkpoint:
@@ -168,6 +166,12 @@ def read_model(
     else:
         fit_to_tokenizer(model, tokenizer)
     return model
+
+
+def tokens_to_learn(recipe: Recipe, tokenizer) -> list[int]:
+    """The ids of its tokens that the base model's own tokenizer lacks."""
+    known = _load(AutoTokenizer, recipe).get_vocab()
+    return sorted(number for token, number in tokenizer.get_vocab().items() if token not in known)
 
 
 def load_merged(recipe: Recipe, folder: Path, tokenizer) -> PreTrainedModel:

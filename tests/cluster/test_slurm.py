@@ -76,6 +76,7 @@ def test_a_run_is_warned_saves_is_queued_again_and_finishes(slurm, tmp_path, tin
     trial = Trial(slurm, tmp_path, tiny_model)
     job = trial.submit()
     trial.wait(lambda: trial.steps() > 3, job)
+    assert "mem=2000M" in (job.value("AllocTRES") or job.value("TRES"))  # all that two machines have
     slurm.ask("scancel", "--batch", "--signal=USR1", job.number)  # as Slurm does it ahead of the limit
     trial.wait(job.is_over)
     assert job.value("JobState") == "COMPLETED", trial.said()

@@ -12,6 +12,7 @@ import re
 import runpy
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -625,3 +626,12 @@ def test_an_accelerate_config_may_spell_deepspeed_out(tmp_path, tiny_model):
     process = run_forked(launcher, "scripts/sft.py", ["recipes/demo.yaml", *options], ROOT)
     assert process.returncode == 0, process.stderr[-3000:]
     assert "ZeRO-2, 2 processes, cpu" in process.stdout
+
+
+def test_the_slurm_script_without_slurm(tmp_path):
+    """Started by bash, say: it makes no folder of logs for a job that is none."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    command = ["bash", ROOT / "recipes" / "launch.slurm", "recipes/demo.yaml"]
+    run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    assert (run.returncode, run.stdout) == (2, "error: no job of Slurm: start this by sbatch\n")
+    assert not list(tmp_path.iterdir())

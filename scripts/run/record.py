@@ -23,7 +23,7 @@ from data.files import source_files
 from data.mix import Mix
 from recipe.keys import Recipe
 from run.record_file import FORMAT, read_record, redact, utc_now, write_record
-from run.starts import earlier_starts
+from run.starts import earlier_starts, new_start
 from utils.files import fingerprint, read_json
 from utils.launch import has_gpu, launcher_plugin, num_processes, say
 
@@ -41,13 +41,13 @@ NOT_COMPARED = re.compile(r"data set \S+ files|model name|recipe output_dir|git 
 DATA_CONTENT = re.compile(r"data set \S+ fingerprint: ")
 
 
-def begin_record(path: Path, recipe: Recipe, mix: Mix, dtype: torch.dtype, earlier: Path | None) -> None:
-    """Write the record of a run that is about to start, after saying what differs from an earlier one's.
+def begin_record(path: Path, recipe: Recipe, mix: Mix, dtype: torch.dtype, earlier: Path | None, step: int) -> None:
+    """Write the record of a run that is about to start after this step, and first say what differs from an earlier one.
 
     Raises: UserError when the earlier one cannot be read, or this one not be written.
     """
     record = describe_start(recipe, mix, num_processes(), dtype)
-    record["starts"] = earlier_starts(path)
+    record["starts"] = [*earlier_starts(path), new_start(record, step)]
     for line in differences(read_record(earlier), record) if earlier else []:
         say(f"differs from {earlier}: {line}")
     write_record(record, path)

@@ -27,7 +27,7 @@ from run.report import end_report
 from run.resume import check_config, check_data, restore, run_state, starting_point
 from run.samples import Samples
 from run.saving import Saver
-from run.starts import begin_start, end_start
+from run.starts import end_start, note_machines
 from run.stats import Clock, TrainingStats
 from run.watch import Watch, alive, bytes_moved
 from training.batches import Batches
@@ -94,7 +94,7 @@ class Run:
         self.progress = self.watch.progress = starting_point(self.checkpoint, mix, self.recipe)
         if process_index() == 0:
             earlier = reproduced or (self.record if self.checkpoint and self.record.exists() else None)
-            begin_record(self.record, self.recipe, mix, dtype, earlier)
+            begin_record(self.record, self.recipe, mix, dtype, earlier, self.progress.step)
             self.runs_in_record = True
         return self.progress
 
@@ -108,7 +108,7 @@ class Run:
         hosts = gather_object([socket.gethostname()])
         self.progress.best = gather_object([self.progress.best])[0]
         if process_index() == 0:
-            begin_start(self.record, self.progress.step, hosts)
+            note_machines(self.record, hosts)
         self.watch.connect()
 
     def load_model(self, config: PretrainedConfig, tokenizer, dtype: torch.dtype) -> PreTrainedModel:

@@ -1,6 +1,7 @@
 """The starts of a run, as run.json lists them: when and where each began, from which step, how far it came, and why it
 ended."""
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,25 @@ def earlier_starts(path: Path) -> list[dict[str, Any]]:
     return [start if start.get("why") else {**start, "why": UNKNOWN} for start in starts]
 
 
-def begin_start(path: Path, step: int, hosts: list[str]) -> None:
-    """Add a start to the record of a run; the first process.
+def new_start(record: dict[str, Any], step: int) -> dict[str, Any]:
+    """What a record lists of a start that begins now, in the first process, which has not met the others yet.
 
     Args:
         step: that it goes on after.
+    """
+    start = {"started": record["started"], "machines": [socket.gethostname()], "processes": record["num_processes"]}
+    return start | {"from_step": step, "step": None, "ended": None, "why": None}
+
+
+def note_machines(path: Path, hosts: list[str]) -> None:
+    """Say of the start that runs where it does; the first process.
+
+    Args:
         hosts: the machine of each process.
     """
     record = read_record(path)
-    machines = list(dict.fromkeys(hosts))
-    start = {"started": record["started"], "machines": machines, "processes": len(hosts), "from_step": step}
-    start |= {"step": None, "ended": None, "why": None}
-    write_record({**record, "starts": [*(record.get("starts") or []), start]}, path)
+    record["starts"][-1]["machines"] = list(dict.fromkeys(hosts))
+    write_record(record, path)
 
 
 def end_start(path: Path, status: Ending, why: str, step: int | None = None, **more: Any) -> None:
@@ -43,6 +51,6 @@ def end_start(path: Path, status: Ending, why: str, step: int | None = None, **m
     if record["status"] != "running":
         return  # those that ended it have said why, and this process has lost them; or all was done, and its end hung
     starts = record.get("starts") or []
-    if starts and not starts[-1].get("why"):  # else an earlier one, and this one has not come so far
+    if starts:
         starts[-1] |= {"step": step, "ended": utc_now(), "why": why}
     write_record({**record, "status": status, "ended": utc_now(), **redact({"starts": starts, **more})}, path)

@@ -18,6 +18,7 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scont
 PATH = os.pathsep.join([os.environ["PATH"], "/usr/sbin"])  # where Debian has the daemons
 # Two machines of two cores and a card, which is only counted. cred_expire: a job that is queued again waits for the
 # credentials of its last start to expire, by default two minutes. Steps are signalled process by process (linuxproc).
+# A job that asks for no memory gets a tenth of a machine's.
 CONFIG = """
 ClusterName=tests
 SlurmctldHost={host}(127.0.0.1)
@@ -38,7 +39,8 @@ TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
 MpiDefault=none
 SelectType=select/cons_tres
-SelectTypeParameters=CR_CPU
+SelectTypeParameters=CR_CPU_Memory
+DefMemPerNode=100
 SlurmdParameters=config_overrides
 GresTypes=gpu
 ReturnToService=2

@@ -39,10 +39,10 @@ class Trial:
         keys |= {"eval_steps": 10_000, "output_dir": str(self.output)}
         self.recipe = small_recipe(folder, model, **keys)
 
-    def submit(self, *options, arguments=()) -> Job:
+    def submit(self, *options, arguments=(), script=LAUNCH) -> Job:
         log = f"--output={self.folder}/job.log"
         name = f"--job-name={os.path.relpath(self.folder / 'logs', ROOT)}"
-        job = self.slurm.submit("--gpus-per-node=1", log, name, *options, LAUNCH, self.recipe, *arguments)
+        job = self.slurm.submit("--gpus-per-node=1", log, name, *options, script, self.recipe, *arguments)
         self.logs = self.folder / f"logs-{job.number}"
         return job
 
@@ -76,6 +76,7 @@ def test_a_run_is_warned_saves_is_queued_again_and_finishes(slurm, tmp_path, tin
     trial = Trial(slurm, tmp_path, tiny_model)
     job = trial.submit()
     trial.wait(lambda: trial.steps() > 3, job)
+    assert "mem=2000M" in (job.value("AllocTRES") or job.value("TRES"))  # all that two machines have
     slurm.ask("scancel", "--batch", "--signal=USR1", job.number)  # as Slurm does it ahead of the limit
     trial.wait(job.is_over)
     assert job.value("JobState") == "COMPLETED", trial.said()
@@ -98,6 +99,23 @@ def test_the_time_limit(slurm, tmp_path, tiny_model):
     assert "USR1: the time limit is near" in trial.said()
     trial.wait(lambda: trial.steps() > step_of(saved) + 3, job)
     assert "going on from" in trial.said()
+    slurm.ask("scancel", job.number)
+    trial.wait(job.is_over)
+
+
+@LONG
+def test_a_start_that_was_warned_leaves_the_next_alone(slurm, tmp_path, tiny_model):
+    """What waited for its save would queue the job again, though that goes on by then."""
+    trial = Trial(slurm, tmp_path, tiny_model, max_steps=MANY)
+    script = tmp_path / "mine.slurm"
+    script.write_text((ROOT / LAUNCH).read_text().replace("WARNING=300 ", "WARNING=40 ", 1))
+    job = trial.submit("--nodes=1", script=script)
+    trial.wait(lambda: trial.steps() > 3, job)
+    slurm.ask("scancel", "--batch", "--signal=USR1", job.number)
+    trial.wait(lambda: "start 1: " in trial.said(), job)
+    time.sleep(40)
+    assert "the save takes too long" not in trial.said()
+    assert job.starts() == 2
     slurm.ask("scancel", job.number)
     trial.wait(job.is_over)
 

@@ -396,18 +396,22 @@ def test_a_changed_recipe_is_refused_and_its_keys_are_named(recipe, output, whol
 
 
 def test_a_start_that_is_refused_is_none_that_runs(recipe, output, tmp_path, monkeypatch):
-    """Nor is what ended the start before it written over."""
+    """It has a line of its own in run.json: what ended the start before is not written over."""
 
     def refuse(*_):
         raise UserError("no room")
 
     earlier = json.loads((output / "run.json").read_text())["starts"]
     monkeypatch.setattr("run.preflight.preflight", refuse)
-    for folder, starts in ((output, earlier), (tmp_path / "new", [])):
+    for folder, before in ((output, earlier), (tmp_path / "new", [])):
         run = run_here(recipe, output_dir=folder)
         assert (run.returncode, run.errors) == (2, ["error: no room"])
         record = json.loads((folder / "run.json").read_text())
-        assert (record["status"], record["starts"]) == ("failed", starts)
+        assert (record["status"], record["starts"][:-1]) == ("failed", before)
+        last = record["starts"][-1]
+        assert (last["why"], last["machines"], last["processes"]) == ("no room", [os.uname().nodename], 1)
+        assert last["step"] == last["from_step"] == (before[-1]["step"] if before else 0)
+        assert last["started"] <= last["ended"]
 
 
 def test_changed_data_are_refused(recipe, output, tmp_path, folder):

@@ -6,14 +6,14 @@
         [--plot FILE.png] [--json FILE] [--key value ...]
 
 On any machine, without a GPU, weights or a network. For every accelerate config of the collection and every number of
-cards: the memory of each card by parts, whether it fits, the largest micro-batch that does, tokens a second, hours and
-money of the whole run, what travels between cards and machines in a step, host memory and disk. The fastest is on top,
-with its command.
+cards: the memory of each card by parts, whether it fits, the largest micro-batch that does, tokens a second, hours of
+training and of evaluation, money of both, what travels between cards and machines in a step, host memory and disk. The
+fastest is on top, with its command.
 
 Of the recipe only what changes nothing that is learnt is set anew: `micro_batch_tokens` and `gradient_checkpointing`.
 The data's lengths are those of the prepared data where data and tokenizer are here; of the seed's data sets they are
-known; for others give --tokens. Memory is estimated by the functions that a run checks itself with. All is an estimate
-unless it says that it was measured; docs/hardware.md has the tables, and where the rates come from.
+known; for others give --tokens. Memory is estimated by the functions that a run checks itself with. All is an
+estimate: * marks what was measured as well. docs/hardware.md has the tables, and where the rates come from.
 
 GPUs: h100, a100-80, a100-40, l40s, rtx4090 (in machines of eight), or NAME:GiB:TFLOPS:GBS for another, with its memory,
 its dense half-precision TFLOP/s and the GB/s of its memory.
@@ -113,9 +113,7 @@ def main(options: argparse.Namespace, recipe: Recipe, recipe_file: str, override
     if not plans:
         raise UserError(f"command line: --gpus {','.join(map(str, options.gpus))}: no engine trains this recipe so")
     plans = in_order(plans)
-
     figures = [figures_of(plan, options.price) for plan in plans]
-
     model = f"{recipe.model_name}, {subject.parameters:,} weights, on {card.name}"
     for title, rows in (
         (f"{model} ({worth(plans)})", speed_rows(figures, card, options.price)),

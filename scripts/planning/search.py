@@ -24,9 +24,9 @@ from recipe.keys import Recipe
 from run.retention import checkpoint_bytes, disk_peak
 from training.adapters import AdapterSize, adapter_size
 from training.memory import background_copies, estimate_memory, model_size, moment_bytes, peak_of
-from training.micro_batches import largest_micro_batches
+from training.micro_batches import grouped, largest_micro_batches, validation_numbers
 from training.model import check_tiny, without_weights
-from training.plan import EpochPlan, Position, epoch_plan, packs_per_step, steps_left
+from training.plan import EpochPlan, Position, epoch_plan, packs_per_step, steps_left, validation_rows
 from training.state_layout import host_state
 from utils.launch import DTYPES
 
@@ -221,9 +221,9 @@ def _planned(subject: Subject, recipe: Recipe, launcher: Launcher, card: Card, m
         work = work_of(recipe, subject.config, subject.model, layout, element)
         pace = Pace(card, work, layout, size, traffic, element, moment_bytes(recipe), subject.mfu)
         seconds = sum(pace.step(load) for load in loads) / len(loads)
-        tokens_per_second = float(sum(load.tokens.sum() for load in loads)) / len(loads) / seconds
+        tokens_per_second = float(sum(load.read.sum() for load in loads)) / len(loads) / seconds
         training = steps * seconds
-        evaluation = math.ceil(steps / recipe.eval_steps) * pace.evaluating(_validation(subject, recipe))
+        evaluation = math.ceil(steps / recipe.eval_steps) * pace.evaluating(_validation(subject, recipe, cards))
     rounds = sum(len(load.tokens) for load in loads) / len(loads)
     saved = subject.parameters if subject.adapter is None else subject.adapter.weights
     model, state = checkpoint_bytes(recipe, saved, subject.dtype, layout.keeps_half_weights)
@@ -264,11 +264,15 @@ def _sent(launcher: Launcher, shared: float, replicas: float) -> tuple[float, fl
     return shared + replicas, between
 
 
-def _validation(subject: Subject, recipe: Recipe) -> Load:
-    held_out = subject.mix.validation
-    if not len(held_out):
-        return Load(*np.zeros((4, 1, 1)))
-    return Load(*np.array(load_of(held_out.lengths, held_out.targets, recipe))[:, None, None])
+def _validation(subject: Subject, recipe: Recipe, cards: int) -> Load:
+    """All of the validation split, cut as a run cuts it: without padding it comes to the same in one piece."""
+    mix, total = subject.mix, np.zeros(len(Load._fields))
+    for dataset in range(len(mix.names)):
+        rows = validation_rows(mix, dataset)
+        numbers = np.zeros_like(rows) if recipe.padding_free else validation_numbers(mix, rows, recipe, cards)
+        for chunk in grouped(rows, numbers):
+            total += load_of(mix.validation.lengths[chunk], mix.validation.targets[chunk], recipe)
+    return Load(*total[:, None, None])
 
 
 def _difference(recipe: Recipe, planned: Recipe) -> dict[str, str]:

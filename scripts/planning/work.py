@@ -98,10 +98,11 @@ def _expert_weights(model: PreTrainedModel, text: PretrainedConfig) -> tuple[int
 class Load(NamedTuple):
     """What processes compute: arrays [micro-batches of a process, processes], of a step, or all of one shape."""
 
-    tokens: np.ndarray
+    tokens: np.ndarray  # padding is computed as they are
     targets: np.ndarray
     short_pairs: np.ndarray  # queries and keys of conversations that are too short for cuDNN's attention
     long_pairs: np.ndarray
+    read: np.ndarray  # tokens without padding, which tokens_per_second counts
 
 
 def loads_of_steps(mix: Mix, recipe: Recipe, plan: EpochPlan, tokens: np.ndarray, processes: int) -> list[Load]:
@@ -114,7 +115,7 @@ def loads_of_steps(mix: Mix, recipe: Recipe, plan: EpochPlan, tokens: np.ndarray
 
 def _load(mix: Mix, recipe: Recipe, plan: EpochPlan, tokens: np.ndarray, first: int, processes: int) -> Load:
     micro_batches = rows_of_step(plan, tokens, first, recipe, processes)
-    found = np.zeros((4, -(-len(micro_batches) // processes), processes))
+    found = np.zeros((len(Load._fields), -(-len(micro_batches) // processes), processes))
     for number, rows in enumerate(micro_batches):
         found[:, number // processes, number % processes] = load_of(
             mix.train.lengths[rows], mix.train.targets[rows], recipe
@@ -122,13 +123,13 @@ def _load(mix: Mix, recipe: Recipe, plan: EpochPlan, tokens: np.ndarray, first: 
     return Load(*found)
 
 
-def load_of(lengths: np.ndarray, targets: np.ndarray, recipe: Recipe) -> tuple[float, float, float, float]:
-    """Tokens, scored tokens, and pairs of short and of long conversations, after cutting to max_length."""
+def load_of(lengths: np.ndarray, targets: np.ndarray, recipe: Recipe) -> tuple[float, ...]:
+    """`Load` of one micro-batch, after cutting to max_length."""
     cut = np.minimum(lengths, recipe.max_length)
     pairs, long = cut * (cut + 1) / 2, cut >= CUDNN_FROM
     scored = (targets * (cut / np.maximum(lengths, 1))).sum()
-    computed = cut if recipe.padding_free else np.full_like(cut, cut.max(initial=0))
-    return float(computed.sum()), float(scored), float(pairs[~long].sum()), float(pairs[long].sum())
+    computed = cut.sum() if recipe.padding_free else len(cut) * cut.max(initial=0)
+    return tuple(map(float, (computed, scored, pairs[~long].sum(), pairs[long].sum(), cut.sum())))
 
 
 # ---- What travels ----

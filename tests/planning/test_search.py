@@ -107,6 +107,17 @@ def test_recipes_of_all_kinds(keys):
             load_recipe(SEED, {**keys, "max_length": "1024", **plan.keys})
 
 
+def test_padding_costs_what_a_run_pads(seed):
+    """Conversations of like length are padded together; and what is padding is no token of tokens_per_second."""
+    padded = subject_of({"padding_free": "false"})
+    one, other = (plan_run(subject, zero2(subject, 8), H100) for subject in (seed, padded))
+    assert one.evaluation_hours < other.evaluation_hours < 1.05 * one.evaluation_hours
+    tokens = np.minimum(seed.mix.train.lengths[training_rows(seed.mix, seed.recipe, 0)], 4096).sum()
+    for plan in (one, other):
+        all_of_it = plan.tokens_per_second * 3600 * plan.training_hours
+        assert all_of_it == pytest.approx(tokens * seed.recipe.num_train_epochs, rel=0.1)
+
+
 def test_hours_are_those_of_steps_and_evaluations(seed):
     launcher = zero2(seed, 8)
     whole, without = (plan_run(subject, launcher, H100) for subject in (seed, subject_of({"eval_steps": "1000000"})))

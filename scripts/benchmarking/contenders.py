@@ -140,7 +140,7 @@ def train_ours(values: dict) -> dict:
     loss = f"one pass, {choose_kernel(DEVICE.type)[1]}"
     settings = {"attention": attention, "batches": "padding-free", "loss": loss}
     result = _result(work, ends, losses, settings)
-    return result | {"flops": sum(counted[work.warm_up :]), "peak_flops": stats.peak}
+    return result | {"flops": sum(counted[work.warm_up :]), "peak_flops": stats.peak_flops}
 
 
 def train_bare(values: dict) -> dict:

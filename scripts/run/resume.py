@@ -149,11 +149,16 @@ def changed_keys(then: Recipe, now: Recipe, num_processes: int) -> list[str]:
 
 
 def is_finished(recipe: Recipe) -> bool:
-    """Whether this very run has come to its end in output_dir."""
+    """Whether this very run has come to its end in output_dir.  Raises: UserError where its model is gone since."""
     record = recipe.output_dir / "run.json"
     if recipe.resume_from_checkpoint == "never" or not record.exists():
         return False
-    return read_record(record)["status"] == "finished" and not _changes_of_record(record, recipe)
+    if read_record(record)["status"] != "finished" or _changes_of_record(record, recipe):
+        return False
+    if not any(recipe.output_dir.glob("*.safetensors")):
+        remedy = "without this file the same command goes on from the newest checkpoint, or begins where none is left"
+        raise UserError(f"{record}: the run is finished, but its model is gone: {remedy}")
+    return True
 
 
 def _changes_of_record(record: Path, recipe: Recipe) -> list[str]:

@@ -549,6 +549,19 @@ def test_a_finished_run_says_so_and_can_be_trained_on(recipe, whole, tmp_path):
     assert json.loads((output / "run.json").read_text())["report"]["steps"] == 25
 
 
+def test_a_finished_run_whose_model_is_gone(recipe, whole, tmp_path):
+    output = shutil.copytree(whole, tmp_path / "output")
+    for path in [*output.glob("*.safetensors")]:
+        path.unlink()
+    for dry in ([], ["--dry_run"]):
+        run = run_here(recipe, *dry, output_dir=output)
+        assert (run.returncode, len(run.errors)) == (2, 1)
+        assert run.errors[0].startswith(f"error: {output}/run.json: the run is finished, but its model is gone: ")
+    (output / "run.json").unlink()
+    assert run_here(recipe, output_dir=output).returncode == 0
+    assert_same_end(output, whole)
+
+
 # ---- which checkpoint ----
 
 

@@ -120,6 +120,8 @@ def _kind_and_code(name: str) -> tuple[str, dict[str, str]]:
         values, _ = PretrainedConfig.get_config_dict(name)
     except Exception:  # as many kinds as transformers has
         values = {}
+    if not isinstance(values, dict):  # `[]`, say, which is JSON, too
+        values = {}
     auto_map = values.get("auto_map")
     entries = auto_map.items() if isinstance(auto_map, dict) else ()
     return str(values.get("model_type")), {kind: own for kind, own in entries if isinstance(own, str)}

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from sources.messages_columns import LISTS, Columns, names_of
+from sources.messages_columns import HISTORIES, LISTS, Columns, names_of
 from sources.messages_forms import ANSWERS, CONTENT_KEYS, QUESTIONS, ROLE_KEYS, Dropped, is_message, or_listed
 from sources.messages_records import conversation_of, fields_there
 from sources.messages_transcripts import turns_of_text
@@ -55,6 +55,9 @@ def _candidates(record: Record) -> Iterator[Columns]:
         is_origin = {"source", "src"} & _words(prompt) and not {"target", "tgt"} & _words(response)
         if prompt.lower() != response.lower() and not is_origin:
             yield Columns(prompt=prompt, response=response)
+            for name, value in record.values.items():
+                if name.lower() in HISTORIES and isinstance(value, str):  # which is no list of turns, but can be shown
+                    yield Columns(prompt=prompt, input=name, response=response)
 
 
 def _is_listed(record: Record, name: str) -> bool:

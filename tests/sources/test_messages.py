@@ -491,6 +491,7 @@ def test_dropped_with_a_reason(tmp_path, messages, reason):
             "'prompt': the key 'content'",
         ),
         ({"a, b prompt": "q", "reply: x": "a"}, r"`columns: {prompt: 'a, b prompt', response: 'reply: x'}` reads it"),
+        ({"question": "q", "answer": "a", "chat_history": "p"}, "{prompt: question, input: chat_history, response: a"),
         ({"source": "github", "text": "x"}, "fields there: source, text\\Z"),
         ({"source": "q", "target": "a", "src": "x"}, r"`columns: {prompt: source, response: target}` reads it"),
         ({"context": "p", "question_text": "q", "answer_text": "a"}, "{prompt: question_text, response: answer_text}"),

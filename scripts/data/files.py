@@ -10,7 +10,17 @@ from pathlib import Path
 
 from data.downloads import fetch_url, is_url
 from data.hub import fetch_from_hub, fetch_split
-from data.splits import CARDS, SplitFiles, check_whole, files_of_splits, listed, only_train, saved_files, say_taken
+from data.splits import (
+    CARDS,
+    SplitFiles,
+    check_whole,
+    files_of_splits,
+    listed,
+    only_train,
+    saved_files,
+    say_taken,
+    say_twice,
+)
 from recipe.keys import Recipe
 from sources.registry import find_source
 from sources.source import HubSource
@@ -62,7 +72,10 @@ def find_data_file(
             only_train(hub.split, hub.config, given)
             paths = fetch_url(given, cache_dir, download)
             return paths and SplitFiles({"train": paths})
-        return _find(dataset, given, cache_dir, revision, hub, download)
+        files = _find(dataset, given, cache_dir, revision, hub, download)
+        if files and download:
+            say_twice(dataset, files)
+        return files
     except UserError as error:
         raise UserError(f"data set {dataset}: {error}{f'; {hub.hint}' if hub.hint else ''}") from None
 

@@ -7,6 +7,7 @@ what it is for `datasets.load_dataset`, of which only the reading is left out. N
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -256,6 +257,14 @@ def say_taken(names: list[str], left_out: list[str], where: str) -> None:
     if os.environ.get("RANK", "0") == "0":  # utils.launch would bring torch for it
         others = f"; left out, as they are of another kind: {listed(left_out)}" if left_out else ""
         print(f"files of {where}: {listed(names)}{others}", flush=True)
+
+
+def say_twice(dataset: str, files: SplitFiles) -> None:
+    """Say which files of a data set are read more than once, since two patterns or splits have them."""
+    counts = Counter(path for paths in files.by_name.values() for path in paths)
+    if (again := [path.name for path in files if counts[path] > 1]) and os.environ.get("RANK", "0") == "0":
+        what = "two patterns or splits have them, and what is held out may be trained on as well"
+        print(f"warning: data set {dataset}: read more than once: {listed(again)}: {what}", flush=True)
 
 
 def listed(names: list[str]) -> str:

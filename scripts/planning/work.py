@@ -24,6 +24,9 @@ OUR_KERNELS, AUTOCAST, HALF_WEIGHTS = 117, 328, 259
 PASSES_AGAIN, LOGIT_BYTES, HEAD_BYTES = 1.22, 29, 15
 # AdamW reads and writes fp32 weights, gradients, moments and copies: 94 ms a step of the 7B, and 12 for clipping.
 UPDATE_BYTES = 34
+# What configs call the experts of a layer, and those of them that a token meets.
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+EXPERTS_MET = ("num_experts_per_tok", "moe_topk")
 STEPS = 24  # of the first epoch, evenly spread, that are cut as they will be
 
 
@@ -83,13 +86,15 @@ def work_of(
 def _expert_weights(model: PreTrainedModel, text: PretrainedConfig) -> tuple[int, int]:
     """Weights of a mixture's experts, and those of them that a token meets. transformers has them in tensors [experts,
     inputs, outputs], which are no module; what says how many there are goes by the family."""
-    names = ("num_local_experts", "num_experts", "n_routed_experts")
-    experts = next((count for name in names if (count := getattr(text, name, None))), None)
-    if experts is None:
+    experts, met = (
+        next((count for name in names if isinstance(count := getattr(text, name, None), int)), None)
+        for names in (EXPERTS, EXPERTS_MET)
+    )
+    if not experts:
         return 0, 0
     stacked = (each for each in model.parameters() if each.ndim == 3 and each.shape[0] == experts)
     stored = sum(each.numel() for each in stacked)
-    return stored, stored * text.num_experts_per_tok // experts
+    return stored, stored * (met or experts) // experts
 
 
 # ---- The steps of a run ----

@@ -14,7 +14,11 @@ def command_of(recipe: Recipe, record: RunRecord | None) -> dict[str, str]:
     launcher = record.command.launcher if record else {}
     options, keys, zero = [], [], recipe.deepspeed_config
     if launcher.get("ACCELERATE_USE_FSDP") == "true":
-        options.append("--config_file accelerate_configs/fsdp2.yaml")
+        groups, own = (launcher.get(f"PARALLELISM_CONFIG_DP_{size}_SIZE", "1") for size in ("REPLICATE", "SHARD"))
+        options.append(f"--config_file accelerate_configs/{'fsdp2' if groups == '1' else 'hsdp'}.yaml")
+        if groups != "1":
+            options.append(f"--parallelism_config_dp_replicate_size {shlex.quote(groups)}")
+            options.append(f"--parallelism_config_dp_shard_size {shlex.quote(own)}")
     if file := launcher.get(f"{PREFIX}CONFIG_FILE"):
         zero = file
         keys.append(f"--deepspeed_config {shlex.quote(shareable_path(file))}")

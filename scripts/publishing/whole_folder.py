@@ -43,7 +43,7 @@ def check_target(out: Path, source: Path) -> Path:
     work = _work_of(real)
     made = [path for path in (work, *work.parents) if not os.path.lexists(path)]
     try:
-        work.mkdir(parents=True)
+        work.mkdir(parents=True, exist_ok=True)
     except OSError as error:  # below /proc are no folders, and a name can be too long
         raise UserError(f"{out}: cannot write there: {error.strerror}") from error
     finally:
@@ -96,6 +96,7 @@ def _work_of(target: Path) -> Path:
 def _remove_leftovers(target: Path) -> None:
     for path in target.parent.glob(f".{glob.escape(target.name)}.*{UNFINISHED}"):
         number = re.fullmatch(rf"\.{re.escape(target.name)}\.(\d+){re.escape(UNFINISHED)}", path.name)
-        if number and not psutil.pid_exists(int(number[1])):
+        # In a container a killed process and the next one often have one number.
+        if number and (int(number[1]) == os.getpid() or not psutil.pid_exists(int(number[1]))):
             remove_tree(path)
             say(f"removed {path.name}, which an interrupted start had not finished")

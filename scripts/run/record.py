@@ -61,7 +61,8 @@ def describe_start(recipe: Recipe, mix: Mix, num_processes: int, dtype: torch.dt
     """
     # Of all environment variables, what the launcher said is all that is recorded.
     variables = sorted(os.environ.items())
-    launcher = {name: value for name, value in variables if re.match(r"ACCELERATE_|(LOCAL_)?WORLD_SIZE$", name)}
+    said = re.compile(r"ACCELERATE_|PARALLELISM_CONFIG_DP_|(LOCAL_)?WORLD_SIZE$")
+    launcher = {name: value for name, value in variables if said.match(name)}
     # The DeepSpeed file that counts, the accelerate config's before the recipe's.
     deepspeed = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE") if launcher_plugin() else recipe.deepspeed_config
     record = {

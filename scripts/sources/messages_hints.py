@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from sources.messages_columns import LISTS, Columns, names_of
+from sources.messages_columns import HISTORIES, LISTS, Columns, names_of
 from sources.messages_forms import ANSWERS, CONTENT_KEYS, QUESTIONS, ROLE_KEYS, Dropped, is_message, or_listed
 from sources.messages_records import conversation_of, fields_there
 from sources.messages_transcripts import turns_of_text
@@ -23,9 +23,11 @@ TURNS = (*LISTS, "turns", "data", "log", "items", "utterances", "trajectory")
 PROMPTS = (*QUESTIONS, "input", "source", "context", "message")
 REPLIES = (*ANSWERS, "generation", "generated")
 WHOLE = {"src": "source", "tgt": "target", "q": "question", "a": "answer", "text": "generated"}  # no words of others
+PASSAGES = {"context", "source"}  # less likely a prompt than any other name of one
 SPEAKERS = {"user", "human", "assistant", "gpt", "bot"}  # of such a name another word has to say what it is
 # A name that ends in one of these words is that of something about a prompt or a reply.
 ABOUT = ("id", "idx", "key", "index", "label", "type", "start", "length", "score", "model", "rating", "history")
+ABOUT += ("name", "hash", "url", "time", "lang", "language", "category", "source", "count", "tokens", "quality")
 MOST_TRIED = 100
 
 
@@ -49,8 +51,13 @@ def _candidates(record: Record) -> Iterator[Columns]:
         if (is_list and "history" not in _words(name)) or (isinstance(value, list) and name.lower() in TURNS):
             yield Columns(messages=name)
     for prompt, response in itertools.product(_by_rank(record, PROMPTS), _by_rank(record, REPLIES)):
-        if prompt.lower() != response.lower():
+        # Beside anything but a target, a source is where a record is from.
+        is_origin = {"source", "src"} & _words(prompt) and not {"target", "tgt"} & _words(response)
+        if prompt.lower() != response.lower() and not is_origin:
             yield Columns(prompt=prompt, response=response)
+            for name, value in record.values.items():
+                if name.lower() in HISTORIES and isinstance(value, str):  # which is no list of turns, but can be shown
+                    yield Columns(prompt=prompt, input=name, response=response)
 
 
 def _is_listed(record: Record, name: str) -> bool:
@@ -76,7 +83,7 @@ def _rank(name: str, known: tuple[str, ...]) -> tuple[int, int] | None:
     word, or is nearly spelt so."""
     lowered = WHOLE.get(name.lower(), name.lower())
     if lowered in known:
-        return 0, known.index(lowered)
+        return 2 if lowered in PASSAGES else 0, known.index(lowered)
     own = _words(name)
     other = {*PROMPTS, *REPLIES} - {*known} - SPEAKERS
     if own & other or name.lower().endswith(ABOUT):

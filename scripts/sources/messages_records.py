@@ -7,7 +7,7 @@ from itertools import combinations
 from typing import Any
 
 from sources.messages_columns import Columns, Names, fields_of, made_of, names_of, no_form
-from sources.messages_forms import MEDIA, Dropped, is_said, is_there, or_listed, read_turns, text_of
+from sources.messages_forms import MEDIA, ROLES, Dropped, is_said, is_there, or_listed, read_turns, text_of
 from sources.messages_transcripts import split_prompt, turns_of_text
 from sources.source import Message, Record, Remarks, kind_of
 from utils.errors import UserError
@@ -21,7 +21,7 @@ def read_prompt(record: Record) -> list[Message] | None:
     """
     names, remarks, there = names_of(None), Remarks(), fields_there(record, None)
     refuse_media(record, there)
-    if listed := _first(names.lists, there):
+    if listed := _listed(record, there, names):
         messages = _turns(record, listed, record.values[listed], names, remarks)
     elif question := _first(names.questions, there):
         asked, _ = _asked(record, there, question, None, names)
@@ -58,11 +58,13 @@ def refuse_media(record: Record, there: dict[str, str]) -> None:
 
 def conversation_of(record: Record, there: dict[str, str], names: Names, remarks: Remarks) -> list[Message]:
     """The messages of a record up to its last reply.  Raises: Dropped, or UserError for a record of no form."""
-    listed = _first(names.lists, there)
+    listed = _listed(record, there, names)
     if listed:
         remarks.used = (listed,)
         messages = _turns(record, listed, record.values[listed], names, remarks)
-        answer = _first(names.answers, there) if messages and messages[-1].role == "user" else None
+        answer = None
+        if messages and messages[-1].role == "user":  # beside a list `gpt` has the name of a model, and no reply
+            answer = _first(tuple(name for name in names.answers if name not in ROLES), there)
         if answer and isinstance(record.values[answer], str | list | dict):  # which is the reply that it waits for
             messages = _answered(record, answer, _one_text(record, answer), True, [], messages, names, remarks)
     else:
@@ -125,7 +127,7 @@ def _pair(record: Record, there: dict[str, str], names: Names, remarks: Remarks)
         known = {name.lower() for name in record.values}
         if known & {*names.questions} and known & {*names.answers}:
             raise Dropped(f"conversation with an empty {'reply' if answer is None else 'prompt'}")
-        if known & {*names.lists}:
+        if (known - there.keys()) & {*names.lists}:
             return []
         raise no_form(record)
     asked, replied = _asked(record, there, question, _one_text(record, answer), names)
@@ -240,6 +242,15 @@ def _after(turns: list[Message], prompt: list[Message]) -> list[Message] | None:
 
 def _turns(record: Record, name: str, value: Any, names: Names, remarks: Remarks) -> list[Message]:
     return read_turns(record, name, value, remarks.unused, names.roles, names.contents)
+
+
+def _listed(record: Record, there: dict[str, str], names: Names) -> str | None:
+    """The field with a list of messages: by the name of Gemini's, `contents`, others have passages, which are texts."""
+    name = _first(names.lists, there)
+    if name is None or name.lower() != "contents" or name in names.required:
+        return name
+    value = or_listed(record, name, record.values[name], names.roles, names.contents)
+    return name if all(isinstance(one, dict) for one in (value if isinstance(value, list) else [value])) else None
 
 
 def _first(names: tuple[str, ...], there: dict[str, str]) -> str | None:

@@ -474,3 +474,12 @@ def test_splits_of_two_folders_in_a_list(tmp_path):
     paths = find_data_file("d", options.input_file_path, Path("none"), None, find_source("d", options).hub)
     rows = [one.messages[0].content for one in Reading("d", options, paths, 0)]
     assert rows == ["a test 1", "b test 0", "a train 0", "a train 1", "b train 0", "b train 1"]
+
+
+def test_a_file_that_two_splits_have_is_read_twice_with_a_word(tmp_path, capsys):
+    said = card("data_files:\n  - split: train\n    path: ['*.jsonl', 'b*']\n  - split: test\n    path: c.jsonl\n")
+    write(tmp_path / "data", {".huggingface.yaml": said, **{f"{name}.jsonl": lines(name, 1) for name in "abc"}})
+    assert read(tmp_path / "data", split="train+test") == ["a 0", "b 0", "c 0", "b 0", "c 0"]
+    assert "warning: data set d: read more than once: b.jsonl, c.jsonl: " in capsys.readouterr().out
+    assert read(tmp_path / "data", split="test") == ["c 0"]
+    assert "warning" not in capsys.readouterr().out

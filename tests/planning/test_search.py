@@ -160,6 +160,19 @@ def test_only_what_a_token_meets_is_computed(tmp_path, name, share):
     assert work.weight_bytes >= 2 * 3 * sum(experts.values())
 
 
+def test_experts_by_the_names_of_another_family(seed):
+    """Each expert more that a token meets is computed."""
+    sizes = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "moe_num_experts": 8}
+    found = []
+    for count in (1, 2, 8):
+        config = AutoConfig.for_model("aria_text", **sizes, moe_topk=count)
+        model = without_weights(seed.recipe, config)
+        found.append(work_of(seed.recipe, config, model, replicated(1), 2).per_token)
+    stacked = sum(each.numel() for each in model.parameters() if each.ndim == 3)
+    assert stacked > 0
+    assert [each - found[0] for each in found] == [0, 6 * stacked / 8, 6 * stacked * 7 / 8]
+
+
 # ---- Data and models ----
 
 

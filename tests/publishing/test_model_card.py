@@ -161,6 +161,9 @@ def test_its_blocks_are_the_recipe(run_folder, tmp_path):
 
 ZERO3 = str(ROOT / "ds_configs" / "zero3.json")
 FSDP = {"ACCELERATE_USE_FSDP": "true", "WORLD_SIZE": "2"}
+GROUPS = {"PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2", "PARALLELISM_CONFIG_DP_SHARD_SIZE": "8"}
+HSDP = "--config_file accelerate_configs/hsdp.yaml --parallelism_config_dp_replicate_size 2 "
+HSDP += "--parallelism_config_dp_shard_size 8 "
 SPELLED = {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"}
 SPELLED |= {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none"}
 
@@ -171,6 +174,7 @@ SPELLED |= {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none"}
         ({}, {}, None, ""),
         ({"WORLD_SIZE": "4"}, {}, "", ""),
         (FSDP, {"deepspeed_config": "null"}, "--config_file accelerate_configs/fsdp2.yaml ", ""),
+        (FSDP | GROUPS, {"deepspeed_config": "null"}, HSDP, ""),
         ({"ACCELERATE_DEEPSPEED_CONFIG_FILE": ZERO3}, {}, "", " --deepspeed_config ds_configs/zero3.json"),
         ({"ACCELERATE_DEEPSPEED_CONFIG_FILE": "/home/me/own.json"}, {}, "", " --deepspeed_config own.json"),
         ({"WORLD_SIZE": "4"}, {"deepspeed_config": "/home/me/own.json"}, "", ""),

@@ -72,6 +72,16 @@ def test_what_a_killed_one_has_left_goes_at_the_next_try(tmp_path, capsys):
     assert f"removed .out.{child}.tmp" in capsys.readouterr().out
 
 
+def test_what_an_earlier_process_of_the_same_number_has_left_goes_too(tmp_path, capsys):
+    """As in a container, where each start may have the number 7."""
+    (tmp_path / f".out.{os.getpid()}.tmp").mkdir()
+    (tmp_path / f".out.{os.getpid()}.tmp" / "half").write_text("half")
+    with whole_folder(check_target(tmp_path / "out", tmp_path / "source")) as work:
+        assert names(work) == []
+    assert names(tmp_path) == ["out"]
+    assert f"removed .out.{os.getpid()}.tmp" in capsys.readouterr().out
+
+
 def test_where_it_may_not_be(tmp_path):
     source = tmp_path / "run" / "checkpoint-5"
     source.mkdir(parents=True)

@@ -151,6 +151,20 @@ def test_forms(tmp_path, row, expected):
     assert read(tmp_path, row) == ([expected], {})
 
 
+@pytest.mark.parametrize(
+    ("row", "unused"),
+    [
+        ({"question": "q", "answer": "a", "contents": ["passage 1", "passage 2"]}, {"contents"}),
+        ({"question": "q", "answer": "a", "contents": "passage"}, {"contents"}),
+        ({"messages": chat("q", "a", "r"), "gpt": "gpt-4"}, {"gpt"}),
+    ],
+)
+def test_a_name_of_a_list_or_a_reply_that_holds_none(row, unused):
+    remarks = Remarks()
+    ((conversation),) = read_messages(Record(row, Path("x"), 1, 1), OPTIONS, remarks, 1)
+    assert ([(one.role, one.content) for one in conversation.messages], remarks.unused) == (PAIR, unused)
+
+
 @pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
 def test_the_forms_of_the_fixture(case):
     """A record, and its messages with whether each is learnt; or that it is dropped."""
@@ -477,6 +491,11 @@ def test_dropped_with_a_reason(tmp_path, messages, reason):
             "'prompt': the key 'content'",
         ),
         ({"a, b prompt": "q", "reply: x": "a"}, r"`columns: {prompt: 'a, b prompt', response: 'reply: x'}` reads it"),
+        ({"question": "q", "answer": "a", "chat_history": "p"}, "{prompt: question, input: chat_history, response: a"),
+        ({"source": "github", "text": "x"}, "fields there: source, text\\Z"),
+        ({"source": "q", "target": "a", "src": "x"}, r"`columns: {prompt: source, response: target}` reads it"),
+        ({"context": "p", "question_text": "q", "answer_text": "a"}, "{prompt: question_text, response: answer_text}"),
+        ({"prompt_name": "x", "prompt_text": "q", "reply_time": "1 s", "output_text": "a"}, "{prompt: prompt_text,"),
         ({"mesages": chat("q", "a")}, "fields there: mesages: `columns: {messages: mesages}` reads it"),
         ({"instructon": "q", "output": "a"}, "instructon, output: `columns: {prompt: instructon, response: output}` r"),
         ({"messages": chat("q"), "output": ["a", "b"]}, "'output' is a list of texts, of which one would have"),

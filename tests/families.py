@@ -81,6 +81,17 @@ FAMILIES = {
         "gemma3",
         {"text_config": TEXT | HEAD, "vision_config": VISION, "mm_tokens_per_image": 4},
     ),
+    "Gemma 4, text": (
+        "gemma4_text",
+        {
+            **HEAD,
+            "global_head_dim": 16,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "vocab_size_per_layer_input": VOCABULARY,
+            "hidden_size_per_layer_input": 8,
+            "num_kv_shared_layers": 0,
+        },
+    ),
     "Phi-1, Phi-2": ("phi", {}),
     "Phi-3, Phi-4": ("phi3", GROUPED),
     "Phi-3.5-MoE": ("phimoe", GROUPED | EXPERTS | {"router_jitter_noise": 0.0, "input_jitter_noise": 0.0}),

@@ -30,6 +30,7 @@ from training.tokenizer_files import save_tokenizer
 from utils.errors import UserError, reason
 from utils.files import read_json
 
+OLDER_ROPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")  # the kinds of transformers 4.57
 # Keys of a config.json of which no weight and no logit depends.
 NO_PART_OF_THE_MODEL = (
     "architectures",
@@ -186,6 +187,8 @@ def with_older_rope(config: dict[str, Any]) -> dict[str, Any]:
         if theta := rope.get("sliding_attention", {}).get("rope_theta"):
             older["rope_local_base_freq"] = theta
         rope = rope["full_attention"]
+    if rope.get("rope_type", "default") not in OLDER_ROPES:
+        return config  # of a model that transformers 4 does not have
     neox = config.get("model_type") == "gpt_neox"
     names = {
         "rope_theta": "rotary_emb_base" if neox else "rope_theta",

@@ -78,10 +78,14 @@ def _why_not(name: str, recipe: Recipe, config: PretrainedConfig) -> str | None:
 
 
 def attention_heads(text: PretrainedConfig) -> tuple[int, int]:
-    """How many attention heads each layer of a language model has, and how wide each is; 0, 0 for one of states alone
-    (Mamba, RWKV)."""
+    """How many attention heads each layer of a language model has, and how wide each is, in the widest layer; 0, 0 for
+    one of states alone (Mamba, RWKV)."""
     heads = getattr(text, "num_attention_heads", None) or 0
-    return heads, heads and (getattr(text, "head_dim", None) or text.hidden_size // heads)
+    try:
+        width = getattr(text, "head_dim", None)
+    except RuntimeError:  # transformers', where layers differ (Gemma 4)
+        width = max(layer.head_dim for layer in text.per_layer_config)
+    return heads, heads and (width or text.hidden_size // heads)
 
 
 def attention_dropout(config: PretrainedConfig) -> bool:

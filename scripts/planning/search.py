@@ -222,7 +222,8 @@ def _planned(subject: Subject, recipe: Recipe, launcher: Launcher, card: Card, m
         pace = Pace(card, work, layout, size, traffic, element, moment_bytes(recipe), subject.mfu)
         seconds = sum(pace.step(load) for load in loads) / len(loads)
         tokens_per_second = float(sum(load.read.sum() for load in loads)) / len(loads) / seconds
-        training = steps * seconds
+        # Not of the sampled steps: 24 of the seed's 15,980 have 4.5 % more tokens than the others.
+        training = steps * float(subject.tokens.sum()) / epoch_steps / tokens_per_second
         evaluation = math.ceil(steps / recipe.eval_steps) * pace.evaluating(_validation(subject, recipe, cards))
     rounds = sum(len(load.tokens) for load in loads) / len(loads)
     saved = subject.parameters if subject.adapter is None else subject.adapter.weights

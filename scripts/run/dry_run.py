@@ -18,6 +18,7 @@ from run.preflight import check_new_tokens, find_engine, schedule_warnings, voca
 from run.resume import FINISHED, check_config, find_checkpoint, is_finished
 from run.samples import check_prompts, load_prompts, room_for_reply
 from sources.registry import find_source
+from training.adapter_files import require_packages
 from training.fsdp_config import find_sharding, sharded_layers
 from training.model import check_tiny, check_weights, count_parameters, load_config, load_tokenizer, without_weights
 from training.plan import describe_step, foretold_steps
@@ -46,6 +47,8 @@ def _look(recipe: Recipe, allow_changes: bool) -> None:
     """What takes no time first, then the data, then the model."""
     dtype = training_dtype(recipe.dtype)
     layout = find_engine(recipe, dtype)
+    if recipe.use_peft:  # load_config looks too, but only of a model that is here
+        require_packages(recipe.load_in_4bit)
     held_out = set(recipe.datasets.chosen())
     check_metric(recipe, held_out)
     prompts, checkpoint = check_prompts(recipe), None

@@ -1,5 +1,6 @@
 """What a dry run finds of a model without loading it: the line of the real run, or what it could not look at."""
 
+import importlib.util
 import json
 import shutil
 import time
@@ -277,3 +278,15 @@ def test_seven_billion_parameters_are_looked_at_in_seconds(base):
     assert "llama, 6,738,415,616 parameters" in describe_model(recipe_of(folder))
     assert time.process_time() - started < 10
     assert psutil.Process().memory_info().rss - before < 2**30
+
+
+@pytest.mark.parametrize(("recipe", "package"), [("lora", "peft"), ("qlora", "bitsandbytes")])
+def test_what_adapters_need_is_missed_though_the_model_is_not_here(tmp_path, monkeypatch, recipe, package):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: found(name, *more) if name != package else None
+    )
+    keys = {"output_dir": str(tmp_path / "out"), "model_name": "nobody/nothing", "log_wandb": "false"}
+    loaded = load_recipe(ROOT / "recipes" / f"stablelm7b_oasst_{recipe}.yaml", keys)
+    with pytest.raises(UserError, match=f"^{package} is not installed: pip install -r requirements-lora.txt"):
+        dry_run(loaded, allow_changes=False)

@@ -7,6 +7,7 @@ from contextlib import redirect_stdout
 
 from huggingface_hub import constants
 
+from data.downloads import check_scheme, is_url
 from data.files import may_be_on_hub, source_files
 from data.reading import TRAIN, VALIDATION, Reading
 from recipe.keys import Recipe
@@ -63,6 +64,9 @@ def _look(recipe: Recipe, allow_changes: bool) -> None:
         if not paths and not may_be_on_hub(options.input_file_path, hub):
             source_files(name, recipe)  # says where it looked
         if not paths:
+            given = options.input_file_path
+            for url in filter(is_url, given if isinstance(given, list) else [given]):
+                check_scheme(url)
             rows = None
             say(f"{name}: not here, would be fetched from {f'the hub ({hub.repo})' if hub.repo else 'its URL'}")
             continue

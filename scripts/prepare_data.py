@@ -164,7 +164,7 @@ def show_examples(mix: Mix, recipe: Recipe, tokenizer, count: int, dataset: str 
         for row in np.flatnonzero(mix.train.dataset == index)[:count] if dataset in (None, name) else []:
             ids, scored = cut(mix.train, row, recipe, epoch=0)
             title = f"{name}, row {row}: {len(ids):,} tokens, {scored.sum():,} scored{weight_of(mix, row)}"
-            console.rule(title, align="left")
+            console.print(f"--- {title}", style="bold")
             console.print(render(tokenizer, ids, scored))
 
 
@@ -179,14 +179,14 @@ def show_batch(mix: Mix, recipe: Recipe, tokenizer) -> None:
     padding = batch.input_ids.numel() - sum(batch.lengths)
     layout = f"{shape}, {padding:,} of them padding" if batch.boundaries is None else f"end to end, {shape}, no padding"
     packs = f" in {counted(int(np.isin(epoch.rows[epoch.bounds[:-1]], rows).sum()), 'pack')}" if recipe.packing else ""
-    console.rule(f"the first batch: {counted(len(rows), 'conversation')}{packs}, {layout}")
+    console.print(f"the first batch: {counted(len(rows), 'conversation')}{packs}, {layout}", style="bold")
     for row, (ids, scored) in zip(rows, batch.conversations(), strict=True):
         start, length = window_start(mix.train.tokens(row)[1], row, recipe, 0), len(ids)
-        console.rule(
-            f"{mix.names[mix.train.dataset[row]]}, row {row}: tokens {start:,} to {start + length:,} of "
+        console.print(
+            f"--- {mix.names[mix.train.dataset[row]]}, row {row}: tokens {start:,} to {start + length:,} of "
             f"{mix.train.lengths[row]:,} at positions 0 to {length - 1:,}, {int(scored.sum()):,} scored"
             f"{weight_of(mix, row)}",
-            align="left",
+            style="bold",
         )
         console.print(render(tokenizer, ids.numpy(), scored.numpy()))
 

@@ -220,7 +220,7 @@ def test_what_has_no_results_keeps_nobody_from_the_others(run, tmp_path):
     """Each is named; an error only where nothing is left."""
     without = [tmp_path / "empty", tmp_path / "gone", run / "config.json", tmp_path / ("x" * 300)]
     without[0].mkdir()
-    problems = ["no results; run an eval script", "no such file", "not a result file", "File name too long"]
+    problems = ["no results; run an eval_", "no such file", "not a result file", "File name too long"]
     for place in (0, 1, 2):  # whichever comes first
         arguments = [*without[:place], run / "checkpoint-20", *without[place:]]
         found = compare(*arguments)
@@ -232,7 +232,7 @@ def test_what_has_no_results_keeps_nobody_from_the_others(run, tmp_path):
     alone = compare(*without, check=False)
     assert alone.returncode == 2
     assert len(alone.errors) == alone.stderr.count("\n") == 1
-    assert "empty: no results; run an eval script on it first (and 3 files more)" in alone.errors[0]
+    assert "empty: no results; run an eval_*.py on it first (and 3 files more)" in alone.errors[0]
 
 
 def test_results_of_before_there_were_all_fields(run, tmp_path):
@@ -257,7 +257,7 @@ def test_results_of_before_there_were_all_fields(run, tmp_path):
         (["nowhere"], "nowhere: no such file or folder"),
         (["x" * 300], "File name too long"),
         (["{run}/config.json"], "not a result file of the eval scripts"),
-        (["{empty}"], "no results; run an eval script on it first"),
+        (["{empty}"], "no results; run an eval_*.py on it first"),
         (["{run}/checkpoint-20", "--plot", "x.png"], "needs results at two steps"),
         (["{run}", "--plot", "{run}/no/such/folder/x.png"], "cannot be written"),
         (["{run}", "--markdwon"], "--markdwon"),

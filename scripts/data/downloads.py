@@ -82,6 +82,16 @@ def fetch_url(url: str, cache_dir: Path, download: bool) -> list[Path] | None:
             (folder / PART).unlink(missing_ok=True)
 
 
+def check_scheme(url: str) -> None:
+    """UserError where nothing that is installed here reads URLs of this kind."""
+    import fsspec
+
+    try:
+        fsspec.get_filesystem_class(urlsplit(url).scheme)
+    except (ImportError, ValueError) as error:  # of a package that is missing, of a protocol that is none
+        raise UserError(f"{url}: {reason(error)}") from None
+
+
 def _launch() -> str | None:
     """What the processes that a launcher started on this machine have in common: itself. None without a launcher."""
     if "LOCAL_RANK" not in os.environ:

@@ -37,7 +37,7 @@ def write_page(path: Path, reports: list[SamplingReport]) -> None:
         write_whole(path, make_page(reports), errors="backslashreplace")
     except OSError as error:
         raise UserError(f"--html {path}: cannot be written: {error.strerror}") from None
-    print(f"page: {path} ({path.stat().st_size / 1e6:,.1f} MB)", flush=True)
+    print(f"page: {path} ({path.stat().st_size / 1e6:,.2f} MB)", flush=True)
 
 
 def make_page(reports: list[SamplingReport]) -> str:

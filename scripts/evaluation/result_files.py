@@ -169,7 +169,7 @@ def read_columns(paths: Iterable[Path]) -> tuple[list[Column], list[str]]:
         except OSError as error:
             found, passed_over = [], [f"{path}: {error.strerror}"]
         columns += found
-        problems += passed_over if found or passed_over else [f"{path}: no results; run an eval script on it first"]
+        problems += passed_over if found or passed_over else [f"{path}: no results; run an eval_*.py on it first"]
     if not columns:
         more = f" (and {counted(len(problems) - 1, 'file')} more)" * (len(problems) > 1)
         raise UserError(f"{problems[0]}{more}")

@@ -7,6 +7,7 @@ from contextlib import redirect_stdout
 
 from huggingface_hub import constants
 
+from data.downloads import check_scheme, is_url
 from data.files import may_be_on_hub, source_files
 from data.reading import TRAIN, VALIDATION, Reading
 from recipe.keys import Recipe
@@ -18,6 +19,7 @@ from run.preflight import check_new_tokens, find_engine, schedule_warnings, voca
 from run.resume import FINISHED, check_config, find_checkpoint, is_finished
 from run.samples import check_prompts, load_prompts, room_for_reply
 from sources.registry import find_source
+from training.adapter_files import require_packages
 from training.fsdp_config import find_sharding, sharded_layers
 from training.model import check_tiny, check_weights, count_parameters, load_config, load_tokenizer, without_weights
 from training.plan import describe_step, foretold_steps
@@ -46,6 +48,8 @@ def _look(recipe: Recipe, allow_changes: bool) -> None:
     """What takes no time first, then the data, then the model."""
     dtype = training_dtype(recipe.dtype)
     layout = find_engine(recipe, dtype)
+    if recipe.use_peft:  # load_config looks too, but only of a model that is here
+        require_packages(recipe.load_in_4bit)
     held_out = set(recipe.datasets.chosen())
     check_metric(recipe, held_out)
     prompts, checkpoint = check_prompts(recipe), None
@@ -60,6 +64,9 @@ def _look(recipe: Recipe, allow_changes: bool) -> None:
         if not paths and not may_be_on_hub(options.input_file_path, hub):
             source_files(name, recipe)  # says where it looked
         if not paths:
+            given = options.input_file_path
+            for url in filter(is_url, given if isinstance(given, list) else [given]):
+                check_scheme(url)
             rows = None
             say(f"{name}: not here, would be fetched from {f'the hub ({hub.repo})' if hub.repo else 'its URL'}")
             continue

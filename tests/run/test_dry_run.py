@@ -1,7 +1,9 @@
 """What a dry run finds of a model without loading it: the line of the real run, or what it could not look at."""
 
+import importlib.util
 import json
 import shutil
+import sys
 import time
 
 import psutil
@@ -277,3 +279,37 @@ def test_seven_billion_parameters_are_looked_at_in_seconds(base):
     assert "llama, 6,738,415,616 parameters" in describe_model(recipe_of(folder))
     assert time.process_time() - started < 10
     assert psutil.Process().memory_info().rss - before < 2**30
+
+
+@pytest.mark.parametrize(("recipe", "package"), [("lora", "peft"), ("qlora", "bitsandbytes")])
+def test_what_adapters_need_is_missed_though_the_model_is_not_here(tmp_path, monkeypatch, recipe, package):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: found(name, *more) if name != package else None
+    )
+    keys = {"output_dir": str(tmp_path / "out"), "model_name": "nobody/nothing", "log_wandb": "false"}
+    loaded = load_recipe(ROOT / "recipes" / f"stablelm7b_oasst_{recipe}.yaml", keys)
+    with pytest.raises(UserError, match=f"^{package} is not installed: pip install -r requirements-lora.txt"):
+        dry_run(loaded, allow_changes=False)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("s3://bucket/x.jsonl", "s3fs"),
+        ("s4://bucket/x.jsonl", "Protocol not known: s4"),
+        ("https://host/x.jsonl", None),
+    ],
+)
+def test_a_url_that_nothing_here_can_read(tmp_path, capsys, monkeypatch, url, message):
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    mix = [{"mine": {"source": "messages", "input_file_path": ["https://host/y.jsonl", url]}}]
+    values = {"model_name": "nobody/nothing", "output_dir": str(tmp_path / "out"), "datasets": mix, "log_wandb": False}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(values))
+    loaded = load_recipe(tmp_path / "recipe.yaml", {})
+    if message:
+        with pytest.raises(UserError, match=f"^{url}: .*{message}"):
+            dry_run(loaded, allow_changes=False)
+    else:
+        dry_run(loaded, allow_changes=False)
+        assert "mine: not here, would be fetched from its URL" in capsys.readouterr().out

@@ -78,14 +78,19 @@ def _why_not(name: str, recipe: Recipe, config: PretrainedConfig) -> str | None:
 
 
 def attention_heads(text: PretrainedConfig) -> tuple[int, int]:
-    """How many attention heads each layer of a language model has, and how wide each is, in the widest layer; 0, 0 for
-    one of states alone (Mamba, RWKV)."""
-    heads = getattr(text, "num_attention_heads", None) or 0
+    """How many attention heads each layer of a language model has, and how wide each is; 0, 0 for one of states alone
+    (Mamba, RWKV)."""
+    heads = largest(text, "num_attention_heads") or 0
+    return heads, heads and (largest(text, "head_dim") or text.hidden_size // heads)
+
+
+def largest(text: PretrainedConfig, name: str) -> int | None:
+    """A number that a language model's config gives for a layer, the largest where layers differ (Gemma 4); None where
+    it gives none."""
     try:
-        width = getattr(text, "head_dim", None)
-    except RuntimeError:  # transformers', where layers differ (Gemma 4)
-        width = max(layer.head_dim for layer in text.per_layer_config)
-    return heads, heads and (width or text.hidden_size // heads)
+        return getattr(text, name, None)
+    except RuntimeError:  # transformers', which wants to be asked layer by layer
+        return max(getattr(layer, name, None) or 0 for layer in text.per_layer_config)
 
 
 def attention_dropout(config: PretrainedConfig) -> bool:

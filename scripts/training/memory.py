@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 from recipe.keys import Recipe
 from training.adapters import AdapterSize
-from training.attention import attention_heads, choose_attention
+from training.attention import attention_heads, largest, choose_attention
 from training.loss import rows_of_a_chunk
 from training.plan import accumulation_steps
 from training.state_layout import ModelSize, StateLayout, deepspeed_layout, device_state, host_state
@@ -118,8 +118,8 @@ def _activations_per_token(
     text = config.get_text_config()
     hidden, layers, vocabulary = text.hidden_size, text.num_hidden_layers, text.vocab_size
     heads, head = attention_heads(text)
-    key_heads = getattr(text, "num_key_value_heads", None) or heads
-    inner = getattr(text, "intermediate_size", None) or 4 * hidden
+    key_heads = largest(text, "num_key_value_heads") or heads
+    inner = largest(text, "intermediate_size") or 4 * hidden
     # Two matrices, or three of a gated MLP: no config says it, but the number of parameters does.
     embeddings = vocabulary * hidden * (1 if config.tie_word_embeddings else 2)
     mlp = (num_parameters - embeddings) / layers - 2 * hidden * head * (heads + key_heads)

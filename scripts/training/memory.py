@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 from recipe.keys import Recipe
 from training.adapters import AdapterSize
-from training.attention import attention_heads, largest, choose_attention
+from training.attention import attention_heads, choose_attention, largest
 from training.loss import rows_of_a_chunk
 from training.plan import accumulation_steps
 from training.state_layout import ModelSize, StateLayout, deepspeed_layout, device_state, host_state

@@ -110,6 +110,7 @@ def main(options, recipe: Recipe, stop: StopSignal) -> None:
     run.end(stopped, stop.name)
     if accelerator.is_main_process and not stopped:
         write_model_card(recipe.output_dir, recipe.trust_remote_code)
+    run.end_trackers()
     engine.close()
     if stopped:
         raise SystemExit(EXIT_STOPPED)

@@ -63,7 +63,7 @@ class Run:
         self.record = recipe.output_dir / "run.json"
         self.runs_in_record, self.failure = False, ""
         self.saver: Saver | None = None  # before there is an engine
-        self.log: RunLog | None = None  # before `start`
+        self.log: RunLog | None = None  # before `start`, and when it has ended in its trackers
         self.clock = Clock()
         self.saved_step: int | None = None  # of the last checkpoint of this start
         self.watch = Watch(recipe.stall_minutes, self.record)
@@ -262,12 +262,9 @@ class Run:
         url = self.log.trackers.wandb_url
         end_start(self.record, status, why, self.progress.step, report=report, wandb=url)
         self.runs_in_record = False
-        self.watch.at("leaving the others")
 
     def close(self) -> None:
-        """This start is over, by whatever came, and why is said: what is still written behind it ends first, while it
-        is watched; where that fails too, a line says so. Last of all it ends in its trackers, which may take minutes
-        for what they have left to upload."""
+        """This start is over, and why is said: what is still written ends first, watched, or a line says why not."""
         if self.saver:
             if not self.saver.is_idle:
                 self.watch.at("ending a checkpoint", bytes_moved)
@@ -278,10 +275,16 @@ class Run:
                     print(f"error: {error}", file=sys.stderr, flush=True)
             except Exception as error:  # another process is gone, most likely
                 say(f"the checkpoint that was being written is not: {reason(error)}")
-        if self.log and self.main_process:
-            self.watch.at("ending the run in its trackers", alive)
-            self.log.trackers.finish(failed=bool(self.failure))
+        self.end_trackers()
         self.watch.close()
+
+    def end_trackers(self) -> None:
+        """It may take minutes for what they have left to upload; a launcher gives half of one once others have left."""
+        log, self.log = self.log, None
+        if log and self.main_process:
+            self.watch.at("ending the run in its trackers", alive)
+            log.trackers.finish(failed=bool(self.failure))
+        self.watch.at("leaving the others")
 
     def final_model(self) -> PreTrainedModel:
         """The model that was trained; where no process has all of it, as it was saved. On the first process."""

@@ -62,7 +62,11 @@ def check_launch_command() -> None:
     """As `check_arguments`, of the command that started this process, where it can be seen: not behind pdsh."""
     if "ACCELERATE_MIXED_PRECISION" not in os.environ:  # which every launcher of Accelerate's sets
         return
-    for process in psutil.Process().parents():
+    try:
+        parents = psutil.Process().parents()
+    except (psutil.Error, OSError):  # of a machine that does not show its processes
+        return
+    for process in parents:
         if arguments := launch_arguments(process):
             check_arguments(arguments)
             return
@@ -95,7 +99,7 @@ def launch_arguments(process: psutil.Process) -> Namespace | None:
     """What a process reads that is `accelerate launch`, in any spelling of it; None where it is something else."""
     try:
         words = process.cmdline()
-    except psutil.Error:  # another user's, or gone
+    except (psutil.Error, OSError):  # another user's, or gone
         return None
     for number, word in enumerate(words, 1):
         name, following = os.path.basename(word), words[number:]

@@ -18,6 +18,7 @@ from run import opening, trackers
 from run.checkpoint import read_checkpoint
 from run.health import StepHealth
 from run.log import RunLog
+from training.engine import Engine
 from utils.errors import UserError
 
 WHY = "pip install tensorboard mlflow trackio: too large for everybody's tests"
@@ -240,10 +241,17 @@ def test_all_is_written_before_the_trackers_take_their_time(tmp_path, tiny_model
         there.extend(path.name for path in output.iterdir())
         there.append(json.loads((output / "run.json").read_text())["status"])
 
+    def close(engine):
+        there.append("the others leave")  # of which a stopped one has the launcher end this process soon
+        leave(engine)
+
+    leave = Engine.close
+    monkeypatch.setattr(Engine, "close", close)
     monkeypatch.setattr(trackers.Trackers, "finish", finish)
     run = run_here(small_recipe(tmp_path, tiny_model, max_steps=2, sample_replies=0), output_dir=output)
     assert run.returncode == 0, run.stderr
     assert {"model.safetensors", "README.md", "finished"} <= set(there)
+    assert there[-2:] == ["finished", "the others leave"]
 
 
 @pytest.mark.usefixtures("nobody")

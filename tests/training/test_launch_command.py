@@ -12,7 +12,7 @@ from forking import launched_environments
 from mixes import make_recipe
 
 from run.preflight import find_engine
-from training.launch_command import check_arguments, launch_arguments
+from training.launch_command import check_arguments, check_launch_command, launch_arguments
 from utils.errors import UserError
 from utils.launch import DTYPES
 
@@ -195,6 +195,12 @@ def test_the_command_is_read_off_the_process(words, file):
     finally:
         process.communicate(b"\n")
     assert launch_arguments(psutil.Process()) is None
+
+
+def test_a_machine_that_shows_no_processes_is_none_of_the_users_mistakes(monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path))
+    check_launch_command()
 
 
 @pytest.mark.soak

@@ -5,9 +5,11 @@ It hands most of that on by environment variables, which training/launcher_confi
 line of the process that started this one, and the file that this names.
 """
 
+import io
 import os
 from argparse import Namespace
 from collections.abc import Iterator
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -106,11 +108,20 @@ def launch_arguments(process: psutil.Process) -> Namespace | None:
         if name in ("accelerate-launch", "accelerate.commands.launch") or word.endswith(
             "accelerate/commands/launch.py"
         ):
-            return launch_command_parser().parse_args(following)
+            return _parsed(following)
         is_cli = name in ("accelerate", "accelerate.commands.accelerate_cli", "accelerate_cli.py")
         if is_cli and following[:1] == ["launch"]:
-            return launch_command_parser().parse_args(following[1:])
+            return _parsed(following[1:])
     return None
+
+
+def _parsed(words: list[str]) -> Namespace | None:
+    """None for what the launcher itself would refuse: another program has `accelerate launch` among its own words."""
+    try:
+        with redirect_stderr(io.StringIO()):
+            return launch_command_parser().parse_args(words)
+    except SystemExit:
+        return None
 
 
 def check_config_file(file: Path, without_plugins: bool = False) -> dict[str, Any]:

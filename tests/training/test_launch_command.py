@@ -197,6 +197,15 @@ def test_the_command_is_read_off_the_process(words, file):
     assert launch_arguments(psutil.Process()) is None
 
 
+def test_words_that_no_launcher_would_take_are_another_programs(capfd):
+    class Wrapper:
+        def cmdline(self) -> list[str]:
+            return ["watchdog", "--run", "accelerate", "launch", "--restarts", "3"]
+
+    assert launch_arguments(Wrapper()) is None
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_machine_that_shows_no_processes_is_none_of_the_users_mistakes(monkeypatch, tmp_path):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path))

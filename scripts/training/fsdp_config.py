@@ -34,7 +34,8 @@ SUPPORTED = {
         "full_shard 1",
         "remove it, which is of FSDP1: fsdp_reshard_after_forward says it, or accelerate_configs/hsdp.yaml",
     ),
-    "fsdp_state_dict_type": ("", "remove it: a checkpoint has one form, which every engine reads"),
+    # Which `accelerate config` writes by itself.
+    "fsdp_state_dict_type": ("sharded_state_dict", "remove it: a checkpoint has one form, which every engine reads"),
     "fsdp_activation_checkpointing": ("false", "remove it: the recipe's gradient_checkpointing says it"),
     "fsdp_activation_checkpointing_offload": ("false", "remove it: activations stay where they are"),
     "fsdp_min_num_params": ("100000000", "remove it: a model is sharded layer by layer"),

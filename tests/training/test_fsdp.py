@@ -150,6 +150,17 @@ REFUSED = [
 ]
 
 
+def test_what_accelerate_config_writes_by_itself_is_taken(launched):
+    own = {"fsdp_state_dict_type": "SHARDED_STATE_DICT", "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
+    own |= {
+        "fsdp_cpu_ram_efficient_loading": True,
+        "fsdp_offload_params": False,
+        "fsdp_activation_checkpointing": False,
+    }
+    launched("fsdp2", 2, own)
+    assert find_sharding(make_recipe(), torch.bfloat16).shards == 2
+
+
 @pytest.mark.parametrize(("changes", "message"), REFUSED)
 def test_what_cannot_be_had_is_named(launched, changes, message):
     launched("fsdp2", 2, changes)

@@ -26,9 +26,8 @@ demo_output/config.json:
 # the other has left.
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-# Offline: where no hub answers, one test alone asked it for 7 minutes.
 test: .venv/tests lint  ## everything, two tests at a time
-	HF_HUB_OFFLINE=1 $(PYTEST)
+	$(PYTEST)
 
 test-kernels: .venv/tests .venv/liger  ## the Triton kernels, ours and Liger's, without a GPU, in Triton's interpreter (1 GB)
 	PYTHONPATH=.venv/liger TRITON_INTERPRET=1 $(PYTEST) tests/training/test_adamw.py tests/training/test_cross_entropy.py tests/training/test_neox.py

@@ -1,7 +1,6 @@
 """--dry_run: check everything that can be checked without loading weights, and print the resolved recipe."""
 
 import io
-import math
 import os
 from contextlib import redirect_stdout
 
@@ -82,8 +81,7 @@ def _look(recipe: Recipe, allow_changes: bool) -> None:
             f"{(codes == VALIDATION).sum():,} validation conversations ({source.losses()})"
         )
     check_metric(recipe, held_out)
-    model = describe_model(recipe)
-    say(f"{recipe.model_name}: {model}")
+    say(f"{recipe.model_name}: {describe_model(recipe)}")
     if checkpoint:
         _check_model_of(checkpoint, recipe, allow_changes)
     if prompts:
@@ -93,7 +91,7 @@ def _look(recipe: Recipe, allow_changes: bool) -> None:
     say(f"{layout}: {describe_step(recipe, num_processes())}")
     for warning in _schedule(recipe, rows, bool(held_out)):
         say(f"warning: {warning}")
-    if constants.HF_HUB_OFFLINE and (rows is None or "would be fetched" in model):
+    if constants.HF_HUB_OFFLINE and (rows is None or not (tokenizer_is_here(recipe) and model_is_here(recipe))):
         say("warning: HF_HUB_OFFLINE is set, by which a start here would fetch nothing, and end")
     say("nothing wrong was found; what was not here to look at is said above")
 
@@ -109,8 +107,7 @@ def _check_folder(recipe: Recipe) -> None:
 
 def _check_model_of(checkpoint: Checkpoint, recipe: Recipe, allow_changes: bool) -> None:
     """As `check_config`, where the model's config and tokenizer are here."""
-    folder = model_folder(recipe.model_name)
-    if folder and (os.path.isdir(recipe.model_name) or (folder / "tokenizer.json").exists()):
+    if tokenizer_is_here(recipe):
         config = config_of_run(recipe, load_config(recipe), load_tokenizer(recipe))
         check_config(checkpoint, config, recipe, allow_changes)
 
@@ -122,9 +119,20 @@ def _schedule(recipe: Recipe, rows: dict[str, int] | None, held_out: bool) -> li
         rows: of each data set's training split; None where one is not here.
     """
     known = rows is not None and not recipe.packing and not recipe.drop_contaminated
-    epoch_steps = foretold_steps(recipe, rows, num_processes()) if known else None
-    total_steps = recipe.max_steps or (epoch_steps and math.ceil(round(recipe.num_train_epochs * epoch_steps, 6)))
+    epoch_steps, total_steps = foretold_steps(recipe, rows, num_processes()) if known else (None, recipe.max_steps)
     return schedule_warnings(recipe, total_steps, epoch_steps, held_out) if total_steps else []
+
+
+def tokenizer_is_here(recipe: Recipe) -> bool:
+    """Whether a start would fetch nothing of the model's tokenizer."""
+    folder = model_folder(recipe.model_name)
+    return os.path.isdir(recipe.model_name) or (folder is not None and (folder / "tokenizer.json").exists())
+
+
+def model_is_here(recipe: Recipe) -> bool:
+    """Whether it would fetch neither config nor weights, as far as it wants these."""
+    folder = model_folder(recipe.model_name)
+    return folder is not None and (recipe.from_scratch or os.path.isdir(recipe.model_name) or weights_are_here(folder))
 
 
 def describe_model(recipe: Recipe) -> str:
@@ -132,15 +140,14 @@ def describe_model(recipe: Recipe) -> str:
 
     Not whether it fits into memory: a dry run may be made where the run is not, on a laptop or a login node.
     """
-    folder = model_folder(recipe.model_name)
-    if folder is None:
+    if model_folder(recipe.model_name) is None:
         return "not here, would be fetched from the hub"
-    own, unseen = os.path.isdir(recipe.model_name), []
+    unseen = []
     config = load_config(recipe)
     parameters = count_parameters(recipe, config)
     if check_tiny(recipe, config) is None:
         unseen.append("whether its kind can be trained, since no tiny model of it can be made")
-    if own or (folder / "tokenizer.json").exists():
+    if tokenizer_is_here(recipe):
         tokenizer = load_tokenizer(recipe)
         check_new_tokens(recipe, config, tokenizer)
         check_savable(recipe, config, tokenizer, fetch=False)
@@ -149,10 +156,10 @@ def describe_model(recipe: Recipe) -> str:
             say(f"warning: {warning}")
     else:
         unseen.append("its tokenizer, which would be fetched from the hub")
-    if not recipe.from_scratch and (own or weights_are_here(folder)):
-        check_weights(recipe, config)
-    elif not recipe.from_scratch:
+    if not model_is_here(recipe):
         unseen.append("its weights, which would be fetched from the hub")
+    elif not recipe.from_scratch:
+        check_weights(recipe, config)
     rows = config.get_text_config().vocab_size
     described = f"{config.model_type}, {parameters:,} parameters, {rows:,} rows in its embedding"
     return "; not looked at: ".join([described, *[", ".join(unseen)] * bool(unseen)])

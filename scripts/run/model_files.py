@@ -25,7 +25,7 @@ from run.snapshot import Weights
 from training.adapter_files import save_adapter
 from training.adapters import has_adapter
 from training.model import fit_to_tokenizer, without_weights
-from training.pretrained import folder_to_read_back, load_pretrained
+from training.pretrained import cache_alone, folder_to_read_back, load_pretrained
 from training.tokenizer_files import save_tokenizer
 from utils.errors import UserError, reason
 from utils.files import read_json
@@ -91,7 +91,7 @@ def check_savable(recipe: Recipe, config: PretrainedConfig, tokenizer, fetch: bo
             if not recipe.from_scratch:
                 with contextlib.suppress(OSError):  # there need not be one
                     model.generation_config = GenerationConfig.from_pretrained(
-                        recipe.model_name, local_files_only=not fetch
+                        recipe.model_name, local_files_only=not fetch or cache_alone(recipe.model_name)
                     )
             fit_to_tokenizer(model, tokenizer, mean_resizing=False)
             model.generation_config.save_pretrained(folder)

@@ -134,11 +134,17 @@ def _rows_wanted(options: DatasetOptions, rows: int) -> int:
     return options.size if options.size is not None else max(1, round(rows * (options.fraction or 1.0)))
 
 
-def foretold_steps(recipe: Recipe, rows: Mapping[str, int], num_processes: int) -> int:
-    """Optimizer steps of an epoch, by the rows of each data set's training split; not under `packing`."""
+def foretold_steps(recipe: Recipe, rows: Mapping[str, int], num_processes: int) -> tuple[int, int]:
+    """Optimizer steps of an epoch and of the run, by the rows of each data set's training split; not with `packing`."""
     mix = recipe.datasets.chosen().items()
     conversations = sum(min(rows[name], _rows_wanted(options, rows[name])) for name, options in mix)
-    return math.ceil(conversations / packs_per_step(recipe, num_processes))
+    epoch = math.ceil(conversations / packs_per_step(recipe, num_processes))
+    return epoch, recipe.max_steps or _steps_of_epochs(recipe.num_train_epochs, epoch)
+
+
+def _steps_of_epochs(epochs: float, steps: int) -> int:
+    """Of epochs of so many steps; rounded, since 0.1 of 2.1 is a little over 0.1."""
+    return math.ceil(round(epochs * steps, 6))
 
 
 def packs_per_step(recipe: Recipe, num_processes: int) -> int:
@@ -205,8 +211,7 @@ def steps_left(mix: Mix, recipe: Recipe, num_processes: int, position: Position)
     if varies:
         _check_counting(recipe, epochs, len(plan.rows))
     steps = sum(map(steps_of, range(position.epoch, int(whole)))) if varies else epochs * steps_of(0)
-    # Rounded, since the fraction of 2.1 is a little over 0.1.
-    steps += math.ceil(round(fraction * steps_of(int(whole) if varies else 0), 6)) if fraction else 0
+    steps += _steps_of_epochs(fraction, steps_of(int(whole) if varies else 0)) if fraction else 0
     # Counted from what is left of this epoch: what is used may have been in steps of another size.
     of_epoch = math.ceil((len(plan) - plan.first_pack(position)) / packs_per_step(recipe, num_processes))
     return max(0, steps - steps_of(position.epoch if varies else 0) + of_epoch)

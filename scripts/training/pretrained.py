@@ -41,6 +41,7 @@ def load_pretrained(
         raise UserError(f"{who}: no such folder under {Path.cwd()}, and the hub cannot be reached")
     if auto_class is not AutoTokenizer and is_adapter(name):
         return _of_adapter(auto_class, Path(name), who, trust_remote_code, **kwargs)
+    kwargs["local_files_only"] = cache_alone(name)
     if auto_class is AutoModelForCausalLM:
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # which are refused below, by name
     if not trust_remote_code and _needs_own_code(name):
@@ -67,10 +68,18 @@ def load_pretrained(
             raise UserError(f"{who}: its weights have {_some(unexpected)}, which its config.json does not call for")
         if unexpected:
             say(f"warning: {who}: its config.json has no place for {_some(unexpected)} of its weights: left out")
+    if auto_class is AutoTokenizer and kwargs["local_files_only"]:
+        found.init_kwargs["local_files_only"] = False  # else it would be saved with it
     if auto_class is AutoTokenizer and set(found.encode("a b c", add_special_tokens=False)) <= {found.unk_token_id}:
         # Where there are no files, transformers makes an empty tokenizer of the model's kind and says nothing.
         raise UserError(f"{who}: no tokenizer: {_where(name)}")
     return found
+
+
+def cache_alone(name: str) -> bool:
+    """Whether a model of the hub is to be read from the cache without asking, since the hub does not answer: each of
+    its files would be asked for, in vain, for many seconds."""
+    return not os.path.isdir(name) and not hub_is_reachable()
 
 
 def import_own_code(name: str) -> list[type]:
@@ -81,7 +90,8 @@ def import_own_code(name: str) -> list[type]:
     _, auto_map = _kind_and_code(name)
     references = [auto_map[kind] for kind in ("AutoConfig", "AutoModelForCausalLM") if kind in auto_map]
     with modules_lock():
-        return [dynamic_module_utils.get_class_from_dynamic_module(each, name) for each in references]
+        own = {"local_files_only": cache_alone(name)}
+        return [dynamic_module_utils.get_class_from_dynamic_module(each, name, **own) for each in references]
 
 
 def modules_lock() -> AbstractContextManager:
@@ -117,7 +127,7 @@ def _kind_and_code(name: str) -> tuple[str, dict[str, str]]:
     """model_type and auto_map of a model's config.json: of what kind it is, and which classes of its own it names; none
     where that cannot be read, which whoever loads it will find."""
     try:
-        values, _ = PretrainedConfig.get_config_dict(name)
+        values, _ = PretrainedConfig.get_config_dict(str(model_folder(name) or name))
     except Exception:  # as many kinds as transformers has
         values = {}
     if not isinstance(values, dict):  # `[]`, say, which is JSON, too

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from data.dialogue import ROLE_TOKENS, encode
 from sources.source import Conversation, Message
-from training.pretrained import folder_to_read_back, modules_lock
+from training.pretrained import folder_to_read_back, load_pretrained, modules_lock
 from utils.errors import UserError, reason
 from utils.files import read_json
 
@@ -66,7 +66,7 @@ def check_tokenizer(tokenizer, name: str, trust_remote_code: bool = False) -> No
     """
     with folder_to_read_back() as folder:
         with contextlib.suppress(Exception):  # load_config says what is wrong with it
-            AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code).save_pretrained(folder)
+            load_pretrained(AutoConfig, name, trust_remote_code=trust_remote_code).save_pretrained(folder)
         try:
             save_tokenizer(tokenizer, folder)
             with modules_lock() if trust_remote_code else contextlib.nullcontext():

@@ -3,7 +3,9 @@
 import importlib.util
 import json
 import shutil
+import socketserver
 import sys
+import threading
 import time
 
 import psutil
@@ -19,6 +21,7 @@ from run.dry_run import describe_model, dry_run
 from run.model_files import check_savable
 from training.family import tiny_config
 from training.model import count_parameters, load_config, load_model, load_tokenizer
+from training.weight_files import hub_is_reachable
 from utils.errors import UserError
 
 DEMO = ROOT / "recipes" / "demo.yaml"
@@ -192,13 +195,44 @@ def test_weights_in_a_pickle_are_looked_at_too(base):
         describe_model(recipe_of(folder))
 
 
-def test_of_the_hub_it_says_what_is_not_here(base, tmp_path, monkeypatch):
+@pytest.fixture
+def in_the_cache(base, tmp_path, monkeypatch):
+    """Folder of a base model, and where the hub's cache has it as some/model: nothing of it is there yet."""
     folder = base(**SHARDS)
     snapshot = tmp_path / "hub" / "models--some--model" / "snapshots" / ("0" * 40)
     (snapshot.parent.parent / "refs").mkdir(parents=True)
     (snapshot.parent.parent / "refs" / "main").write_text("0" * 40)
     for module in ("huggingface_hub.constants", "huggingface_hub.file_download.constants"):
         monkeypatch.setattr(f"{module}.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return folder, snapshot
+
+
+def test_a_hub_that_does_not_answer_is_asked_for_no_file(in_the_cache, monkeypatch):
+    folder, snapshot = in_the_cache
+    shutil.copytree(folder, snapshot, dirs_exist_ok=True)
+    asked = []
+
+    class HangUp(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            asked.append(self.request.recv(1000))
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), HangUp) as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{hub.server_address[1]}")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        hub_is_reachable.cache_clear()
+        try:
+            assert "not looked at" not in describe_model(recipe_of("some/model"))
+        finally:
+            hub_is_reachable.cache_clear()
+            hub.shutdown()
+    paths = [request.split()[1] for request in asked]
+    assert paths.count(b"/") == 1
+    assert not [path for path in paths if b"model" in path]
+
+
+def test_of_the_hub_it_says_what_is_not_here(in_the_cache):
+    folder, snapshot = in_the_cache
     recipe = recipe_of("some/model")
     assert describe_model(recipe) == "not here, would be fetched from the hub"
     snapshot.mkdir(parents=True)

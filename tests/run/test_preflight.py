@@ -32,7 +32,7 @@ from training.loss import ScoredLoss
 from training.memory import check_memory, describe_background_copies, estimate_memory
 from training.micro_batches import _planned_epochs, largest_micro_batches
 from training.model import load_model
-from training.plan import Position, epoch_plan, foretold_steps, packs_per_step, steps_per_epoch
+from training.plan import Position, epoch_plan, foretold_steps, packs_per_step, steps_left, steps_per_epoch
 from training.state_layout import deepspeed_layout, layout_of_this_run, replicated
 from utils.errors import UserError
 
@@ -707,7 +707,8 @@ def test_a_dry_run_foretells_the_steps_of_an_epoch(mix_and_recipe, processes):
     mix, recipe = mix_and_recipe
     recipe = recipe.model_copy(update={"packing": False})
     rows = {name: int((mix.train.dataset == index).sum()) for index, name in enumerate(mix.names)}
-    assert foretold_steps(recipe, rows, processes) == steps_per_epoch(mix, recipe, processes)
+    of_run = recipe.max_steps or steps_left(mix, recipe, processes, Position())
+    assert foretold_steps(recipe, rows, processes) == (steps_per_epoch(mix, recipe, processes), of_run)
 
 
 def test_nothing_held_out_is_warned_of():
